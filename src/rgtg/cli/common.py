@@ -1,0 +1,110 @@
+"""What every verb shares: its common options, settings, errors as exit codes, output as tables or JSON."""
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from pydantic import BaseModel
+
+from rgtg.errors import OutputError, RgtgError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.", rich_help_panel="Common")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting, dotted.", rich_help_panel="Common")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Plain JSON on stdout.", rich_help_panel="Common")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.", rich_help_panel="Common")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", rich_help_panel="Common")]
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors into one readable message on stderr and an exit code; anything else keeps its traceback."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A warning is one line to a person at a terminal, not a source location.
+        warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)  # noqa: T201
+        try:
+            return function(*args, **kwargs)
+        except RgtgError as error:
+            fail(str(error), error.exit_code)
+        except OSError as error:  # a full disk or a folder that cannot be written
+            fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        except KeyboardInterrupt:
+            fail("stopped", 75)
+
+    return run
+
+
+def fail(message: str, code: int) -> Any:
+    """Print one message on stderr and leave."""
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(code)
+
+
+def emit(result: Any, *, as_json: bool, quiet: bool, show: Callable[[], None]) -> None:
+    """Print a result: JSON where asked for, else what ``show`` draws, else nothing."""
+    if as_json:
+        plain = result.model_dump() if isinstance(result, BaseModel) else result
+        sys.stdout.write(json.dumps(plain, indent=2, default=str) + "\n")
+    elif not quiet:
+        show()
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own progress bars and advice off the terminal; ours say what matters."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it takes the name only when the block succeeds.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: "BaseModel | dict[str, Any]") -> None:
+    """Write one JSON document, whole or not at all."""
+    plain = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def save_settings(output: Path, settings: BaseModel) -> None:
+    """Write the resolved settings beside an output: ``FILE.settings.json``, or settings.json in a folder."""
+    path = output / "settings.json" if output.is_dir() else output.with_name(output.name + ".settings.json")
+    write_json(path, settings)

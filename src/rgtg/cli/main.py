@@ -1,0 +1,23 @@
+"""The ``rgtg`` command: assembles the verbs."""
+
+import typer
+
+from rgtg.cli import audit, compare, data, demo, doctor, generate, score, theory, train
+
+app = typer.Typer(
+    name="rgtg",
+    help="Reward-guided text generation: steer a frozen language model with a scorer trained on partial sequences.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+for _module in (train, audit, generate, score, compare, theory, demo, doctor):
+    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,1 @@
+"""Guided decoding: propose, score, rule, commit."""

@@ -1,0 +1,1 @@
+"""The embedded demo: a small world that trains in about a minute."""

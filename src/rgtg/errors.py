@@ -1,0 +1,52 @@
+"""Every error rgtg raises on purpose: ours and the standard library's at once, with the CLI's exit code.
+
+The text says what is wrong, what was expected and what to do.
+"""
+
+
+class RgtgError(Exception):
+    """Work failed; the CLI prints the text without a traceback and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class UsageError(RgtgError, ValueError):
+    """A setting or argument is unusable."""
+
+    exit_code = 2
+
+
+class DataError(RgtgError, ValueError):
+    """A data file or a prompt is unusable; the text names the file and line where there is one."""
+
+    exit_code = 3
+
+
+class PromptTooLongError(DataError):
+    """A prompt, with the tokens asked for, does not fit the model's context."""
+
+
+class ModelNotFoundError(UsageError, FileNotFoundError):
+    """A model folder or hub id cannot be loaded."""
+
+
+class TokenizerMismatchError(UsageError):
+    """Policy and scorer read text differently, so token-wise scores would be meaningless."""
+
+
+class MissingExtraError(UsageError, ImportError):
+    """An optional dependency is absent; the text names the pip command."""
+
+
+class OutputError(RgtgError, OSError):
+    """An output cannot be written."""
+
+
+class NonFiniteError(RgtgError, ArithmeticError):
+    """A loss or a score is NaN or infinite."""
+
+
+class StoppedError(RgtgError):
+    """The work was stopped on request and can be resumed."""
+
+    exit_code = 75

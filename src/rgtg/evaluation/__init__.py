@@ -1,0 +1,1 @@
+"""Evidence: metrics, audit of scorers, comparison of methods."""

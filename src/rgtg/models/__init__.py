@@ -1,0 +1,1 @@
+"""Frozen policies and scorers: loading, encoding, reading every position."""

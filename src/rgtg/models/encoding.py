@@ -1,0 +1,142 @@
+"""Text to token ids and back, in one place: training, audit and decoding must read the same tokens.
+
+A tokenizer is used as the policy uses it while generating: the prompt is encoded alone, with its special tokens,
+and the completion is what follows it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rgtg.errors import DataError, TokenizerMismatchError, UsageError
+
+PAD_TOKEN = "<|rgtg-pad|>"
+
+_PROBES = (
+    "Once upon a time, there was a little girl.",
+    "  two leading spaces,\ttab\nnewline\n\nparagraph  end ",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz 0123456789",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "def f(x):\n    return {'a': x ** 2, \"b\": [1, 2.5e-3]}",
+    "Ünïcödé, naïve café, Straße, Ελληνικά, русский, עברית, العربية",
+    "中文字符 日本語テキスト 한국어 ภาษาไทย हिन्दी",
+    "emoji 🙂 👩‍👩‍👧‍👦 🇫🇷 ✨ 12345678901234567890",
+    "\n\nHuman: How are you?\n\nAssistant: I'm fine; they've said \"don't\".",
+)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Fingerprint of what a tokenizer *does*: its vocabulary, its reading of probe texts, and its EOS.
+
+    Names and files are not compared: the same files can load as another class (and give other ids). The padding
+    token is left out, since a scorer may need one where the policy has none.
+    """
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token != PAD_TOKEN}
+    readings = [tokenizer(text).input_ids for text in _PROBES]
+    what = json.dumps([sorted(vocabulary.items()), readings, tokenizer.eos_token_id])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None:
+    """Refuse a policy and a scorer that read text differently.
+
+    Raises:
+        TokenizerMismatchError: naming the first probe text on which they differ.
+    """
+    if tokenizer_hash(policy_tokenizer) == tokenizer_hash(scorer_tokenizer):
+        return
+    detail = f"vocabularies of {len(policy_tokenizer)} and {len(scorer_tokenizer)} tokens"
+    for text in _PROBES:
+        ours, theirs = policy_tokenizer(text).input_ids, scorer_tokenizer(text).input_ids
+        if ours != theirs:
+            detail = f"{text!r} is {ours[:12]} to the policy and {theirs[:12]} to the scorer (first 12 ids)"
+            break
+    raise TokenizerMismatchError(
+        f"policy and scorer have different tokenizers: {detail}. Token-wise guidance needs one tokenizer for both: "
+        "train the scorer from the policy's own base model (rgtg train --base POLICY)."
+    )
+
+
+def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
+    """Give the tokenizer a padding token that is not its EOS, growing the model's embedding by one only if it must.
+
+    Stock reward models read the last token that is not padding; if padding were EOS, they would skip a real EOS.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        for candidate in (tokenizer.unk_token, tokenizer.bos_token):
+            if candidate is not None and candidate != tokenizer.eos_token:
+                tokenizer.pad_token = candidate
+                break
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if model is not None:
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> list[int]:
+    """Token ids of a prompt, special tokens included unless a chat template has already written them.
+
+    Raises:
+        DataError: an empty prompt, or one the tokenizer turns into no token.
+    """
+    if not prompt:
+        raise DataError("the prompt is empty; give at least one character")
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not templated).input_ids
+    # BERT- and T5-like tokenizers close every text; a prompt that is to be continued must stay open.
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token or "\0"):
+        ids = ids[:-1]
+    if not ids:
+        raise DataError(f"the tokenizer turns the prompt {prompt[:40]!r} into no token at all")
+    return ids
+
+
+def encode_completion(
+    tokenizer: Any, prompt: str, completion: str, *, templated: bool = False, append_eos: bool = True
+) -> list[int]:
+    """Token ids of a completion as it stands after its prompt, closed by EOS if asked for.
+
+    Where encoding prompt and completion together keeps the prompt's own ids, what follows them is the completion
+    (so a SentencePiece tokenizer adds no space of its own). Where a token would straddle the border, which no
+    generation could produce, the completion is encoded alone.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt, templated=templated)
+    whole = encode_prompt(tokenizer, prompt + completion, templated=templated)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        ids = whole[len(prompt_ids) :]
+    else:
+        ids = list(tokenizer(completion, add_special_tokens=False).input_ids)
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is not None and (not ids or ids[-1] != eos):
+        ids = [*ids, eos]
+    return ids
+
+
+def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+    """Text that ``completion_ids`` add after the prompt, leading space kept, special tokens left out."""
+    # A few tokens of context are enough to know whether a leading space belongs to the completion.
+    context = list(prompt_ids[-8:])
+    before = tokenizer.decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode([*context, *completion_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    # The prompt ends in the middle of a character, which the completion closes.
+    return str(tokenizer.decode(list(completion_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    """Text of a list of chat messages through the tokenizer's own chat template.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            "the data holds chat messages, but the tokenizer has no chat template: set one in its "
+            "tokenizer_config.json, or give prompt, chosen and rejected as plain text"
+        )
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    )

@@ -1,0 +1,118 @@
+"""Load the frozen language model that is steered: weights, tokenizer, dtype, device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rgtg.errors import ModelNotFoundError, UsageError
+from rgtg.models.checkpoint import require_safe_weights
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32, "fp32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class Policy:
+    """A frozen causal language model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence in tokens, or None where the model has no limit."""
+        return context_length(self.model.config)
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence a model's positions reach, in tokens; None where its config names no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(limit) if limit else None
+
+
+def resolve_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
+    """A torch dtype from its name; None and ``auto`` keep the checkpoint's own.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if dtype is None:
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(sorted(DTYPES))}")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: "str | torch.device | None") -> torch.device:
+    """A torch device; None takes the first GPU where there is one.
+
+    Raises:
+        UsageError: a device that torch does not know or have.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return resolved
+
+
+def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained`` with safe settings and errors that say what to do.
+
+    Raises:
+        ModelNotFoundError: the folder or hub id cannot be loaded.
+    """
+    require_safe_weights(source)
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"cannot load the {role} {source!r}: {first}. Expected a folder saved by save_pretrained, with "
+            "safetensors weights and a tokenizer, or a hub id that can be reached."
+        ) from error
+
+
+def load_tokenizer(source: str, role: str) -> Any:
+    """The tokenizer saved beside a model."""
+    from transformers import AutoTokenizer
+
+    return load_pretrained(AutoTokenizer, source, f"tokenizer of the {role}")
+
+
+def load_policy(
+    source: "str | Policy | tuple[Any, Any]",
+    *,
+    dtype: "str | torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+) -> Policy:
+    """Load a frozen policy from a folder or hub id, or wrap a (model, tokenizer) pair that is already loaded.
+
+    A loaded model stays where it is and as it is: ``dtype`` and ``device`` must then be None.
+
+    Raises:
+        ModelNotFoundError: nothing loadable at ``source``.
+        UsageError: ``dtype`` or ``device`` given for a loaded model.
+    """
+    if not isinstance(source, str):
+        if dtype is not None or device is not None:
+            raise UsageError("dtype and device apply to a policy loaded by name; move a loaded model yourself")
+        policy = source if isinstance(source, Policy) else Policy(*source)
+        policy.model.eval()
+        return policy
+    from transformers import AutoModelForCausalLM
+
+    model = load_pretrained(AutoModelForCausalLM, source, "policy", dtype=resolve_dtype(dtype), use_safetensors=True)
+    model.to(resolve_device(device)).eval().requires_grad_(False)
+    return Policy(model, load_tokenizer(source, "policy"))

@@ -1,0 +1,213 @@
+"""A stock sequence-classification reward model, read at every position in one pass."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rgtg.errors import DataError, UsageError
+from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.encoding import encode_completion, encode_prompt, ensure_pad_token
+from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_device, resolve_dtype
+
+_ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
+
+
+class PrefixScorer:
+    """Reads an ``AutoModelForSequenceClassification(num_labels=1)`` at chosen positions.
+
+    The score of prefix y_{1:i} is the scalar head on the last layer's state at token i, which for a causal model equals
+    the stock model run on that prefix alone.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, info: ScorerInfo | None = None, name: str = "scorer") -> None:
+        if getattr(model.config, "num_labels", 1) != 1:
+            raise UsageError(
+                f"{name} has {model.config.num_labels} labels; a scorer must give one number (num_labels=1)"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.info = info
+        self.name = name
+        self.causal = scalar_head(model) is not None
+        self.max_length = context_length(model.config)
+        self.append_eos = info.append_eos if info else False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: "str | PrefixScorer | tuple[Any, Any]",
+        *,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+    ) -> "PrefixScorer":
+        """Load a reward model from a folder or hub id, or wrap a loaded (model, tokenizer) pair.
+
+        Raises:
+            ModelNotFoundError: nothing loadable at ``source``.
+            UsageError: a model with more than one label, or one without a trained reward head.
+        """
+        if isinstance(source, PrefixScorer):
+            return source
+        if not isinstance(source, str):
+            return cls(*source)
+        info = read_info(source) if Path(source).is_dir() else None
+        tokenizer = load_tokenizer(source, "scorer")
+        model = _load_classifier(source, resolve_dtype(dtype), tokenizer)
+        model.to(resolve_device(device)).requires_grad_(False)
+        return cls(model, tokenizer, info=info, name=source)
+
+    @torch.inference_mode()
+    def score_prefixes(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 8,
+    ) -> list[Tensor]:
+        """Scores of every prefix y_{1:i}, i = 1 … T, of each completion.
+
+        A causal model needs one forward per completion; an encoder reads each prefix's text as a row of its own.
+
+        Returns:
+            One fp32 CPU tensor of shape (T,) per completion.
+        """
+        rows = list(zip(prompt_ids, completion_ids, strict=True))
+        self._require_fit(rows)
+        if not self.causal:
+            return [self._score_prefix_texts(prompt, completion, batch_size) for prompt, completion in rows]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
+        scores: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, self.model.device)
+            read = position_scores(self.model, ids, mask).float().cpu()
+            for row, i in enumerate(part):
+                first, total = len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])
+                scores[i] = read[row, first:total].clone()
+        return [scores[i] for i in range(len(rows))]
+
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool = True, templated: bool = False
+    ) -> list[float]:
+        """Reward of each completion after its prompt.
+
+        Args:
+            prompts: texts.
+            completions: texts, as many.
+            finished: close each with EOS if the scorer was trained so.
+            templated: the prompts went through a chat template, which wrote the special tokens.
+        """
+        close = finished and self.append_eos
+        prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
+        completion_ids = [
+            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=close)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        if self.causal:
+            return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids)]
+        return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
+
+    def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        for prompt, completion in rows:
+            if not prompt or not completion:
+                raise DataError("a scored completion and its prompt must each have at least one token")
+            if self.max_length and len(prompt) + len(completion) > self.max_length:
+                raise DataError(
+                    f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of "
+                    f"{self.max_length}; drop it or use a scorer with a longer context"
+                )
+
+    def _score_prefix_texts(self, prompt: Sequence[int], completion: Sequence[int], batch_size: int) -> Tensor:
+        texts = [
+            self.tokenizer.decode([*prompt, *completion[:i]], skip_special_tokens=True)
+            for i in range(1, len(completion) + 1)
+        ]
+        return self._score_texts(texts, batch_size)
+
+    @torch.inference_mode()
+    def _score_texts(self, texts: list[str], batch_size: int) -> Tensor:
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
+            parts.append(self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu())
+        return torch.cat(parts)
+
+
+def scalar_head(model: Any) -> Any:
+    """The linear head that turns a state into a score, or None where the model does not read every position.
+
+    Decoder families call it ``score``; encoders pool first and have no such head.
+    """
+    stock = getattr(model, "get_base_model", lambda: model)()
+    head = getattr(stock, "score", None)
+    return head if isinstance(head, torch.nn.Module) else None
+
+
+def trunk(model: Any) -> Any:
+    """The transformer under the head (under a peft wrapper too)."""
+    stock = getattr(model, "get_base_model", lambda: model)()
+    return getattr(stock, stock.base_model_prefix)
+
+
+def position_scores(
+    model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch length"]:
+    """Score at every position of right-padded sequences, in one forward pass.
+
+    ``out[b, t]`` is the reward the stock model gives tokens ``0 … t`` of row b. Positions are counted from the mask,
+    so left padding works too; scores at padding are meaningless.
+    """
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    states = trunk(model)(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    scores: Tensor = scalar_head(model)(states)[..., 0]
+    return scores
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Stack ragged rows: ids (B, T) padded on the right, and their 0/1 mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    if (Path(source) / "adapter_config.json").is_file():
+        return _load_adapter(source, dtype, tokenizer)
+    model, report = load_pretrained(
+        AutoModelForSequenceClassification, source, "scorer",
+        dtype=dtype, use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
+    if missing := [key for key in report["missing_keys"] if "score" in key or any(h in key for h in _ENCODER_HEADS)]:
+        raise UsageError(
+            f"{source} has no trained reward head ({', '.join(sorted(missing)[:3])} not in its weights): it is a "
+            "language model, not a reward model. Train one: rgtg train --base " + source
+        )
+    return model
+
+
+def _load_adapter(source: str, dtype: Any, tokenizer: Any) -> Any:
+    """A LoRA scorer: its base model with a scalar head, the adapter merged into the weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        from rgtg.errors import MissingExtraError
+
+        raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
+    base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    model = load_pretrained(AutoModelForSequenceClassification, base, "scorer's base", dtype=dtype, num_labels=1)
+    ensure_pad_token(tokenizer, model)
+    return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()

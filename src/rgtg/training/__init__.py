@@ -1,0 +1,1 @@
+"""Scorer training: thin subclasses of library trainers."""
