@@ -1,0 +1,46 @@
+# Every command a user or CI runs. TORCH chooses another build or index, for example:
+#   make setup TORCH="torch==2.13.0 --index-url https://example.org/whl/cu130"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rgtg-setup
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test bench demo clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv with pinned versions (skipped when current)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "rgtg needs Python 3.11 or newer; choose one with: make setup PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "pip is absent from $(VENV): install Debian's python3-venv (apt-get install python3-venv) and try again"; \
+	  rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: setup  ## ruff, format, mypy strict, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+	$(BIN)/python -m pytest -p no:randomly tests/test_architecture.py
+
+test: setup  ## the tests, without slow ones
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+bench: setup  ## the speed figures of docs/results (an idle machine, please)
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/train.py
+
+demo: setup  ## train, audit, generate and compare in a small world; writes demo-output/report.html
+	$(BIN)/rgtg demo
+
+clean:  ## remove everything that setup and the commands made
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
