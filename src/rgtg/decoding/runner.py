@@ -154,7 +154,9 @@ class RecomputeRunner:
         self.tree = tree
         tokens = tree.tokens.tolist()
         paths = [tree.path(node) for node in range(tree.width)]
-        texts = [[*row, *(mine[j] for j in path)] for row, mine in zip(self.rows, tokens, strict=True) for path in paths]
+        texts = [
+            [*row, *(mine[j] for j in path)] for row, mine in zip(self.rows, tokens, strict=True) for path in paths
+        ]
         return self._read_last(texts).unflatten(0, (len(self.rows), tree.width))
 
     def keep(self, nodes: Tensor) -> None:

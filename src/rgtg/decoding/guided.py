@@ -1,0 +1,271 @@
+"""GuidedPolicy: a frozen policy, a scorer and a method, behind one ``generate``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
+
+import torch
+
+from rgtg.config import DecodingSettings, validate
+from rgtg.decoding.methods import Method, check_scorer, check_settings, find_method
+from rgtg.decoding.requests import (
+    Request,
+    Stopping,
+    end_tokens,
+    make_processors,
+    require_room,
+    row_seeds,
+    to_completion,
+)
+from rgtg.decoding.runner import Runner, make_runner, policy_logits, scorer_scores
+from rgtg.decoding.segmentwise import best_of_n
+from rgtg.decoding.tokenwise import MAX_WIDTH, TokenRule, decode
+from rgtg.errors import DataError
+from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
+from rgtg.models.policy import Policy, load_policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.types import Completion
+
+Prompt = str | list[dict[str, Any]]
+T = TypeVar("T")
+
+
+class GuidedPolicy:
+    """Steers a frozen causal language model token by token with a scorer (or takes the best of n).
+
+    Example:
+        >>> guided = GuidedPolicy.from_pretrained("policy-folder", scorer="scorer-folder")  # doctest: +SKIP
+        >>> guided.generate(["Once upon a time"], max_new_tokens=64, seed=0)[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        scorer: PrefixScorer | None = None,
+        *,
+        method: str = "pargs",
+        beta: float | None = None,
+        top_k: int | None = 10,
+        n: int | None = None,
+        token_tree: bool | None = None,
+    ) -> None:
+        self.policy, self.scorer = policy, scorer
+        self.method: Method = find_method(method)
+        given = {"method": method, "beta": beta, "n": n}
+        self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top_k}
+        self.token_tree = token_tree
+        self._settings({})
+        check_scorer(self.method, scorer)
+        if scorer is not None and self.method.scorer is not None:
+            require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+        self.end_tokens = end_tokens(policy)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        policy: "str | Policy | tuple[Any, Any]",
+        scorer: "str | PrefixScorer | tuple[Any, Any] | None" = None,
+        *,
+        method: str = "pargs",
+        beta: float | None = None,
+        top_k: int | None = 10,
+        n: int | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+        token_tree: bool | None = None,
+    ) -> Self:
+        """Load policy and scorer, and join them.
+
+        Args:
+            policy: folder, hub id, or a loaded (model, tokenizer) pair.
+            scorer: the same for the reward model; None with method ``policy``.
+            method: a row of ``rgtg.decoding.methods.METHODS``.
+            beta: guidance strength (default 1); it multiplies the score. In TRL and DPO beta is the KL coefficient,
+                the inverse of ours.
+            top_k: candidates per step; None for the whole vocabulary.
+            n: completions that best-of-n draws (default 10).
+            dtype: of models loaded by name; default the checkpoint's own.
+            device: of models loaded by name; default the first GPU, else the CPU.
+            token_tree: force the one-pass tree (True) or the whole-text fallback (False); None finds out.
+
+        Raises:
+            ModelNotFoundError: a folder or hub id that cannot be loaded.
+            TokenizerMismatchError: policy and scorer read text differently.
+            UsageError: unusable settings, or a scorer the method cannot use.
+        """
+        find_method(method)
+        loaded = load_policy(policy, **(_placement(dtype, device) if isinstance(policy, str) else {}))
+        reward = scorer
+        if reward is not None:
+            reward = PrefixScorer.from_pretrained(
+                reward, **(_placement(dtype, device or loaded.model.device) if isinstance(reward, str) else {})
+            )
+        return cls(loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree)
+
+    def generate(
+        self,
+        prompts: "Prompt | Sequence[Prompt]",
+        *,
+        seed: int | Sequence[int] = 0,
+        trace: bool = False,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> list[Completion]:
+        """Complete prompts; a row's text depends on its prompt, seed and settings, never on its neighbours.
+
+        Args:
+            prompts: texts, or lists of chat messages (rendered by the tokenizer's chat template).
+            seed: one for all (each row derives its own), or one per prompt, used as it is.
+            trace: keep every candidate's figures of every step.
+            batch_size: prompts decoded together.
+            **settings: fields of ``rgtg.config.DecodingSettings``: max_new_tokens, min_new_tokens, temperature,
+                top_p, stop, repetition_penalty, no_repeat_ngram_size, and beta, top_k, n for this call.
+
+        Returns:
+            One ``Completion`` per prompt, in order.
+
+        Raises:
+            DataError: an empty prompt, or one that does not fit the context.
+            UsageError: unusable settings.
+            NonFiniteError: NaN from the policy or the scorer.
+        """
+        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        rendered = [self._render(prompt) for prompt in many]
+        tokenizer = self.policy.tokenizer
+        ids = [
+            _naming_prompt(i, len(many), lambda t=text, x=templated: encode_prompt(tokenizer, t, templated=x))
+            for i, (text, templated) in enumerate(rendered)
+        ]
+        return self._generate(ids, [text for text, _ in rendered], seed, trace, batch_size, settings)
+
+    def generate_ids(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        seed: int | Sequence[int] = 0,
+        trace: bool = False,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> list[Completion]:
+        """``generate`` for prompts that are token ids already."""
+        texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
+        return self._generate(prompt_ids, texts, seed, trace, batch_size, settings)
+
+    def _generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        seed: int | Sequence[int],
+        trace: bool,
+        batch_size: int,
+        settings: dict[str, Any],
+    ) -> list[Completion]:
+        resolved = self._settings(settings)
+        requests = self._requests(prompt_ids, texts, seed, resolved)
+        for start in range(0, len(requests), batch_size):
+            for _ in self._decode(requests[start : start + batch_size], resolved, trace=trace):
+                pass
+        return [to_completion(request, self.method.name, trace=trace) for request in requests]
+
+    def stream(self, prompt: Prompt, *, seed: int = 0, **settings: Any) -> Iterator[str]:
+        """Complete one prompt, yielding text as it is drawn; the pieces joined equal ``generate``'s text.
+
+        A completion-level method yields its text at the end. Arguments and errors are those of ``generate``.
+        """
+        resolved = self._settings(settings)
+        text, templated = self._render(prompt)
+        ids = encode_prompt(self.policy.tokenizer, text, templated=templated)
+        (request,) = self._requests([ids], [text], seed, resolved)
+        shown = ""
+        steps = self._decode([request], resolved, trace=False)
+        for _ in steps:
+            if self.method.unit == "token" and request.finish_reason is None:
+                text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
+                safe = _settled(text, resolved.stop)
+                if len(safe) > len(shown) and safe.startswith(shown):
+                    yield safe[len(shown) :]
+                    shown = safe
+        yield request.text[len(shown) :]
+
+    def _settings(self, given: dict[str, Any]) -> DecodingSettings:
+        settings = validate(DecodingSettings, self.defaults | given)
+        check_settings(self.method, settings)
+        return settings
+
+    def _requests(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        seed: int | Sequence[int],
+        settings: DecodingSettings,
+    ) -> list[Request]:
+        for i, ids in enumerate(prompt_ids):
+            _naming_prompt(i, len(prompt_ids), lambda mine=ids: self._require_room(mine, settings))
+        device = self.policy.model.device
+        return [
+            Request(text, list(ids), row_seed, make_processors(settings, len(ids), self.end_tokens, device))
+            for text, ids, row_seed in zip(texts, prompt_ids, row_seeds(seed, prompt_ids), strict=True)
+        ]
+
+    def _render(self, prompt: Prompt) -> tuple[str, bool]:
+        if isinstance(prompt, str):
+            return prompt, False
+        return render_chat(self.policy.tokenizer, prompt, add_generation_prompt=True), True
+
+    def _require_room(self, prompt_ids: Sequence[int], settings: DecodingSettings) -> None:
+        require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
+        if self.scorer is not None and self.method.scorer is not None:
+            require_room(prompt_ids, settings.max_new_tokens, self.scorer.max_length, "scorer")
+
+    def _decode(self, requests: list[Request], settings: DecodingSettings, *, trace: bool) -> Iterator[list[Request]]:
+        capacity = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
+        policy = make_runner(self.policy.model, policy_logits, capacity + 1, tree=self.token_tree)
+        rule = TokenRule(
+            beta=settings.beta, top_k=settings.top_k, top_p=settings.top_p, temperature=settings.temperature,
+            greedy=self.method.rule == "greedy", trace=trace,
+        )  # fmt: skip
+        stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
+        if self.method.rule == "best":
+            assert self.scorer is not None, "checked when policy and scorer were joined"
+            return best_of_n(requests, policy, self.scorer, settings.n, rule, stopping)
+        scorer = self._scorer_runner(capacity, settings) if self.method.scorer else None
+        return _tokenwise(requests, policy, scorer, rule, stopping)
+
+    def _scorer_runner(self, capacity: int, settings: DecodingSettings) -> Runner:
+        assert self.scorer is not None, "checked when policy and scorer were joined"
+        width = min(settings.top_k or MAX_WIDTH, MAX_WIDTH)
+        return make_runner(self.scorer.model, scorer_scores, capacity + width, tree=self.token_tree)
+
+
+def _tokenwise(
+    requests: list[Request], policy: Runner, scorer: Runner | None, rule: TokenRule, stopping: Stopping
+) -> Iterator[list[Request]]:
+    prompts = [request.prompt_ids for request in requests]
+    with torch.inference_mode():
+        logits = policy.prefill(prompts)
+        if scorer:
+            scorer.prefill(prompts)
+    yield from decode(requests, policy, scorer, logits, rule, stopping)
+
+
+def _naming_prompt(index: int, total: int, step: Callable[[], T]) -> T:
+    """Run a step on one of several prompts; a refusal says which prompt it was."""
+    try:
+        return step()
+    except DataError as error:
+        raise type(error)(f"prompt {index + 1} of {total}: {error}" if total > 1 else str(error)) from error
+
+
+def _placement(dtype: Any, device: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "device": device}
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    """A text, or one conversation (a list of messages)."""
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+
+
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
+    text = text.rstrip("�")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]

@@ -1,0 +1,154 @@
+"""One prompt being completed: its ids, its own random generator, its processors, and when it ends."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgtg.config import DecodingSettings
+from rgtg.errors import PromptTooLongError, UsageError
+from rgtg.models.encoding import decode_completion
+from rgtg.types import Completion, StepTrace
+
+
+@dataclass
+class Request:
+    """State of one row while it is decoded; nothing of it depends on its neighbours."""
+
+    prompt: str
+    prompt_ids: list[int]
+    seed: int
+    processors: Any
+    token_ids: list[int] = field(default_factory=list)
+    policy_log_prob: float = 0.0
+    guided_log_prob: float = 0.0
+    score: float | None = None
+    policy_calls: int = 0
+    scorer_calls: int = 0
+    finish_reason: str | None = None
+    text: str = ""
+    trace: list[StepTrace] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this row's own stream; one is drawn per token whatever the rule."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Policy logits (V,) through transformers' processors, which see this row's tokens without padding."""
+        ids = torch.tensor([[*self.prompt_ids, *self.token_ids]], device=logits.device)
+        processed: Tensor = self.processors(ids, logits[None])
+        return processed[0]
+
+
+class Stopping:
+    """When a row ends: an EOS token, a stop text, or its last allowed token."""
+
+    def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.stop, self.limit, self.least = settings.stop, settings.max_new_tokens, settings.min_new_tokens
+
+    def update(self, request: Request) -> None:
+        """Set ``finish_reason`` and ``text`` where the row's newest token ends it."""
+        ended = request.token_ids[-1] in self.eos_ids
+        full = len(request.token_ids) >= self.limit
+        if not (ended or full or self.stop):
+            return
+        text = decode_completion(self.tokenizer, request.prompt_ids, request.token_ids)
+        cuts = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if cuts and len(request.token_ids) >= self.least:
+            request.text, request.finish_reason = text[: min(cuts)], "stop"
+        elif ended or full:
+            request.text, request.finish_reason = text, "stop" if ended else "length"
+
+
+def end_tokens(policy: Any) -> set[int]:
+    """Token ids that end a completion: the generation config's and the tokenizer's."""
+    configured = getattr(policy.model, "generation_config", None)
+    eos = getattr(configured, "eos_token_id", None)
+    ids = set(eos) if isinstance(eos, list) else {eos}
+    return {int(i) for i in ids | {policy.tokenizer.eos_token_id} if i is not None}
+
+
+def row_seeds(seed: "int | Sequence[int]", prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each row: the given ones, or one derived from the seed, the prompt, and how often it came before.
+
+    So a row's text depends on neither its neighbours nor its place, and a prompt given twice is sampled twice.
+
+    Raises:
+        UsageError: a list of seeds of another length than the prompts.
+    """
+    if not isinstance(seed, int):
+        if len(seed) != len(prompts):
+            raise UsageError(f"{len(seed)} seeds for {len(prompts)} prompts; give one number, or one seed per prompt")
+        return list(seed)
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for prompt in map(tuple, prompts):
+        seeds.append(derive_seed(seed, prompt, seen[prompt]))
+        seen[prompt] += 1
+    return seeds
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed from anything with a stable representation."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
+def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:
+    """Transformers' own processors for one row; an empty list where nothing is asked for."""
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinNewTokensLengthLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+    )
+
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+    if settings.min_new_tokens and eos_ids:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(prompt_length, settings.min_new_tokens, sorted(eos_ids), device=device)
+        )
+    return processors
+
+
+def require_room(prompt_ids: Sequence[int], max_new_tokens: int, limit: int | None, role: str) -> None:
+    """Refuse a prompt that, with the tokens asked for, does not fit a context.
+
+    Raises:
+        PromptTooLongError: with both figures.
+    """
+    if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+        raise PromptTooLongError(
+            f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the {role}'s context of "
+            f"{limit} tokens; shorten the prompt or lower max_new_tokens"
+        )
+
+
+def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
+    """The public record of a finished row."""
+    assert request.finish_reason in ("stop", "length"), "only finished rows are published"
+    return Completion(
+        prompt=request.prompt,
+        text=request.text,
+        token_ids=request.token_ids,
+        finish_reason=request.finish_reason,  # type: ignore[arg-type]
+        method=method,
+        seed=request.seed,
+        policy_log_prob=request.policy_log_prob,
+        guided_log_prob=request.guided_log_prob,
+        score=request.score,
+        policy_calls=request.policy_calls,
+        scorer_calls=request.scorer_calls,
+        trace=request.trace if trace else None,
+    )

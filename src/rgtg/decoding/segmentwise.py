@@ -1,0 +1,65 @@
+"""Best-of-n: the same four words with the completion as unit; the n share the prompt's one forward."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from rgtg.decoding.requests import Request, Stopping, derive_seed
+from rgtg.decoding.runner import Runner
+from rgtg.decoding.tokenwise import TokenRule, decode
+from rgtg.errors import NonFiniteError
+from rgtg.models.scorer import Scorer
+
+
+def best_of_n(
+    requests: list[Request],
+    policy: Runner,
+    scorer: Scorer,
+    n: int,
+    rule: TokenRule,
+    stopping: Stopping,
+) -> Iterator[list[Request]]:
+    """Sample n completions per request and give each request the one of highest reward.
+
+    Every completion is sampled from the policy cut to the rule's candidates, with a seed of its own. The winner's
+    ``score`` is its reward, and the request's calls are those of all n. Source: Stiennon et al. 2020, arXiv 2009.01325.
+
+    Yields:
+        The rows still active after each token.
+    """
+    # 1. propose: one forward per prompt, then n rows over copies of its cache
+    logits = policy.prefill([request.prompt_ids for request in requests])
+    rows = torch.arange(len(requests)).repeat_interleave(n)
+    policy.select_rows(rows)
+    drawn = [_branch(request, j) for request in requests for j in range(n)]
+    yield from decode(drawn, policy, None, logits[rows.to(logits.device)], rule, stopping)
+    # 2. score: every finished completion once
+    rewards = [float(s[-1]) for s in _rewards(scorer, drawn)]
+    for i, request in enumerate(requests):
+        # 3. rule: the highest reward, the first of equals
+        group = range(i * n, (i + 1) * n)
+        best = max(group, key=rewards.__getitem__)
+        # 4. commit
+        _adopt(request, drawn[best], rewards[best])
+        request.policy_calls = sum(drawn[j].policy_calls for j in group)
+        request.scorer_calls = n
+
+
+def _branch(request: Request, j: int) -> Request:
+    """The j-th completion of a request, with a generator and records of its own."""
+    return replace(request, seed=derive_seed(request.seed, j), token_ids=[], trace=[])
+
+
+def _rewards(scorer: Scorer, drawn: list[Request]) -> list[torch.Tensor]:
+    rewards = scorer.score_prefixes([row.prompt_ids for row in drawn], [row.token_ids for row in drawn])
+    if any(not bool(reward[-1].isfinite()) for reward in rewards):
+        raise NonFiniteError("the scorer returned NaN or infinite rewards; try dtype=float32, or check its training")
+    return rewards
+
+
+def _adopt(request: Request, winner: Request, reward: float) -> None:
+    request.token_ids, request.text = winner.token_ids, winner.text
+    request.finish_reason, request.trace = winner.finish_reason, winner.trace
+    request.policy_log_prob, request.guided_log_prob = winner.policy_log_prob, winner.guided_log_prob
+    request.score = reward

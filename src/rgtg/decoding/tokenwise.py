@@ -1,0 +1,171 @@
+"""THE loop: propose → score → rule → commit, one token for every row of a batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgtg.decoding.candidates import propose
+from rgtg.decoding.requests import Request, Stopping
+from rgtg.decoding.rules import greedy, guided_log_probs, sample
+from rgtg.decoding.runner import Runner
+from rgtg.decoding.token_tree import TokenTree
+from rgtg.errors import NonFiniteError
+from rgtg.types import StepTrace
+
+# Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
+MAX_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """How a token is chosen: π(v)·exp(β·r(prefix⊕v)) over the candidates, sampled or maximised."""
+
+    beta: float
+    top_k: int | None
+    top_p: float
+    temperature: float
+    greedy: bool
+    trace: bool = False
+
+
+@torch.inference_mode()
+def decode(
+    requests: list[Request],
+    policy: Runner,
+    scorer: Runner | None,
+    logits: Tensor,
+    rule: TokenRule,
+    stopping: Stopping,
+) -> Iterator[list[Request]]:
+    """Complete all requests; yields the rows still active after each token (their newest token is set).
+
+    Args:
+        requests: rows whose prompts both runners have read.
+        policy: the policy's runner.
+        scorer: the scorer's runner, or None for the policy alone.
+        logits: (B, V) the policy's next-token logits after each prompt.
+        rule: candidates and choice.
+        stopping: when a row ends.
+
+    Raises:
+        NonFiniteError: the policy or the scorer gave NaN or infinite values.
+    """
+    active = list(requests)
+    while active:
+        # 1. propose: the policy's likeliest next tokens
+        whole = torch.log_softmax(logits.float(), -1)
+        allowed = _process(active, logits, whole)
+        candidate_ids, candidate_log_probs = propose(allowed, top_k=rule.top_k, top_p=rule.top_p)
+        # 2. score: every candidate in one pass over the shared prefix
+        scores = _score(scorer, candidate_ids) if scorer else None
+        _require_finite(candidate_log_probs, scores)
+        # 3. rule
+        beta_scores = torch.zeros_like(candidate_log_probs) if scores is None else scores
+        guided = guided_log_probs(candidate_log_probs, beta_scores, rule.beta, 0.0 if rule.greedy else rule.temperature)
+        choice = _choose(guided, active, rule)
+        # 4. commit: one node stays in the scorer's cache, one token goes to the policy
+        tokens = candidate_ids.gather(1, choice[:, None])
+        _record(active, tokens, choice, whole, candidate_ids, candidate_log_probs, scores, guided, rule.trace)
+        for row in active:
+            stopping.update(row)
+        yield active
+        going = [i for i, row in enumerate(active) if row.finish_reason is None]
+        if scorer and going:
+            _keep(scorer, candidate_ids, choice)
+        if going:
+            active, tokens = _drop_finished(active, going, tokens, policy, scorer)
+            logits = policy.read(TokenTree.chain(tokens))[:, 0]
+            policy.keep(torch.zeros(len(active), dtype=torch.long, device=tokens.device))
+        else:
+            active = []
+
+
+def _process(active: list[Request], logits: Tensor, whole: Tensor) -> Tensor:
+    """Policy log-probabilities (B, V) after each row's own processors."""
+    if not any(row.processors for row in active):
+        return whole
+    processed = torch.stack([row.process(logits[i].float()) for i, row in enumerate(active)])
+    return torch.log_softmax(processed, -1)
+
+
+def _score(scorer: Runner, candidate_ids: Tensor) -> Tensor:
+    """Scores (B, K) of all candidates, in fp32 on the policy's device."""
+    parts = [scorer.read(TokenTree.leaves(ids)) for ids in candidate_ids.split(MAX_WIDTH, dim=1)]
+    return torch.cat(parts, 1).float().to(candidate_ids.device)
+
+
+def _keep(scorer: Runner, candidate_ids: Tensor, choice: Tensor) -> None:
+    """Keep the chosen candidate; where it took several passes to score them, read the chosen one again."""
+    if candidate_ids.shape[1] > MAX_WIDTH:
+        scorer.read(TokenTree.leaves(candidate_ids.gather(1, choice[:, None])))
+        choice = torch.zeros_like(choice)
+    scorer.keep(choice)
+
+
+def _choose(guided: Tensor, active: list[Request], rule: TokenRule) -> Tensor:
+    uniforms = torch.tensor([row.uniform() for row in active], dtype=torch.float64, device=guided.device)
+    return greedy(guided) if rule.greedy or rule.temperature == 0 else sample(guided, uniforms)
+
+
+def _require_finite(candidate_log_probs: Tensor, scores: Tensor | None) -> None:
+    if not bool(candidate_log_probs[:, 0].isfinite().all()):
+        raise NonFiniteError(
+            "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every token "
+            "is banned. Try dtype=float32, or relax the bans"
+        )
+    if scores is not None and not bool(scores.isfinite().all()):
+        raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
+
+
+def _record(
+    active: list[Request],
+    tokens: Tensor,
+    choice: Tensor,
+    whole: Tensor,
+    candidate_ids: Tensor,
+    candidate_log_probs: Tensor,
+    scores: Tensor | None,
+    guided: Tensor,
+    trace: bool,
+) -> None:
+    """Write what was chosen into each row, with one transfer to the host per kind of figure."""
+    chosen = tokens[:, 0].tolist()
+    policy_log_probs = whole.gather(1, tokens)[:, 0].tolist()
+    guided_chosen = guided.gather(1, choice[:, None])[:, 0].tolist()
+    chosen_scores = scores.gather(1, choice[:, None])[:, 0].tolist() if scores is not None else None
+    for i, row in enumerate(active):
+        row.token_ids.append(chosen[i])
+        row.policy_log_prob += policy_log_probs[i]
+        row.guided_log_prob += guided_chosen[i]
+        row.policy_calls += 1
+        if chosen_scores is not None:
+            row.score = chosen_scores[i]
+            row.scorer_calls += 1
+        if trace:
+            row.trace.append(_step(chosen[i], candidate_ids[i], candidate_log_probs[i], scores, i, guided[i]))
+
+
+def _step(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, row: int, guided: Tensor) -> StepTrace:
+    return StepTrace(
+        token_id=token,
+        candidate_ids=ids.tolist(),
+        policy_log_probs=log_probs.tolist(),
+        scores=scores[row].tolist() if scores is not None else None,
+        guided_log_probs=guided.tolist(),
+    )
+
+
+def _drop_finished(
+    active: list[Request], going: list[int], tokens: Tensor, policy: Runner, scorer: Runner | None
+) -> tuple[list[Request], Tensor]:
+    """Take finished rows out of the batch and out of both caches."""
+    if len(going) == len(active):
+        return active, tokens
+    rows = torch.tensor(going, device=tokens.device)
+    runners: list[Any] = [policy, scorer] if scorer else [policy]
+    for runner in runners:
+        runner.select_rows(rows)
+    return [active[i] for i in going], tokens[rows]

@@ -1,0 +1,95 @@
+"""Guidance inside ``model.generate(..., custom_generate=rgtg.custom_generate(...))``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgtg.decoding.guided import GuidedPolicy
+from rgtg.errors import UsageError
+from rgtg.models.prefix_scorer import PrefixScorer, pad_right
+
+# Settings of a GenerationConfig that mean the same here, with transformers' own defaults.
+_PASSED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# Settings that change the text and that we do not carry out: refused, never ignored.
+_REFUSED = {
+    "num_beams": 1, "num_return_sequences": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "min_p": None, "bad_words_ids": None, "force_words_ids": None, "sequence_bias": None, "guidance_scale": None,
+    "penalty_alpha": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "stop_strings": None, "max_time": None, "watermarking_config": None,
+    "return_dict_in_generate": False,
+}  # fmt: skip
+
+
+def custom_generate(
+    scorer: "str | PrefixScorer | tuple[Any, Any] | None" = None,
+    *,
+    tokenizer: Any,
+    method: str = "pargs",
+    beta: float | None = None,
+    top_k: int | None = 10,
+    seed: int = 0,
+) -> Callable[..., Tensor]:
+    """A callable for ``generate(custom_generate=...)`` that decodes with guidance.
+
+    ``max_new_tokens``, ``min_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty`` and
+    ``no_repeat_ngram_size`` of the call are honoured; candidates are ours (``top_k`` here, not the call's); what would
+    have to be ignored is refused. ``generate`` itself drops ``streamer=`` for custom callables.
+
+    Args:
+        scorer: folder, hub id or loaded pair; None with method ``policy``.
+        tokenizer: the policy's.
+        method: a row of the methods table.
+        beta: guidance strength; it multiplies the score.
+        top_k: candidates per step.
+        seed: of the call's rows.
+
+    Returns:
+        ``f(model, input_ids, ...) -> (B, L + T)`` token ids, prompts as given, completions padded on the right.
+
+    Raises:
+        UsageError: on a call whose settings cannot be carried out.
+    """
+    loaded: dict[int, GuidedPolicy] = {}
+
+    def run(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        config = kwargs["generation_config"]
+        if id(model) not in loaded:
+            loaded[id(model)] = GuidedPolicy.from_pretrained(
+                (model, tokenizer), scorer, method=method, beta=beta, top_k=top_k
+            )
+        return _generate(loaded[id(model)], input_ids, kwargs.get("attention_mask"), config, seed)
+
+    return run
+
+
+def _generate(guided: GuidedPolicy, input_ids: Tensor, mask: Tensor | None, config: Any, seed: int) -> Tensor:
+    settings = _settings(config, guided, input_ids.shape[1])
+    kept = torch.ones_like(input_ids) if mask is None else mask
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept, strict=True)]
+    done = guided.generate_ids(prompts, seed=seed, batch_size=len(prompts), **settings)
+    pad = guided.policy.tokenizer.pad_token_id
+    pad = guided.policy.tokenizer.eos_token_id if pad is None else pad
+    new, _ = pad_right([completion.token_ids for completion in done], pad, input_ids.device)
+    return torch.cat([input_ids, new], 1)
+
+
+def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str, Any]:
+    for name, default in _REFUSED.items():
+        value = getattr(config, name, default)
+        if value not in (default, None):
+            raise UsageError(f"guided generation does not do {name}={value!r}; leave it out")
+    settings: dict[str, Any] = {"max_new_tokens": config.max_length - prompt_length}
+    if config.min_new_tokens:
+        settings["min_new_tokens"] = config.min_new_tokens
+    for name, default in _PASSED.items():
+        value = getattr(config, name, None)
+        settings[name] = default if value is None else value
+    if config.do_sample:
+        settings["top_p"] = 1.0 if config.top_p is None else config.top_p
+        if guided.method.rule != "greedy":
+            settings["temperature"] = 1.0 if config.temperature is None else config.temperature
+    elif guided.method.rule != "greedy":
+        settings["temperature"] = 0.0
+    return settings
