@@ -1,0 +1,103 @@
+"""``rgtg data``: look at preference data before training on it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_libraries, save_settings, verb
+from rgtg.config import DataCheckSettings
+from rgtg.errors import UsageError
+
+if TYPE_CHECKING:
+    from rgtg.data import Pairs
+
+app = typer.Typer(help="Preference data: check it before training on it.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``check`` a sub-command, though it is the only one."""
+
+
+@app.command("check")
+@verb
+def check(
+    file: Annotated[str, typer.Argument(help=".jsonl, .gz/.xz/.zst of it, .parquet, or hub id owner/name[:split].")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id: renders chat messages, counts lengths in tokens.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
+    on_bad: Annotated[
+        str | None, typer.Option(metavar="error|skip", help="Refuse bad rows, or leave them out.")
+    ] = None,
+    rejects: Annotated[
+        Path | None, typer.Option(help="Where skipped rows go. [default: rejects.jsonl beside the file]")
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Validate preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
+    flags = {"file": file, "tokenizer": tokenizer, "max_length": max_length, "on_bad": on_bad, "rejects": rejects}
+    settings = DataCheckSettings.resolve(config, overrides, {**flags, "seed": seed})
+    target = _rejects_path(settings)
+    pairs = _read(settings, target)
+    if target is not None:
+        save_settings(target, settings)
+    plain = {"file": settings.file, "fingerprint": pairs.fingerprint, **pairs.summary.model_dump()}
+    plain["rejects"] = None if target is None else str(target)
+    emit(plain, as_json=as_json, quiet=quiet, show=lambda: _show(settings.file, pairs, target))
+
+
+def _rejects_path(settings: DataCheckSettings) -> Path | None:
+    if settings.on_bad == "error":
+        if settings.rejects is not None:
+            raise UsageError("--rejects is where --on-bad skip puts bad rows; with --on-bad error it has no use")
+        return None
+    source = Path(settings.file)
+    beside = source.parent if source.exists() else Path()  # a hub id has no folder: the current one
+    return settings.rejects or beside / "rejects.jsonl"
+
+
+def _read(settings: DataCheckSettings, rejects: Path | None) -> "Pairs":
+    from rgtg.data import read_pairs
+
+    tokenizer = None
+    if settings.tokenizer is not None:
+        from rgtg.models.policy import load_tokenizer
+
+        hush_libraries()
+        tokenizer = load_tokenizer(settings.tokenizer, "data check")
+    return read_pairs(
+        settings.file, tokenizer=tokenizer, max_length=settings.max_length, on_bad=settings.on_bad, rejects=rejects
+    )
+
+
+def _show(source: str, pairs: "Pairs", rejects: Path | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    summary, console = pairs.summary, Console()
+    lengths = Table("length", "mean", "median", "95 %")
+    for name in ("prompt", "chosen", "rejected"):
+        stats = getattr(summary, name)
+        lengths.add_row(f"{name} ({summary.unit})", f"{stats.mean:.1f}", f"{stats.median:.0f}", f"{stats.p95:.0f}")
+    rows = Table("rows", "count")
+    rows.add_row("read", str(summary.rows))
+    rows.add_row("kept", str(summary.kept))
+    for reason, count in summary.rejects_by_reason.items():
+        rows.add_row(f"left out: {reason}", str(count))
+    console.print(f"{escape(source)}: {summary.kept} pairs", soft_wrap=True)
+    console.print(lengths, rows)
+    console.print(
+        f"chosen is longer in {summary.chosen_longer:.1%}, equal in {summary.chosen_equal:.1%}, "
+        f"shorter in {summary.chosen_shorter:.1%} of the pairs",
+        f"fingerprint {pairs.fingerprint}",
+        sep="\n",
+    )
+    if rejects is not None:
+        console.print(f"rows left out, with reasons: {escape(str(rejects))}", soft_wrap=True)
