@@ -96,6 +96,7 @@ def read_pairs(
     reading = _Reading(str(source), tokenizer, max_length)
     with _rejects_writer(rejects if on_bad == "skip" else None) as write:
         for line, raw in iter_rows(source):
+            reading.rows += 1
             try:
                 reading.add(line, parse_row(raw))
             except RowProblem as problem:
@@ -171,14 +172,23 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], tokenizer: Any, *, append_eo
 
 def _tokenize(pair: PreferencePair, tokenizer: Any, append_eos: bool) -> TokenizedPair:
     prompt_ids = encode_prompt(tokenizer, pair.prompt, templated=pair.prompt_templated)
-    chosen_ids = _completion_ids(pair, pair.chosen, tokenizer, append_eos)
-    return TokenizedPair(prompt_ids, chosen_ids, _completion_ids(pair, pair.rejected, tokenizer, append_eos))
+    chosen_ids = _completion_ids(pair, prompt_ids, pair.chosen, tokenizer, append_eos)
+    return TokenizedPair(
+        prompt_ids, chosen_ids, _completion_ids(pair, prompt_ids, pair.rejected, tokenizer, append_eos)
+    )
 
 
-def _completion_ids(pair: PreferencePair, completion: str, tokenizer: Any, append_eos: bool) -> list[int]:
+def _completion_ids(
+    pair: PreferencePair, prompt_ids: list[int], completion: str, tokenizer: Any, append_eos: bool
+) -> list[int]:
     templated, eos = pair.prompt_templated, tokenizer.eos_token_id
     ids = encode_completion(
-        tokenizer, pair.prompt, completion, templated=templated, append_eos=append_eos and not templated
+        tokenizer,
+        pair.prompt,
+        completion,
+        templated=templated,
+        append_eos=append_eos and not templated,
+        prompt_ids=prompt_ids,
     )
     if templated and append_eos and eos in ids:
         end = len(ids) - ids[::-1].index(eos)
@@ -209,7 +219,6 @@ class _Reading:
 
     def add(self, line: int, row: Any) -> None:
         """Keep a row, or raise RowProblem."""
-        self.rows += 1
         pair = to_pair(row, self.tokenizer)
         content = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode()
         key = hashlib.sha256(content).digest()[:16]

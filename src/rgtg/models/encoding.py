@@ -94,15 +94,23 @@ def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> li
 
 
 def encode_completion(
-    tokenizer: Any, prompt: str, completion: str, *, templated: bool = False, append_eos: bool = True
+    tokenizer: Any,
+    prompt: str,
+    completion: str,
+    *,
+    templated: bool = False,
+    append_eos: bool = True,
+    prompt_ids: list[int] | None = None,
 ) -> list[int]:
     """Token ids of a completion as it stands after its prompt, closed by EOS if asked for.
 
     Where encoding prompt and completion together keeps the prompt's own ids, what follows them is the completion
     (so a SentencePiece tokenizer adds no space of its own). Where a token would straddle the border, which no
-    generation could produce, the completion is encoded alone.
+    generation could produce, the completion is encoded alone. ``prompt_ids``, where the caller has them, saves
+    encoding the prompt again.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, templated=templated)
+    if prompt_ids is None:
+        prompt_ids = encode_prompt(tokenizer, prompt, templated=templated)
     whole = encode_prompt(tokenizer, prompt + completion, templated=templated)
     if whole[: len(prompt_ids)] == prompt_ids:
         ids = whole[len(prompt_ids) :]

@@ -1,0 +1,93 @@
+"""``rgtg data check``: what it prints, what it writes, how it exits."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from rgtg.cli.data import app
+
+GOOD = {"prompt": "Say hi", "chosen": " hello there", "rejected": " no"}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "prompt": f"Say {word}"}) for word in ("hi", "ho", "hey")))
+    return path
+
+
+@pytest.fixture
+def bad_pairs(pairs):
+    pairs.write_text(pairs.read_text() + "\nnonsense\n" + json.dumps({**GOOD, "chosen": None}) + "\n")
+    return pairs
+
+
+def check(*arguments):
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+def test_a_good_file_is_summarised(pairs):
+    result = check(pairs)
+    assert result.exit_code == 0
+    assert "3 pairs" in result.stdout
+    assert "chosen is longer in 100.0%" in result.stdout
+    assert check(pairs, "--quiet").stdout == ""
+
+
+def test_json_output(pairs):
+    plain = json.loads(check(pairs, "--json").stdout)
+    assert (plain["rows"], plain["kept"], plain["rejects_by_reason"], plain["unit"]) == (3, 3, {}, "characters")
+    assert len(plain["fingerprint"]) == 16
+
+
+def test_bad_rows_end_in_exit_3_with_the_reasons(bad_pairs):
+    result = check(bad_pairs)
+    assert result.exit_code == 3
+    assert "cannot use 2 of 5 rows (not JSON: 1, null field: 1)" in result.stderr
+    assert "pairs.jsonl:4: not JSON" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in bad_pairs.parent.iterdir()] == ["pairs.jsonl"]
+
+
+def test_skip_writes_rejects_beside_the_file_with_its_settings(bad_pairs):
+    result = check(bad_pairs, "--on-bad", "skip")
+    assert result.exit_code == 0, result.stderr
+    assert "left out: not JSON" in result.stdout
+    rejects = bad_pairs.parent / "rejects.jsonl"
+    assert [json.loads(line)["line"] for line in rejects.read_text().splitlines()] == [4, 5]
+    assert json.loads((bad_pairs.parent / "rejects.jsonl.settings.json").read_text())["on_bad"] == "skip"
+
+
+def test_lengths_in_tokens_and_the_limit(pairs, policy_folder):
+    plain = json.loads(check(pairs, "--tokenizer", policy_folder, "--json").stdout)
+    assert (plain["unit"], plain["chosen"]["median"]) == ("tokens", 13)
+    result = check(pairs, "--tokenizer", policy_folder, "--max-length", 10)
+    assert result.exit_code == 3
+    assert "too long: 19 tokens, at most 10 allowed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jsonl"], "absent.jsonl: no such file"),
+        (["FILE", "--max-length", "10"], "max_length counts tokens"),
+        (["FILE", "--on-bad", "ignore"], "on_bad = 'ignore'"),
+        (["FILE", "--rejects", "r.jsonl"], "with --on-bad error it has no use"),
+        (["FILE", "--on-bad", "skip", "--rejects", "FILE"], "would overwrite the data"),
+        (["FILE", "--set", "on_bda=skip"], "did you mean on_bad?"),
+        (["FILE", "--tokenizer", "./absent"], "no model folder ./absent"),
+    ],
+)
+def test_wrong_use_is_exit_2_with_one_message(pairs, arguments, message):
+    result = check(*(pairs if argument == "FILE" else argument for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_file(bad_pairs, tmp_path):
+    config = tmp_path / "check.yaml"
+    config.write_text("on_bad: skip\nrejects: " + str(tmp_path / "out" / "bad.jsonl") + "\n")
+    assert check(bad_pairs, "--config", config).exit_code == 0
+    assert (tmp_path / "out" / "bad.jsonl").is_file()
