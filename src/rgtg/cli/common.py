@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -47,7 +47,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def fail(message: str, code: int) -> Any:
+def fail(message: str, code: int) -> NoReturn:
     """Print one message on stderr and leave."""
     sys.stderr.write(f"error: {message}\n")
     raise typer.Exit(code)

@@ -1,7 +1,8 @@
 """GuidedPolicy: a frozen policy, a scorer and a method, behind one ``generate``."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 
@@ -26,7 +27,6 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
-T = TypeVar("T")
 
 
 class GuidedPolicy:
@@ -128,14 +128,14 @@ class GuidedPolicy:
             UsageError: unusable settings.
             NonFiniteError: NaN from the policy or the scorer.
         """
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        rendered = [self._render(prompt) for prompt in many]
-        tokenizer = self.policy.tokenizer
-        ids = [
-            _naming_prompt(i, len(many), lambda t=text, x=templated: encode_prompt(tokenizer, t, templated=x))
-            for i, (text, templated) in enumerate(rendered)
-        ]
-        return self._generate(ids, [text for text, _ in rendered], seed, trace, batch_size, settings)
+        many = _as_list(prompts)
+        ids, texts = [], []
+        for index, prompt in enumerate(many):
+            with _naming_prompt(index, len(many)):
+                text, prompt_ids = self._encode(prompt)
+            ids.append(prompt_ids)
+            texts.append(text)
+        return self._generate(ids, texts, seed, trace, batch_size, settings)
 
     def generate_ids(
         self,
@@ -172,8 +172,7 @@ class GuidedPolicy:
         A completion-level method yields its text at the end. Arguments and errors are those of ``generate``.
         """
         resolved = self._settings(settings)
-        text, templated = self._render(prompt)
-        ids = encode_prompt(self.policy.tokenizer, text, templated=templated)
+        text, ids = self._encode(prompt)
         (request,) = self._requests([ids], [text], seed, resolved)
         shown = ""
         steps = self._decode([request], resolved, trace=False)
@@ -199,17 +198,20 @@ class GuidedPolicy:
         settings: DecodingSettings,
     ) -> list[Request]:
         for i, ids in enumerate(prompt_ids):
-            _naming_prompt(i, len(prompt_ids), lambda mine=ids: self._require_room(mine, settings))
+            with _naming_prompt(i, len(prompt_ids)):
+                self._require_room(ids, settings)
         device = self.policy.model.device
         return [
             Request(text, list(ids), row_seed, make_processors(settings, len(ids), self.end_tokens, device))
             for text, ids, row_seed in zip(texts, prompt_ids, row_seeds(seed, prompt_ids), strict=True)
         ]
 
-    def _render(self, prompt: Prompt) -> tuple[str, bool]:
+    def _encode(self, prompt: Prompt) -> tuple[str, list[int]]:
+        tokenizer = self.policy.tokenizer
         if isinstance(prompt, str):
-            return prompt, False
-        return render_chat(self.policy.tokenizer, prompt, add_generation_prompt=True), True
+            return prompt, encode_prompt(tokenizer, prompt)
+        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+        return text, encode_prompt(tokenizer, text, templated=True)
 
     def _require_room(self, prompt_ids: Sequence[int], settings: DecodingSettings) -> None:
         require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
@@ -247,10 +249,11 @@ def _tokenwise(
     yield from decode(requests, policy, scorer, logits, rule, stopping)
 
 
-def _naming_prompt(index: int, total: int, step: Callable[[], T]) -> T:
-    """Run a step on one of several prompts; a refusal says which prompt it was."""
+@contextmanager
+def _naming_prompt(index: int, total: int) -> Iterator[None]:
+    """A refusal inside says which of several prompts it is about."""
     try:
-        return step()
+        yield
     except DataError as error:
         raise type(error)(f"prompt {index + 1} of {total}: {error}" if total > 1 else str(error)) from error
 
@@ -259,9 +262,12 @@ def _placement(dtype: Any, device: Any) -> dict[str, Any]:
     return {"dtype": dtype, "device": device}
 
 
-def _is_one_prompt(prompts: Any) -> bool:
-    """A text, or one conversation (a list of messages)."""
-    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
+    """A text or one conversation (a list of messages) is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    return [many] if many and isinstance(many[0], dict) else many
 
 
 def _settled(text: str, stop: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
     """Keys and values of one layer in one buffer (B, heads, capacity, dim), of which ``length`` columns are kept.
 
     ``update`` writes behind the kept columns and returns everything so far as a view: nothing is concatenated, and what
@@ -66,7 +66,7 @@ class TreeLayer(CacheLayerMixin):
         return self.capacity
 
 
-class TreeCache(Cache):
+class TreeCache(Cache):  # type: ignore[misc]
     """A cache whose layers hold one kept prefix, shared by every node of a tree that is read over it."""
 
     def __init__(self, layers: int, capacity: int) -> None:

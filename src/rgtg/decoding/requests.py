@@ -142,7 +142,7 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         prompt=request.prompt,
         text=request.text,
         token_ids=request.token_ids,
-        finish_reason=request.finish_reason,  # type: ignore[arg-type]
+        finish_reason=request.finish_reason,
         method=method,
         seed=request.seed,
         policy_log_prob=request.policy_log_prob,

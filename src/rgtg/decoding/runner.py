@@ -154,10 +154,10 @@ class RecomputeRunner:
         self.tree = tree
         tokens = tree.tokens.tolist()
         paths = [tree.path(node) for node in range(tree.width)]
-        texts = [
-            [*row, *(mine[j] for j in path)] for row, mine in zip(self.rows, tokens, strict=True) for path in paths
-        ]
-        return self._read_last(texts).unflatten(0, (len(self.rows), tree.width))
+        nodes = zip(self.rows, tokens, strict=True)
+        texts = [[*row, *(mine[j] for j in path)] for row, mine in nodes for path in paths]
+        read = self._read_last(texts)
+        return read.reshape(len(self.rows), tree.width, *read.shape[1:])
 
     def keep(self, nodes: Tensor) -> None:
         """Keep node ``nodes[b]``, a child of the prefix, of the tree that was read last."""
@@ -174,7 +174,8 @@ class RecomputeRunner:
         ids, mask = pad_right(texts, 0, self.model.device)
         out = self.readout(self.model, last_only=False, input_ids=ids, attention_mask=mask, use_cache=False)
         last = torch.tensor([len(text) - 1 for text in texts], device=out.device)
-        return out[torch.arange(len(texts), device=out.device), last]
+        read: Tensor = out[torch.arange(len(texts), device=out.device), last]
+        return read
 
 
 def make_runner(model: Any, readout: Readout, capacity: int, *, tree: bool | None = None) -> Runner:
@@ -211,7 +212,7 @@ _verdicts: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 def supports_token_tree(model: Any, readout: Readout) -> bool:
-    """Whether a model reads a tree exactly: its layers are of known kinds, and a small trial agrees with plain passes."""
+    """Whether a model reads a tree exactly: known layer kinds, and a small trial that agrees with plain passes."""
     if model not in _verdicts:
         _verdicts[model] = _has_known_layers(model) and _trial_agrees(model, readout)
     return _verdicts[model]

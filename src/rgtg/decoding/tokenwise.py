@@ -93,7 +93,7 @@ def _process(active: list[Request], logits: Tensor, whole: Tensor) -> Tensor:
 
 def _score(scorer: Runner, candidate_ids: Tensor) -> Tensor:
     """Scores (B, K) of all candidates, in fp32 on the policy's device."""
-    parts = [scorer.read(TokenTree.leaves(ids)) for ids in candidate_ids.split(MAX_WIDTH, dim=1)]
+    parts = [scorer.read(TokenTree.leaves(ids)) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
     return torch.cat(parts, 1).float().to(candidate_ids.device)
 
 

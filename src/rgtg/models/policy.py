@@ -8,7 +8,7 @@ import torch
 from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.checkpoint import require_safe_weights
 
-DTYPES = {
+DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
     "float32": torch.float32, "fp32": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
