@@ -1,0 +1,82 @@
+"""``rgtg compare``: several methods, the same prompts, a reward that none of them used."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rgtg.cli.common import (
+    AsJson,
+    Config,
+    Overrides,
+    Quiet,
+    Seed,
+    emit,
+    hush_libraries,
+    save_settings,
+    verb,
+    write_json,
+)
+from rgtg.config import CompareSettings
+from rgtg.errors import OutputError
+from rgtg.types import ComparisonResult
+
+
+@verb
+def command(
+    policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}.')] = None,
+    reward: Annotated[str | None, typer.Option(help="Held-out reward model that scores everyone.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results.json, report.html and settings.json.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Compare methods; the YAML names them under "methods" (see docs/quickstart.md)."""
+    flags = {k: v for k, v in locals().items() if k in CompareSettings.model_fields}
+    settings = CompareSettings.resolve(config, overrides, flags)
+    _make_folder(settings.output)
+    hush_libraries()
+    from rich.console import Console
+
+    from rgtg.evaluation.compare import compare
+
+    errors = Console(stderr=True, quiet=quiet or as_json)
+    result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
+    write_json(settings.output / "results.json", result)
+    save_settings(settings.output, settings)
+    _write_report(result, settings.output / "report.html")
+    emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result, settings.output))
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {output}: {error.strerror}; choose another --output") from error
+
+
+def _write_report(result: ComparisonResult, path: Path) -> None:
+    from rgtg.cli.common import atomic_write
+    from rgtg.report import html_report
+
+    with atomic_write(path) as partial:
+        partial.write_text(html_report(result, {}, title="Comparison"), encoding="utf-8")
+
+
+def show(result: ComparisonResult, output: Path | None = None) -> None:
+    """Print the comparison as a table, best reward first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", *(m for m in next(iter(result.methods)).metrics), "tokens/s", "scorer calls")
+    for row in sorted(result.methods, key=lambda r: -r.metrics["reward"].mean):
+        cells = [f"{m.mean:.3g} [dim]{m.low:.3g}–{m.high:.3g}[/dim]" for m in row.metrics.values()]
+        table.add_row(row.label, *cells, f"{row.tokens_per_second:.0f}", str(row.scorer_calls))
+    console = Console()
+    console.print(table)
+    if output:
+        console.print(f"written to {output}")

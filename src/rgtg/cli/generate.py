@@ -1,0 +1,162 @@
+"""``rgtg generate``: guided completions of one prompt, on the terminal, or of a file of prompts."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, save_settings, verb
+from rgtg.config import GenerateSettings
+from rgtg.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rgtg.decoding.guided import GuidedPolicy
+
+_DECODING = (
+    "temperature", "top_p", "min_new_tokens", "max_new_tokens", "stop", "repetition_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
+
+
+@verb
+def command(
+    policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="What steers it: folder or hub id.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="policy, pargs, pargs-greedy, args, args-sample, best-of-n.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Guidance strength; multiplies the score. Default 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Candidates per step. Default 10.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of the candidates.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the guided distribution; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default 64.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Default 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")] = None,
+    n: Annotated[int | None, typer.Option(help="Completions best-of-n draws. Default 10.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt; the completion streams to the terminal.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}; needs --output.')] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of completions, one line per prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts decoded together. Default 8.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Keep every candidate's figures of every step.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Complete prompts with a frozen policy steered by a scorer.
+
+    [bold]Example[/bold]: rgtg generate --policy POLICY --scorer SCORER --beta 2 --prompt "Once upon a time"
+    """
+    flags = {k: v for k, v in locals().items() if k in GenerateSettings.model_fields and v not in (None, [], False)}
+    settings = GenerateSettings.resolve(config, overrides, flags)
+    _require_target(settings)
+    hush_libraries()
+    if settings.prompts and settings.output:
+        _complete_file(settings, as_json=as_json, quiet=quiet)
+    else:
+        _complete_one(settings, as_json=as_json, quiet=quiet)
+
+
+def _require_target(settings: GenerateSettings) -> None:
+    if settings.policy is None:
+        raise UsageError("--policy is required: a folder or hub id of a causal language model")
+    if (settings.prompt is None) == (settings.prompts is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE --output FILE")
+    if (settings.prompts is None) != (settings.output is None):
+        raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
+
+
+def load_guided(settings: GenerateSettings) -> "GuidedPolicy":
+    """The policy and scorer of the settings, joined."""
+    from rgtg.decoding.guided import GuidedPolicy
+
+    assert settings.policy is not None, "checked before anything is loaded"
+    given = settings.model_fields_set
+    return GuidedPolicy.from_pretrained(
+        settings.policy,
+        settings.scorer,
+        method=settings.method,
+        beta=settings.beta if "beta" in given else None,
+        n=settings.n if "n" in given else None,
+        top_k=settings.top_k,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+
+
+def _decoding(settings: GenerateSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in _DECODING if name in settings.model_fields_set}
+
+
+def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+    guided = load_guided(settings)
+    assert settings.prompt is not None, "checked before anything is loaded"
+    if as_json or settings.trace:
+        (done,) = guided.generate(settings.prompt, seed=settings.seed, trace=settings.trace, **_decoding(settings))
+        sys.stdout.write(done.model_dump_json() + "\n")
+        return
+    pieces = guided.stream(settings.prompt, seed=settings.seed, **_decoding(settings))
+    first = next(pieces, "")  # errors come before anything is printed
+    sys.stdout.write(("" if quiet else settings.prompt) + first)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+    from rich.progress import track
+
+    from rgtg.data import read_prompts
+
+    assert settings.prompts and settings.output, "checked before anything is loaded"
+    texts = read_prompts(settings.prompts)
+    partial = _reserve(settings.output)
+    try:
+        guided = load_guided(settings)
+        starts = range(0, len(texts), settings.batch_size)
+        from rgtg.decoding.requests import row_seeds
+
+        seeds = row_seeds(settings.seed, [list(text.encode()) for text in texts])
+        with partial.open("w", encoding="utf-8") as file:
+            for start in track(starts, "generating", disable=quiet or as_json, transient=True):
+                part = slice(start, start + settings.batch_size)
+                done = guided.generate(texts[part], seed=seeds[part], trace=settings.trace, **_decoding(settings))
+                file.writelines(completion.model_dump_json() + "\n" for completion in done)
+            file.flush()
+            os.fsync(file.fileno())
+        save_settings(settings.output, settings)
+        partial.replace(settings.output)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise OutputError(f"cannot write {settings.output}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _say(len(texts), settings, as_json=as_json, quiet=quiet)
+
+
+def _reserve(output: Path) -> Path:
+    """A file beside the output that takes its name when all rows are written; fails before any model is loaded."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}; choose a folder that can be written") from error
+    if output.is_dir():
+        partial.unlink()
+        raise OutputError(f"cannot write {output}: it is a folder; give a file name")
+    return partial
+
+
+def _say(rows: int, settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"rows": rows, "output": str(settings.output)}) + "\n")
+    elif not quiet:
+        sys.stdout.write(f"{rows} completions in {settings.output}\n")

@@ -1,0 +1,100 @@
+"""``rgtg score``: rewards of finished completions."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rgtg.cli.common import (
+    AsJson,
+    Config,
+    Overrides,
+    Quiet,
+    Seed,
+    atomic_write,
+    emit,
+    hush_libraries,
+    save_settings,
+    verb,
+)
+from rgtg.config import ScoreSettings
+from rgtg.errors import DataError
+
+
+@verb
+def command(
+    scorer: Annotated[str | None, typer.Option(help="Reward model: folder or hub id.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL of prompt with text or completion.")] = None,  # noqa: A002
+    output: Annotated[Path | None, typer.Option(help="The same lines with a reward each.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default 8.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Score completions: reads what rgtg generate writes, adds "reward" to every line."""
+    flags = {k: v for k, v in locals().items() if k in ScoreSettings.model_fields}
+    settings = ScoreSettings.resolve(config, overrides, flags)
+    rows = _read_rows(settings.input)
+    hush_libraries()
+    from rgtg.models.prefix_scorer import PrefixScorer
+
+    with atomic_write(settings.output) as partial:
+        model = PrefixScorer.from_pretrained(settings.scorer, dtype=settings.dtype, device=settings.device)
+        rewards = _rewards(model, rows)
+        scored = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in scored]
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_settings(settings.output, settings)
+    mean = sum(rewards) / len(rewards)
+    summary = {"rows": len(rows), "mean_reward": mean, "output": str(settings.output)}
+    emit(
+        summary,
+        as_json=as_json,
+        quiet=quiet,
+        show=lambda: typer.echo(f"{len(rows)} rewards in {settings.output}, mean {mean:.4f}"),
+    )
+
+
+def _rewards(model: Any, rows: list[dict[str, Any]]) -> list[float]:
+    """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
+    rewards = [0.0] * len(rows)
+    for finished in (True, False):
+        part = [i for i, row in enumerate(rows) if (row.get("finish_reason") != "length") == finished]
+        if part:
+            prompts, texts = [rows[i]["prompt"] for i in part], [_completion(rows[i]) for i in part]
+            for i, reward in zip(part, model.score(prompts, texts, finished=finished), strict=True):
+                rewards[i] = reward
+    return rewards
+
+
+def _completion(row: dict[str, Any]) -> str:
+    return str(row["text"] if "text" in row else row["completion"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    from rgtg.data_sources import RowProblem, iter_rows, parse_row
+
+    rows = []
+    for number, raw in iter_rows(path):
+        try:
+            row = parse_row(raw)
+        except RowProblem as problem:
+            raise DataError(f"{path}:{number}: {problem}; expected one JSON object per line") from problem
+        _require_texts(row, f"{path}:{number}")
+        rows.append(row)
+    return rows
+
+
+def _require_texts(row: Any, place: str) -> None:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object, got {type(row).__name__}")
+    for name in ("prompt", "text" if "text" in row else "completion"):
+        if not isinstance(row.get(name), str) or not row[name]:
+            raise DataError(
+                f'{place}: "{name}" must be a non-empty text; expected "prompt" with "text" or "completion"'
+            )
