@@ -1,5 +1,6 @@
 """A stock sequence-classification reward model, read at every position in one pass."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,4 +211,7 @@ def _load_adapter(source: str, dtype: Any, tokenizer: Any) -> Any:
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
     model = load_pretrained(AutoModelForSequenceClassification, base, "scorer's base", dtype=dtype, num_labels=1)
     ensure_pad_token(tokenizer, model)
-    return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; nothing a user could act on
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()

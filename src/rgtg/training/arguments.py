@@ -1,0 +1,120 @@
+"""The ``train.`` settings as trl's RewardConfig: our defaults, nothing ignored, nothing unknown."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import RewardConfig
+
+from rgtg.config import TrainSettings
+from rgtg.errors import UsageError
+
+CHECKPOINTS = "checkpoints"
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "num_train_epochs": 1,
+    "warmup_steps": 0.05,  # below 1: a fraction of all steps
+    "logging_steps": 10,
+    "eval_strategy": "no",  # one evaluation at the end is always made
+    "report_to": "none",
+    "activation_checkpointing": False,  # trl's default trades time for memory that small scorers do not need
+}
+
+_OWNED = {
+    "output_dir": "use --output",
+    "seed": "use --seed",
+    "max_length": "use --max-length",
+    "resume_from_checkpoint": "use --resume",
+    "disable_tqdm": "use --quiet",
+    "trust_remote_code": "code from model repositories is never run",
+    "eos_token": "set it in the base model's tokenizer, which the policy reads too",
+    "pad_token": "set it in the base model's tokenizer",
+    "chat_template_path": "set the chat template in the base model's tokenizer",
+    "logging_nan_inf_filter": "a non-finite loss always stops the run",
+    "dataset_num_proc": "pairs are tokenised in this process",
+    "remove_unused_columns": "rgtg makes the columns itself",
+    "label_names": "pairs have no labels",
+    "do_train": "rgtg train always trains",
+    "do_eval": "give --eval-pairs or --set eval_fraction",
+    "do_predict": "use rgtg score",
+    "push_to_hub": "upload the finished folder yourself",
+    "fsdp": "use rgtg.PrefixRewardTrainer in a script of your own",
+    "deepspeed": "use rgtg.PrefixRewardTrainer in a script of your own",
+}
+
+
+def reward_config(settings: TrainSettings, max_length: int | None) -> RewardConfig:
+    """RewardConfig of a run: our defaults under what the user set.
+
+    Raises:
+        UsageError: an unknown name, one that another setting decides, or a value that trl refuses.
+    """
+    given = {name: _number(name, value) for name, value in settings.train.items()}
+    given.pop("model_init_kwargs", None)  # spent when the base is loaded
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if name in given:  # the name most people know; transformers has renamed it
+            given[name.replace("gradient", "activation")] = given.pop(name)
+    values = {"gradient_checkpointing": None} | DEFAULTS | _of_this_machine() | {"save_strategy": "steps" if settings.resume else "no"} | given
+    try:
+        return RewardConfig(
+            output_dir=str(settings.output / CHECKPOINTS), seed=settings.seed, max_length=max_length,
+            disable_tqdm=True, logging_nan_inf_filter=False, **values,
+        )  # fmt: skip
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"the train settings are refused: {' '.join(str(error).split())}") from error
+
+
+def require_known(train: dict[str, Any]) -> None:
+    """Refuse names that RewardConfig has not, or that are decided elsewhere.
+
+    Raises:
+        UsageError: with the nearest name, or the setting to use.
+    """
+    known = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
+    for name in train:
+        if name in _OWNED or name.startswith("hub_"):
+            raise UsageError(f"train.{name} cannot be set here: {_OWNED.get(name, 'upload the folder yourself')}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known - set(_OWNED), n=1)
+            hint = f"did you mean train.{near[0]}?" if near else "expected an argument of trl's RewardConfig"
+            raise UsageError(f"unknown setting train.{name}; {hint}")
+
+
+def require_output(output: Path, resume: bool) -> None:
+    """Make the output folder now, rather than find out after training that it cannot be had.
+
+    Raises:
+        UsageError: a file, or a folder that already holds a model or another run's checkpoints.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; give a folder that is new or empty")
+    taken = [name for name in ("config.json", "adapter_config.json", "rgtg.json") if (output / name).exists()]
+    if taken:
+        raise UsageError(f"--output {output} already holds a model ({taken[0]}); choose another folder or delete it")
+    if not resume and (output / CHECKPOINTS).exists() and any((output / CHECKPOINTS).iterdir()):
+        raise UsageError(f"--output {output} holds checkpoints of an unfinished run; add --resume or choose another")
+
+
+def _of_this_machine() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": cuda,
+    }
+
+
+def _number(name: str, value: Any) -> Any:
+    """YAML reads 5e-5 as text; where RewardConfig wants a number, make it one."""
+    kind = str({field.name: field.type for field in dataclasses.fields(RewardConfig)}.get(name, ""))
+    if not isinstance(value, str) or "str" in kind or not ("float" in kind or "int" in kind):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UsageError(f"train.{name} = {value!r}: expected a number") from error

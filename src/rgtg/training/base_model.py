@@ -1,0 +1,101 @@
+"""The model a scorer starts from: a language model with a new scalar head, or a reward model trained further."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rgtg.config import LoraSettings
+from rgtg.errors import MissingExtraError, UsageError
+from rgtg.models.encoding import ensure_pad_token
+from rgtg.models.policy import load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.prefix_scorer import PrefixScorer, position_scores, scalar_head
+
+
+def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
+    """A sequence-classification model with one label, in fp32 unless ``dtype`` says otherwise, and its tokenizer.
+
+    A language model gets a new head, drawn from ``seed`` alone; a reward model keeps its own (a LoRA scorer's is
+    merged into its base). The tokenizer has a padding token that is not its EOS.
+
+    Raises:
+        ModelNotFoundError: nothing loadable at ``source``.
+        UsageError: a classifier with several labels, or a model that no head can be put on.
+    """
+    dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
+    if (Path(source) / "adapter_config.json").is_file():
+        scorer = PrefixScorer.from_pretrained(source, dtype=dtype, device="cpu")
+        return scorer.model.requires_grad_(True), scorer.tokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(source, "base model")
+    _require_one_label(source)
+    model, report = load_pretrained(
+        AutoModelForSequenceClassification, source, "base model",
+        dtype=dtype, num_labels=1, use_safetensors=True, output_loading_info=True, **kwargs,
+    )  # fmt: skip
+    ensure_pad_token(tokenizer, model)
+    if any(key.startswith("score.") for key in report["missing_keys"]):
+        init_head(model, seed)
+    return model, tokenizer
+
+
+def init_head(model: Any, seed: int) -> None:
+    """Draw the scalar head from N(0, initializer_range²) with a generator of its own: same seed, same head."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in scalar_head(model).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def require_causal(model: Any) -> None:
+    """Refuse a model whose score of a prefix depends on what follows it, by trying: one forward cannot train it.
+
+    Raises:
+        UsageError: the model pools before its head, or attends to later tokens.
+    """
+    if scalar_head(model) is None:
+        raise UsageError(
+            f"{type(model).__name__} pools before its head, so it cannot score every prefix in one pass; start from a "
+            "causal (decoder) model, such as the policy itself"
+        )
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=device) % model.config.get_text_config().vocab_size
+    one, other = position_scores(model, ids, torch.ones_like(ids))[:, :3].float()
+    model.train(was_training)
+    if not torch.allclose(one, other, atol=1e-2, rtol=1e-2, equal_nan=True):
+        raise UsageError(
+            f"{type(model).__name__} looks ahead: its score of a prefix changes with the tokens after it; start from a "
+            "causal (decoder) model"
+        )
+
+
+def lora_config(model: Any, settings: LoraSettings) -> Any:
+    """Configuration for peft of a scorer: LoRA on the trunk, the reward head trained in full.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingExtraError("LoRA needs peft: pip install 'rgtg[train]'") from error
+    from transformers.pytorch_utils import Conv1D
+
+    stored_transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    return LoraConfig(
+        task_type="SEQ_CLS", modules_to_save=["score"], fan_in_fan_out=stored_transposed, **settings.model_dump()
+    )
+
+
+def _require_one_label(source: str) -> None:
+    from transformers import AutoConfig
+
+    config = load_pretrained(AutoConfig, source, "base model")
+    classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if classifier and config.num_labels != 1:
+        raise UsageError(f"{source} is a classifier with {config.num_labels} labels; a scorer gives one number")

@@ -1,0 +1,96 @@
+"""Preference pairs as the trainers read them: a dataset of token ids, and batches of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers.data.data_collator import DataCollatorMixin
+
+from rgtg.errors import DataError, UsageError
+from rgtg.models.prefix_scorer import pad_right
+
+COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")
+
+
+@dataclass
+class PrefixCollator(DataCollatorMixin):  # type: ignore[misc]
+    """Stacks pairs as trl does, rows [chosen …; rejected …] padded on the right, and keeps the prompt lengths.
+
+    Example:
+        >>> row = {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 4], "prompt_length": 1}
+        >>> PrefixCollator(pad_token_id=0)([row])["input_ids"].tolist()
+        [[1, 2, 3], [1, 4, 0]]
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch: input_ids and attention_mask (2B, L), prompt_lengths (B,)."""
+        rows = [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples]
+        ids, mask = pad_right(rows, self.pad_token_id, "cpu")
+        if self.pad_to_multiple_of and (extra := -ids.shape[1] % self.pad_to_multiple_of):
+            ids = torch.nn.functional.pad(ids, (0, extra), value=self.pad_token_id)
+            mask = torch.nn.functional.pad(mask, (0, extra))
+        lengths = torch.tensor([row["prompt_length"] for row in examples])
+        return {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+
+
+def pairs_dataset(pairs: Sequence[Any]) -> Dataset:
+    """A dataset of tokenised pairs in trl's columns: prompt and completion together, plus the prompt's length.
+
+    Args:
+        pairs: anything with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (completions only).
+    """
+    return Dataset.from_dict({
+        "chosen_ids": [[*pair.prompt_ids, *pair.chosen_ids] for pair in pairs],
+        "rejected_ids": [[*pair.prompt_ids, *pair.rejected_ids] for pair in pairs],
+        "prompt_length": [len(pair.prompt_ids) for pair in pairs],
+    })  # fmt: skip
+
+
+def prepare(dataset: Any, tokenizer: Any, max_length: int | None, name: str) -> Any:
+    """Tokenise a dataset of texts if need be, and refuse rows that cannot be trained on.
+
+    Raises:
+        UsageError: columns that are neither token ids nor texts.
+        DataError: an empty prompt or completion, or a row over ``max_length`` (trl would drop it silently).
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset  # its rows are seen only while training
+    columns = set(dataset.column_names)
+    if "margin" in columns:
+        raise UsageError(f"the {name} dataset has a margin column, which these objectives do not use; remove it")
+    if {"prompt", "chosen", "rejected"} <= columns and not columns >= set(COLUMNS):
+        dataset = _tokenise(dataset, tokenizer)
+    elif not columns >= set(COLUMNS):
+        raise UsageError(
+            f"the {name} dataset has columns {sorted(columns)}; expected texts in prompt, chosen and rejected, or "
+            f"token ids in {', '.join(COLUMNS)}"
+        )
+    _require_rows(dataset, max_length, name)
+    return dataset
+
+
+def _tokenise(dataset: Dataset, tokenizer: Any) -> Dataset:
+    from rgtg.data import tokenize_pairs
+    from rgtg.types import PreferencePair
+
+    fields = [name for name in PreferencePair.model_fields if name in dataset.column_names]
+    pairs = [PreferencePair(**{name: row[name] for name in fields}) for row in dataset]
+    return pairs_dataset(tokenize_pairs(pairs, tokenizer))
+
+
+def _require_rows(dataset: Dataset, max_length: int | None, name: str) -> None:
+    for i, row in enumerate(dataset):
+        shorter, longer = sorted((len(row["chosen_ids"]), len(row["rejected_ids"])))
+        if not 0 < row["prompt_length"] < shorter:
+            raise DataError(f"row {i} of the {name} dataset has an empty prompt or an empty completion")
+        if max_length is not None and longer > max_length:
+            raise DataError(
+                f"row {i} of the {name} dataset has {longer} tokens, more than max_length {max_length}; "
+                "drop the row or raise max_length"
+            )

@@ -1,0 +1,220 @@
+"""``rgtg train`` from pairs to a saved scorer; the command line parses, calls this and prints."""
+
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+
+import rgtg
+from rgtg.config import TrainSettings
+from rgtg.data import read_pairs, split_pairs, tokenize_pairs
+from rgtg.errors import DataError, OutputError, UsageError
+from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
+from rgtg.models.encoding import tokenizer_hash
+from rgtg.models.policy import context_length
+from rgtg.training.arguments import CHECKPOINTS, require_known, require_output, reward_config
+from rgtg.training.base_model import load_base, lora_config
+from rgtg.training.callbacks import LOG_FILE, DropPickledArguments, TrainLog, latest_checkpoint, require_same_run
+from rgtg.training.dataset import pairs_dataset
+from rgtg.training.full_reward import FullRewardTrainer
+from rgtg.training.pairwise import PairwiseRewardTrainer
+from rgtg.training.prefix_reward import PrefixRewardTrainer
+from rgtg.training.save import model_card, save_scorer
+from rgtg.types import Record
+
+TRAINERS: dict[str, type[PairwiseRewardTrainer]] = {"prefix-bt": PrefixRewardTrainer, "full-bt": FullRewardTrainer}
+
+
+class TrainReport(Record):
+    """What a training run did; ``rgtg train --json`` prints it."""
+
+    output: str
+    objective: str
+    base: str
+    pairs: int
+    eval_pairs: int
+    steps: int
+    seconds: float
+    pairs_per_second: float
+    loss: float = Field(description="mean training loss, nats")
+    evaluation: dict[str, float] = Field(description="held-out loss, accuracy at 10 … 100 %, margin; empty without")
+    data_fingerprint: str
+    device: str
+    processes: int
+    resumed_from: str | None = None
+
+
+@dataclass
+class _Data:
+    train: Any
+    eval: Any
+    fingerprint: str
+
+
+def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
+    """Read pairs, train a scorer, evaluate it on the held-out part and save it.
+
+    Under ``torchrun`` every process calls this; only the main one writes and shows anything.
+
+    Args:
+        settings: of the run.
+        show: progress lines on stderr.
+
+    Raises:
+        UsageError, DataError, ModelNotFoundError: unusable input; found before training.
+        NonFiniteError: the loss is NaN or infinite; names the step.
+        OutputError: the scorer cannot be written.
+    """
+    require_known(settings.train)
+    require_output(settings.output, settings.resume)
+    model, tokenizer = load_base(settings.base, settings.seed, **settings.train.get("model_init_kwargs") or {})
+    max_length = _max_length(settings, model)
+    config = reward_config(settings, max_length)
+    is_main = config.process_index == 0
+    _make_folder(settings.output)
+    data = _read(settings, tokenizer, max_length, is_main)
+    if config.eval_strategy != "no" and data.eval is None:
+        raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out pairs; give --eval-pairs")
+    info = _info(settings, model, tokenizer, data.fingerprint, max_length)
+    trainer = _trainer(settings, config, model, tokenizer, data, show)
+    checkpoint = _resume_point(settings, info, is_main)
+    if show and is_main and settings.resume:
+        sys.stderr.write(f"resuming from {checkpoint}\n" if checkpoint else "no checkpoint yet: starting anew\n")
+    start = time.perf_counter()
+    done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    figures = _figures(trainer.evaluate()) if data.eval is not None else {}
+    report = _report(settings, config, data, trainer, done, seconds, figures, checkpoint)
+    if is_main:
+        _save(settings, trainer, tokenizer, info, report)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+def is_main_process() -> bool:
+    """True in a single process, and in rank 0 under ``torchrun``."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _max_length(settings: TrainSettings, model: Any) -> int | None:
+    limit = context_length(model.config)
+    if settings.max_length and limit and settings.max_length > limit:
+        raise UsageError(f"--max-length {settings.max_length} exceeds the context of {settings.base}: {limit} tokens")
+    return settings.max_length or limit
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from error
+
+
+def _read(settings: TrainSettings, tokenizer: Any, max_length: int | None, is_main: bool) -> _Data:
+    """Training and evaluation datasets."""
+
+    def read(source: str, rejects: str) -> Any:
+        where = settings.output / rejects if is_main and settings.on_bad == "skip" else None
+        with warnings.catch_warnings():
+            if not is_main:  # one process of a torchrun says it for all
+                warnings.simplefilter("ignore")
+            return read_pairs(source, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=where)
+
+    pairs = read(settings.pairs, "rejects.jsonl")
+    if settings.eval_pairs:
+        train, held_out = list(pairs.pairs), list(read(settings.eval_pairs, "eval-rejects.jsonl").pairs)
+        shared = {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
+        if shared and is_main:
+            warnings.warn(
+                f"{len(shared)} prompts are in --pairs and --eval-pairs: evaluation is optimistic", stacklevel=2
+            )
+    else:
+        train, held_out = split_pairs(pairs.pairs, settings.eval_fraction, settings.seed)
+    if not train:
+        raise DataError(f"{settings.pairs} leaves no pair to train on; add pairs or lower eval_fraction")
+    datasets = [pairs_dataset(tokenize_pairs(part, tokenizer)) if part else None for part in (train, held_out)]
+    return _Data(datasets[0], datasets[1], pairs.fingerprint)
+
+
+def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str, max_length: int | None) -> ScorerInfo:
+    return ScorerInfo(
+        rgtg_version=rgtg.__version__,
+        objective=settings.objective,
+        base_model=settings.base,
+        base_fingerprint=fingerprint_weights(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        data_fingerprint=fingerprint,
+        append_eos=tokenizer.eos_token_id is not None,
+        max_length=max_length,
+    )
+
+
+def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: _Data, show: bool) -> Any:
+    if settings.lora is not None and Path(settings.base).is_dir():
+        model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
+    trainer = TRAINERS[settings.objective](
+        model,
+        config,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        peft_config=lora_config(model, settings.lora) if settings.lora is not None else None,
+        callbacks=[TrainLog(settings.output / LOG_FILE, show=show), DropPickledArguments()],
+    )
+    for theirs in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
+        trainer.remove_callback(theirs)
+    return trainer
+
+
+def _resume_point(settings: TrainSettings, info: ScorerInfo, is_main: bool) -> Path | None:
+    folder = settings.output / CHECKPOINTS
+    facts = {"objective": info.objective, "data": info.data_fingerprint, "base": info.base_fingerprint,
+             "seed": settings.seed, "lora": settings.lora.model_dump() if settings.lora else None}  # fmt: skip
+    saves = settings.resume or settings.train.get("save_strategy", "no") != "no"
+    require_same_run(folder, facts, write=saves and is_main)
+    return latest_checkpoint(folder) if settings.resume else None
+
+
+def _figures(metrics: dict[str, float]) -> dict[str, float]:
+    wanted = ("loss", "accuracy", "margin")
+    short = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return {name: float(value) for name, value in short.items() if name.startswith(wanted)}
+
+
+def _report(
+    settings: TrainSettings, config: Any, data: _Data, trainer: Any, done: Any, seconds: float,
+    figures: dict[str, float], checkpoint: Path | None,
+) -> TrainReport:  # fmt: skip
+    epochs = trainer.state.epoch or 0.0
+    return TrainReport(
+        output=str(settings.output), objective=settings.objective, base=settings.base,
+        pairs=len(data.train), eval_pairs=len(data.eval) if data.eval is not None else 0,
+        steps=trainer.state.global_step, seconds=seconds, pairs_per_second=epochs * len(data.train) / seconds,
+        loss=done.training_loss, evaluation=figures, data_fingerprint=data.fingerprint, device=str(config.device),
+        processes=config.world_size, resumed_from=str(checkpoint) if checkpoint else None,
+    )  # fmt: skip
+
+
+def _save(settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInfo, report: TrainReport) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    resolved = settings.model_dump(mode="json") | {"train": _shown(trainer.args)}
+    card = model_card(settings.output, info, resolved, report.evaluation, (report.pairs, report.eval_pairs))
+    save_scorer(settings.output, model, tokenizer, info, card, settings=settings.model_dump(mode="json"))
+
+
+def _shown(args: Any) -> dict[str, Any]:
+    """The training arguments that decide a result, defaults included."""
+    names = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+             "max_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
+             "center_rewards_coefficient", "disable_dropout")  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {"processes": args.world_size}
