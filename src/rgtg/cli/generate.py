@@ -114,7 +114,8 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
 
     from rgtg.data import read_prompts
 
-    assert settings.prompts and settings.output, "checked before anything is loaded"
+    assert settings.prompts is not None, "checked before anything is loaded"
+    assert settings.output is not None, "checked before anything is loaded"
     texts = read_prompts(settings.prompts)
     partial = _reserve(settings.output)
     try:

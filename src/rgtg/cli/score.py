@@ -25,7 +25,7 @@ from rgtg.errors import DataError
 @verb
 def command(
     scorer: Annotated[str | None, typer.Option(help="Reward model: folder or hub id.")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL of prompt with text or completion.")] = None,  # noqa: A002
+    input: Annotated[Path | None, typer.Option(help="JSONL of prompt with text or completion.")] = None,
     output: Annotated[Path | None, typer.Option(help="The same lines with a reward each.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default 8.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

@@ -10,7 +10,6 @@ from rgtg.config import CompareRun, CompareSettings
 from rgtg.data import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.requests import row_seeds
 from rgtg.errors import UsageError
 from rgtg.evaluation.metrics import best_of_n_kl, bootstrap_interval, distinct_n
 from rgtg.evaluation.provenance import provenance
@@ -81,7 +80,7 @@ def run_method(
     )
     start = time.perf_counter()
     temperature = run.temperature if run.temperature is not None else settings.temperature
-    sampled = {} if guided.method.rule == "greedy" else {"temperature": temperature}
+    sampled: dict[str, Any] = {} if guided.method.rule == "greedy" else {"temperature": temperature}
     done = guided.generate(
         list(prompts),
         seed=settings.seed,

@@ -1,0 +1,40 @@
+"""Figures of audits and comparisons; matplotlib is loaded here and nowhere else at run time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgtg.errors import MissingExtraError
+from rgtg.types import AuditResult
+
+# Okabe and Ito's palette: told apart with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+    """A figure and its axes, without touching matplotlib's global state.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("figures need matplotlib: pip install 'rgtg[report]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **options: Any) -> None:
+    """Pairwise accuracy by fraction of the completion, one curve with its 95 % band per scorer."""
+    figure, axes = new_figure()
+    for colour, (label, result) in zip(COLOURS * len(results), results.items(), strict=False):
+        points = [p for p in result.by_fraction if p.accuracy.n]
+        x = [100 * p.position for p in points]
+        axes.plot(x, [p.accuracy.mean for p in points], color=colour, marker="o", markersize=3, label=label)
+        low, high = [p.accuracy.low for p in points], [p.accuracy.high for p in points]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(0.5, color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="share of the completion read (%)", ylabel="pairs ordered as the humans did", xlim=(0, 102))
+    axes.legend()
+    figure.savefig(path, dpi=150, **options)

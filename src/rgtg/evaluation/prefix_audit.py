@@ -1,0 +1,207 @@
+"""Is a scorer fit for token-wise guidance? Pairwise accuracy and margin by prefix length, with intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rgtg.data import read_pairs
+from rgtg.errors import DataError
+from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
+from rgtg.evaluation.provenance import provenance
+from rgtg.models.encoding import encode_completion, encode_prompt
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.types import AuditPoint, AuditResult, Interval, PreferencePair
+
+# A token position is reported while at least this many pairs reach it.
+MIN_PAIRS = 20
+# A scorer is called fit where its accuracy over the first half of completions is at least this share of the way from
+# chance to its own accuracy on whole completions.
+FIT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class _Margins:
+    """r(y^w_{1:i}) − r(y^l_{1:i}) of one pair for i = 1 … T, and where the prefixes differ at all."""
+
+    values: Tensor
+    differs: Tensor
+
+
+def audit_prefixes(
+    scorer: "PrefixScorer | str | tuple[Any, Any]",
+    pairs: "Sequence[PreferencePair] | str | Path",
+    *,
+    batch_size: int = 8,
+    bootstrap: int = 1000,
+    fractions: int = 10,
+    seed: int = 0,
+    on_bad: Literal["error", "skip"] = "error",
+) -> AuditResult:
+    """Measure a scorer on partial sequences.
+
+    For every pair and every length i the margin is m_i = r(y^w_{1:i}) − r(y^l_{1:i}); the shorter completion is held at
+    its last score. Lengths at which both prefixes are still the same are left out. Accuracy is the share of m_i > 0
+    among pairs with m_i ≠ 0; ties are counted apart. Any Hugging Face reward model with one label will do.
+
+    Args:
+        scorer: a loaded scorer, a folder or hub id, or a (model, tokenizer) pair.
+        pairs: preference pairs, or a file of them.
+        batch_size: completions per forward.
+        bootstrap: resamples of the pairs for the 95 % intervals.
+        fractions: equal parts of the completion at which it is read.
+        seed: of the bootstrap.
+        on_bad: what to do with bad rows of a file, and with pairs over the scorer's context.
+
+    Raises:
+        DataError: unusable pairs, or none left.
+    """
+    model = PrefixScorer.from_pretrained(scorer)
+    kept, fingerprint = _usable_pairs(model, pairs, on_bad)
+    margins = _all_margins(model, kept, batch_size)
+    options = {"seed": seed, "resamples": bootstrap}
+    by_fraction = [
+        _point(q / fractions, margins, [_at_fraction(m, q / fractions) for m in margins], options)
+        for q in range(1, fractions + 1)
+    ]
+    full = by_fraction[-1].accuracy
+    early = _accuracy_until(margins, 0.5, options)
+    return AuditResult(
+        scorer=Path(model.name).name,
+        objective=model.info.objective if model.info else "unknown",
+        pairs=len(kept),
+        by_tokens=_by_tokens(margins, options),
+        by_fraction=by_fraction,
+        full_accuracy=full,
+        calibration_error=_calibration_error(margins),
+        verdict=verdict(early, full),
+        provenance=provenance(
+            command="rgtg audit",
+            settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad},
+            seed=seed,
+            models={"scorer": model.model},
+            data={"pairs": fingerprint},
+        ),
+    )
+
+
+def verdict(early: Interval, full: Interval) -> str:
+    """In words: is the scorer's accuracy over the first half of completions above chance, and near its full one?
+
+    "Fit" needs an interval above 0.5 and at least half of the full accuracy's lead over chance.
+    """
+    figures = (
+        f"over the first half of completions it orders {early.mean:.1%} of pairs rightly "
+        f"({early.low:.1%} to {early.high:.1%}), on whole ones {full.mean:.1%}"
+    )
+    if full.low <= 0.5 and early.low <= 0.5:
+        return f"No evidence of skill: {figures}; no better than chance on these pairs."
+    if early.low <= 0.5:
+        return f"Unfit for token-wise guidance: {figures}. Use it for best-of-n, or train with prefix-bt."
+    if early.mean - 0.5 >= FIT_SHARE * (full.mean - 0.5):
+        return f"Fit for token-wise guidance by this measure: {figures}."
+    return f"Weak on prefixes: {figures}. It steers early tokens poorly; train with prefix-bt."
+
+
+def _usable_pairs(
+    model: PrefixScorer, pairs: "Sequence[PreferencePair] | str | Path", on_bad: Literal["error", "skip"]
+) -> tuple[list[PreferencePair], str]:
+    if isinstance(pairs, str | Path):
+        read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad)
+        kept, fingerprint = list(read.pairs), read.fingerprint
+    else:
+        kept, fingerprint = list(pairs), ""
+    if not kept:
+        raise DataError("there are no pairs to audit with")
+    return kept, fingerprint
+
+
+def _all_margins(model: PrefixScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
+    prompts: list[list[int]] = []
+    chosen: list[list[int]] = []
+    rejected: list[list[int]] = []
+    for pair in pairs:
+        close = model.append_eos and not pair.prompt_templated
+        prompts.append(encode_prompt(model.tokenizer, pair.prompt, templated=pair.prompt_templated))
+        for side, text in ((chosen, pair.chosen), (rejected, pair.rejected)):
+            side.append(
+                encode_completion(model.tokenizer, pair.prompt, text, templated=pair.prompt_templated, append_eos=close)
+            )
+    scores = model.score_prefixes(prompts * 2, chosen + rejected, batch_size=batch_size)
+    half = len(pairs)
+    return [_margins(scores[i], scores[half + i], chosen[i], rejected[i]) for i in range(half)]
+
+
+def _margins(won: Tensor, lost: Tensor, chosen: Sequence[int], rejected: Sequence[int]) -> _Margins:
+    longest = max(len(won), len(lost))
+    values = _hold(won, longest) - _hold(lost, longest)
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    return _Margins(values.double(), torch.arange(longest) >= same)
+
+
+def _hold(scores: Tensor, length: int) -> Tensor:
+    return torch.cat([scores, scores[-1:].expand(length - len(scores))])
+
+
+def _at_fraction(margins: _Margins, fraction: float) -> int:
+    """Index of the prefix that holds this fraction of the longer completion."""
+    return max(1, math.ceil(fraction * len(margins.values) - 1e-9)) - 1
+
+
+def _point(position: float, margins: Sequence[_Margins], indices: Sequence[int], options: dict[str, Any]) -> AuditPoint:
+    """Accuracy and margin of the pairs at one index each; pairs that do not differ there are left out."""
+    read = [float(m.values[i]) for m, i in zip(margins, indices, strict=True) if m.differs[i]]
+    decided = [float(value > 0) for value in read if value != 0]
+    nothing = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    return AuditPoint(
+        position=position,
+        accuracy=bootstrap_interval(decided, **options) if decided else nothing,
+        margin=bootstrap_interval(read, **options) if read else nothing,
+        ties=len(read) - len(decided),
+        pairs=len(read),
+    )
+
+
+def _by_tokens(margins: Sequence[_Margins], options: dict[str, Any]) -> list[AuditPoint]:
+    """Token positions 1, 2, 4, 8 … while enough pairs reach them and differ there."""
+    points: list[AuditPoint] = []
+    position = 1
+    while True:
+        reach = [m for m in margins if len(m.values) >= position]
+        if len(reach) < min(MIN_PAIRS, len(margins)):
+            return points
+        points.append(_point(position, reach, [position - 1] * len(reach), options))
+        position *= 2
+
+
+def _accuracy_until(margins: Sequence[_Margins], fraction: float, options: dict[str, Any]) -> Interval:
+    """Accuracy over all prefixes up to a fraction of the completion; whole pairs are resampled."""
+    values, units = [], []
+    for unit, m in enumerate(margins):
+        last = _at_fraction(m, fraction) + 1
+        decided = m.values[:last][m.differs[:last] & (m.values[:last] != 0)]
+        values += (decided > 0).double().tolist()
+        units += [unit] * len(decided)
+    if not values:
+        return Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    return bootstrap_interval(values, clusters=units, **options)
+
+
+def _calibration_error(margins: Sequence[_Margins]) -> float:
+    """ECE of σ(m) as the probability that the chosen side wins, over all prefixes that differ.
+
+    The label is always "chosen wins", so each margin also enters with its sign turned: a reader who does not know the
+    sides sees both.
+    """
+    pooled = torch.cat([m.values[m.differs] for m in margins])
+    if not len(pooled):
+        return math.nan
+    both = torch.cat([pooled, -pooled]).sigmoid()
+    outcomes = torch.cat([torch.ones_like(pooled), torch.zeros_like(pooled)])
+    return expected_calibration_error(both.tolist(), outcomes.tolist())

@@ -1,0 +1,53 @@
+"""What every written result carries, so that it can be made again."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import rgtg
+from rgtg.models.checkpoint import fingerprint_weights
+from rgtg.types import Provenance
+
+
+def provenance(
+    *,
+    command: str,
+    settings: dict[str, Any],
+    seed: int | None,
+    models: dict[str, Any],
+    data: dict[str, str],
+) -> Provenance:
+    """Version, commit, settings, seed, and fingerprints of models (by role) and data.
+
+    Paths in the settings are cut to their last part: a result must not name the machine it was made on.
+    """
+    first = next(iter(models.values()), None)
+    return Provenance(
+        version=rgtg.__version__,
+        git_commit=_git_commit(),
+        command=command,
+        settings={key: _without_folder(value) for key, value in settings.items()},
+        seed=seed,
+        dtype=str(first.dtype).removeprefix("torch.") if first is not None else None,
+        device=first.device.type if first is not None else None,
+        models={role: fingerprint_weights(model) for role, model in models.items()},
+        data=data,
+    )
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~", "."))):
+        return Path(value).name
+    return value
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout the package runs from; None when it is installed elsewhere."""
+    here = Path(__file__).parent
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() or None
