@@ -1,5 +1,6 @@
 """The trainers as trl users meet them, their batches and figures, and two processes against one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(41))
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = [
         subprocess.Popen(
             [*launcher, str(tmp_path / "script.py"), str(pairs), str(tmp_path / "policy"), str(tmp_path / name), size],
@@ -175,17 +176,20 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path):
         )
         for launcher, name, size in (([sys.executable], "one", "8"), (torchrun, "two", "4"))
     ]  # fmt: skip
-    for run in runs:
-        _, stderr = run.communicate(timeout=240)
-        assert run.returncode == 0, stderr
-        assert "Warning" not in stderr
+    try:
+        for run in runs:
+            _, stderr = run.communicate(timeout=120)
+            assert run.returncode == 0, stderr
+            assert "Warning" not in stderr
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
     logs = [(tmp_path / name / "train-log.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1])
-    import json
-
     for line, other in zip(*(map(json.loads, log) for log in logs), strict=True):
         for key in ("loss", "accuracy_100", "margin", "eval_loss", "eval_accuracy_100"):
             assert line.get(key) == pytest.approx(other.get(key), abs=1e-4), (key, line, other)

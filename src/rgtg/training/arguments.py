@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "eval_strategy": "no",  # one evaluation at the end is always made
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every weight of a scorer is used; torch warns about looking
     "activation_checkpointing": False,  # trl's default trades time for memory that small scorers do not need
 }
 

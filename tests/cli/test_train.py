@@ -1,0 +1,77 @@
+"""``rgtg train`` as a person runs it."""
+
+import json
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from rgtg.cli import train
+from rgtg.models.prefix_scorer import PrefixScorer
+from synthetic import synthetic_rows, write_rows
+
+app = typer.Typer()
+app.command()(train.command)
+SETTINGS = ["--set", "train.learning_rate=3e-3", "--set", "train.num_train_epochs=3", "--set", "eval_fraction=0.25"]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    torch.set_num_threads(1)
+    return write_rows(tmp_path / "pairs.jsonl", synthetic_rows(40))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_pairs_in_scorer_out(policy_folder, pairs, tmp_path):
+    output = tmp_path / "scorer"
+    result = run("--pairs", pairs, "--base", policy_folder, "--objective", "prefix-bt", "--output", output, *SETTINGS)
+    assert result.exit_code == 0, result.stderr
+    assert "accuracy at 50 % of the completion" in result.stdout
+    assert "step 10/" in result.stderr
+    assert "warning" not in result.stderr.lower()
+    assert json.loads((output / "settings.json").read_text())["train"]["num_train_epochs"] == 3
+    stock = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    ids = [0, 5, 6, 30, 31, 2]
+    ours = PrefixScorer.from_pretrained(str(output), device="cpu").score_prefixes([ids[:3]], [ids[3:]])[0]
+    naive = [stock(torch.tensor([ids[:end]])).logits.item() for end in (4, 5, 6)]
+    torch.testing.assert_close(ours, torch.tensor(naive), atol=1e-5, rtol=1e-5)
+
+
+def test_json_is_all_that_is_on_stdout(policy_folder, pairs, tmp_path):
+    result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", "--json", *SETTINGS)
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["evaluation"]["accuracy_100"] > 0.8
+    assert report["pairs"] + report["eval_pairs"] == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--set", "train.learning_rats=1"], 2, "did you mean train.learning_rate"),
+        (["--set", "objektive=full-bt"], 2, "did you mean objective"),
+        (["--objective", "dpo"], 2, "objective"),
+        (["--base", "./nowhere"], 2, "no model folder"),
+        (["--pairs", "./nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["--max-length", "9"], 3, "9"),
+        (["--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0"], 1, "at step"),
+    ],
+)
+def test_wrong_input_is_one_message(policy_folder, pairs, tmp_path, change, code, message):
+    given = ["--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", "--set", "train.max_steps=4"]
+    result = run(*given, *change)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "s" / "rgtg.json").exists()
+
+
+def test_output_that_is_a_file_is_refused_before_training(policy_folder, pairs, tmp_path):
+    result = run("--pairs", pairs, "--base", policy_folder, "--output", pairs)
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
