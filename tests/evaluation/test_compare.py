@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from conftest import tiny_reward_model, tiny_tokenizer
+from rgtg.config import CompareRun, CompareSettings
+from rgtg.errors import UsageError
+from rgtg.evaluation.compare import compare, expand_runs
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*trained on an unknown objective:UserWarning")
+
+
+@pytest.fixture
+def settings(tmp_path, policy_folder, scorer_folder):
+    judge = tmp_path / "judge"
+    tiny_reward_model(seed=7).save_pretrained(judge)
+    tiny_tokenizer().save_pretrained(judge)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("Hello", "A day", "What now?")))
+    return CompareSettings(
+        policy=str(policy_folder), scorer=str(scorer_folder), reward=str(judge), prompts=prompts, max_new_tokens=6,
+        methods=[CompareRun(method="policy"), CompareRun(method="pargs", beta=[1, 4]),
+                 CompareRun(method="best-of-n", n=3)],
+        output=tmp_path / "out", bootstrap=100,
+    )  # fmt: skip
+
+
+def test_every_method_is_measured_on_every_prompt(settings):
+    result = compare(settings)
+    assert [row.label for row in result.methods] == ["policy", "pargs β=1", "pargs β=4", "best-of-n"]
+    for row in result.methods:
+        assert row.metrics["reward"].n == 3
+        assert len(row.samples) == 3
+    policy, weak, strong, best = result.methods
+    assert policy.scorer_calls == 0
+    assert best.scorer_calls == 9
+    assert strong.metrics["kl_nats"].mean > weak.metrics["kl_nats"].mean
+
+
+def test_same_seed_same_results(settings):
+    first, second = compare(settings), compare(settings)
+    assert [row.metrics for row in first.methods] == [row.metrics for row in second.methods]
+
+
+def test_a_reward_that_guides_is_refused(settings):
+    settings.reward = settings.scorer
+    with pytest.raises(UsageError, match="measured by what it maximises"):
+        compare(settings)
+
+
+def test_a_method_without_its_scorer_is_refused(settings):
+    settings.scorer = None
+    with pytest.raises(UsageError, match="needs a scorer"):
+        compare(settings)
+
+
+def test_one_run_per_beta():
+    labels = [
+        run.label for run in expand_runs([CompareRun(method="pargs", beta=[0.5, 2]), CompareRun(method="policy")])
+    ]
+    assert labels == ["pargs β=0.5", "pargs β=2", "policy"]
