@@ -160,6 +160,8 @@ class GuidedPolicy:
         settings: dict[str, Any],
     ) -> list[Completion]:
         resolved = self._settings(settings)
+        if batch_size < 1:
+            raise UsageError(f"batch_size = {batch_size}: it must be at least 1")
         requests = self._requests(prompt_ids, texts, seed, resolved)
         for start in range(0, len(requests), batch_size):
             for _ in self._decode(requests[start : start + batch_size], resolved, trace=trace):
@@ -187,6 +189,8 @@ class GuidedPolicy:
 
     def _settings(self, given: dict[str, Any]) -> DecodingSettings:
         settings = validate(DecodingSettings, self.defaults | given)
+        if settings.method != self.method.name:
+            raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; build another for {settings.method}")
         check_settings(self.method, settings)
         return settings
 

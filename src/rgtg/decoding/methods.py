@@ -59,6 +59,8 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
         raise UsageError(f"n applies to best-of-n, not to {method.name}")
     if "beta" in given and method.unit == "completion":
         raise UsageError(f"{method.name} has no beta: it takes the completion of highest reward")
+    if "beta" in given and method.scorer is None:
+        raise UsageError(f"{method.name} has no beta: no scorer steers it; use pargs or args")
     if settings.min_new_tokens > settings.max_new_tokens:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
 

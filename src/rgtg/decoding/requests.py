@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.errors import PromptTooLongError, UsageError
+from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.encoding import decode_completion
 from rgtg.types import Completion, StepTrace
 
@@ -61,11 +61,19 @@ class Stopping:
         if not (ended or full or self.stop):
             return
         text = decode_completion(self.tokenizer, request.prompt_ids, request.token_ids)
-        cuts = [at for at in (text.find(s) for s in self.stop) if at >= 0]
-        if cuts and len(request.token_ids) >= self.least:
+        cuts = self._cuts(request, text)
+        if cuts:
             request.text, request.finish_reason = text[: min(cuts)], "stop"
         elif ended or full:
             request.text, request.finish_reason = text, "stop" if ended else "length"
+
+    def _cuts(self, request: Request, text: str) -> list[int]:
+        """Where stop texts begin that the least number of tokens does not already hold (those do not count)."""
+        if not self.stop or len(request.token_ids) < self.least:
+            return []
+        early = request.token_ids[: max(self.least - 1, 0)]
+        held = len(decode_completion(self.tokenizer, request.prompt_ids, early)) if early else 0
+        return [at for at in (text.find(s, max(held - len(s) + 1, 0)) for s in self.stop) if at >= 0]
 
 
 def end_tokens(policy: Any) -> set[int]:
@@ -123,11 +131,14 @@ def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set
 
 
 def require_room(prompt_ids: Sequence[int], max_new_tokens: int, limit: int | None, role: str) -> None:
-    """Refuse a prompt that, with the tokens asked for, does not fit a context.
+    """Refuse a prompt that is empty or, with the tokens asked for, does not fit a context.
 
     Raises:
+        DataError: no tokens at all.
         PromptTooLongError: with both figures.
     """
+    if not prompt_ids:
+        raise DataError("the prompt has no tokens; give at least one")
     if limit is not None and len(prompt_ids) + max_new_tokens > limit:
         raise PromptTooLongError(
             f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the {role}'s context of "

@@ -29,11 +29,13 @@ def guided_log_probs(
     tensor([[0.2689, 0.7311]])
     """
     out = candidate_log_probs == -torch.inf
-    combined = candidate_log_probs.float() + beta * scores.float().masked_fill(out, 0.0)
+    # float64, and the maximum at 0 before dividing: a huge beta or a tiny temperature must not overflow to NaN
+    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(out, 0.0)
     if temperature == 0:
         best = combined.argmax(-1, keepdim=True)
-        return torch.full_like(combined, -torch.inf).scatter(-1, best, 0.0)
-    return torch.log_softmax(combined / temperature, -1)
+        return torch.full_like(combined, -torch.inf, dtype=torch.float32).scatter(-1, best, 0.0)
+    below_best = combined - combined.amax(-1, keepdim=True)
+    return torch.log_softmax(below_best / temperature, -1).float()
 
 
 def greedy(log_probs: Float[Tensor, "batch candidates"]) -> Int[Tensor, " batch"]:

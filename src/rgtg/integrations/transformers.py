@@ -88,8 +88,8 @@ def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str
         settings[name] = default if value is None else value
     if config.do_sample:
         settings["top_p"] = 1.0 if config.top_p is None else config.top_p
-        if guided.method.rule != "greedy":
-            settings["temperature"] = 1.0 if config.temperature is None else config.temperature
+        if config.temperature is not None:  # a greedy method refuses one that is not 1
+            settings["temperature"] = config.temperature
     elif guided.method.rule != "greedy":
         settings["temperature"] = 0.0
     return settings
