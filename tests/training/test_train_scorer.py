@@ -52,6 +52,7 @@ def test_learns_a_rule_and_saves_a_stock_model(policy_folder, pairs_file, tmp_pa
     assert objective in (output / "README.md").read_text()
     assert not list(output.rglob("*.bin"))
     assert not list(output.glob(".unfinished*"))
+    assert not (output / "checkpoints").exists()
 
 
 def test_plain_transformers_gives_the_same_reward(policy_folder, pairs_file, tmp_path):

@@ -60,7 +60,13 @@ def reward_config(settings: TrainSettings, max_length: int | None) -> RewardConf
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in given:  # the name most people know; transformers has renamed it
             given[name.replace("gradient", "activation")] = given.pop(name)
-    values = {"gradient_checkpointing": None} | DEFAULTS | _of_this_machine() | {"save_strategy": "steps" if settings.resume else "no"} | given
+    values = (
+        {"gradient_checkpointing": None}
+        | DEFAULTS
+        | _of_this_machine()
+        | {"save_strategy": "steps" if settings.resume else "no"}
+        | given
+    )
     try:
         return RewardConfig(
             output_dir=str(settings.output / CHECKPOINTS), seed=settings.seed, max_length=max_length,

@@ -19,7 +19,7 @@ from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import context_length
-from rgtg.training.arguments import CHECKPOINTS, require_known, require_output, reward_config
+from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
 from rgtg.training.base_model import load_base, lora_config
 from rgtg.training.callbacks import LOG_FILE, DropPickledArguments, TrainLog, latest_checkpoint, require_same_run
 from rgtg.training.dataset import pairs_dataset
@@ -209,7 +209,11 @@ def _save(settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInf
     model = trainer.accelerator.unwrap_model(trainer.model)
     resolved = settings.model_dump(mode="json") | {"train": _shown(trainer.args)}
     card = model_card(settings.output, info, resolved, report.evaluation, (report.pairs, report.eval_pairs))
-    save_scorer(settings.output, model, tokenizer, info, card, settings=settings.model_dump(mode="json"))
+    given = settings.model_dump(mode="json") | {"train": DEFAULTS | settings.train}  # --config reads it back
+    save_scorer(settings.output, model, tokenizer, info, card, settings=given)
+    checkpoints = settings.output / CHECKPOINTS
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()  # the Trainer makes it whether it saves or not
 
 
 def _shown(args: Any) -> dict[str, Any]:
