@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from rgtg.config import DecodingSettings
 from rgtg.decoding.requests import Request, Stopping
 from rgtg.decoding.runner import TreeRunner, policy_logits, scorer_scores
 from rgtg.decoding.tokenwise import TokenRule, decode
-from rgtg.config import DecodingSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -32,8 +32,10 @@ from rgtg.models.policy import load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.training.run import train_scorer
 
-KIND = set(["happy", "love", "loved", "kind", "nice", "good", "smile", "smiled", "hug", "hugged", "friend", "friends", "help", "helped", "fun", "play", "played"])
-HARSH = set(["sad", "cry", "cried", "mad", "angry", "bad", "scared", "hurt", "hit", "mean", "afraid", "broke", "broken", "lost"])
+KIND = frozenset(
+    "happy love loved kind nice good smile smiled hug hugged friend friends help helped fun play played".split()  # noqa: SIM905
+)
+HARSH = frozenset("sad cry cried mad angry bad scared hurt hit mean afraid broke broken lost".split())  # noqa: SIM905
 OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
 
 
@@ -77,7 +79,7 @@ def train(objective, args, folder):
         pairs=str(folder / "pairs.jsonl"), eval_pairs=str(folder / "held.jsonl"), base=args.policy, objective=objective,
         output=folder / objective, seed=args.seed, on_bad="skip",
         train={"num_train_epochs": args.epochs, "learning_rate": args.learning_rate,
-               "per_device_train_batch_size": 32, "disable_tqdm": True},
+               "per_device_train_batch_size": 32},
     )  # fmt: skip
     return train_scorer(settings)
 
