@@ -18,13 +18,20 @@ setup: $(STAMP)  ## make .venv with pinned versions (skipped when current)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "rgtg needs Python 3.11 or newer; choose one with: make setup PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip $(VENV)
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	  echo "pip is absent from $(VENV): install Debian's python3-venv (apt-get install python3-venv) and try again"; \
-	  rm -rf $(VENV); exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) 2>/dev/null || $(MAKE) --no-print-directory venv-by-apt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Debian and Ubuntu ship python3 without the part that makes virtual environments.
+.PHONY: venv-by-apt
+venv-by-apt:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq python3-venv; \
+	else \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; \
+	fi
+	$(PYTHON) -m venv --clear $(VENV)
 
 check: setup  ## ruff, format, mypy strict, import layers
 	$(BIN)/ruff check .
@@ -33,7 +40,7 @@ check: setup  ## ruff, format, mypy strict, import layers
 	$(BIN)/python -m pytest -p no:randomly tests/test_architecture.py
 
 test: setup  ## the tests, without slow ones
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py
