@@ -185,6 +185,19 @@ class DemoSettings(Settings):
 
     output: Path = Path("demo-output")
     prompts: int = Field(100, ge=4, description="unseen prompts every method answers")
+    corpus: int = Field(10_000, ge=16, description="past replies that the policy is trained on")
+    pairs: int = Field(2_000, ge=16, description="labelled pairs that both scorers are trained on")
+    audit_pairs: int = Field(400, ge=16, description="labelled pairs that both scorers are audited on")
+    policy_steps: int = Field(600, ge=1, description="optimiser steps of the policy")
+    betas: list[float] = Field(default=[1.0, 2.0, 4.0], min_length=1, description="guidance strengths compared")
+
+
+class TheorySettings(Settings):
+    """``rgtg theory``; the world has vocabulary^length completions."""
+
+    vocabulary: int = Field(3, ge=2)
+    length: int = Field(3, ge=2)
+    beta: float = Field(2.0, gt=0)
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)

@@ -27,7 +27,8 @@ PROBLEMS = {
         "A part of my {product} fell off.",
     ),
     "missing": (
-        "My {product} has not arrived.", "I am still waiting for my {product}.", "The parcel with my {product} is lost.",
+        "My {product} has not arrived.", "I am still waiting for my {product}.",
+        "The parcel with my {product} is lost.",
     ),
     "unwanted": (
         "I no longer want my {product}.", "I want to return my {product}.", "I do not like my {product} any more.",

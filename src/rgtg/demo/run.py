@@ -1,0 +1,254 @@
+"""The whole demo: world → policy → two scorers → audits → guided replies → gold rewards, through files on the way."""
+
+import itertools
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgtg.config import CompareRun, CompareSettings, DemoSettings, TrainSettings
+from rgtg.demo.gold import gold_reward
+from rgtg.demo.train import train_policy
+from rgtg.demo.world import Customer, customers, draw_pair, stream, write_reply
+from rgtg.errors import MissingExtraError, OutputError, UsageError
+from rgtg.evaluation.compare import expand_runs, run_method
+from rgtg.evaluation.prefix_audit import audit_prefixes
+from rgtg.evaluation.provenance import provenance
+from rgtg.models.policy import load_policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.types import AuditResult, ComparisonResult, Completion, MethodResult, PreferencePair, Record
+
+SCORERS = ("full-bt", "prefix-bt")
+MAX_NEW_TOKENS = 96  # the longest reply of the corpus has about 80
+# The same budget for both scorers; written down before the first result.
+SCORER_TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1, "warmup_steps": 0.1,
+}  # fmt: skip
+OWN_FILES = (
+    "corpus.jsonl", "pairs.jsonl", "audit-pairs.jsonl", "prompts.jsonl", "results.json", "report.html", "settings.json",
+    "policy", "completions", *SCORERS, *(f"audit-{name}" for name in SCORERS),
+)  # fmt: skip
+
+Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass
+class Demo:
+    """What came out; the same is in the folder's files."""
+
+    result: ComparisonResult
+    audits: dict[str, AuditResult]
+
+
+@dataclass
+class World:
+    """The texts of one seed: what is trained on, audited on, and answered. No message is in two of them."""
+
+    corpus: list[tuple[str, str]]
+    pairs: list[PreferencePair]
+    audit_pairs: list[PreferencePair]
+    unseen: list[Customer]
+
+
+@contextmanager
+def silent(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A stage that shows nothing."""
+    yield lambda: None
+
+
+def run_demo(settings: DemoSettings, stage: Stage = silent) -> Demo:
+    """Run every stage; results.json is written last.
+
+    Args:
+        settings: output folder, seed and sizes.
+        stage: called with a stage's name and number of steps; gives a context whose value is called at each step.
+
+    Raises:
+        UsageError: the folder holds something that is not an earlier demo.
+        MissingExtraError: a part of rgtg[train] is not installed.
+        OutputError: the folder cannot be written.
+    """
+    folder = settings.output
+    prepare_folder(folder)
+    write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")  # marks the folder as a demo's
+    with stage("write the world", 1) as step:
+        world = make_world(settings)
+        save_world(folder, world)
+        step()
+    with stage("train the policy", settings.policy_steps) as step:
+        train_policy(
+            folder / "policy", world.corpus, steps=settings.policy_steps, seed=settings.seed,
+            progress=lambda *_: step(),
+        )  # fmt: skip
+    audits = {}
+    for name in SCORERS:
+        with stage(f"train and audit the {name} scorer", 2) as step:
+            train(settings, name)
+            step()
+            audits[name] = audit(settings, name)
+            step()
+    result = compare_methods(settings, world.unseen, stage)
+    write_text(folder / "results.json", as_json(result))
+    return Demo(result, audits)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder, or clear what an earlier demo left in it; a report that looks complete goes first.
+
+    Raises:
+        UsageError: it holds files that no demo wrote.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file; give a folder that is new, empty or an earlier demo's")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in held if name not in OWN_FILES]
+    if foreign or (held and "settings.json" not in held):
+        raise UsageError(
+            f"--output {folder} holds {', '.join((foreign or held)[:3])}, which is not an earlier demo's output; give "
+            "a folder that is new or empty"
+        )
+    try:
+        for name in sorted(held, key=lambda name: (name != "report.html", name == "settings.json")):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from error
+
+
+def make_world(settings: DemoSettings) -> World:
+    """Draw corpus, pairs and unseen messages from the seed."""
+    seed, seen = settings.seed, set[str]()
+
+    def draw(purpose: str, count: int) -> list[Customer]:
+        drawn = list(itertools.islice(customers(seed, purpose, avoid=seen), count))
+        seen.update(customer.prompt for customer in drawn)
+        return drawn
+
+    agents, labels, held_out = stream(seed, "agents"), stream(seed, "labels"), stream(seed, "audit labels")
+    return World(
+        corpus=[(c.prompt, write_reply(c, agents)) for c in draw("corpus", settings.corpus)],
+        pairs=[draw_pair(c, labels) for c in draw("pairs", settings.pairs)],
+        audit_pairs=[draw_pair(c, held_out) for c in draw("audit", settings.audit_pairs)],
+        unseen=draw("unseen", settings.prompts),
+    )
+
+
+def save_world(folder: Path, world: World) -> None:
+    """Write the world as the files that every command reads."""
+    write_rows(folder / "corpus.jsonl", ({"prompt": prompt, "completion": reply} for prompt, reply in world.corpus))
+    for name, pairs in (("pairs", world.pairs), ("audit-pairs", world.audit_pairs)):
+        write_rows(folder / f"{name}.jsonl", (p.model_dump(include={"prompt", "chosen", "rejected"}) for p in pairs))
+    write_rows(folder / "prompts.jsonl", ({"prompt": customer.prompt} for customer in world.unseen))
+
+
+def train(settings: DemoSettings, objective: str) -> None:
+    """Train one scorer from the policy's weights, as ``rgtg train`` would."""
+    try:
+        from rgtg.training.run import train_scorer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"the demo needs {error.name}: pip install 'rgtg[train,report]'") from error
+    folder = settings.output
+    values = {
+        "pairs": str(folder / "pairs.jsonl"), "base": str(folder / "policy"), "objective": objective,
+        "output": folder / objective, "eval_fraction": 0.0, "seed": settings.seed, "train": SCORER_TRAINING,
+    }  # fmt: skip
+    train_scorer(TrainSettings.model_validate(values))
+
+
+def audit(settings: DemoSettings, scorer: str) -> AuditResult:
+    """Audit one scorer on pairs it has not seen, and write the result."""
+    folder = settings.output
+    result = audit_prefixes(str(folder / scorer), folder / "audit-pairs.jsonl", batch_size=32, seed=settings.seed)
+    (folder / f"audit-{scorer}").mkdir()
+    write_text(folder / f"audit-{scorer}" / "audit.json", as_json(result))
+    return result
+
+
+def method_runs(betas: Sequence[float]) -> list[CompareRun]:
+    """What is compared: every method, the guided ones at each beta."""
+    with_betas = {"args": "full-bt", "args-sample": "full-bt", "pargs": "prefix-bt", "pargs-greedy": "prefix-bt"}
+    return expand_runs(
+        [
+            CompareRun(method="policy"),
+            *(CompareRun(method=name, scorer=scorer, beta=list(betas)) for name, scorer in with_betas.items()),
+            CompareRun(method="best-of-n", scorer="full-bt", n=10),
+        ]
+    )
+
+
+def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: Stage = silent) -> ComparisonResult:
+    """Answer the unseen messages with every method and mark the replies with the gold rule."""
+    folder = settings.output
+    policy = load_policy(str(folder / "policy"))
+    scorers = {name: PrefixScorer.from_pretrained(str(folder / name)) for name in SCORERS}
+    runs = method_runs(settings.betas)
+    shared = CompareSettings(
+        prompts=folder / "prompts.jsonl", reward="gold", methods=runs, output=folder, seed=settings.seed,
+        max_new_tokens=MAX_NEW_TOKENS, batch_size=32,
+    )  # fmt: skip
+    (folder / "completions").mkdir()
+    prompts = [customer.prompt for customer in unseen]
+    results: list[MethodResult] = []
+    with stage("answer unseen messages", len(runs)) as step, warnings.catch_warnings():
+        # args guides by a full-sequence scorer on purpose, and the audit beside it says what that costs
+        warnings.filterwarnings("ignore", message=".*scores of partial sequences are arbitrary.*")
+        for run in runs:
+            mark = _marker(folder / "completions" / f"{_file_name(run)}.jsonl", unseen)
+            results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, mark))
+            step()
+    return ComparisonResult(
+        reward="gold points", prompts=len(unseen), methods=results,
+        provenance=provenance(
+            command="rgtg demo", settings=settings.model_dump(mode="json") | {"scorer_training": SCORER_TRAINING},
+            seed=settings.seed, data={},
+            models={"policy": policy.model} | {name: scorer.model for name, scorer in scorers.items()},
+        ),
+    )  # fmt: skip
+
+
+def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Completion]], list[float]]:
+    """A reward for ``run_method`` that also keeps the replies, with their points, as a file."""
+
+    def mark(done: Sequence[Completion]) -> list[float]:
+        rewards = [
+            gold_reward(customer, completion.text, finished=completion.finish_reason == "stop")
+            for customer, completion in zip(unseen, done, strict=True)
+        ]
+        rows = [c.model_dump(exclude={"trace"}) | {"gold": r} for c, r in zip(done, rewards, strict=True)]
+        write_rows(path, rows)
+        return rewards
+
+    return mark
+
+
+def _file_name(run: CompareRun) -> str:
+    return f"{run.method}-beta{run.beta:g}" if isinstance(run.beta, float) else run.method
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def as_json(record: Record) -> str:
+    """A record as a JSON document; NaN stays NaN, so that it can be read back."""
+    return json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a rename, so that it is never half there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error

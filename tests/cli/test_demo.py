@@ -1,0 +1,72 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from rgtg.types import AuditResult, ComparisonResult
+
+TINY = ["corpus=120", "pairs=32", "audit_pairs=24", "policy_steps=6", "betas=[1.0]"]
+
+
+def _demo(*arguments: str):
+    from rgtg.cli.main import app
+
+    sizes = [part for size in TINY for part in ("--set", size)]
+    return CliRunner().invoke(app, ["demo", *sizes, "--prompts", "4", *arguments])
+
+
+def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
+    folder = tmp_path / "out"
+    done = _demo("--output", str(folder), "--seed", "3", "--json")
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.endswith("</html>\n")
+    assert page.count("<svg") == 2
+    result = ComparisonResult.model_validate_json((folder / "results.json").read_bytes())
+    assert [row.method for row in result.methods] == [
+        "policy", "args", "args-sample", "pargs", "pargs-greedy", "best-of-n",
+    ]  # fmt: skip
+    assert result.prompts == 4
+    assert result.provenance.seed == 3
+    assert printed["result"] == result.model_dump(mode="json")
+    for name in ("full-bt", "prefix-bt"):
+        audit = AuditResult.model_validate_json((folder / f"audit-{name}" / "audit.json").read_bytes())
+        assert audit.objective == name
+        assert (folder / name / "rgtg.json").is_file()
+    rows = [json.loads(line) for line in (folder / "completions" / "pargs-beta1.jsonl").read_text().splitlines()]
+    reward = result.methods[3].metrics["reward"].mean
+    assert reward == pytest.approx(sum(row["gold"] for row in rows) / 4)
+    assert json.loads((folder / "settings.json").read_text())["policy_steps"] == 6
+    assert str(tmp_path) not in page
+
+
+def test_wrong_input_is_one_message(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = _demo("--output", str(tmp_path), "--quiet")
+    assert done.exit_code == 2
+    assert "not an earlier demo" in done.stderr
+    assert _demo("--set", "promts=3").exit_code == 2
+    assert _demo("--prompts", "0").exit_code == 2
+
+
+def test_a_missing_extra_is_named_before_any_work(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    done = _demo("--output", str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert "rgtg[train,report]" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_dies_leaves_no_report_of_an_earlier_one(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("settings.json", "report.html", "results.json"):
+        (folder / name).write_text("{}")
+    monkeypatch.setattr("rgtg.demo.run.train_policy", lambda *a, **k: 1 / 0)
+    assert _demo("--output", str(folder), "--quiet").exit_code == 1
+    assert not (folder / "report.html").exists()
+    assert not (folder / "results.json").exists()
