@@ -1,6 +1,7 @@
 """``rgtg score``: rewards of finished completions."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from rgtg.cli.common import (
     verb,
 )
 from rgtg.config import ScoreSettings
-from rgtg.errors import DataError
+from rgtg.errors import DataError, NonFiniteError
 
 
 @verb
@@ -45,7 +46,7 @@ def command(
 
     with atomic_write(settings.output) as partial:
         model = PrefixScorer.from_pretrained(settings.scorer, dtype=settings.dtype, device=settings.device)
-        rewards = _rewards(model, rows)
+        rewards = _rewards(model, rows, settings.batch_size)
         scored = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
         lines = [json.dumps(row, ensure_ascii=False) for row in scored]
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -60,15 +61,19 @@ def command(
     )
 
 
-def _rewards(model: Any, rows: list[dict[str, Any]]) -> list[float]:
+def _rewards(model: Any, rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
     rewards = [0.0] * len(rows)
     for finished in (True, False):
         part = [i for i, row in enumerate(rows) if (row.get("finish_reason") != "length") == finished]
         if part:
             prompts, texts = [rows[i]["prompt"] for i in part], [_completion(rows[i]) for i in part]
-            for i, reward in zip(part, model.score(prompts, texts, finished=finished), strict=True):
+            for i, reward in zip(
+                part, model.score(prompts, texts, finished=finished, batch_size=batch_size), strict=True
+            ):
                 rewards[i] = reward
+    if bad := [i for i, reward in enumerate(rewards) if not math.isfinite(reward)]:
+        raise NonFiniteError(f"the reward of row {bad[0] + 1} is {rewards[bad[0]]}; try --dtype float32")
     return rewards
 
 
@@ -94,7 +99,8 @@ def _require_texts(row: Any, place: str) -> None:
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object, got {type(row).__name__}")
     for name in ("prompt", "text" if "text" in row else "completion"):
-        if not isinstance(row.get(name), str) or not row[name]:
+        # a generated text may be empty: the model ended at once
+        if not isinstance(row.get(name), str) or not (row[name] or name == "text"):
             raise DataError(
                 f'{place}: "{name}" must be a non-empty text; expected "prompt" with "text" or "completion"'
             )

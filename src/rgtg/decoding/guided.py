@@ -20,7 +20,7 @@ from rgtg.decoding.requests import (
 from rgtg.decoding.runner import Runner, make_runner, policy_logits, scorer_scores
 from rgtg.decoding.segmentwise import best_of_n
 from rgtg.decoding.tokenwise import MAX_WIDTH, TokenRule, decode
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
@@ -137,6 +137,10 @@ class GuidedPolicy:
             texts.append(text)
         return self._generate(ids, texts, seed, trace, batch_size, settings)
 
+    def row_seeds(self, prompts: Sequence[Prompt], seed: int) -> list[int]:
+        """The seeds that ``generate(prompts, seed=seed)`` gives its rows, for callers who feed the prompts in parts."""
+        return row_seeds(seed, [self._encode(prompt)[1] for prompt in prompts])
+
     def generate_ids(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -190,7 +194,7 @@ class GuidedPolicy:
     def _settings(self, given: dict[str, Any]) -> DecodingSettings:
         settings = validate(DecodingSettings, self.defaults | given)
         if settings.method != self.method.name:
-            raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; build another for {settings.method}")
+            raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
         return settings
 

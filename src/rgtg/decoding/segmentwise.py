@@ -29,9 +29,10 @@ def best_of_n(
         The rows still active after each token.
     """
     # 1. propose: one forward per prompt, then n rows over copies of its cache
-    logits = policy.prefill([request.prompt_ids for request in requests])
     rows = torch.arange(len(requests)).repeat_interleave(n)
-    policy.select_rows(rows)
+    with torch.inference_mode():
+        logits = policy.prefill([request.prompt_ids for request in requests])
+        policy.select_rows(rows)
     drawn = [_branch(request, j) for request in requests for j in range(n)]
     yield from decode(drawn, policy, None, logits[rows.to(logits.device)], rule, stopping)
     # 2. score: every finished completion once

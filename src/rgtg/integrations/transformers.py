@@ -21,6 +21,13 @@ _REFUSED = {
     "return_dict_in_generate": False,
 }  # fmt: skip
 
+# What generate builds from settings that we carry out in our own way (and its use of min_length for min_new_tokens).
+_CARRIED_OUT = {
+    "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+    "MaxLengthCriteria", "EosTokenCriteria",
+}  # fmt: skip
+
 
 def custom_generate(
     scorer: "str | PrefixScorer | tuple[Any, Any] | None" = None,
@@ -55,6 +62,7 @@ def custom_generate(
 
     def run(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         config = kwargs["generation_config"]
+        _refuse_callbacks(kwargs)
         if id(model) not in loaded:
             loaded[id(model)] = GuidedPolicy.from_pretrained(
                 (model, tokenizer), scorer, method=method, beta=beta, top_k=top_k
@@ -75,7 +83,23 @@ def _generate(guided: GuidedPolicy, input_ids: Tensor, mask: Tensor | None, conf
     return torch.cat([input_ids, new], 1)
 
 
+def _refuse_callbacks(kwargs: dict[str, Any]) -> None:
+    """``generate`` hands over its own processors and criteria with the caller's; ours would not run the caller's."""
+    for name in ("logits_processor", "stopping_criteria"):
+        for item in kwargs.get(name) or ():
+            if type(item).__name__ not in _CARRIED_OUT:
+                raise UsageError(f"guided generation does not run the {name} {type(item).__name__}; leave it out")
+
+
 def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str, Any]:
+    eos = config.eos_token_id
+    if eos is not None and set(eos if isinstance(eos, list) else [eos]) != guided.end_tokens:
+        raise UsageError(
+            f"guided generation ends at {sorted(guided.end_tokens)}, not at eos_token_id={eos}; set it in the model's "
+            "generation_config"
+        )
+    if config.min_length and not config.min_new_tokens:
+        raise UsageError(f"guided generation does not do min_length={config.min_length}; use min_new_tokens")
     for name, default in _REFUSED.items():
         value = getattr(config, name, default)
         if value not in (default, None):

@@ -92,7 +92,13 @@ class PrefixScorer:
         return [scores[i] for i in range(len(rows))]
 
     def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool = True, templated: bool = False
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool = True,
+        templated: bool = False,
+        batch_size: int = 8,
     ) -> list[float]:
         """Reward of each completion after its prompt.
 
@@ -101,6 +107,7 @@ class PrefixScorer:
             completions: texts, as many.
             finished: close each with EOS if the scorer was trained so.
             templated: the prompts went through a chat template, which wrote the special tokens.
+            batch_size: texts read together.
         """
         close = finished and self.append_eos
         prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
@@ -109,7 +116,11 @@ class PrefixScorer:
             for p, c in zip(prompts, completions, strict=True)
         ]
         if self.causal:
-            return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids)]
+            # an empty text that no EOS closes is worth what its prompt is: the score at the prompt's last token
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+                if not completion and len(prompt) > 1:
+                    completion.append(prompt.pop())
+            return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
         return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
 
     def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:

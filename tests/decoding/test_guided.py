@@ -1,0 +1,237 @@
+"""GuidedPolicy as users meet it: texts, endings, streams, agreement with transformers, refusals."""
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
+from naive import EOS, info, make_guided, next_log_probs, tiny_scorer
+from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.methods import METHODS
+from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, TokenizerMismatchError, UsageError
+from rgtg.models.prefix_scorer import PrefixScorer
+
+TEXTS = ["Once upon a time", "Hi", "What is it?"]
+
+
+def policy():
+    return tiny_policy(), tiny_tokenizer()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "opt"])
+def test_greedy_equals_transformers(family, penalty):
+    guided = make_guided("policy", family, top_k=None)
+    model = guided.policy.model
+    prompts = [[0, 5, 9, 12, 33, 40, 8, 21], [0, 44], [0, 7, 30]]
+    settings = {"max_new_tokens": 16, "min_new_tokens": 6, "repetition_penalty": penalty}
+    done = guided.generate_ids(prompts, temperature=0.0, **settings)
+    for prompt, completion in zip(prompts, done, strict=True):
+        ids = torch.tensor([prompt])
+        stock = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            pad_token_id=1,
+            no_repeat_ngram_size=0,
+            **settings,
+        )
+        assert completion.token_ids == stock[0, len(prompt) :].tolist()
+
+
+def test_policy_log_prob_is_of_the_whole_vocabulary():
+    guided = make_guided("pargs", top_k=4)
+    (done,) = guided.generate(TEXTS[:1], max_new_tokens=5)
+    ids, total = guided.policy.tokenizer(TEXTS[0]).input_ids, 0.0
+    for token in done.token_ids:
+        total += float(next_log_probs(guided.policy.model, ids)[token])
+        ids.append(token)
+    assert done.policy_log_prob == pytest.approx(total, abs=1e-4)
+    assert (done.policy_calls, done.scorer_calls) == (len(done.token_ids),) * 2
+
+
+def test_endings():
+    guided = make_guided("policy", top_k=None)
+    done = guided.generate_ids([[0, 9]] * 300, max_new_tokens=20, batch_size=300)
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+    for c in done:
+        assert (c.finish_reason == "stop") == (c.token_ids[-1] == EOS)
+        assert EOS not in c.token_ids[:-1]
+        assert "</s>" not in c.text
+        assert c.finish_reason == "stop" or len(c.token_ids) == 20
+    long = guided.generate_ids([[0, 9]] * 300, max_new_tokens=20, min_new_tokens=12, batch_size=300)
+    assert min(len(c.token_ids) for c in long) >= 12
+
+
+def test_a_stop_text_ends_and_is_left_out():
+    guided = make_guided("pargs", beta=0.5)
+    (free,) = guided.generate("Hello", max_new_tokens=24, seed=5, min_new_tokens=24)
+    stop = free.text[6:8]
+    cut = free.text.find(stop)
+    (done,) = guided.generate("Hello", max_new_tokens=24, seed=5, stop=["never there", stop])
+    assert (done.text, done.finish_reason) == (free.text[:cut], "stop")
+    assert done.token_ids == free.token_ids[: len(done.token_ids)]
+    assert len(done.token_ids) < 24
+    assert "".join(guided.stream("Hello", max_new_tokens=24, seed=5, stop=[stop])) == free.text[:cut]
+
+
+def test_a_stop_text_within_the_least_tokens_does_not_count():
+    guided = make_guided("pargs", beta=0.5)
+    settings = {"max_new_tokens": 24, "min_new_tokens": 12, "seed": 5}
+    (free,) = guided.generate("Hello", **settings)
+    (done,) = guided.generate("Hello", stop=[free.text[1:3]], **settings)
+    assert done.text.startswith(free.text[:11])
+    assert "".join(guided.stream("Hello", stop=[free.text[1:3]], **settings)) == done.text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stream_pieces_are_generates_text(method):
+    guided = make_guided(method)
+    for seed in range(4):
+        settings = {"seed": seed, "max_new_tokens": 20, "stop": ["e", "ab"]}
+        pieces = list(guided.stream("Hello", **settings))
+        assert "".join(pieces) == guided.generate("Hello", **settings)[0].text
+
+
+def test_texts_and_ids_are_the_same_request():
+    guided = make_guided()
+    ids = [guided.policy.tokenizer(text).input_ids for text in TEXTS]
+    texts = guided.generate(TEXTS, max_new_tokens=6)
+    assert [c.token_ids for c in texts] == [c.token_ids for c in guided.generate_ids(ids, max_new_tokens=6)]
+    assert [c.prompt for c in texts] == TEXTS
+    assert guided.generate([]) == []
+
+
+def test_chat_messages_go_through_the_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a:"
+    guided = GuidedPolicy.from_pretrained((tiny_policy(), tokenizer), method="policy")
+    message = [{"role": "user", "content": "Hi"}]
+    (done,) = guided.generate(message, max_new_tokens=3)
+    assert done.prompt == "user: Hi\na:"
+    assert len(guided.generate([message, message], max_new_tokens=3)) == 2
+    with pytest.raises(UsageError, match="no chat template"):
+        make_guided().generate(message)
+
+
+def test_a_run_is_repeatable():
+    guided = make_guided()
+    once, again = (guided.generate(TEXTS, max_new_tokens=10, seed=9, trace=True) for _ in range(2))
+    assert once == again
+    assert once != guided.generate(TEXTS, max_new_tokens=10, seed=10, trace=True)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": math.nan}, "beta"),
+        ({"beta": math.inf}, "beta"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 exceeds"),
+        ({"stop": [""]}, "a stop text must not be empty"),
+        ({"max_tokens": 3}, "unknown setting max_tokens"),
+        ({"n": 3}, "n applies to best-of-n"),
+        ({"method": "policy"}, "decodes with pargs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ],
+)
+def test_unusable_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_guided().generate(["Hi"], **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("best-of-n", {"beta": 1.0}, "best-of-n has no beta"),
+        ("policy", {"beta": 1.0}, "policy has no beta"),
+        ("policy", {"n": 2}, "n applies to best-of-n, not to policy"),
+        ("pargs", {"beta": math.nan}, "beta"),
+        ("pargs", {"top_k": 0}, "top_k"),
+        ("prags", {}, "unknown method 'prags'; choose one of policy, pargs"),
+    ],
+)
+def test_unusable_joins(method, settings, message):
+    scorer = None if method == "policy" else tiny_scorer()
+    with pytest.raises(UsageError, match=message):
+        GuidedPolicy.from_pretrained(policy(), scorer, method=method, **settings)
+
+
+@pytest.mark.parametrize("method", ["pargs-greedy", "args"])
+def test_greedy_methods_refuse_a_temperature(method):
+    with pytest.raises(UsageError, match="has no temperature"):
+        make_guided(method).generate("Hi", temperature=0.7)
+
+
+def test_unusable_prompts():
+    guided = make_guided()
+    with pytest.raises(DataError, match=r"^the prompt is empty"):
+        guided.generate("")
+    with pytest.raises(DataError, match="prompt 2 of 2: the prompt is empty"):
+        guided.generate(["Hi", ""])
+    with pytest.raises(DataError, match="no tokens"):
+        guided.generate_ids([[]])
+    with pytest.raises(PromptTooLongError, match=r"prompt 2 of 2: .*policy's context of 128 tokens"):
+        guided.generate(["Hi", "x" * 100])
+    assert guided.generate("x" * 100, max_new_tokens=27)[0].token_ids
+
+
+def test_the_scorers_context_counts_too():
+    scorer = tiny_scorer()
+    scorer.max_length = 20
+    guided = GuidedPolicy.from_pretrained(policy(), scorer)
+    with pytest.raises(PromptTooLongError, match="scorer's context of 20"):
+        guided.generate("Hello there")
+
+
+def test_a_scorer_is_needed():
+    with pytest.raises(UsageError, match="pargs needs a scorer"):
+        GuidedPolicy.from_pretrained(policy())
+    with pytest.warns(UserWarning, match="policy does not use the scorer"):
+        GuidedPolicy.from_pretrained(policy(), tiny_scorer(), method="policy")
+
+
+def test_mismatched_tokenizers_are_refused():
+    other = tiny_tokenizer()
+    other.add_tokens(["Once"])
+    scorer = PrefixScorer(tiny_reward_model(), other, info=info(), name="other")
+    with pytest.raises(TokenizerMismatchError, match=r"'Once upon a time.* to the policy and .* to the scorer"):
+        GuidedPolicy.from_pretrained(policy(), scorer)
+
+
+def test_an_encoder_is_refused_token_wise_and_works_for_best_of_n():
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=64, num_labels=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    encoder = PrefixScorer(BertForSequenceClassification(config), tiny_tokenizer(), name="encoder")
+    with pytest.raises(UsageError, match=r"encoder is an encoder, .*use best-of-n"):
+        GuidedPolicy.from_pretrained(policy(), encoder)
+    guided = GuidedPolicy.from_pretrained(policy(), encoder, method="best-of-n", n=2)
+    assert guided.generate("Hi", max_new_tokens=4)[0].score is not None
+
+
+@pytest.mark.parametrize("objective", ["full-bt", None])
+def test_a_scorer_of_whole_texts_is_warned_about_token_wise(objective):
+    known = info(objective) if objective else None
+    scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=known, name="whole")
+    with pytest.warns(UserWarning, match="scores of partial sequences are arbitrary.*rgtg audit"):
+        GuidedPolicy.from_pretrained(policy(), scorer, method="args")
+
+
+@pytest.mark.parametrize("part", ["policy", "scorer"])
+def test_nan_weights_are_refused(part):
+    guided = make_guided()
+    model = getattr(guided, part).model
+    (model.lm_head if part == "policy" else model.score).weight.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="policy gives no finite" if part == "policy" else "scorer returned NaN"):
+        guided.generate("Hi")

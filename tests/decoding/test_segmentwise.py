@@ -1,0 +1,78 @@
+"""Best-of-n: n different completions, each scored once, the best one kept."""
+
+import pytest
+
+from naive import make_guided, reward
+from rgtg.decoding import guided as guided_module
+from rgtg.errors import NonFiniteError
+
+PROMPTS = [[0, 9, 14, 30], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Everything the scorer is shown."""
+    seen = []
+
+    def spy(guided):
+        score = guided.scorer.score_prefixes
+
+        def record(prompts, completions, **more):
+            scores = score(prompts, completions, **more)
+            seen.append((list(prompts), list(completions), [float(s[-1]) for s in scores]))
+            return scores
+
+        monkeypatch.setattr(guided.scorer, "score_prefixes", record)
+        return seen
+
+    return spy
+
+
+def test_draws_n_distinct_completions_and_takes_the_best(drawn):
+    guided = make_guided("best-of-n", n=10)
+    seen = drawn(guided)
+    done = guided.generate_ids(PROMPTS, max_new_tokens=12)
+    ((prompts, completions, rewards),) = seen
+    for i, completion in enumerate(done):
+        group = slice(10 * i, 10 * i + 10)
+        assert prompts[group] == [PROMPTS[i]] * 10
+        assert len(set(map(tuple, completions[group]))) == 10
+        best = max(range(10), key=rewards[group].__getitem__)
+        assert completion.token_ids == completions[group][best]
+        naive = reward(guided.scorer.model, [*PROMPTS[i], *completion.token_ids])
+        assert completion.score == pytest.approx(naive, abs=1e-5, rel=1e-5)
+        assert completion.policy_calls == sum(map(len, completions[group]))
+        assert completion.scorer_calls == 10
+
+
+def test_n_of_one_is_the_policy_with_that_rows_seed():
+    from rgtg.decoding.requests import derive_seed
+
+    best = make_guided("best-of-n", n=1).generate_ids(PROMPTS, seed=[1, 2, 3], max_new_tokens=8)
+    seeds = [derive_seed(s, 0) for s in (1, 2, 3)]
+    policy = make_guided("policy").generate_ids(PROMPTS, seed=seeds, max_new_tokens=8)
+    assert [c.token_ids for c in best] == [c.token_ids for c in policy]
+
+
+def test_the_trace_is_the_winners():
+    done = make_guided("best-of-n", n=4).generate_ids(PROMPTS, max_new_tokens=6, trace=True)
+    assert [[s.token_id for s in c.trace] for c in done] == [c.token_ids for c in done]
+
+
+def test_the_prompt_is_read_once_whatever_n(monkeypatch):
+    calls, make = [], guided_module.make_runner
+
+    def counting(*args, **more):
+        calls.append(make(*args, **more))
+        return calls[-1]
+
+    monkeypatch.setattr(guided_module, "make_runner", counting)
+    make_guided("best-of-n", n=5, token_tree=True).generate_ids([PROMPTS[0]], max_new_tokens=6, min_new_tokens=6)
+    assert [runner.calls for runner in calls] == [6]  # the prompt, and each token but the last
+
+
+def test_nan_rewards_are_refused():
+    guided = make_guided("best-of-n", n=2)
+    guided.scorer.model.score.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="scorer returned NaN"):
+        guided.generate_ids(PROMPTS, max_new_tokens=2)
