@@ -1,0 +1,51 @@
+"""``rgtg theory``: what it prints, and what it refuses."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rgtg.cli import theory
+from rgtg.theory import TheoryResult, exhibits
+
+app = typer.Typer()
+app.command()(theory.command)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_table_shows_the_four_exhibits():
+    ran = run("--seed", 1)
+    assert ran.exit_code == 0, ran.output
+    for expected in ("equal full-sequence loss", "39 of 39", "ratio of two RLHF", "function of y_{<i}", "E[r | prefix]"):
+        assert expected in ran.stdout
+    assert run("--quiet").stdout == ""
+
+
+def test_json_is_the_result_and_the_seed_changes_the_world():
+    plain = TheoryResult.model_validate_json(run("--json", "--seed", 1, "--set", "length=2").stdout)
+    assert plain == exhibits(seed=1, length=2)
+    assert plain.guidance != TheoryResult.model_validate_json(run("--json", "--seed", 2, "--set", "length=2").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "0"], "beta"),
+        (["--beta", "nan"], "beta"),
+        (["--length", "9"], "at most 300 completions"),
+        (["--set", "lenght=2"], "did you mean length?"),
+    ],
+)
+def test_unusable_settings_end_in_exit_2(arguments, message):
+    ran = run(*arguments)
+    assert ran.exit_code == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_json_is_plain():
+    assert json.loads(run("--json", "--length", 2).stdout)["version"] == 1
