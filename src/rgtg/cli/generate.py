@@ -52,7 +52,8 @@ def command(
 
     [bold]Example[/bold]: rgtg generate --policy POLICY --scorer SCORER --beta 2 --prompt "Once upon a time"
     """
-    flags = {k: v for k, v in locals().items() if k in GenerateSettings.model_fields and v not in (None, [], False)}
+    given = locals()  # 0 is a value (temperature, beta); an absent list or switch is not
+    flags = {k: v for k, v in given.items() if k in GenerateSettings.model_fields and v != [] and v is not False}
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
     hush_libraries()
@@ -121,9 +122,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
     try:
         guided = load_guided(settings)
         starts = range(0, len(texts), settings.batch_size)
-        from rgtg.decoding.requests import row_seeds
-
-        seeds = row_seeds(settings.seed, [list(text.encode()) for text in texts])
+        seeds = guided.row_seeds(texts, settings.seed)
         with partial.open("w", encoding="utf-8") as file:
             for start in track(starts, "generating", disable=quiet or as_json, transient=True):
                 part = slice(start, start + settings.batch_size)

@@ -62,18 +62,20 @@ def custom_generate(
 
     def run(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         config = kwargs["generation_config"]
-        _refuse_callbacks(kwargs)
         if id(model) not in loaded:
             loaded[id(model)] = GuidedPolicy.from_pretrained(
                 (model, tokenizer), scorer, method=method, beta=beta, top_k=top_k
             )
-        return _generate(loaded[id(model)], input_ids, kwargs.get("attention_mask"), config, seed)
+        settings = _settings(config, loaded[id(model)], input_ids.shape[1])
+        _refuse_callbacks(kwargs)
+        return _generate(loaded[id(model)], input_ids, kwargs.get("attention_mask"), settings, seed)
 
     return run
 
 
-def _generate(guided: GuidedPolicy, input_ids: Tensor, mask: Tensor | None, config: Any, seed: int) -> Tensor:
-    settings = _settings(config, guided, input_ids.shape[1])
+def _generate(
+    guided: GuidedPolicy, input_ids: Tensor, mask: Tensor | None, settings: dict[str, Any], seed: int
+) -> Tensor:
     kept = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept, strict=True)]
     done = guided.generate_ids(prompts, seed=seed, batch_size=len(prompts), **settings)

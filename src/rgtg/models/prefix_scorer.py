@@ -118,15 +118,15 @@ class PrefixScorer:
         if self.causal:
             # an empty text that no EOS closes is worth what its prompt is: the score at the prompt's last token
             for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-                if not completion and len(prompt) > 1:
+                if not completion:
                     completion.append(prompt.pop())
             return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
         return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
 
     def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         for prompt, completion in rows:
-            if not prompt or not completion:
-                raise DataError("a scored completion and its prompt must each have at least one token")
+            if not completion:
+                raise DataError("a scored completion must have at least one token")
             if self.max_length and len(prompt) + len(completion) > self.max_length:
                 raise DataError(
                     f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of "

@@ -1,0 +1,116 @@
+"""``rgtg generate`` and ``rgtg score`` on what it writes."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from naive import info
+from rgtg.cli import generate, score
+from rgtg.models.checkpoint import write_info
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.types import Completion
+
+app = typer.Typer()
+app.command("generate")(generate.command)
+app.command("score")(score.command)
+
+
+@pytest.fixture
+def models(policy_folder, scorer_folder):
+    write_info(scorer_folder, info())
+    return ["--policy", policy_folder, "--scorer", scorer_folder, "--max-new-tokens", 8, "--set", "device=cpu"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("Once", "Hi you", "What")))
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def refused(result, code, message):
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert result.stdout == ""
+
+
+def test_one_prompt_on_the_terminal(models):
+    result = run("generate", *models, "--prompt", "Once", "--seed", 3)
+    assert result.exit_code == 0, result.stderr
+    (plain,) = run("generate", *models, "--prompt", "Once", "--seed", 3, "--json").stdout.splitlines()
+    done = Completion.model_validate_json(plain)
+    assert result.stdout == "Once" + done.text + "\n"
+    assert run("generate", *models, "--prompt", "Once", "--seed", 3, "--quiet").stdout == done.text + "\n"
+    greedy = [run("generate", *models, "--prompt", "Once", "--temperature", 0, "--seed", s).stdout for s in (0, 1)]
+    assert greedy[0] == greedy[1]
+    traced = Completion.model_validate_json(run("generate", *models, "--prompt", "Once", "--seed", 3, "--trace").stdout)
+    assert len(traced.trace) == len(done.token_ids)
+
+
+def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_path):
+    output, scored = tmp_path / "out" / "done.jsonl", tmp_path / "scored.jsonl"
+    result = run("generate", *models, "--prompts", prompts, "--output", output, "--set", "batch_size=2")
+    assert result.exit_code == 0, result.stderr
+    done = [Completion.model_validate_json(line) for line in output.read_text().splitlines()]
+    assert [c.prompt for c in done] == ["Once", "Hi you", "What"]
+    assert json.loads((output.parent / "done.jsonl.settings.json").read_text())["max_new_tokens"] == 8
+    assert sorted(p.name for p in output.parent.iterdir()) == ["done.jsonl", "done.jsonl.settings.json"]
+    again = tmp_path / "again.jsonl"
+    run("generate", *models, "--prompts", prompts, "--output", again, "--json")
+    redone = [Completion.model_validate_json(line) for line in again.read_text().splitlines()]
+    assert [(c.token_ids, c.seed) for c in redone] == [(c.token_ids, c.seed) for c in done]
+    result = run("score", "--scorer", scorer_folder, "--input", output, "--output", scored, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in scored.read_text().splitlines()]
+    scorer = PrefixScorer.from_pretrained(str(scorer_folder), device="cpu")
+    for row, c in zip(rows, done, strict=True):
+        (reward,) = scorer.score([c.prompt], [c.text], finished=c.finish_reason == "stop")
+        assert row["reward"] == pytest.approx(reward, abs=1e-5)
+    assert json.loads(result.stdout)["rows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prompt", "Hi", "--beta", "nan"], 2, "beta"),
+        (["--prompt", "Hi", "--top-k", "0"], 2, "top_k must be at least 1"),
+        (["--prompt", ""], 3, "the prompt is empty"),
+        (["--prompt", "x" * 200], 3, "context of 128 tokens"),
+        (["--prompt", "Hi", "--method", "prags"], 2, "unknown method 'prags'"),
+        (["--prompt", "Hi", "--set", "topk=3"], 2, "did you mean top_k?"),
+        (["--prompt", "Hi", "--policy", "./absent"], 2, "no model folder ./absent"),
+        (["--prompt", "Hi", "--n", "3"], 2, "n applies to best-of-n"),
+        ([], 2, "give either --prompt TEXT or --prompts FILE"),
+        (["--prompts", "absent.jsonl"], 2, "--prompts and --output go together"),
+    ],
+)
+def test_wrong_use(models, arguments, code, message):
+    refused(run("generate", *models, *arguments), code, message)
+
+
+def test_wrong_prompt_files_leave_no_output(models, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    target = ["--prompts", prompts, "--output", output, "--quiet"]
+    prompts.write_text('{"prompt": "Hi"}\nnonsense\n')
+    refused(run("generate", *models, *target), 3, "prompts.jsonl:2: not JSON")
+    prompts.write_text('{"prompt": "Hi"}\n{"prompt": "' + "x" * 200 + '"}\n')
+    refused(run("generate", *models, *target), 3, "prompt 2 of 2")
+    refused(run("generate", *models, *target, "--policy", "./absent"), 2, "no model folder")
+    assert not [p for p in tmp_path.iterdir() if "out.jsonl" in p.name]
+
+
+def test_unwritable_outputs(models, prompts, scorer_folder, tmp_path):
+    under = prompts / "out.jsonl"
+    refused(run("generate", *models, "--prompts", prompts, "--output", under), 1, "cannot write")
+    refused(run("generate", *models, "--prompts", prompts, "--output", tmp_path), 1, "it is a folder")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "text": "b"}\n')
+    refused(run("score", "--scorer", scorer_folder, "--input", rows, "--output", rows / "x"), 1, "cannot write")
