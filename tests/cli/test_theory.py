@@ -20,7 +20,13 @@ def run(*arguments):
 def test_the_table_shows_the_four_exhibits():
     ran = run("--seed", 1)
     assert ran.exit_code == 0, ran.output
-    for expected in ("equal full-sequence loss", "39 of 39", "ratio of two RLHF", "function of y_{<i}", "E[r | prefix]"):
+    for expected in (
+        "equal full-sequence loss",
+        "39 of 39",
+        "ratio of two RLHF",
+        "function of y_{<i}",
+        "E[r | prefix]",
+    ):
         assert expected in ran.stdout
     assert run("--quiet").stdout == ""
 
