@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import typer
@@ -48,3 +49,24 @@ def test_wrong_input_is_one_message(tmp_path, scorer_folder, scorer, pairs_text,
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not (out / "audit.json").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(tmp_path, scorer_folder, pairs):
+    ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--output", str(pairs)])
+    assert ran.exit_code == 1
+    assert "choose another --output" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_missing_extra_is_told_before_the_work(tmp_path, pairs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    ran = CliRunner().invoke(app, ["--scorer", "/nowhere", "--pairs", str(pairs), "--output", str(tmp_path / "out")])
+    assert ran.exit_code == 2
+    assert "pip install 'rgtg[report]'" in ran.stderr
+
+
+def test_the_table_ends_in_the_verdict(scorer_folder, pairs):
+    ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--set", "bootstrap=100"])
+    assert ran.exit_code == 0, ran.output
+    for expected in ("1 tokens", "100%", "calibration error", "completions"):
+        assert expected in ran.stdout

@@ -86,6 +86,49 @@ def test_no_pairs_is_an_error():
         audit_prefixes(CountingScorer(early=True), [])
 
 
+def test_pairs_that_never_differ_are_an_error():
+    same = PreferencePair(prompt="x", chosen="ab", rejected="ab")
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        audit_prefixes(CountingScorer(early=True), [same])
+
+
+def test_a_list_and_its_file_have_one_fingerprint(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(pair.model_dump_json(exclude={"prompt_templated"}) + "\n" for pair in PAIRS))
+    listed, read = (audit_prefixes(CountingScorer(early=True), p, bootstrap=100) for p in (PAIRS, path))
+    assert listed == read
+    assert len(listed.provenance.data["pairs"]) == 16
+
+
+def test_pairs_over_the_context_are_an_error_or_left_out_with_a_count():
+    long = PreferencePair(prompt="x", chosen="a" * 200, rejected="b")
+    scorer = tiny_reward_model(), tiny_tokenizer()
+    with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
+        audit_prefixes(scorer, [*PAIRS, long], bootstrap=100)
+    with pytest.warns(UserWarning, match="left out 1 of 27 pairs"):
+        assert audit_prefixes(scorer, [*PAIRS, long], bootstrap=100, on_bad="skip").pairs == 26
+
+
+def test_token_positions_end_where_too_few_pairs_reach():
+    result = audit_prefixes(CountingScorer(early=True), PAIRS, bootstrap=100)
+    # completions of 6 to 31 tokens: all 26 reach 4, 24 reach 8, only 16 reach 16
+    assert [(p.position, p.pairs) for p in result.by_tokens] == [(1, 0), (2, 26), (4, 26), (8, 24)]
+
+
+def test_calibration_error_by_hand():
+    # margins 0, 1, 2 … of the one pair: σ(0) ½ is left out (identical), then σ(1), σ(2) and σ(2), read from both sides
+    pair = PreferencePair(prompt="x", chosen="baac", rejected="bbbb")
+    found = audit_prefixes(CountingScorer(early=True), [pair], bootstrap=100).calibration_error
+    sure = [1 / (1 + math.exp(-m)) for m in (1, 2, 2)]
+    assert found == pytest.approx(1 - sum(sure) / 3)
+
+
+def test_nothing_but_ties_is_no_verdict():
+    none = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    assert verdict(none, none).startswith("No verdict")
+    assert audit_prefixes(CountingScorer(early=False), PAIRS, bootstrap=100).verdict.startswith("No verdict")
+
+
 def _interval(low, mean, high):
     return Interval(mean=mean, low=low, high=high, n=100)
 

@@ -1,5 +1,6 @@
 """``rgtg audit``: is a scorer fit for token-wise guidance?"""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,7 @@ def command(
     flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields}
     settings = AuditSettings.resolve(config, overrides, flags)
     if settings.output:
-        _make_folder(settings.output)
+        _prepare(settings.output)
     hush_libraries()
     from rgtg.evaluation.prefix_audit import audit_prefixes
     from rgtg.models.prefix_scorer import PrefixScorer
@@ -62,9 +63,15 @@ def command(
     emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result))
 
 
-def _make_folder(output: Path) -> None:
+def _prepare(output: Path) -> None:
+    """Find out before the work what would make its result unwritable: the folder, or a missing extra."""
+    from rgtg.evaluation.figures import new_figure
+
+    new_figure()
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise OutputError(f"cannot write to {output}: {error.strerror}; choose another --output") from error
 

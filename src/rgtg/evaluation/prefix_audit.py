@@ -1,6 +1,9 @@
 """Is a scorer fit for token-wise guidance? Pairwise accuracy and margin by prefix length, with intervals."""
 
+import hashlib
+import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rgtg.data import read_pairs
+from rgtg.data import read_pairs, tokenize_pairs
 from rgtg.errors import DataError
 from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.encoding import encode_completion, encode_prompt
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.types import AuditPoint, AuditResult, Interval, PreferencePair
 
@@ -63,6 +65,8 @@ def audit_prefixes(
     model = PrefixScorer.from_pretrained(scorer)
     kept, fingerprint = _usable_pairs(model, pairs, on_bad)
     margins = _all_margins(model, kept, batch_size)
+    if not any(m.differs.any() for m in margins):
+        raise DataError("chosen and rejected are the same tokens in every pair: there is nothing to tell apart")
     options = {"seed": seed, "resamples": bootstrap}
     by_fraction = [
         _point(q / fractions, margins, [_at_fraction(m, q / fractions) for m in margins], options)
@@ -94,8 +98,13 @@ def verdict(early: Interval, full: Interval) -> str:
 
     "Fit" needs an interval above 0.5 and at least half of the full accuracy's lead over chance.
     """
+    if not early.n or not full.n:
+        return (
+            "No verdict: over the first half of completions, or on whole ones, the two sides of every pair got the "
+            "same score (ties) or were the same text."
+        )
     figures = (
-        f"over the first half of completions it orders {early.mean:.1%} of pairs rightly "
+        f"over the first half of completions it orders {early.mean:.1%} of prefixes rightly "
         f"({early.low:.1%} to {early.high:.1%}), on whole ones {full.mean:.1%}"
     )
     if full.low <= 0.5 and early.low <= 0.5:
@@ -114,23 +123,40 @@ def _usable_pairs(
         read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad)
         kept, fingerprint = list(read.pairs), read.fingerprint
     else:
-        kept, fingerprint = list(pairs), ""
+        kept = _fitting(model, pairs) if on_bad == "skip" else list(pairs)
+        fingerprint = _fingerprint(kept)
     if not kept:
         raise DataError("there are no pairs to audit with")
     return kept, fingerprint
 
 
-def _all_margins(model: PrefixScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
-    prompts: list[list[int]] = []
-    chosen: list[list[int]] = []
-    rejected: list[list[int]] = []
+def _fitting(model: PrefixScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs that fit the scorer's context; a warning counts the others."""
+    limit = model.max_length or math.inf
+    tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
+    kept = [
+        pair
+        for pair, ids in zip(pairs, tokenized, strict=True)
+        if len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) <= limit
+    ]
+    if len(kept) < len(pairs):
+        warnings.warn(f"left out {len(pairs) - len(kept)} of {len(pairs)} pairs (too long: {limit})", stacklevel=4)
+    return kept
+
+
+def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
+    """Hash of contents and order: for the same pairs, the one that `read_pairs` gives a file."""
+    digest = hashlib.sha256()
     for pair in pairs:
-        close = model.append_eos and not pair.prompt_templated
-        prompts.append(encode_prompt(model.tokenizer, pair.prompt, templated=pair.prompt_templated))
-        for side, text in ((chosen, pair.chosen), (rejected, pair.rejected)):
-            side.append(
-                encode_completion(model.tokenizer, pair.prompt, text, templated=pair.prompt_templated, append_eos=close)
-            )
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _all_margins(model: PrefixScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
+    tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
+    prompts = [pair.prompt_ids for pair in tokenized]
+    chosen = [pair.chosen_ids for pair in tokenized]
+    rejected = [pair.rejected_ids for pair in tokenized]
     scores = model.score_prefixes(prompts * 2, chosen + rejected, batch_size=batch_size)
     half = len(pairs)
     return [_margins(scores[i], scores[half + i], chosen[i], rejected[i]) for i in range(half)]

@@ -19,7 +19,8 @@ def provenance(
 ) -> Provenance:
     """Version, commit, settings, seed, and fingerprints of models (by role) and data.
 
-    Paths in the settings are cut to their last part: a result must not name the machine it was made on.
+    Absolute and dotted paths in the settings are cut to their last part: a result must not name the machine it was
+    made on.
     """
     first = next(iter(models.values()), None)
     return Provenance(
@@ -36,14 +37,23 @@ def provenance(
 
 
 def _without_folder(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folder(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folder(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~", "."))):
-        return Path(value).name
+        return Path(value).name or value
     return value
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout the package runs from; None when it is installed elsewhere."""
-    here = Path(__file__).parent
+    """Commit of the checkout the package runs from; None when it is installed elsewhere.
+
+    An environment inside someone's own repository must not lend us that repository's commit.
+    """
+    here = Path(__file__).parents[3]
+    if not (here / ".git").exists() or not (here / "src" / "rgtg").is_dir():
+        return None
     try:
         ran = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
