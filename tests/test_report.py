@@ -126,11 +126,13 @@ def test_a_comparison_without_samples_or_figures_still_renders(result):
 
 def test_written_from_files(result, audit, tmp_path):
     (tmp_path / "results.json").write_text(result.model_dump_json())
-    (tmp_path / "audit.json").write_text(audit.model_dump_json())  # pydantic writes NaN as null
-    with pytest.raises(DataError, match=r"audit\.json is not a AuditResult: by_fraction"):
-        write_report(tmp_path / "results.json", tmp_path / "r.html", audits={"s": tmp_path / "audit.json"})
-    assert not (tmp_path / "r.html").exists()
-    write_report(tmp_path / "results.json", tmp_path / "r.html", title="T")
+    (tmp_path / "audit.json").write_text(audit.model_dump_json())
+    (tmp_path / "bad.json").write_text('{"version": 1}')
+    write_report(tmp_path / "results.json", tmp_path / "r.html", audits={"s": tmp_path / "audit.json"}, title="T")
     _parse((tmp_path / "r.html").read_text(encoding="utf-8"))
+    (tmp_path / "r.html").unlink()
+    with pytest.raises(DataError, match=r"bad\.json is not a valid AuditResult: scorer"):
+        write_report(tmp_path / "results.json", tmp_path / "r.html", audits={"s": tmp_path / "bad.json"})
+    assert not (tmp_path / "r.html").exists()
     with pytest.raises(DataError, match="cannot read"):
         write_report(tmp_path / "none.json", tmp_path / "r.html")

@@ -105,7 +105,7 @@ def _load(kind: Any, path: Path) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path} is not a {kind.__name__}: {where}: {first['msg']}") from error
+        raise DataError(f"{path} is not a valid {kind.__name__}: {where}: {first['msg']}") from error
 
 
 def _rewards(result: ComparisonResult) -> str:
@@ -120,8 +120,9 @@ def _rewards(result: ComparisonResult) -> str:
         return heading
     figure = _figure(lambda axes: _draw_rewards(axes, drawn, result.reward), "Reward against distance from the policy")
     return (
-        f"{heading}{figure}<p><small>Right is farther from the policy, up is better. Bars: 95 % intervals of the reward. A "
-        "greedy method's KL is minus the log-probability of its completion; best-of-n's is an upper bound.</small></p>"
+        f"{heading}{figure}<p><small>Right is farther from the policy, up is better. Bars: 95 % intervals of the "
+        "reward. A greedy method's KL is minus the log-probability of its completion; best-of-n's is an upper bound."
+        "</small></p>"
     )
 
 

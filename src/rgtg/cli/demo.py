@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INTRO = """\
 A support desk answers customers. A small language model (the policy) was trained on the desk's past replies, good \
 and bad; it is frozen. Two scorers were trained from its weights on the same noisy preferences: full-bt on finished \
-replies, prefix-bt on every prefix. Each method below then answered the same messages, none of which was seen in training.
+replies, prefix-bt on every prefix. Each method below then answered the same messages, none of them seen in training.
 The reward is a rule that reads finished replies (from -9 or so to 5 points; docs/demo.md has the table). No scorer \
 has seen it. The settings of the authors' code are beta 2 for pargs and 1 for pargs-greedy and args.
 Everything was trained and drawn by this run. Intervals (95 %) cover the choice of messages and the sampling, not the \

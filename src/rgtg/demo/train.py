@@ -93,7 +93,7 @@ def train_policy(
         if not bool(loss.isfinite()):
             raise NonFiniteError(f"the policy's loss is {float(loss)} at step {step + 1}; try another --seed")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
