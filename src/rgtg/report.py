@@ -261,15 +261,20 @@ def _use_ink(axes: Any) -> None:
 
 def _draw_rewards(axes: Any, rows: Sequence[MethodResult], reward: str) -> None:
     """One curve per method through its betas."""
-    for i, method in enumerate(dict.fromkeys(row.method for row in rows)):
-        mine = sorted((row for row in rows if row.method == method), key=lambda row: row.metrics["kl_nats"].mean)
+    curves = {row.label: row.label.partition(" β=")[0] for row in rows}
+    for i, curve in enumerate(dict.fromkeys(curves.values())):
+        mine = sorted((row for row in rows if curves[row.label] == curve), key=lambda row: row.metrics["kl_nats"].mean)
         rewards = [row.metrics["reward"] for row in mine]
         spread = [[max(0.0, r.mean - r.low) for r in rewards], [max(0.0, r.high - r.mean) for r in rewards]]
         axes.errorbar(
-            [row.metrics["kl_nats"].mean for row in mine], [r.mean for r in rewards], yerr=spread, label=method,
+            [row.metrics["kl_nats"].mean for row in mine], [r.mean for r in rewards], yerr=spread, label=curve,
             color=_COLOURS[i % len(_COLOURS)], marker="os^Dv*"[i % 6], capsize=2, linewidth=1.4,
         )  # fmt: skip
-    axes.set(xlabel="KL to the policy, nats", ylabel=reward.replace("$", r"\$"))  # $ opens mathematics
+    axes.set_xscale("symlog", linthresh=1)  # over-steered methods lie hundreds of nats away
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(
+        xlabel="KL to the policy, nats (logarithmic beyond 1)", ylabel=reward.replace("$", r"\$")
+    )  # $ opens mathematics
     axes.legend(frameon=False, fontsize="small")
 
 

@@ -25,7 +25,7 @@ def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
     assert page.count("<svg") == 2
     result = ComparisonResult.model_validate_json((folder / "results.json").read_bytes())
     assert [row.method for row in result.methods] == [
-        "policy", "args", "args-sample", "pargs", "pargs-greedy", "best-of-n",
+        "policy", "policy", "args", "args-sample", "pargs", "pargs-greedy", "best-of-n",
     ]  # fmt: skip
     assert result.prompts == 4
     assert result.provenance.seed == 3
@@ -35,7 +35,7 @@ def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
         assert audit.objective == name
         assert (folder / name / "rgtg.json").is_file()
     rows = [json.loads(line) for line in (folder / "completions" / "pargs-beta1.jsonl").read_text().splitlines()]
-    reward = result.methods[3].metrics["reward"].mean
+    reward = result.methods[4].metrics["reward"].mean
     assert reward == pytest.approx(sum(row["gold"] for row in rows) / 4)
     assert json.loads((folder / "settings.json").read_text())["policy_steps"] == 6
     assert str(tmp_path) not in page

@@ -175,6 +175,7 @@ def method_runs(betas: Sequence[float]) -> list[CompareRun]:
     return expand_runs(
         [
             CompareRun(method="policy"),
+            CompareRun(method="policy", label="policy (greedy)", temperature=0.0),
             *(CompareRun(method=name, scorer=scorer, beta=list(betas)) for name, scorer in with_betas.items()),
             CompareRun(method="best-of-n", scorer="full-bt", n=10),
         ]
@@ -227,7 +228,9 @@ def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Comple
 
 
 def _file_name(run: CompareRun) -> str:
-    return f"{run.method}-beta{run.beta:g}" if isinstance(run.beta, float) else run.method
+    if isinstance(run.beta, float):
+        return f"{run.method}-beta{run.beta:g}"
+    return f"{run.method}-greedy" if run.temperature == 0 else run.method
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
