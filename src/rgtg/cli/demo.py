@@ -30,8 +30,9 @@ A support desk answers customers. A small language model (the policy) was traine
 and bad; it is frozen. Two scorers were trained from its weights on the same noisy preferences: full-bt on finished \
 replies, prefix-bt on every prefix. Each method below then answered the same messages, none of them seen in training.
 The reward is a rule that reads finished replies (from -9 or so to 5 points; docs/demo.md has the table). No scorer \
-has seen it. The settings of the authors' code are beta 2 for pargs and 1 for pargs-greedy and args. Compare like with like: pargs and args-sample with \
-policy, which are sampled; pargs-greedy and args with policy (greedy), which take the likeliest token.
+has seen it. The settings of the authors' code are beta 2 for pargs and 1 for pargs-greedy and args.
+Compare like with like: pargs and args-sample are sampled, as policy is; pargs-greedy and args take the best token, \
+as policy (greedy) does.
 Everything was trained and drawn by this run. Intervals (95 %) cover the choice of messages and the sampling, not the \
 training: run other seeds for that."""
 
