@@ -8,9 +8,12 @@ FORMAT_VERSION = 1
 
 
 class Record(BaseModel):
-    """A line or file that rgtg writes; unknown fields are refused when it is read back."""
+    """A line or file that rgtg writes; unknown fields are refused when it is read back.
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+    JSON knows no infinity: an excluded candidate's log-probability is the text "-Infinity", and reads back as a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
 
 
 class PreferencePair(Record):

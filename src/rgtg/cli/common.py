@@ -56,8 +56,7 @@ def fail(message: str, code: int) -> NoReturn:
 def emit(result: Any, *, as_json: bool, quiet: bool, show: Callable[[], None]) -> None:
     """Print a result: JSON where asked for, else what ``show`` draws, else nothing."""
     if as_json:
-        plain = result.model_dump() if isinstance(result, BaseModel) else result
-        sys.stdout.write(json.dumps(plain, indent=2, default=str) + "\n")
+        sys.stdout.write(_to_json(result) + "\n")
     elif not quiet:
         show()
 
@@ -99,9 +98,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: "BaseModel | dict[str, Any]") -> None:
     """Write one JSON document, whole or not at all."""
-    plain = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+        partial.write_text(_to_json(content) + "\n", encoding="utf-8")
+
+
+def _to_json(content: Any) -> str:
+    if isinstance(content, BaseModel):
+        return content.model_dump_json(indent=2)
+    return json.dumps(content, indent=2, default=str)
 
 
 def save_settings(output: Path, settings: BaseModel) -> None:

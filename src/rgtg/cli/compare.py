@@ -72,10 +72,12 @@ def show(result: ComparisonResult, output: Path | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", *(m for m in next(iter(result.methods)).metrics), "tokens/s", "scorer calls")
+    names = {"reward": "reward (95 %)", "kl_nats": "KL (nats)", "distinct_2": "distinct-2", "length_tokens": "tokens"}
+    table = Table("method", *(names.get(name, name) for name in result.methods[0].metrics))
     for row in sorted(result.methods, key=lambda r: -r.metrics["reward"].mean):
-        cells = [f"{m.mean:.3g} [dim]{m.low:.3g}–{m.high:.3g}[/dim]" for m in row.metrics.values()]
-        table.add_row(row.label, *cells, f"{row.tokens_per_second:.0f}", str(row.scorer_calls))
+        reward = row.metrics["reward"]
+        rest = [f"{m.mean:.3g}" for name, m in row.metrics.items() if name != "reward"]
+        table.add_row(row.label, f"{reward.mean:.3g} ({reward.low:.3g} to {reward.high:.3g})", *rest)
     console = Console()
     console.print(table)
     if output:
