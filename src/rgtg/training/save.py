@@ -20,7 +20,7 @@ tags: [reward-model, rgtg, {objective}]
 
 # {name}
 
-A reward model that scores {what}, trained by [rgtg](https://pypi.org/project/rgtg/) {version} from `{base}`.
+A reward model that scores {what}, trained by rgtg {version} from `{base}`.
 
 | | |
 |---|---|
