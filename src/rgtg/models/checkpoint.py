@@ -5,17 +5,24 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+import torch
+from pydantic import Field, ValidationError
 
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.types import FORMAT_VERSION, Record
 
 INFO_FILE = "rgtg.json"
+HEAD_FILE = "head.safetensors"
 Objective = Literal["prefix-bt", "full-bt"]
 
 
 class ScorerInfo(Record):
-    """Contents of rgtg.json. ``append_eos``: finished completions were closed by EOS in training."""
+    """Contents of rgtg.json. ``append_eos``: finished completions were closed by EOS in training.
+
+    ``trunk`` says whose states are scored: those of a model of the scorer's own (``separate``), of the frozen policy
+    (``own``), or of the policy under an adapter (``shared``). The fields after it describe a head on them: which kind,
+    which layer it reads, its sizes, and the fingerprints that the policy has when loaded in other dtypes.
+    """
 
     version: int = FORMAT_VERSION
     rgtg_version: str
@@ -26,6 +33,12 @@ class ScorerInfo(Record):
     data_fingerprint: str
     append_eos: bool = True
     max_length: int | None = None
+    trunk: Literal["separate", "own", "shared"] = "separate"
+    head: Literal["scalar", "state", "vocab"] = "scalar"
+    layer: int | None = None
+    width: int | None = None
+    rank: int | None = None
+    base_casts: dict[str, str] = Field(default_factory=dict)
 
 
 def read_info(folder: str | Path) -> ScorerInfo | None:
@@ -62,6 +75,11 @@ def require_safe_weights(source: str) -> None:
         if looks_local:
             raise ModelNotFoundError(f"no model folder {source}; expected a folder with config.json, or a hub id")
         return
+    if (path / HEAD_FILE).is_file():
+        raise UsageError(
+            f"{source} is a head on its policy's own states (rgtg train --trunk own), not a model of its own: use it "
+            "as a scorer, with that policy"
+        )
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelNotFoundError(f"{source} has no config.json; expected a folder saved by save_pretrained")
     if not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt"))):
@@ -70,12 +88,29 @@ def require_safe_weights(source: str) -> None:
         )
 
 
-def fingerprint_weights(model: Any) -> str:
-    """Short hash of a model's weights: names, shapes and evenly spaced values of every tensor."""
+def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
+    """Short hash of a model's weights: names, shapes and evenly spaced values of every tensor.
+
+    ``dtype`` gives the hash that the same weights have when they are loaded as that. A model whose weights were packed
+    for decoding keeps the hash of what it was made from in ``_rgtg_fingerprint``.
+    """
+    kept = getattr(model, "_rgtg_fingerprint", None)
+    if isinstance(kept, str) and dtype is None:
+        return kept
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+        sample = flat[:: max(1, flat.numel() // 64)]
+        if dtype is not None and sample.is_floating_point():
+            sample = sample.to(dtype)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.tobytes())
+        digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def cast_fingerprints(model: Any) -> dict[str, str]:
+    """Fingerprints that the weights have when loaded in 16 bits."""
+    return {
+        str(dtype).removeprefix("torch."): fingerprint_weights(model, dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+    }

@@ -1,11 +1,19 @@
-"""The Scorer protocol, and what a scorer declares about itself."""
+"""The Scorer protocol, what a scorer declares about itself, and the one way to load any of them."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from rgtg.models.checkpoint import ScorerInfo
+from rgtg.errors import UsageError
+from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.own_state import OwnStateScorer
+from rgtg.models.policy import Policy
+from rgtg.models.prefix_scorer import PrefixScorer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Scorer(Protocol):
@@ -30,3 +38,39 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool = True) -> list[float]:
         """Reward of each finished completion (or of an unfinished one, read without a closing EOS)."""
         ...
+
+
+def load_scorer(
+    source: "str | PrefixScorer | OwnStateScorer | tuple[Any, Any]",
+    *,
+    policy: Policy | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+) -> PrefixScorer | OwnStateScorer:
+    """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
+
+    Args:
+        source: folder or hub id, a loaded scorer (returned as it is), or a loaded (reward model, tokenizer) pair.
+        policy: the loaded policy; a head on its states shares it, other scorers do not need it.
+        dtype: of weights that are loaded.
+        device: for weights that are loaded.
+
+    Raises:
+        ModelNotFoundError: nothing loadable at ``source``.
+        UsageError: a head made for another policy, or a model that is no scorer.
+    """
+    if isinstance(source, OwnStateScorer):
+        if policy is not None and policy.model is not source.model:
+            raise UsageError(f"the head {source.name} is on another loaded policy; load it with policy= this one")
+        return source
+    trunk = _trunk(source) if isinstance(source, str) else "separate"
+    if trunk == "own" and isinstance(source, str):
+        return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
+    if trunk == "shared":
+        raise UsageError(f"{source} is a scorer on a shared trunk, which this version of rgtg cannot read")
+    return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
+
+
+def _trunk(source: str) -> str:
+    info = read_info(source) if Path(source).is_dir() else None
+    return info.trunk if info else "separate"

@@ -1,0 +1,126 @@
+"""Small networks on a language model's hidden states, and their file.
+
+A *state head* is read at the candidate, r(y_{1:i}) = Q(h_i). A *vocabulary head* is read at the prefix and scores every
+next token, r(y_{1:i}) = Q(h_{i-1})[y_i]. h_i is the policy's hidden state at token i, in one of its layers.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rgtg.errors import DataError
+from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo
+
+TABLE_ENTRIES = 2**21  # of a vocabulary head's token table by default: 4 MB in a checkpoint
+
+
+class StateHead(nn.Module):
+    """Q(h) = MLP(h), one score per state: w₂ · GELU(W₁ h̃ + b₁) + b₂ with h̃ = (h − mean) / std.
+
+    ``mean`` and ``std``, of each dimension over the training states, make any model's scale fit; they are stored.
+    """
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.mlp = _Perceptron(hidden, width, 1)
+
+    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
+        """Scores in fp32, whatever the states' dtype."""
+        scores: Tensor = self.mlp(states)[..., 0]
+        return scores.float()
+
+
+class VocabularyHead(nn.Module):
+    """Q(h)[v] = ⟨MLP(h), E[v]⟩ + b[v], one score per next token; E is a learned token table (V × rank)."""
+
+    def __init__(self, hidden: int, width: int, rank: int, vocabulary: int) -> None:
+        super().__init__()
+        self.mlp = _Perceptron(hidden, width, rank)
+        self.table = nn.Embedding(vocabulary, rank)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(
+        self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
+    ) -> Float[Tensor, "batch candidates"]:
+        """Scores of each prefix's candidates in fp32; only their rows of the table are read."""
+        query = self.mlp(states)[..., None]  # (B, R, 1)
+        products: Tensor = self.table(candidate_ids) @ query  # (B, K, 1)
+        return products[..., 0].float() + self.bias[candidate_ids]
+
+    def positions(
+        self, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch length"]:
+        """Score of ``token_ids[b, t]`` read at ``states[b, t]``, the state just before it."""
+        scores: Tensor = self(states.flatten(0, 1), token_ids.reshape(-1, 1))
+        return scores.view(token_ids.shape)
+
+
+class _Perceptron(nn.Module):
+    """Standardise, one hidden layer, fp32 throughout."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, hidden: int, width: int, out: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("std", torch.ones(hidden))
+        self.first = nn.Linear(hidden, width)
+        self.second = nn.Linear(width, out)
+
+    def forward(self, states: Tensor) -> Tensor:
+        inside = nn.functional.gelu(self.first((states.float() - self.mean) / self.std))
+        out: Tensor = self.second(inside)
+        return out
+
+
+Head = StateHead | VocabularyHead
+
+
+def score_positions(
+    head: Head, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch length"]:
+    """Score of every prefix, given the states that `positions_of` cuts out and the completions' tokens."""
+    scores: Tensor = head.positions(states, token_ids) if isinstance(head, VocabularyHead) else head(states)
+    return scores
+
+
+def save_head(folder: Path, head: Head) -> None:
+    """Write head.safetensors; `round_to_half` first, so that what is read back is what was evaluated."""
+    tensors = {
+        name: value.half() if isinstance(value, nn.Parameter) else value
+        for name, value in head.state_dict(keep_vars=True).items()
+    }
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(folder / HEAD_FILE))
+
+
+@torch.no_grad()
+def round_to_half(head: Head) -> None:
+    """Round the weights to what fp16 holds, in place; they stay fp32 tensors."""
+    for parameter in head.parameters():
+        parameter.copy_(parameter.half())
+
+
+def load_head(folder: Path, info: ScorerInfo) -> Head:
+    """Read head.safetensors; sizes come from its tensors.
+
+    Raises:
+        DataError: missing, cut off, or not what rgtg.json says.
+    """
+    try:
+        tensors = load_file(str(folder / HEAD_FILE))
+        width, hidden = tensors["mlp.first.weight"].shape
+        head: Head
+        if info.head == "vocab":
+            vocabulary, rank = tensors["table.weight"].shape
+            head = VocabularyHead(hidden, width, rank, vocabulary)
+        else:
+            head = StateHead(hidden, width)
+        head.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise DataError(f"{folder / HEAD_FILE} is missing or damaged, or no {info.head} head: {error}") from error
+    return head

@@ -1,0 +1,288 @@
+"""Scorers that cost next to nothing: a small head on the frozen policy's own hidden states, and how those are read."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
+from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
+from rgtg.models.encoding import encode_completion, encode_prompt, tokenizer_hash
+from rgtg.models.heads import Head, load_head, score_positions
+from rgtg.models.heads import StateHead as StateHead
+from rgtg.models.heads import VocabularyHead as VocabularyHead
+from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
+from rgtg.models.prefix_scorer import pad_right
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
+_EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
+
+
+class OwnStateScorer:
+    """A head and the frozen policy whose states it reads; ``model`` is the policy's own, never a copy.
+
+    ``layer`` counts as transformers' ``hidden_states``: 0 the embeddings, …, ``num_hidden_layers`` the last hidden
+    state, after the final norm.
+    """
+
+    causal = True
+
+    def __init__(self, policy: Policy, head: Head, info: ScorerInfo, *, name: str = "head") -> None:
+        if info.layer is None or info.head == "scalar":
+            raise UsageError(f"{name}: its description names no head or no layer; train it: rgtg train --trunk own")
+        self.model = policy.model
+        self.tokenizer = policy.tokenizer
+        self.info = info
+        self.name = name
+        self.max_length = context_length(policy.model.config)
+        self.append_eos = info.append_eos
+        self.layer = info.layer
+        self.kind: Literal["state", "vocab"] = info.head
+        self.head = head.to(policy.model.device).eval().requires_grad_(False)
+        require_observable(self.model, [self.layer])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        *,
+        policy: Policy | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+    ) -> "OwnStateScorer":
+        """Load a head from its folder, onto ``policy`` or the policy that it names.
+
+        Raises:
+            ModelNotFoundError: no such folder, or its policy cannot be loaded.
+            UsageError: no head in the folder, another policy than the one it was trained on, or ``dtype`` or
+                ``device`` at odds with the given policy.
+            DataError: files that are damaged.
+        """
+        info = _require_head(folder)
+        head = load_head(Path(folder), info)
+        if policy is None:
+            policy = _load_own_policy(folder, info, dtype, device)
+        else:
+            _require_placed(policy, dtype, device)
+        require_same_policy(policy, info, folder)
+        return cls(policy, head, info, name=folder)
+
+    @torch.inference_mode()
+    def score_prefixes(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[Tensor]:
+        """Scores of every prefix y_{1:i}, i = 1 … T, from one pass of the policy over each completion.
+
+        Returns:
+            One fp32 CPU tensor of shape (T,) per completion.
+
+        Raises:
+            DataError: an empty completion, a text over the context, or (vocabulary head) an empty prompt.
+        """
+        rows = list(zip(prompt_ids, completion_ids, strict=True))
+        self._require_fit(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
+        scores: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, self.model.device)
+            states = read_states(self.model, ids, mask, [self.layer])[self.layer]
+            for row, i in enumerate(part):
+                window = slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1]))
+                read = positions_of(self.kind, states[row : row + 1], window)
+                scores[i] = score_positions(self.head, read, ids[row : row + 1, window])[0].cpu()
+        return [scores[i] for i in range(len(rows))]
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        templated: bool = False,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
+        ended = [finished] * len(completions) if isinstance(finished, bool) else finished
+        if len(ended) != len(completions):
+            raise UsageError(
+                f"finished says of {len(ended)} completions whether they ended; there are {len(completions)}"
+            )
+        prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
+        completion_ids = [
+            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=end and self.append_eos)
+            for p, c, end in zip(prompts, completions, ended, strict=True)
+        ]
+        # an empty text that no EOS closes is worth what its prompt is: the score of the prompt's last token
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+            if not completion:
+                completion.append(prompt.pop())
+        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
+
+    def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        for prompt, completion in rows:
+            if not completion:
+                raise DataError("a scored completion must have at least one token")
+            if self.kind == "vocab" and not prompt:
+                raise DataError("a vocabulary head reads the state before a token: the prompt must have one")
+            if self.max_length and len(prompt) + len(completion) > self.max_length:
+                raise DataError(
+                    f"a text of {len(prompt)} + {len(completion)} tokens exceeds the policy's context of "
+                    f"{self.max_length}; drop it or use a policy with a longer context"
+                )
+
+
+def positions_of(kind: str, states: Tensor, completion: slice) -> Tensor:
+    """States (B, T, H) at which a completion's prefixes are read: its own tokens, or one earlier (vocabulary head)."""
+    back = 1 if kind == "vocab" else 0
+    return states[:, completion.start - back : completion.stop - back]
+
+
+def observed(model: Any, layer: int) -> nn.Module:
+    """The module of a causal LM whose forward output (or its first element) is ``hidden_states[layer]``.
+
+    Raises:
+        UsageError: a layer that the model has not, or a model built in a way that is not known here.
+    """
+    owner, layers = _stack(model)
+    if not 0 <= layer <= len(layers):
+        raise UsageError(f"layer {layer} is not one of this model's: 0 (embeddings) to {len(layers)} (final state)")
+    if layer == len(layers):  # where no norm is known, the trunk itself: its first output is the final state
+        return _child(owner, _FINAL_NORMS) or _module(model.base_model)
+    if layer == 0:
+        return _child(owner, _EMBEDDINGS) or _module(model.get_input_embeddings())
+    return layers[layer - 1]
+
+
+@contextmanager
+def watching(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """While the block runs, each forward leaves its states (B, T, H) of these layers in the dictionary; no others."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [observed(model, layer).register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def read_states(
+    model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"], layers: list[int]
+) -> dict[int, Tensor]:
+    """Hidden states (B, T, H) of the layers asked for, in one pass of the trunk: the language-model head is not run.
+
+    Positions are counted from the mask, so padding may be on either side; states at padding are meaningless.
+    """
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with watching(model, layers) as seen:
+        model.base_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    return dict(seen)
+
+
+@torch.no_grad()
+def require_observable(model: Any, layers: Sequence[int]) -> None:
+    """Try on three tokens that `observed` finds what transformers calls these hidden states.
+
+    Raises:
+        UsageError: it finds something else (a layer 0 that no module gives, or an unknown kind of model).
+    """
+    ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with watching(model, layers) as seen:
+        expected = model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    for layer in layers:
+        if not _same(seen.get(layer), expected[layer]):
+            raise UsageError(
+                f"layer {layer} of {type(model).__name__} cannot be observed: no module gives that state; use another "
+                f"layer (the final state is layer {len(expected) - 1})"
+            )
+
+
+def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
+    """Refuse a policy other than the one whose states the head was trained on.
+
+    Raises:
+        UsageError: other weights (the same ones loaded in another dtype are recognised).
+        TokenizerMismatchError: another tokenizer.
+    """
+    found = fingerprint_weights(policy.model)
+    if found not in (info.base_fingerprint, *info.base_casts.values()):
+        name = getattr(policy.model, "name_or_path", "") or type(policy.model).__name__
+        raise UsageError(
+            f"the head {folder} was trained on the states of {info.base_model} (weights {info.base_fingerprint}); this "
+            f"policy is {name} (weights {found}), whose states mean nothing to it: steer {info.base_model}, or train a "
+            f"head for this policy (rgtg train --trunk own --head {info.head} --base {name})"
+        )
+    if tokenizer_hash(policy.tokenizer) != info.tokenizer_hash:
+        raise TokenizerMismatchError(
+            f"the head {folder} was trained with another tokenizer than this policy's; load the policy with the "
+            f"tokenizer of {info.base_model}"
+        )
+
+
+def base_fingerprints(model: Any) -> tuple[str, dict[str, str]]:
+    """What `require_same_policy` compares: the fingerprint as loaded, and those of the same weights in 16 bits."""
+    return fingerprint_weights(model), cast_fingerprints(model)
+
+
+def _require_head(folder: str) -> ScorerInfo:
+    if not Path(folder).is_dir():
+        raise ModelNotFoundError(f"no head folder {folder}; expected one made by rgtg train --trunk own")
+    info = read_info(folder)
+    if info is None and (Path(folder) / HEAD_FILE).exists():
+        raise UsageError(f"{folder} has no rgtg.json: saving it was interrupted; train the head again")
+    if info is None or info.trunk != "own":
+        raise UsageError(f"{folder} holds no head on a policy's own states; make one with rgtg train --trunk own")
+    return info
+
+
+def _load_own_policy(folder: str, info: ScorerInfo, dtype: Any, device: Any) -> Policy:
+    try:
+        return load_policy(info.base_model, dtype=dtype, device=device)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the head {folder} reads the states of {info.base_model}, which cannot be loaded ({error}); name the "
+            "policy's new place (--policy, or policy= in Python)"
+        ) from error
+
+
+def _require_placed(policy: Policy, dtype: Any, device: Any) -> None:
+    wanted = resolve_dtype(dtype)
+    if wanted not in ("auto", policy.model.dtype):
+        raise UsageError(f"dtype {dtype} is asked of a head whose policy is loaded in {policy.model.dtype}")
+    if device is not None and resolve_device(device).type != policy.model.device.type:
+        raise UsageError(f"device {device} is asked of a head whose policy is on {policy.model.device}")
+
+
+def _same(found: Tensor | None, expected: Tensor) -> bool:
+    return found is not None and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder layers, and the module that owns them."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise UsageError(f"{type(model).__name__} has no list of {count} layers; its states cannot be observed")
+
+
+def _module(found: nn.Module) -> nn.Module:
+    return found
+
+
+def _child(owner: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    found = (getattr(owner, name, None) for name in names)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
