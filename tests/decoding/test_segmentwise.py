@@ -2,7 +2,7 @@
 
 import pytest
 
-from naive import make_guided, reward
+from naive import EOS, info, make_guided, reward
 from rgtg.decoding import guided as guided_module
 from rgtg.errors import NonFiniteError
 
@@ -69,6 +69,37 @@ def test_the_prompt_is_read_once_whatever_n(monkeypatch):
     monkeypatch.setattr(guided_module, "make_runner", counting)
     make_guided("best-of-n", n=5, token_tree=True).generate_ids([PROMPTS[0]], max_new_tokens=6, min_new_tokens=6)
     assert [runner.calls for runner in calls] == [6]  # the prompt, and each token but the last
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("stop", [[], ["e", "to"]])
+def test_the_reward_that_chooses_is_the_one_that_score_gives_the_text(append_eos, stop):
+    """Whether a draw ended (at EOS or a stop text) or was cut off, and whatever the scorer was trained on."""
+    guided = make_guided("best-of-n", n=2)
+    guided.scorer.info = info(append_eos=append_eos)
+    guided.scorer.append_eos = append_eos
+    done = guided.generate(["Once", "Hi you", "What", "A", "No"] * 4, seed=0, max_new_tokens=6, stop=stop)
+    assert any(c.token_ids[-1] == EOS for c in done)
+    done = [c for c in done if not {0, 1, 3} & set(c.token_ids)]  # a text does not show <s>, <pad> and <unk>
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+    scores = guided.scorer.score(
+        [c.prompt for c in done], [c.text for c in done], finished=[c.finish_reason == "stop" for c in done]
+    )
+    assert [c.score for c in done] == pytest.approx(scores, abs=1e-5)
+
+
+def test_an_ended_text_is_read_without_eos_by_a_stock_scorer(drawn):
+    guided = make_guided("best-of-n", n=8)
+    guided.scorer.info = None
+    seen = drawn(guided)
+    done = guided.generate_ids(PROMPTS, max_new_tokens=6)
+    ((_, completions, rewards),) = seen
+    assert not any(EOS in completion for completion in completions)
+    for i, completion in enumerate(done):
+        spoken = [token for token in completion.token_ids if token != EOS]
+        assert completion.score == max(rewards[8 * i : 8 * i + 8])
+        naive = reward(guided.scorer.model, [*PROMPTS[i], *spoken])
+        assert completion.score == pytest.approx(naive, abs=1e-5, rel=1e-5)
 
 
 def test_nan_rewards_are_refused():

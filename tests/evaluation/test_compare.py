@@ -3,9 +3,12 @@ import json
 import pytest
 
 from conftest import tiny_reward_model, tiny_tokenizer
+from naive import EOS, info, reward
 from rgtg.config import CompareRun, CompareSettings
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare import compare, expand_runs
+from rgtg.evaluation.compare import _reward_of, compare, expand_runs
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.types import Completion
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trained on an unknown objective:UserWarning")
 
@@ -35,6 +38,20 @@ def test_every_method_is_measured_on_every_prompt(settings):
     assert policy.scorer_calls == 0
     assert best.scorer_calls == 9
     assert strong.metrics["kl_nats"].mean > weak.metrics["kl_nats"].mean
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_a_judge_reads_what_was_written(append_eos):
+    """Ended texts closed if it was trained so, cut-off ones left open, an empty one as it is."""
+    judge = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=info(append_eos=append_eos))
+    whole = {("ab", "stop"): [11, 5, 6], ("ab", "length"): [11, 5, 6], ("", "stop"): [11]}
+    done = [
+        Completion(prompt="g", text=text, finish_reason=reason, token_ids=[9], method="policy", seed=0,
+                   policy_log_prob=0, guided_log_prob=0)
+        for text, reason in whole
+    ]  # fmt: skip
+    read = [[*ids, EOS] if append_eos and reason == "stop" else ids for (_, reason), ids in whole.items()]
+    assert _reward_of(judge)(done) == pytest.approx([reward(judge.model, ids) for ids in read], abs=1e-5)
 
 
 def test_same_seed_same_results(settings):

@@ -46,6 +46,16 @@ def test_an_empty_completion_is_worth_its_prompt():
     assert scorer.score(["Hi"], [""]) == pytest.approx([reward(scorer.model, ids)], abs=1e-5)
 
 
+def test_each_completion_says_for_itself_whether_it_ended():
+    scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=info(append_eos=True))
+    ended, cut = (scorer.score(PROMPTS, COMPLETIONS, finished=finished) for finished in (True, False))
+    assert ended[0] != pytest.approx(cut[0], abs=1e-4)
+    assert scorer.score(PROMPTS, COMPLETIONS, finished=[True, False]) == pytest.approx([ended[0], cut[1]], abs=1e-5)
+    assert scorer.score(PROMPTS, COMPLETIONS, finished=(False, True)) == pytest.approx([cut[0], ended[1]], abs=1e-5)
+    with pytest.raises(UsageError, match="1 completions whether they ended, and there are 2"):
+        scorer.score(PROMPTS, COMPLETIONS, finished=[True])
+
+
 def test_padding_on_the_left_changes_nothing():
     model, ids = tiny_reward_model("gpt2"), torch.tensor([[0, 9, 4, 7]])
     right = position_scores(model, ids, torch.ones_like(ids))

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from rgtg.cli.common import (
 )
 from rgtg.config import ScoreSettings
 from rgtg.errors import DataError, NonFiniteError
+
+if TYPE_CHECKING:
+    from rgtg.models.prefix_scorer import PrefixScorer
 
 
 @verb
@@ -61,17 +64,11 @@ def command(
     )
 
 
-def _rewards(model: Any, rows: list[dict[str, Any]], batch_size: int) -> list[float]:
+def _rewards(model: "PrefixScorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
-    rewards = [0.0] * len(rows)
-    for finished in (True, False):
-        part = [i for i, row in enumerate(rows) if (row.get("finish_reason") != "length") == finished]
-        if part:
-            prompts, texts = [rows[i]["prompt"] for i in part], [_completion(rows[i]) for i in part]
-            for i, reward in zip(
-                part, model.score(prompts, texts, finished=finished, batch_size=batch_size), strict=True
-            ):
-                rewards[i] = reward
+    prompts, texts = [row["prompt"] for row in rows], [_completion(row) for row in rows]
+    finished = [row.get("finish_reason") != "length" for row in rows]
+    rewards = model.score(prompts, texts, finished=finished, batch_size=batch_size)
     if bad := [i for i, reward in enumerate(rewards) if not math.isfinite(reward)]:
         raise NonFiniteError(f"the reward of row {bad[0] + 1} is {rewards[bad[0]]}; try --dtype float32")
     return rewards

@@ -9,6 +9,7 @@ from rgtg.decoding.requests import Request, Stopping, derive_seed
 from rgtg.decoding.runner import Runner
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import NonFiniteError
+from rgtg.models.encoding import decode_completion, encode_completion
 from rgtg.models.scorer import Scorer
 
 
@@ -36,7 +37,7 @@ def best_of_n(
     drawn = [_branch(request, j) for request in requests for j in range(n)]
     yield from decode(drawn, policy, None, logits[rows.to(logits.device)], rule, stopping)
     # 2. score: every finished completion once
-    rewards = [float(s[-1]) for s in _rewards(scorer, drawn)]
+    rewards = [float(s[-1]) for s in _rewards(scorer, drawn, stopping)]
     for i, request in enumerate(requests):
         # 3. rule: the highest reward, the first of equals
         group = range(i * n, (i + 1) * n)
@@ -52,11 +53,27 @@ def _branch(request: Request, j: int) -> Request:
     return replace(request, seed=derive_seed(request.seed, j), token_ids=[], trace=[])
 
 
-def _rewards(scorer: Scorer, drawn: list[Request]) -> list[torch.Tensor]:
-    rewards = scorer.score_prefixes([row.prompt_ids for row in drawn], [row.token_ids for row in drawn])
+def _rewards(scorer: Scorer, drawn: list[Request], stopping: Stopping) -> list[torch.Tensor]:
+    """Scores of each completion; the last is its reward, the one that ``rgtg score`` gives its text."""
+    read = [_read(scorer, row, stopping) for row in drawn]
+    rewards = scorer.score_prefixes([prompt for prompt, _ in read], [completion for _, completion in read])
     if any(not bool(reward[-1].isfinite()) for reward in rewards):
         raise NonFiniteError("the scorer returned NaN or infinite rewards; try dtype=float32, or check its training")
     return rewards
+
+
+def _read(scorer: Scorer, row: Request, stopping: Stopping) -> tuple[list[int], list[int]]:
+    """Prompt and completion ids as the scorer reads them: the text, closed by EOS if it ended and training did so."""
+    closing = [stopping.tokenizer.eos_token_id] if scorer.info is not None and scorer.info.append_eos else []
+    ids = row.token_ids
+    if stopping.stop and row.text != decode_completion(stopping.tokenizer, row.prompt_ids, ids):
+        # the ids hold the stop text, which may begin inside a token
+        text = encode_completion(stopping.tokenizer, row.prompt, row.text, append_eos=False, prompt_ids=row.prompt_ids)
+        ids = [*text, *closing]
+    elif ids[-1] in stopping.eos_ids:
+        ids = [*ids[:-1], *closing]
+    # an empty text that no EOS closes is worth what its prompt is
+    return (row.prompt_ids, ids) if ids else (row.prompt_ids[:-1], row.prompt_ids[-1:])
 
 
 def _adopt(request: Request, winner: Request, reward: float) -> None:

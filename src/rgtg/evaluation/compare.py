@@ -133,13 +133,8 @@ def measure(
 
 def _reward_of(judge: PrefixScorer) -> Callable[[Sequence[Completion]], list[float]]:
     def reward(done: Sequence[Completion]) -> list[float]:
-        rewards = [0.0] * len(done)
-        for finished in (True, False):
-            part = [i for i, c in enumerate(done) if (c.finish_reason == "stop") == finished]
-            scores = judge.score([done[i].prompt for i in part], [done[i].text or " " for i in part], finished=finished)
-            for i, score in zip(part, scores, strict=True):
-                rewards[i] = score
-        return rewards
+        finished = [completion.finish_reason == "stop" for completion in done]
+        return judge.score([c.prompt for c in done], [c.text for c in done], finished=finished)
 
     return reward
 

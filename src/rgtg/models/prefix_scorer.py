@@ -96,7 +96,7 @@ class PrefixScorer:
         prompts: Sequence[str],
         completions: Sequence[str],
         *,
-        finished: bool = True,
+        finished: bool | Sequence[bool] = True,
         templated: bool = False,
         batch_size: int = 8,
     ) -> list[float]:
@@ -105,15 +105,20 @@ class PrefixScorer:
         Args:
             prompts: texts.
             completions: texts, as many.
-            finished: close each with EOS if the scorer was trained so.
+            finished: whether a completion ended, for all or one each; those that did are closed with EOS if the scorer
+                was trained so, those that were cut off at a limit are not.
             templated: the prompts went through a chat template, which wrote the special tokens.
             batch_size: texts read together.
+
+        Raises:
+            DataError: an empty prompt, or a text over the scorer's context.
+            UsageError: another number of ``finished`` than of completions.
         """
-        close = finished and self.append_eos
+        ended = _one_each(finished, len(completions))
         prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
         completion_ids = [
-            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=close)
-            for p, c in zip(prompts, completions, strict=True)
+            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=self.append_eos and end)
+            for p, c, end in zip(prompts, completions, ended, strict=True)
         ]
         if self.causal:
             # an empty text that no EOS closes is worth what its prompt is: the score at the prompt's last token
@@ -147,6 +152,14 @@ class PrefixScorer:
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
             parts.append(self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu())
         return torch.cat(parts)
+
+
+def _one_each(finished: bool | Sequence[bool], count: int) -> Sequence[bool]:
+    if isinstance(finished, bool):
+        return [finished] * count
+    if len(finished) != count:
+        raise UsageError(f"finished says of {len(finished)} completions whether they ended, and there are {count}")
+    return finished
 
 
 def scalar_head(model: Any) -> Any:
