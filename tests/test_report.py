@@ -1,9 +1,12 @@
 import math
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from rgtg.errors import DataError
+from rgtg.evaluation.figures import COLOURS
 from rgtg.report import html_report, write_report
 from rgtg.types import AuditPoint, AuditResult, ComparisonResult, Interval, MethodResult, Provenance
 
@@ -93,6 +96,20 @@ def test_the_page_is_well_formed_self_contained_and_escaped(result, audit):
     assert "prefers-color-scheme: dark" in page
     assert "currentColor" in page
     assert "#010203" not in page
+
+
+def test_seven_curves_have_seven_colours_and_none_is_lost_on_a_dark_page(result, audit):
+    result.methods = [_method(f"m{i}", "policy", i, 1.0 + i) for i in range(7)]
+    page = html_report(result, {"s": audit}, title="t")
+    assert "#000000" not in page
+    curves = page[page.index("<svg") : page.index("</svg>")]
+    assert all(colour.lower() in curves for colour in COLOURS[:-1])
+
+
+def test_the_page_is_made_without_torch():
+    code = "import sys, rgtg.report; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_methods_are_sorted_by_reward_with_their_costs(result):

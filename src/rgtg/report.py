@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.errors import MissingExtraError
+from pydantic import ValidationError
+
+from rgtg.errors import DataError
+from rgtg.evaluation.figures import COLOURS, draw_audits, new_figure
+from rgtg.outputs import write_text
 from rgtg.types import AuditResult, ComparisonResult, Interval, MethodResult, Provenance
 
 # Matplotlib wants a real colour; in the page's SVG it becomes the text colour, which follows light and dark.
 _INK = "#010203"
-# Okabe and Ito's palette without its black and yellow: told apart with any colour vision, on light and on dark.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BLACK = "#000000"  # the palette's last colour; a dark page would hide it
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6270; --line: #d9dce1; --paper: #ffffff; --card: #f5f6f8 }
@@ -85,19 +88,12 @@ def write_report(
         DataError: a file that is not what it should be.
         OutputError: the page cannot be written.
     """
-    from rgtg.cli.common import atomic_write
-
     loaded = {name: _load(AuditResult, path) for name, path in (audits or {}).items()}
     page = html_report(_load(ComparisonResult, results), loaded, title=title, intro=intro)
-    with atomic_write(output) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(output, page)
 
 
 def _load(kind: Any, path: Path) -> Any:
-    from pydantic import ValidationError
-
-    from rgtg.errors import DataError
-
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -231,32 +227,25 @@ def _figure(draw: Any, caption: str) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("reports need matplotlib: pip install 'rgtg[report]'") from error
-    figure = Figure(figsize=(7.6, 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(7.6)
     draw(axes)
     _use_ink(axes)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    drawn = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    drawn = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_BLACK, "currentColor")
     labelled = drawn.replace("<svg", f'<svg role="img" aria-label="{_text(caption)}"', 1)
     return f"<figure>{labelled}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def _use_ink(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize="small", labelcolor=_INK)
     axes.tick_params(colors=_INK)
     for text in (axes.xaxis.label, axes.yaxis.label):
         text.set_color(_INK)
     for side, spine in axes.spines.items():
         spine.set_color(_INK)
         spine.set_visible(side in ("left", "bottom"))
-    if legend := axes.get_legend():
-        for text in legend.get_texts():
-            text.set_color(_INK)
 
 
 def _draw_rewards(axes: Any, rows: Sequence[MethodResult], reward: str) -> None:
@@ -268,25 +257,15 @@ def _draw_rewards(axes: Any, rows: Sequence[MethodResult], reward: str) -> None:
         spread = [[max(0.0, r.mean - r.low) for r in rewards], [max(0.0, r.high - r.mean) for r in rewards]]
         axes.errorbar(
             [row.metrics["kl_nats"].mean for row in mine], [r.mean for r in rewards], yerr=spread, label=curve,
-            color=_COLOURS[i % len(_COLOURS)], marker="os^Dv*"[i % 6], capsize=2, linewidth=1.4,
+            color=COLOURS[i % len(COLOURS)], marker="os^Dv*P"[i % 7], capsize=2, linewidth=1.4,
         )  # fmt: skip
     axes.set_xscale("symlog", linthresh=1)  # over-steered methods lie hundreds of nats away
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="KL to the policy, nats (logarithmic beyond 1)", ylabel=reward.replace("$", r"\$")
     )  # $ opens mathematics
-    axes.legend(frameon=False, fontsize="small")
 
 
 def _draw_audits(axes: Any, audits: Mapping[str, AuditResult]) -> None:
-    for i, (name, audit) in enumerate(audits.items()):
-        points = [point for point in audit.by_fraction if point.accuracy.n]
-        x, colour = [100 * point.position for point in points], _COLOURS[i % len(_COLOURS)]
-        axes.plot(x, [p.accuracy.mean for p in points], marker="os^Dv*"[i % 6], color=colour, label=name)
-        axes.fill_between(
-            x, [p.accuracy.low for p in points], [p.accuracy.high for p in points],
-            color=colour, alpha=0.18, linewidth=0,
-        )  # fmt: skip
-    axes.axhline(0.5, color=_INK, linestyle=":", linewidth=1, label="chance")
-    axes.set(xlabel="share of the completion read, %", ylabel="pairs ordered rightly", xlim=(0, 102))
-    axes.legend(frameon=False, fontsize="small")
+    draw_audits(axes, audits)
+    axes.set_ylabel("pairs ordered rightly")

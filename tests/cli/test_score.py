@@ -48,6 +48,15 @@ def test_bad_rows(scorer_folder, tmp_path, line, message):
     assert not [p for p in tmp_path.iterdir() if "out.jsonl" in p.name]
 
 
+def test_a_scorer_that_is_not_there_is_not_blamed_on_the_output(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "text": "b"}\n')
+    result = run("--scorer", "./absent", "--input", rows, "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 2
+    assert "no model folder ./absent" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_nan_rewards_and_missing_settings(scorer_folder, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a", "text": "b"}\n')

@@ -1,10 +1,13 @@
 """Figures are drawn without matplotlib's global state, and say what to install where it is missing."""
 
+import ast
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
+import rgtg
 from rgtg.errors import MissingExtraError
 from rgtg.evaluation.figures import new_figure, plot_audit
 from rgtg.types import AuditPoint, AuditResult, Interval, Provenance
@@ -39,6 +42,17 @@ def test_no_global_state_is_touched():
     before = dict(matplotlib.rcParams)
     new_figure()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_no_other_file_loads_matplotlib():
+    src = Path(rgtg.__file__).parent
+    found = {
+        path.relative_to(src).as_posix()
+        for path in src.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom | ast.Import) and "matplotlib" in ast.unparse(node)
+    }
+    assert found == {"evaluation/figures.py"}
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):

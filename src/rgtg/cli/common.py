@@ -4,17 +4,18 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from pydantic import BaseModel
 
-from rgtg.errors import OutputError, RgtgError
+from rgtg.errors import RgtgError
+from rgtg.outputs import atomic_write as atomic_write
+from rgtg.outputs import make_folder as make_folder
+from rgtg.outputs import write_text as write_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,34 +73,9 @@ def hush_libraries() -> None:
     logging.disable_progress_bar()
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the name only when the block succeeds.
-
-    Raises:
-        OutputError: the folder cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: "BaseModel | dict[str, Any]") -> None:
     """Write one JSON document, whole or not at all."""
-    with atomic_write(path) as partial:
-        partial.write_text(_to_json(content) + "\n", encoding="utf-8")
+    write_text(path, _to_json(content) + "\n")
 
 
 def _to_json(content: Any) -> str:

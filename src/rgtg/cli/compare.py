@@ -13,12 +13,13 @@ from rgtg.cli.common import (
     Seed,
     emit,
     hush_libraries,
+    make_folder,
     save_settings,
     verb,
     write_json,
+    write_text,
 )
 from rgtg.config import CompareSettings
-from rgtg.errors import OutputError
 from rgtg.types import ComparisonResult
 
 
@@ -38,12 +39,14 @@ def command(
     """Compare methods; the YAML names them under "methods" (see docs/quickstart.md)."""
     flags = {k: v for k, v in locals().items() if k in CompareSettings.model_fields}
     settings = CompareSettings.resolve(config, overrides, flags)
-    _make_folder(settings.output)
     hush_libraries()
     from rich.console import Console
 
     from rgtg.evaluation.compare import compare
+    from rgtg.evaluation.figures import new_figure
 
+    new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
+    make_folder(settings.output)
     errors = Console(stderr=True, quiet=quiet or as_json)
     result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
     write_json(settings.output / "results.json", result)
@@ -52,19 +55,10 @@ def command(
     emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result, settings.output))
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror}; choose another --output") from error
-
-
 def _write_report(result: ComparisonResult, path: Path) -> None:
-    from rgtg.cli.common import atomic_write
     from rgtg.report import html_report
 
-    with atomic_write(path) as partial:
-        partial.write_text(html_report(result, {}, title="Comparison"), encoding="utf-8")
+    write_text(path, html_report(result, {}, title="Comparison"))
 
 
 def show(result: ComparisonResult, output: Path | None = None) -> None:

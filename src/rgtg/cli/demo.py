@@ -14,10 +14,10 @@ from rgtg.cli.common import (
     Overrides,
     Quiet,
     Seed,
-    atomic_write,
     emit,
     hush_libraries,
     verb,
+    write_text,
 )
 from rgtg.config import DemoSettings
 from rgtg.errors import MissingExtraError
@@ -77,8 +77,7 @@ def _write_report(settings: DemoSettings, demo: "Demo") -> Path:
 
     page = html_report(demo.result, demo.audits, title="rgtg demo: a support desk", intro=INTRO)
     report = settings.output / "report.html"
-    with atomic_write(report) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(report, page)
     return report
 
 

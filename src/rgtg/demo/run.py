@@ -20,6 +20,7 @@ from rgtg.evaluation.prefix_audit import audit_prefixes
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.policy import load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.outputs import make_folder, write_text
 from rgtg.types import AuditResult, ComparisonResult, Completion, MethodResult, PreferencePair, Record
 
 SCORERS = ("full-bt", "prefix-bt")
@@ -101,6 +102,7 @@ def prepare_folder(folder: Path) -> None:
 
     Raises:
         UsageError: it holds files that no demo wrote.
+        OutputError: it cannot be cleared, made or written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; give a folder that is new, empty or an earlier demo's")
@@ -115,9 +117,9 @@ def prepare_folder(folder: Path) -> None:
         for name in sorted(held, key=lambda name: (name != "report.html", name == "settings.json")):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from error
+        raise OutputError(f"cannot clear {folder}: {error.strerror}; choose another --output") from error
+    make_folder(folder)
 
 
 def make_world(settings: DemoSettings) -> World:
@@ -241,17 +243,3 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def as_json(record: Record) -> str:
     """A record as a JSON document; NaN stays NaN, so that it can be read back."""
     return json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a rename, so that it is never half there.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error

@@ -26,8 +26,16 @@ def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
 
 
 def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **options: Any) -> None:
-    """Pairwise accuracy by fraction of the completion, one curve with its 95 % band per scorer."""
+    """Write the curves of ``draw_audits`` as a picture."""
     figure, axes = new_figure()
+    draw_audits(axes, results)
+    axes.set_ylabel("pairs ordered as the humans did")
+    axes.legend()
+    figure.savefig(path, dpi=150, **options)
+
+
+def draw_audits(axes: Any, results: Mapping[str, AuditResult]) -> None:
+    """Pairwise accuracy by fraction of the completion, one curve with its 95 % band per scorer."""
     for colour, (label, result) in zip(COLOURS * len(results), results.items(), strict=False):
         points = [p for p in result.by_fraction if p.accuracy.n]
         x = [100 * p.position for p in points]
@@ -35,6 +43,4 @@ def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **o
         low, high = [p.accuracy.low for p in points], [p.accuracy.high for p in points]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(0.5, color="grey", linestyle=":", label="chance")
-    axes.set(xlabel="share of the completion read (%)", ylabel="pairs ordered as the humans did", xlim=(0, 102))
-    axes.legend()
-    figure.savefig(path, dpi=150, **options)
+    axes.set(xlabel="share of the completion read (%)", xlim=(0, 102))
