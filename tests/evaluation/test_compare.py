@@ -76,3 +76,38 @@ def test_one_run_per_beta():
         run.label for run in expand_runs([CompareRun(method="pargs", beta=[0.5, 2]), CompareRun(method="policy")])
     ]
     assert labels == ["pargs β=0.5", "pargs β=2", "policy"]
+
+
+def test_zero_is_a_value(settings):
+    """Of beta: the unguided policy, named so. Of temperature: greedy."""
+    settings.methods = [
+        CompareRun(method="policy"), CompareRun(method="pargs", beta=[0, 1]), CompareRun(method="pargs", beta=0),
+        CompareRun(method="policy", temperature=0),
+    ]  # fmt: skip
+    result = compare(settings)
+    assert [(row.label, row.beta) for row in result.methods] == [
+        ("policy", None), ("pargs β=0", 0), ("pargs β=1", 1), ("pargs β=0", 0), ("policy", None),
+    ]  # fmt: skip
+    texts = [[sample["text"] for sample in row.samples] for row in result.methods]
+    assert texts[0] == texts[1] == texts[3]
+    assert texts[0] != texts[4]
+    greedy = settings.model_copy(update={"temperature": 0.0, "seed": 5, "methods": [CompareRun(method="policy")]})
+    assert [sample["text"] for sample in compare(greedy).methods[0].samples] == texts[4]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"method": "pargs", "beta": []}, "empty list"),
+        ({"method": "policy", "beta": 0}, "policy has no beta"),
+        ({"method": "best-of-n", "beta": 1}, "best-of-n has no beta"),
+        ({"method": "pargs", "n": 3}, "n applies to best-of-n"),
+        ({"method": "args", "temperature": 0.5}, "args takes the maximum and has no temperature"),
+        ({"method": "prags"}, "unknown method 'prags'"),
+    ],
+)
+def test_what_a_method_would_ignore_is_refused_before_anything_is_loaded(settings, run, message):
+    settings.policy = settings.reward = "./absent"
+    settings.methods = [CompareRun(**run)]
+    with pytest.raises(UsageError, match=message):
+        compare(settings)

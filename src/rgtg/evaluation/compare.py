@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.config import CompareRun, CompareSettings
+from rgtg.config import CompareRun, CompareSettings, DecodingSettings, validate
 from rgtg.data import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
-from rgtg.decoding.methods import find_method
+from rgtg.decoding.methods import check_settings, find_method
 from rgtg.errors import UsageError
 from rgtg.evaluation.metrics import best_of_n_kl, bootstrap_interval, distinct_n
 from rgtg.evaluation.provenance import provenance
@@ -54,14 +54,23 @@ def compare(settings: CompareSettings, progress: Progress | None = None) -> Comp
 
 
 def expand_runs(runs: Sequence[CompareRun]) -> list[CompareRun]:
-    """One run per beta, each with a label."""
+    """One run per beta, each with a label.
+
+    Raises:
+        UsageError: an unknown method, or a setting that the method would have to ignore.
+    """
     expanded = []
     for run in runs:
-        find_method(run.method)
         betas = run.beta if isinstance(run.beta, list) else [run.beta]
+        if not betas:
+            raise UsageError(f"beta of {run.label or run.method} is an empty list; give at least one number")
         for beta in betas:
             label = run.label or run.method
-            expanded.append(run.model_copy(update={"beta": beta, "label": f"{label} β={beta:g}" if beta else label}))
+            named = label if beta is None else f"{label} β={beta:g}"  # 0 is a beta too: the unguided policy
+            one = run.model_copy(update={"beta": beta, "label": named})
+            given = one.model_dump(include={"beta", "n", "top_k", "temperature"}, exclude_none=True)
+            check_settings(find_method(run.method), validate(DecodingSettings, given))
+            expanded.append(one)
     return expanded
 
 
@@ -76,7 +85,12 @@ def run_method(
     """Complete the prompts with one method and measure the completions."""
     beta = run.beta if isinstance(run.beta, int | float) else None
     guided = GuidedPolicy(
-        policy, scorer, method=run.method, beta=beta, n=run.n, top_k=run.top_k if run.top_k else settings.top_k
+        policy,
+        scorer,
+        method=run.method,
+        beta=beta,
+        n=run.n,
+        top_k=settings.top_k if run.top_k is None else run.top_k,
     )
     start = time.perf_counter()
     temperature = run.temperature if run.temperature is not None else settings.temperature
