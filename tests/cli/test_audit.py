@@ -51,6 +51,24 @@ def test_wrong_input_is_one_message(tmp_path, scorer_folder, scorer, pairs_text,
     assert not (out / "audit.json").exists()
 
 
+@pytest.mark.filterwarnings("always:.*left out 3 of 9 rows")
+def test_rows_left_out_are_counted_and_listed_beside_the_audit(tmp_path, scorer_folder, pairs):
+    lines = pairs.read_text() + 'nonsense\n{"prompt": "a", "chosen": "b"}\n'
+    pairs.write_text(lines + json.dumps({"prompt": "a", "chosen": "b" * 200, "rejected": "c"}) + "\n")
+    out = tmp_path / "audit"
+    arguments = ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--on-bad", "skip", "--set", "bootstrap=100"]
+    ran = CliRunner().invoke(app, [*arguments, "--output", str(out), "--json"])
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["pairs"] == 6
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rejects] == [7, 8, 9]
+    assert "too long" in rejects[2]["reason"]
+    assert "left out 3 of 9 rows (not JSON: 1, missing field: 1, too long: 1)" in ran.stderr
+    assert str(out / "rejects.jsonl") in ran.stderr
+    assert not (pairs.parent / "rejects.jsonl").exists()
+    assert "left out 3 of 9 rows" in CliRunner().invoke(app, arguments).stderr
+
+
 def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(tmp_path, scorer_folder, pairs):
     ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--output", str(pairs)])
     assert ran.exit_code == 1

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from conftest import tiny_reward_model, tiny_tokenizer
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.prefix_audit import audit_prefixes, verdict
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.types import Interval, PreferencePair
@@ -107,6 +107,12 @@ def test_pairs_over_the_context_are_an_error_or_left_out_with_a_count():
         audit_prefixes(scorer, [*PAIRS, long], bootstrap=100)
     with pytest.warns(UserWarning, match="left out 1 of 27 pairs"):
         assert audit_prefixes(scorer, [*PAIRS, long], bootstrap=100, on_bad="skip").pairs == 26
+
+
+@pytest.mark.parametrize(("pairs", "on_bad"), [("pairs.jsonl", "error"), (PAIRS, "skip")])
+def test_rejects_that_would_stay_empty_are_refused(tmp_path, pairs, on_bad):
+    with pytest.raises(UsageError, match="rejects"):
+        audit_prefixes(CountingScorer(early=True), pairs, on_bad=on_bad, rejects=tmp_path / "rejects.jsonl")
 
 
 def test_token_positions_end_where_too_few_pairs_reach():

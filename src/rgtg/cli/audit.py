@@ -1,6 +1,5 @@
 """``rgtg audit``: is a scorer fit for token-wise guidance?"""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +14,12 @@ from rgtg.cli.common import (
     atomic_write,
     emit,
     hush_libraries,
+    make_folder,
     save_settings,
     verb,
     write_json,
 )
 from rgtg.config import AuditSettings
-from rgtg.errors import OutputError
 from rgtg.types import AuditPoint, AuditResult
 
 
@@ -28,7 +27,7 @@ from rgtg.types import AuditPoint, AuditResult
 def command(
     scorer: Annotated[str | None, typer.Option(help="Reward model to audit: folder or hub id.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Held-out preference pairs.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json, rejects.jsonl.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Completions per forward. Default 8.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples for the intervals. Default 1000.")] = None,
     on_bad: Annotated[str | None, typer.Option(help="error or skip: what to do with bad rows.")] = None,
@@ -43,12 +42,14 @@ def command(
     """Measure a scorer on partial sequences: pairwise accuracy by prefix length, calibration, a verdict in words."""
     flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields}
     settings = AuditSettings.resolve(config, overrides, flags)
-    if settings.output:
-        _prepare(settings.output)
     hush_libraries()
+    from rgtg.evaluation.figures import new_figure
     from rgtg.evaluation.prefix_audit import audit_prefixes
     from rgtg.models.prefix_scorer import PrefixScorer
 
+    if settings.output:
+        new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
+        make_folder(settings.output)
     model = PrefixScorer.from_pretrained(settings.scorer, dtype=settings.dtype, device=settings.device)
     result = audit_prefixes(
         model,
@@ -57,23 +58,11 @@ def command(
         bootstrap=settings.bootstrap,
         seed=settings.seed,
         on_bad=settings.on_bad,
+        rejects=settings.output / "rejects.jsonl" if settings.output and settings.on_bad == "skip" else None,
     )
     if settings.output:
         _write(result, settings)
     emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result))
-
-
-def _prepare(output: Path) -> None:
-    """Find out before the work what would make its result unwritable: the folder, or a missing extra."""
-    from rgtg.evaluation.figures import new_figure
-
-    new_figure()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror}; choose another --output") from error
 
 
 def _write(result: AuditResult, settings: AuditSettings) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgtg.data import read_pairs, tokenize_pairs
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.prefix_scorer import PrefixScorer
@@ -43,6 +43,7 @@ def audit_prefixes(
     fractions: int = 10,
     seed: int = 0,
     on_bad: Literal["error", "skip"] = "error",
+    rejects: Path | None = None,
 ) -> AuditResult:
     """Measure a scorer on partial sequences.
 
@@ -58,12 +59,15 @@ def audit_prefixes(
         fractions: equal parts of the completion at which it is read.
         seed: of the bootstrap.
         on_bad: what to do with bad rows of a file, and with pairs over the scorer's context.
+        rejects: where ``skip`` writes each bad row of a file with its line, reason and raw text, as JSONL.
 
     Raises:
         DataError: unusable pairs, or none left.
+        UsageError: ``rejects`` without ``skip``, or for pairs that come from no file.
+        OutputError: ``rejects`` cannot be written.
     """
     model = PrefixScorer.from_pretrained(scorer)
-    kept, fingerprint = _usable_pairs(model, pairs, on_bad)
+    kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
         raise DataError("chosen and rejected are the same tokens in every pair: there is nothing to tell apart")
@@ -117,10 +121,19 @@ def verdict(early: Interval, full: Interval) -> str:
 
 
 def _usable_pairs(
-    model: PrefixScorer, pairs: "Sequence[PreferencePair] | str | Path", on_bad: Literal["error", "skip"]
+    model: PrefixScorer,
+    pairs: "Sequence[PreferencePair] | str | Path",
+    on_bad: Literal["error", "skip"],
+    rejects: Path | None,
 ) -> tuple[list[PreferencePair], str]:
+    if rejects is not None and (on_bad != "skip" or not isinstance(pairs, str | Path)):
+        raise UsageError("rejects is where on_bad='skip' puts the bad rows of a file; here it would have no use")
     if isinstance(pairs, str | Path):
-        read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad)
+        read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad, rejects=rejects)
+        if rejects is not None and (reasons := read.summary.rejects_by_reason):
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+            left_out = f"left out {sum(reasons.values())} of {read.summary.rows} rows ({counts})"
+            warnings.warn(f"{pairs}: {left_out}; they are in {rejects}", stacklevel=3)
         kept, fingerprint = list(read.pairs), read.fingerprint
     else:
         kept = _fitting(model, pairs) if on_bad == "skip" else list(pairs)
