@@ -20,12 +20,13 @@ from rgtg.decoding.runner import (
     TreeRunner,
     make_runner,
     mask_windows,
-    policy_logits,
-    scorer_scores,
+    read,
+    sees,
     supports_token_tree,
 )
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.readout import policy_logits, scorer_scores
 
 FAMILIES = sorted(CONFIGS)
 # Ragged, and longer than Mistral's window of 6.
@@ -42,9 +43,9 @@ def walk(runner, prompts, steps=4):
     runner.prefill(rows)
     for step in range(steps):
         tree = TokenTree.leaves(candidates(step, len(rows)))
-        yield [list(r) for r in rows], tree, runner.read(tree)
+        yield [list(r) for r in rows], tree, read(runner, tree)
         nodes = torch.tensor([(step + i) % 4 for i in range(len(rows))])
-        runner.keep(nodes)
+        runner.keep(nodes[:, None])
         for row, tokens, node in zip(rows, tree.tokens.tolist(), nodes.tolist(), strict=True):
             row.append(tokens[node])
         if step == 1:
@@ -66,7 +67,7 @@ def test_candidate_scores_equal_the_stock_reward_of_each_whole_text(family, kind
 def test_policy_log_probs_equal_the_stock_model(family, kind):
     model = tiny_policy(family)
     runner = kind(model, policy_logits, 32)
-    first = runner.prefill(PROMPTS)
+    first = policy_logits(model, runner.prefill(PROMPTS))
     for row, logits in zip(PROMPTS, first, strict=True):
         torch.testing.assert_close(logits.double().log_softmax(-1), next_log_probs(model, row), atol=1e-5, rtol=1e-5)
     for rows, tree, logits in walk(kind(model, policy_logits, 32), PROMPTS, steps=3):
@@ -85,10 +86,40 @@ def test_a_branching_tree_reads_each_path(family):
     parents = (-1, 0, 1, 0, 3, 4, 5, 6, 7, 8)
     tokens = torch.randint(3, VOCAB, (3, len(parents)), generator=torch.Generator().manual_seed(5))
     tree = TokenTree(tokens, parents)
-    scores = runner.read(tree)
+    scores = read(runner, tree)
     for b, prompt in enumerate(PROMPTS):
         naive = [reward(model, [*prompt, *(int(tokens[b, i]) for i in tree.path(n))]) for n in range(tree.width)]
         torch.testing.assert_close(scores[b], torch.tensor(naive), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [TreeRunner, RecomputeRunner])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_keep_paths_of_different_lengths(family, kind):
+    model = tiny_reward_model(family)
+    runner = kind(model, scorer_scores, 64)
+    runner.prefill(PROMPTS)
+    rows = [list(p) for p in PROMPTS]
+    tokens = torch.randint(3, VOCAB, (2, 3, 6), generator=torch.Generator().manual_seed(8))
+    paths = [[[0, 2, 3, 0], [1, 0, 0, 0], [0, 2, 4, 5]], [[1, 0, 0, 0], [0, 2, 4, 5], [0, 2, 0, 0]]]
+    for ids, nodes, counts in zip(tokens, paths, [[3, 1, 4], [1, 4, 2]], strict=True):
+        tree = TokenTree(ids, (-1, -1, 0, 2, 2, 4))
+        scores = read(runner, tree)
+        for b, row in enumerate(rows):
+            naive = [reward(model, [*row, *(int(ids[b, i]) for i in tree.path(n))]) for n in range(6)]
+            torch.testing.assert_close(scores[b], torch.tensor(naive), atol=1e-5, rtol=1e-5)
+        runner.keep(torch.tensor(nodes), counts)
+        for row, path, n, mine in zip(rows, nodes, counts, ids.tolist(), strict=True):
+            row.extend(mine[node] for node in path[:n])
+
+
+def test_who_sees_whom():
+    tree = TokenTree(torch.zeros(2, 3, dtype=torch.long), (-1, 0, -1))
+    seen = sees(tree, [1, 3], None).int().tolist()
+    assert seen[0] == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
+    assert seen[1] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+    windowed = sees(tree, [1, 3], 2).int().tolist()
+    assert windowed[0] == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
+    assert windowed[1] == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +133,7 @@ def test_rows_can_be_repeated():
     runner = TreeRunner(model, policy_logits, 24)
     runner.prefill(PROMPTS)
     runner.select_rows(torch.tensor([1, 1, 0]))
-    logits = runner.read(TokenTree.leaves(torch.tensor([[4], [5], [6]])))[:, 0]
+    logits = read(runner, TokenTree.leaves(torch.tensor([[4], [5], [6]])))[:, 0]
     texts = [[*PROMPTS[1], 4], [*PROMPTS[1], 5], [*PROMPTS[0], 6]]
     naive = torch.stack([next_log_probs(model, text) for text in texts])
     torch.testing.assert_close(logits.double().log_softmax(-1), naive, atol=1e-5, rtol=1e-5)

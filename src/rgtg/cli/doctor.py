@@ -51,7 +51,8 @@ def _trial(seed: int) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from rgtg.decoding.runner import scorer_scores, supports_token_tree
+    from rgtg.decoding.runner import supports_token_tree
+    from rgtg.models.readout import scorer_scores
 
     torch.manual_seed(seed)
     config = LlamaConfig(

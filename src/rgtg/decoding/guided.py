@@ -17,13 +17,15 @@ from rgtg.decoding.requests import (
     row_seeds,
     to_completion,
 )
-from rgtg.decoding.runner import Runner, make_runner, policy_logits, scorer_scores
+from rgtg.decoding.runner import Runner, make_runner
 from rgtg.decoding.segmentwise import best_of_n
-from rgtg.decoding.tokenwise import MAX_WIDTH, TokenRule, decode
+from rgtg.decoding.steps import MAX_WIDTH, Alone, Apart, Stepper
+from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.readout import policy_logits, scorer_scores
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -227,34 +229,26 @@ class GuidedPolicy:
             require_room(prompt_ids, settings.max_new_tokens, self.scorer.max_length, "scorer")
 
     def _decode(self, requests: list[Request], settings: DecodingSettings, *, trace: bool) -> Iterator[list[Request]]:
-        capacity = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
-        policy = make_runner(self.policy.model, policy_logits, capacity + 1, tree=self.token_tree)
         rule = TokenRule(
             beta=settings.beta, top_k=settings.top_k, top_p=settings.top_p, temperature=settings.temperature,
             greedy=self.method.rule == "greedy", trace=trace,
         )  # fmt: skip
         stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
+        longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         if self.method.rule == "best":
             assert self.scorer is not None, "checked when policy and scorer were joined"
-            return best_of_n(requests, policy, self.scorer, settings.n, rule, stopping)
-        scorer = self._scorer_runner(capacity, settings) if self.method.scorer else None
-        return _tokenwise(requests, policy, scorer, rule, stopping)
+            return best_of_n(requests, self._policy_runner(longest), self.scorer, settings.n, rule, stopping)
+        return decode(requests, self._stepper(longest, settings), rule, stopping)
 
-    def _scorer_runner(self, capacity: int, settings: DecodingSettings) -> Runner:
-        assert self.scorer is not None, "checked when policy and scorer were joined"
+    def _stepper(self, longest: int, settings: DecodingSettings) -> Stepper:
+        if self.scorer is None or self.method.scorer is None:
+            return Alone(self._policy_runner(longest))
         width = min(settings.top_k or MAX_WIDTH, MAX_WIDTH)
-        return make_runner(self.scorer.model, scorer_scores, capacity + width, tree=self.token_tree)
+        scorer = make_runner(self.scorer.model, scorer_scores, longest + width, tree=self.token_tree)
+        return Apart(self._policy_runner(longest), scorer)
 
-
-def _tokenwise(
-    requests: list[Request], policy: Runner, scorer: Runner | None, rule: TokenRule, stopping: Stopping
-) -> Iterator[list[Request]]:
-    prompts = [request.prompt_ids for request in requests]
-    with torch.inference_mode():
-        logits = policy.prefill(prompts)
-        if scorer:
-            scorer.prefill(prompts)
-    yield from decode(requests, policy, scorer, logits, rule, stopping)
+    def _policy_runner(self, longest: int) -> Runner:
+        return make_runner(self.policy.model, policy_logits, longest + 1, tree=self.token_tree)
 
 
 @contextmanager

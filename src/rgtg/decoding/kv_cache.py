@@ -1,5 +1,9 @@
-"""Preallocated cache: write a tree behind the prefix, keep one path, drop the rest. The one file on Cache's API."""
+"""Preallocated cache: write a tree behind each row's prefix, keep one path, drop the rest.
 
+The one file on transformers' Cache interface, which changes often.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,98 +12,147 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class TreeLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """Keys and values of one layer in one buffer (B, heads, capacity, dim), of which ``length`` columns are kept.
+    """One layer's view of a ``TreeCache``: ``update`` writes the pass behind each row's prefix and returns views.
 
-    ``update`` writes behind the kept columns and returns everything so far as a view: nothing is concatenated, and what
-    is not kept is overwritten by the next pass. Sliding windows are the mask's business; every column stays stored.
+    Nothing is concatenated, and what is not kept is overwritten by the next pass. Sliding windows are the mask's
+    business; every column stays stored.
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, cache: "TreeCache") -> None:
         super().__init__()
-        self.capacity = capacity
-        self.length = 0
+        self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate on the first write, when shapes, dtype and device are known."""
-        self.keys = _buffer(key_states, self.capacity)
-        self.values = _buffer(value_states, self.capacity)
+        """Take buffers on the first write, when shapes, dtype and device are known."""
+        self.slots = self.cache.allocate(key_states), self.cache.allocate(value_states)
         self.is_initialized = True
+        self.look_up()
+
+    def look_up(self) -> None:
+        """Point at this layer's buffers, after the cache has made or replaced them."""
+        if self.is_initialized:
+            self.keys, self.values = (self.cache.pools[pool][slot] for pool, slot in self.slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the pass's keys and values behind the kept columns; return views of all of them."""
+        """Write the pass's keys and values behind each row's kept columns; return views of all columns in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        if end > self.capacity:
-            raise ValueError(f"a cache for {self.capacity} tokens was asked to hold {end}")
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+        where, end = self.cache.columns(key_states.shape[-2])
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(where, slice):
+                buffer[:, :, where] = states
+            else:
+                buffer[where[0], :, where[1]] = states.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def keep_node(self, rows: Tensor, nodes: Tensor) -> None:
-        """Keep node ``nodes[b]`` of row b as the next column."""
-        for buffer in (self.keys, self.values):
-            buffer[:, :, self.length] = buffer[rows, :, self.length + nodes]
-        self.length += 1
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows of the batch."""
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            chosen = torch.empty((len(rows), *buffer.shape[1:]), dtype=buffer.dtype, device=buffer.device)
-            chosen[:, :, : self.length] = buffer[rows, :, : self.length]
-            setattr(self, name, chosen)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Total columns after a pass of ``query_length`` tokens, and the offset of the first."""
-        return self.length + query_length, 0
+        return self.cache.longest + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Kept columns."""
-        return self.length
+        """Kept columns of the longest row."""
+        return self.cache.longest
 
     def get_max_length(self) -> int:
         """Columns there is room for."""
-        return self.capacity
+        return self.cache.capacity
 
 
 class TreeCache(Cache):  # type: ignore[misc]
-    """A cache whose layers hold one kept prefix, shared by every node of a tree that is read over it."""
+    """Keys and values of all layers, each row's prefix stored once and followed by the nodes of the last pass.
+
+    ``lengths[b]`` columns of row b are kept. Rows may differ in length (prompts of several lengths, drafts of which
+    more or fewer tokens were accepted); where they do not, a pass writes one slice. Buffers of one shape stand in one
+    tensor (2·layers, B, heads, capacity, dim), so that keeping a path is one copy, not one per layer.
+    """
 
     def __init__(self, layers: int, capacity: int) -> None:
-        super().__init__(layers=[TreeLayer(capacity) for _ in range(layers)])
+        self.capacity = capacity
+        self.lengths: list[int] = []
+        self.pools: list[Tensor] = []
+        self._used: list[int] = []
+        self._where: tuple[int, Any] | None = None
+        super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
 
     @property
-    def length(self) -> int:
-        """Kept columns."""
-        return int(self.layers[0].length)
+    def longest(self) -> int:
+        """Kept columns of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def uniform(self) -> int | None:
+        """Kept columns where every row has as many, else None."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        held = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.nbytes for t in held)
+        return sum(pool.nbytes for pool in self.pools)
 
-    def keep_chain(self, tokens: int) -> None:
-        """Keep the first ``tokens`` nodes as they stand (a prompt, or a drafted path)."""
-        for layer in self.layers:
-            layer.length += tokens
+    def start(self, rows: int) -> None:
+        """Begin anew with so many empty rows."""
+        self.lengths = [0] * rows
 
-    def keep_node(self, nodes: Tensor) -> None:
-        """Keep node ``nodes[b]`` (B,) of each row; its siblings are overwritten by the next pass."""
-        rows = torch.arange(len(nodes), device=nodes.device)
-        for layer in self.layers:
-            layer.keep_node(rows, nodes)
+    def allocate(self, like: Tensor) -> tuple[int, int]:
+        """Pool and place in it of one new buffer (B, heads, capacity, dim); one pool holds all layers of a shape."""
+        batch, heads, _, dim = like.shape
+        shape = (batch, heads, self.capacity, dim)
+        for i, pool in enumerate(self.pools):
+            if pool.shape[1:] == shape and pool.dtype == like.dtype and self._used[i] < len(pool):
+                self._used[i] += 1
+                return i, self._used[i] - 1
+        room = 2 * len(self.layers) if not self.pools else 2
+        # zeros: what is hidden from a node still meets its attention weight of 0, and 0 times NaN would be NaN
+        self.pools.append(torch.zeros((room, *shape), dtype=like.dtype, device=like.device))
+        self._used.append(1)
+        return len(self.pools) - 1, 0
+
+    def columns(self, width: int) -> tuple[Any, int]:
+        """Where a pass of ``width`` nodes is written: a slice, or (rows, columns) to index with; and where it ends."""
+        if self._where is None or self._where[0] != width:
+            end = self.longest + width
+            if end > self.capacity:
+                raise ValueError(f"a cache for {self.capacity} tokens was asked to hold {end}")
+            where: Any = slice(self.longest, end)
+            if self.uniform is None:
+                device = self.pools[0].device
+                rows = torch.arange(len(self.lengths), device=device)[:, None]
+                where = rows, torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
+            self._where = (width, (where, end))
+        found: tuple[Any, int] = self._where[1]
+        return found
+
+    def keep_first(self, counts: Sequence[int]) -> None:
+        """Keep the first ``counts[b]`` nodes of row b as they stand (a prompt)."""
+        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
+        self._where = None
+
+    def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Keep one path per row: ``nodes[b, :counts[b]]`` (B, D), in order; the other nodes are overwritten next.
+
+        Without ``counts`` all D nodes are kept.
+        """
+        batch, depth = nodes.shape
+        kept = list(counts) if counts is not None else [depth] * batch
+        for pool in self.pools:
+            starts = torch.tensor(self.lengths, device=pool.device)[:, None]
+            rows = torch.arange(batch, device=pool.device)[:, None]
+            steps = torch.arange(depth, device=pool.device)
+            source, target = starts + nodes.to(pool.device), starts + steps
+            pool[:, rows, :, target] = pool[:, rows, :, source]
+        self.keep_first(kept)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows of the batch."""
+        length = self.longest
+        for i, pool in enumerate(self.pools):
+            chosen = pool.new_zeros((pool.shape[0], len(rows), *pool.shape[2:]))
+            chosen[:, :, :, :length] = pool[:, rows.to(pool.device), :, :length]
+            self.pools[i] = chosen
+        self.lengths = [self.lengths[i] for i in rows.tolist()]
+        self._where = None
         for layer in self.layers:
-            layer.select_rows(rows)
-
-
-def _buffer(like: Tensor, capacity: int) -> Tensor:
-    batch, heads, _, dim = like.shape
-    return torch.empty((batch, heads, capacity, dim), dtype=like.dtype, device=like.device)
+            layer.look_up()

@@ -1,7 +1,8 @@
-"""Run a causal model over its cached prefix: read a prompt, read a tree, keep one node."""
+"""Run a causal model over its cached prefix: read a prompt, read a tree, keep one path."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -10,29 +11,38 @@ from torch import Tensor
 
 from rgtg.decoding.kv_cache import TreeCache
 from rgtg.decoding.token_tree import TokenTree
-from rgtg.models.prefix_scorer import pad_right, scalar_head, trunk
+from rgtg.models.prefix_scorer import pad_right, trunk
+from rgtg.models.readout import observed
 
-# forward(model, logits_to_keep=, **inputs) → one vector (or scalar) per position read
-Readout = Callable[..., Tensor]
+# readout(model, states (…, H)) → one vector or scalar per state
+Readout = Callable[[Any, Tensor], Tensor]
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
+# Wider trees (prompts) are read once: their mask is not kept for the next pass.
+_KEPT_PATTERN = 1024
 
 
 class Runner(Protocol):
-    """What decoding needs of a model: all rows advance together, one token at a time."""
+    """What decoding needs of a model: each row's prefix is read once, then trees over it.
 
+    ``seen`` holds the states of the observed layer at what was read last (None where no layer is observed).
+    """
+
+    model: Any
+    readout: Readout
     calls: int
+    seen: Tensor | None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the readout at each one's last token, (B, …)."""
+        """Read the prompts; return the final states at each one's last token, (B, H)."""
         ...
 
-    def read(self, tree: TokenTree) -> Tensor:
-        """Readout at every node, (B, N, …); nothing is kept."""
+    def states(self, tree: TokenTree) -> Tensor:
+        """Final states at every node, (B, N, H); nothing is kept."""
         ...
 
-    def keep(self, nodes: Tensor) -> None:
-        """Keep node ``nodes[b]``, a child of the prefix, of the tree that was read last."""
+    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:
@@ -40,95 +50,133 @@ class Runner(Protocol):
         ...
 
 
-def policy_logits(model: Any, *, last_only: bool, **inputs: Any) -> Tensor:
-    """Next-token logits (B, N, V): at every position read, or at the last only (B, 1, V)."""
-    logits: Tensor = model(logits_to_keep=1 if last_only else 0, **inputs).logits
-    return logits[:, -1:] if last_only else logits
-
-
-def scorer_scores(model: Any, *, last_only: bool, **inputs: Any) -> Tensor:
-    """Scalar head at every position read (B, N), or at the last only (B, 1)."""
-    states = trunk(model)(**inputs).last_hidden_state
-    scores: Tensor = scalar_head(model)(states[:, -1:] if last_only else states)[..., 0]
-    return scores
+def read(runner: Runner, tree: TokenTree) -> Tensor:
+    """The runner's readout at every node, (B, N, …)."""
+    return runner.readout(runner.model, runner.states(tree))
 
 
 class TreeRunner:
     """Reads trees over one preallocated cache; the prefix is stored once whatever the number of nodes.
 
-    Rows of different lengths are padded on the left, so that every row's prefix ends in the same column; positions and
-    masks leave the padding out.
+    Row b's prefix lies in the first ``cache.lengths[b]`` columns, and the nodes behind it.
     """
 
-    def __init__(self, model: Any, readout: Readout, capacity: int) -> None:
+    def __init__(self, model: Any, readout: Readout, capacity: int, *, layer: int | None = None) -> None:
         text = model.config.get_text_config()
         self.model, self.readout = model, readout
+        self.trunk = trunk(model)
         self.device = model.device
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.cache = TreeCache(text.num_hidden_layers, capacity)
         self.windows = mask_windows(model.config)
-        self.padding = torch.zeros(0)
+        self.layer = layer
+        self.seen: Tensor | None = None
         self.calls = 0
+        self._patterns: dict[tuple[int, ...], Tensor] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the readout at each one's last token, (B, …)."""
-        width = max(map(len, prompts))
-        self.padding = torch.tensor([width - len(p) for p in prompts], device=self.device)
-        ids = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        out = self._forward(TokenTree.chain(ids.to(self.device)), last_only=True)
-        self.cache.keep_chain(width)
-        return out[:, 0]
+        """Read the prompts; return the final states at each one's last token, (B, H)."""
+        lengths = [len(p) for p in prompts]
+        ids, _ = pad_right(prompts, 0, self.device)  # what lies beyond a prompt is overwritten by its first nodes
+        self.cache.start(len(prompts))
+        states = self.states(TokenTree.chain(ids))
+        self.cache.keep_first(lengths)
+        rows, last = torch.arange(len(prompts)), torch.tensor(lengths) - 1
+        if self.seen is not None:
+            self.seen = self.seen[rows, last][:, None]
+        return states[rows, last]
 
-    def read(self, tree: TokenTree) -> Tensor:
-        """Readout at every node, (B, N, …); nothing is kept."""
-        return self._forward(tree, last_only=False)
+    def states(self, tree: TokenTree) -> Tensor:
+        """Final states at every node, (B, N, H); nothing is kept."""
+        self.calls += 1
+        inputs = {
+            "input_ids": tree.tokens.to(self.device),
+            "position_ids": self._positions(tree),
+            "attention_mask": self._masks(tree),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if self.layer is None:
+            return self.trunk(**inputs).last_hidden_state  # type: ignore[no-any-return]
+        with watching(observed(self.model, self.layer)) as outputs:
+            final: Tensor = self.trunk(**inputs).last_hidden_state
+        self.seen = outputs[-1]
+        return final
 
-    def keep(self, nodes: Tensor) -> None:
-        """Keep node ``nodes[b]``, a child of the prefix, of the tree that was read last."""
-        self.cache.keep_node(nodes.to(self.device))
+    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
+        self.cache.keep_path(nodes, counts)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
-        rows = rows.to(self.device)
-        self.padding = self.padding[rows]
         self.cache.select_rows(rows)
+        if self.seen is not None:
+            self.seen = self.seen[rows.to(self.seen.device)]
 
-    def _forward(self, tree: TokenTree, *, last_only: bool) -> Tensor:
-        self.calls += 1
-        start = self.cache.length
-        positions = start + tree.depths.to(self.device) - self.padding[:, None]
-        return self.readout(
-            self.model,
-            last_only=last_only,
-            input_ids=tree.tokens.to(self.device),
-            position_ids=positions.clamp(min=0),
-            attention_mask=self._masks(tree, start),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+    def _positions(self, tree: TokenTree) -> Tensor:
+        """(B, N): behind each row's prefix, by depth."""
+        lengths = torch.tensor(self.cache.lengths)[:, None]
+        return (lengths + tree.depths).to(self.device, non_blocking=True)
 
-    def _masks(self, tree: TokenTree, start: int) -> Any:
-        """Additive masks (B, 1, N, L + N): one, or one per kind of layer where a model mixes them."""
-        built = {kind: self._mask(tree, start, window) for kind, window in self.windows.items()}
+    def _masks(self, tree: TokenTree) -> Any:
+        """Additive masks (B, 1, N, columns): one, or one per kind of layer where a model mixes them."""
+        built = {kind: self._mask(tree, window) for kind, window in self.windows.items()}
         return built if len(built) > 1 else next(iter(built.values()))
 
-    def _mask(self, tree: TokenTree, start: int, window: int | None) -> Tensor:
-        columns = torch.arange(start, device=self.device)
-        depths = tree.depths.to(self.device)
-        sees_prefix = (columns >= self.padding[:, None])[:, None, :].expand(-1, tree.width, -1)  # (B, N, L)
-        sees_nodes = tree.ancestry.to(self.device)
-        if window is not None:
-            sees_prefix = sees_prefix & (columns > start + depths[:, None] - window)
-            sees_nodes = sees_nodes & (depths[None, :] > depths[:, None] - window)
-        if start == 0:  # a left-padded prompt: padding is seen by nobody but itself (a row of -inf would be NaN)
-            padded = torch.arange(tree.width, device=self.device) < self.padding[:, None]
-            sees = sees_nodes & (~padded[:, None, :] | torch.eye(tree.width, dtype=torch.bool, device=self.device))
-        else:
-            sees = torch.cat([sees_prefix, sees_nodes.expand(len(self.padding), -1, -1)], -1)
-        bias = torch.zeros(sees.shape, dtype=self.dtype, device=self.device)
-        return bias.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
+    def _mask(self, tree: TokenTree, window: int | None) -> Tensor:
+        start, rows = self.cache.uniform, len(self.cache.lengths)
+        if start is not None and window is None and tree.width <= _KEPT_PATTERN:
+            pattern = self._pattern(tree)  # (N, capacity + N): the last start + N columns are this pass's mask
+            return pattern[:, self.cache.capacity - start :].expand(rows, 1, -1, -1)
+        return self._additive(sees(tree, self.cache.lengths, window))[:, None].to(self.device)
+
+    def _pattern(self, tree: TokenTree) -> Tensor:
+        """Nothing hidden of the prefix, then the tree's ancestry: built once for every tree of that shape."""
+        if tree.parents not in self._patterns:
+            prefix = torch.ones(tree.width, self.cache.capacity, dtype=torch.bool)
+            self._patterns[tree.parents] = self._additive(torch.cat([prefix, tree.ancestry], 1)).to(self.device)
+        return self._patterns[tree.parents]
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        return torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+
+
+def sees(tree: TokenTree, lengths: Sequence[int], window: int | None) -> Tensor:
+    """Which columns each node attends to, (B, N, longest prefix + N): its own prefix, its ancestors, itself.
+
+    Args:
+        tree: read behind the prefixes.
+        lengths: tokens of each row's prefix.
+        window: of sliding attention, in tokens; None sees everything.
+    """
+    nodes, width = tree.width, max(lengths) + tree.width
+    behind = torch.arange(width) - torch.tensor(lengths)[:, None]  # (B, columns): < 0 prefix, then the nodes
+    node = behind.clamp(0, nodes)  # those after the last node see nobody
+    ancestry = torch.nn.functional.pad(tree.ancestry, (0, 1))
+    visible = (behind < 0)[:, None] | ancestry[:, node].transpose(0, 1)
+    if window is not None:
+        depth = torch.nn.functional.pad(tree.depths, (0, 1))[node].where(behind >= 0, behind)  # (B, columns)
+        visible &= tree.depths[:, None] - depth[:, None] < window
+    return visible
+
+
+@contextmanager
+def watching(module: Any) -> Iterator[list[Tensor]]:
+    """Collect the states a module puts out while the block runs (the first of them, where it returns several)."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, out: outputs.append(_states_of(out)))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _states_of(out: Any) -> Tensor:
+    """A layer's states: itself, the first of a tuple, or a trunk's last hidden state."""
+    if hasattr(out, "last_hidden_state"):
+        out = out.last_hidden_state
+    states: Tensor = out[0] if isinstance(out, tuple) else out
+    return states
 
 
 class RecomputeRunner:
@@ -138,47 +186,63 @@ class RecomputeRunner:
     again for each node of each step.
     """
 
-    def __init__(self, model: Any, readout: Readout, capacity: int) -> None:
-        self.model, self.readout = model, readout
+    def __init__(self, model: Any, readout: Readout, capacity: int, *, layer: int | None = None) -> None:
+        self.model, self.readout, self.layer = model, readout, layer
         self.rows: list[list[int]] = []
         self.tree: TokenTree | None = None
+        self.seen: Tensor | None = None
         self.calls = 0
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the readout at each one's last token, (B, …)."""
+        """Read the prompts; return the final states at each one's last token, (B, H)."""
         self.rows = [list(prompt) for prompt in prompts]
-        return self._read_last(self.rows)
+        states = self._read_last(self.rows)
+        if self.seen is not None:
+            self.seen = self.seen[:, None]
+        return states
 
-    def read(self, tree: TokenTree) -> Tensor:
-        """Readout at every node, (B, N, …); nothing is kept."""
+    def states(self, tree: TokenTree) -> Tensor:
+        """Final states at every node, (B, N, H); nothing is kept."""
         self.tree = tree
         tokens = tree.tokens.tolist()
         paths = [tree.path(node) for node in range(tree.width)]
         nodes = zip(self.rows, tokens, strict=True)
         texts = [[*row, *(mine[j] for j in path)] for row, mine in nodes for path in paths]
-        read = self._read_last(texts)
-        return read.reshape(len(self.rows), tree.width, *read.shape[1:])
+        states = self._read_last(texts)
+        if self.seen is not None:
+            self.seen = self.seen.reshape(len(self.rows), tree.width, -1)
+        return states.reshape(len(self.rows), tree.width, -1)
 
-    def keep(self, nodes: Tensor) -> None:
-        """Keep node ``nodes[b]``, a child of the prefix, of the tree that was read last."""
-        assert self.tree is not None, "keep() follows read()"
-        for row, tokens, node in zip(self.rows, self.tree.tokens.tolist(), nodes.tolist(), strict=True):
-            row.append(tokens[node])
+    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
+        assert self.tree is not None, "keep() follows states()"
+        kept = counts if counts is not None else [nodes.shape[1]] * len(self.rows)
+        for row, tokens, path, n in zip(self.rows, self.tree.tokens.tolist(), nodes.tolist(), kept, strict=True):
+            row.extend(tokens[node] for node in path[:n])
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
         self.rows = [list(self.rows[i]) for i in rows.tolist()]
+        if self.seen is not None:
+            self.seen = self.seen[rows.to(self.seen.device)]
 
     def _read_last(self, texts: list[list[int]]) -> Tensor:
         self.calls += 1
         ids, mask = pad_right(texts, 0, self.model.device)
-        out = self.readout(self.model, last_only=False, input_ids=ids, attention_mask=mask, use_cache=False)
-        last = torch.tensor([len(text) - 1 for text in texts], device=out.device)
-        read: Tensor = out[torch.arange(len(texts), device=out.device), last]
-        return read
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        rows = torch.arange(len(texts))
+        last = torch.tensor([len(text) - 1 for text in texts])
+        if self.layer is None:
+            return trunk(self.model)(**inputs).last_hidden_state[rows, last]  # type: ignore[no-any-return]
+        with watching(observed(self.model, self.layer)) as outputs:
+            states: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
+        self.seen = outputs[-1][rows, last]
+        return states
 
 
-def make_runner(model: Any, readout: Readout, capacity: int, *, tree: bool | None = None) -> Runner:
+def make_runner(
+    model: Any, readout: Readout, capacity: int, *, tree: bool | None = None, layer: int | None = None
+) -> Runner:
     """The fast runner where the model can take it, else the fallback, with a warning.
 
     Args:
@@ -186,6 +250,7 @@ def make_runner(model: Any, readout: Readout, capacity: int, *, tree: bool | Non
         readout: ``policy_logits`` or ``scorer_scores``.
         capacity: longest prefix plus widest tree, in tokens.
         tree: force one or the other; None asks ``supports_token_tree``.
+        layer: whose states are observed (0 embeddings … the number of layers), if any.
     """
     if tree is None:
         tree = supports_token_tree(model, readout)
@@ -195,7 +260,7 @@ def make_runner(model: Any, readout: Readout, capacity: int, *, tree: bool | Non
                 "whole text is read again at each step, which is slow but exact",
                 stacklevel=2,
             )
-    return TreeRunner(model, readout, capacity) if tree else RecomputeRunner(model, readout, capacity)
+    return (TreeRunner if tree else RecomputeRunner)(model, readout, capacity, layer=layer)
 
 
 def mask_windows(config: Any) -> dict[str, int | None]:
@@ -246,9 +311,9 @@ def _trial_agrees(model: Any, readout: Readout) -> bool:
             runner.prefill(prompts)
         outputs = []
         for runner in (fast, slow):
-            runner.read(TokenTree.leaves(leaves.to(model.device)))
-            runner.keep(torch.tensor([2, 1], device=model.device))
-            outputs.append(runner.read(TokenTree.leaves(leaves.to(model.device))).float())
+            runner.states(TokenTree.leaves(leaves.to(model.device)))
+            runner.keep(torch.tensor([[2], [1]], device=model.device))
+            outputs.append(read(runner, TokenTree.leaves(leaves.to(model.device))).float())
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
     if not bool(outputs[1].isfinite().all()):

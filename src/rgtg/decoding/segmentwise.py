@@ -7,6 +7,7 @@ import torch
 
 from rgtg.decoding.requests import Request, Stopping, derive_seed
 from rgtg.decoding.runner import Runner
+from rgtg.decoding.steps import Alone
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import NonFiniteError
 from rgtg.models.encoding import decode_completion, encode_completion
@@ -31,11 +32,12 @@ def best_of_n(
     """
     # 1. propose: one forward per prompt, then n rows over copies of its cache
     rows = torch.arange(len(requests)).repeat_interleave(n)
+    stepper = Alone(policy)
     with torch.inference_mode():
-        logits = policy.prefill([request.prompt_ids for request in requests])
-        policy.select_rows(rows)
+        logits = stepper.prefill([request.prompt_ids for request in requests])
+        stepper.select_rows(rows)
     drawn = [_branch(request, j) for request in requests for j in range(n)]
-    yield from decode(drawn, policy, None, logits[rows.to(logits.device)], rule, stopping)
+    yield from decode(drawn, stepper, rule, stopping, logits[rows.to(logits.device)])
     # 2. score: every finished completion once
     rewards = [float(s[-1]) for s in _rewards(scorer, drawn, stopping)]
     for i, request in enumerate(requests):

@@ -1,7 +1,7 @@
 """Branches over a cached prefix, as tensors: tokens, depths, and who may see whom."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -44,22 +44,15 @@ class TokenTree:
         """Number of nodes N."""
         return len(self.parents)
 
-    @cached_property
+    @property
     def depths(self) -> Int[Tensor, " nodes"]:
         """Ancestors of each node, counted: (N,)."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return torch.tensor(depths)
+        return _depths(self.parents)
 
-    @cached_property
+    @property
     def ancestry(self) -> Bool[Tensor, "nodes nodes"]:
         """``ancestry[i, j]``: node i attends to node j, that is j is i or one of its ancestors."""
-        sees = torch.eye(self.width, dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                sees[node] |= sees[parent]
-        return sees
+        return _ancestry(self.parents)
 
     def path(self, node: int) -> list[int]:
         """Nodes from the prefix down to ``node``, itself included."""
@@ -67,3 +60,21 @@ class TokenTree:
         while (parent := self.parents[walked[-1]]) >= 0:
             walked.append(parent)
         return walked[::-1]
+
+
+# A decoding loop reads trees of few shapes, thousands of times.
+@lru_cache(maxsize=256)
+def _depths(parents: tuple[int, ...]) -> Tensor:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return torch.tensor(depths)
+
+
+@lru_cache(maxsize=256)
+def _ancestry(parents: tuple[int, ...]) -> Tensor:
+    sees = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    return sees

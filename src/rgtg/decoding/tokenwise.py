@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +9,9 @@ from torch import Tensor
 from rgtg.decoding.candidates import propose
 from rgtg.decoding.requests import Request, Stopping
 from rgtg.decoding.rules import greedy, guided_log_probs, sample
-from rgtg.decoding.runner import Runner
-from rgtg.decoding.token_tree import TokenTree
+from rgtg.decoding.steps import Stepper
 from rgtg.errors import NonFiniteError
 from rgtg.types import StepTrace
-
-# Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
-MAX_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -33,52 +28,48 @@ class TokenRule:
 
 @torch.inference_mode()
 def decode(
-    requests: list[Request],
-    policy: Runner,
-    scorer: Runner | None,
-    logits: Tensor,
-    rule: TokenRule,
-    stopping: Stopping,
+    requests: list[Request], stepper: Stepper, rule: TokenRule, stopping: Stopping, logits: Tensor | None = None
 ) -> Iterator[list[Request]]:
     """Complete all requests; yields the rows still active after each token (their newest token is set).
 
     Args:
-        requests: rows whose prompts both runners have read.
-        policy: the policy's runner.
-        scorer: the scorer's runner, or None for the policy alone.
-        logits: (B, V) the policy's next-token logits after each prompt.
+        requests: the rows.
+        stepper: reads the models.
         rule: candidates and choice.
         stopping: when a row ends.
+        logits: (B, V) the policy's after each prompt, where the stepper has read them already.
 
     Raises:
         NonFiniteError: the policy or the scorer gave NaN or infinite values.
     """
     active = list(requests)
+    if logits is None:
+        logits = stepper.prefill([request.prompt_ids for request in requests])
     while active:
         # 1. propose: the policy's likeliest next tokens
         whole = torch.log_softmax(logits.float(), -1)
         allowed = _process(active, logits, whole)
         candidate_ids, candidate_log_probs = propose(allowed, top_k=rule.top_k, top_p=rule.top_p)
-        # 2. score: every candidate in one pass over the shared prefix
-        scores = _score(scorer, candidate_ids) if scorer else None
+        # 2. score: every candidate, in the stepper's way
+        scores = stepper.score(candidate_ids)
         _require_finite(candidate_log_probs, scores)
         # 3. rule
         beta_scores = torch.zeros_like(candidate_log_probs) if scores is None else scores
         guided = guided_log_probs(candidate_log_probs, beta_scores, rule.beta, 0.0 if rule.greedy else rule.temperature)
         choice = _choose(guided, active, rule)
-        # 4. commit: one node stays in the scorer's cache, one token goes to the policy
+        # 4. commit
         tokens = candidate_ids.gather(1, choice[:, None])
         _record(active, tokens, choice, whole, candidate_ids, candidate_log_probs, scores, guided, rule.trace)
         for row in active:
             stopping.update(row)
         yield active
         going = [i for i, row in enumerate(active) if row.finish_reason is None]
-        if scorer and going:
-            _keep(scorer, candidate_ids, choice)
         if going:
-            active, tokens = _drop_finished(active, going, tokens, policy, scorer)
-            logits = policy.read(TokenTree.chain(tokens))[:, 0]
-            policy.keep(torch.zeros(len(active), dtype=torch.long, device=tokens.device))
+            stepper.keep(candidate_ids, choice)
+            if len(going) < len(active):
+                stepper.select_rows(torch.tensor(going, device=tokens.device))
+                active = [active[i] for i in going]
+            logits = stepper.advance()
         else:
             active = []
 
@@ -89,20 +80,6 @@ def _process(active: list[Request], logits: Tensor, whole: Tensor) -> Tensor:
         return whole
     processed = torch.stack([row.process(logits[i].float()) for i, row in enumerate(active)])
     return torch.log_softmax(processed, -1)
-
-
-def _score(scorer: Runner, candidate_ids: Tensor) -> Tensor:
-    """Scores (B, K) of all candidates, in fp32 on the policy's device."""
-    parts = [scorer.read(TokenTree.leaves(ids)) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
-    return torch.cat(parts, 1).float().to(candidate_ids.device)
-
-
-def _keep(scorer: Runner, candidate_ids: Tensor, choice: Tensor) -> None:
-    """Keep the chosen candidate; where it took several passes to score them, read the chosen one again."""
-    if candidate_ids.shape[1] > MAX_WIDTH:
-        scorer.read(TokenTree.leaves(candidate_ids.gather(1, choice[:, None])))
-        choice = torch.zeros_like(choice)
-    scorer.keep(choice)
 
 
 def _choose(guided: Tensor, active: list[Request], rule: TokenRule) -> Tensor:
@@ -156,16 +133,3 @@ def _step(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, row
         scores=scores[row].tolist() if scores is not None else None,
         guided_log_probs=guided.tolist(),
     )
-
-
-def _drop_finished(
-    active: list[Request], going: list[int], tokens: Tensor, policy: Runner, scorer: Runner | None
-) -> tuple[list[Request], Tensor]:
-    """Take finished rows out of the batch and out of both caches."""
-    if len(going) == len(active):
-        return active, tokens
-    rows = torch.tensor(going, device=tokens.device)
-    runners: list[Any] = [policy, scorer] if scorer else [policy]
-    for runner in runners:
-        runner.select_rows(rows)
-    return [active[i] for i in going], tokens[rows]

@@ -1,0 +1,216 @@
+"""Linear layers laid out for a few rows at a time: siblings in one product, weights packed for the processor.
+
+Decoding multiplies one to a few dozen rows by every weight of a model, so a step takes as long as reading the weights.
+Two things keep a stock model from that limit on a CPU: a plain weight matrix is walked in an order that reaches half of
+the memory's speed or less, and projections of one input (query, key, value; gate, up) are read in separate calls. Here
+both are undone, on a twin of the model that shares everything else with it.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgtg.models.checkpoint import fingerprint_weights
+
+# Weights that fit a processor's cache gain nothing.
+MIN_WEIGHT_BYTES = 8 * 2**20
+# Rows the packed layout is chosen for; measured good from 1 to 80.
+_PACKED_ROWS = 16
+
+
+class LinearGroup:
+    """One product for all linear layers that read the same input, with an optional LoRA on part of the batch.
+
+    y = x·Wᵀ + b with the members' weights stacked; rows from ``adapter_from`` of the batch on also get x·Aᵀ·Bᵀ.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, pack: bool) -> None:
+        weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        ends = torch.tensor([w.shape[0] for w in weights]).cumsum(0).tolist()
+        self.slices = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS) if pack else weight
+        self.packed = pack
+        self.bias = _stack_biases(weights, biases)
+        self.adapter: tuple[Tensor, Tensor] | None = None
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._taken = 0
+
+    def adapt(self, down: Sequence[Tensor | None], up: Sequence[Tensor | None]) -> None:
+        """Add a LoRA to the second half of the batch: ``down[m]`` (r, in) and ``up[m]`` (out, r), scaled, per member.
+
+        Members without one take None. The members' products become one: A stacked, B block by block.
+        """
+        ranks = [a.shape[0] for a in down if a is not None]
+        if not ranks:
+            return
+        rows = next(a for a in down if a is not None)
+        blocks = rows.new_zeros(sum(ranks), self.slices[-1].stop)
+        first = 0
+        for a, b, columns in zip(down, up, self.slices, strict=True):
+            if a is not None and b is not None:
+                blocks[first : first + a.shape[0], columns] = b.t()
+                first += a.shape[0]
+        self.adapter = (torch.cat([a for a in down if a is not None]).t().contiguous(), blocks)
+
+    def member(self, index: int, x: Tensor) -> Tensor:
+        """Output of one member; the first that meets an input computes it for all."""
+        if len(self.slices) == 1:
+            return self._product(x)
+        if x is not self._input:
+            self._input, self._output, self._taken = x, self._product(x), 0
+        assert self._output is not None, "set together with the input"
+        out = self._output[..., self.slices[index]]
+        self._taken += 1
+        if self._taken == len(self.slices):
+            self._input = self._output = None
+        return out
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = nn.functional.linear(x, self.weight, self.bias)
+        if self.adapter is not None:
+            down, up = self.adapter
+            half = x.shape[0] // 2
+            adapted = y[half:].view(-1, y.shape[-1])
+            adapted.addmm_(x[half:].reshape(-1, x.shape[-1]) @ down, up)
+        return y
+
+
+class GroupedLinear(nn.Module):
+    """Stands where a linear layer stood; its group does the work."""
+
+    def __init__(self, group: LinearGroup, index: int) -> None:
+        super().__init__()
+        self._shared = (group, index)  # in a tuple: the group is no submodule, and members share it
+
+    @property
+    def group(self) -> LinearGroup:
+        """The group this layer belongs to."""
+        return self._shared[0]
+
+    @property
+    def index(self) -> int:
+        """This layer's place in its group."""
+        return self._shared[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + b."""
+        group, index = self._shared
+        return group.member(index, x)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether packing is available for the model's device and dtype, and worth it for its size."""
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    size = sum(m.weight.nbytes for m in model.modules() if _is_linear(m))
+    return bool(size >= MIN_WEIGHT_BYTES)
+
+
+def pack_linears(model: Any) -> Any:
+    """The model's twin for decoding, packed, where that is available and agrees with it on a trial; else the model.
+
+    The twin shares every other tensor with the model, which is left as it was.
+    """
+    return group_linears(model, pack=True) if can_pack(model) else model
+
+
+@torch.inference_mode()
+def group_linears(model: Any, *, pack: bool) -> Any:
+    """A twin whose linear layers are grouped by the input they read, found by watching one small pass.
+
+    Where the twin does not reproduce the model (a layer that reads another's weight, say), the model itself.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(5)]], device=model.device)
+    twin = structural_copy(model)
+    calls, expected = _watch(twin, ids)
+    for names in _siblings(calls):
+        layers = [twin.get_submodule(name) for name in names]
+        group = LinearGroup([_weight(m) for m in layers], [m.bias for m in layers], pack=pack)
+        for index, name in enumerate(names):
+            twin.set_submodule(name, GroupedLinear(group, index))
+    twin._rgtg_fingerprint = fingerprint_weights(model)
+    try:
+        got = _first_output(twin(input_ids=ids, use_cache=False))
+    except (AttributeError, TypeError, RuntimeError):
+        return model
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    scale = float(expected.float().abs().max().clamp(min=1e-3))
+    agrees = not expected.isfinite().all() or float((got - expected).abs().max()) <= tolerance * scale
+    return twin if agrees else model
+
+
+def structural_copy(model: Any) -> Any:
+    """New modules around the same tensors: changing the copy's layers does not change the model's."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def groups_of(model: Any) -> dict[str, GroupedLinear]:
+    """The grouped layers of a twin, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
+
+
+def _watch(model: Any, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Linear layers in the order of their calls, each with the input it was given; and the model's output."""
+    calls: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _m, inputs, name=name: calls.append((name, inputs[0])))
+        for name, module in model.named_modules()
+        if _is_linear(module)
+    ]
+    try:
+        out = _first_output(model(input_ids=ids, use_cache=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, out
+
+
+def _siblings(calls: list[tuple[str, Tensor]]) -> list[list[str]]:
+    """Names of layers with one parent that read one tensor, together; a layer called twice stays alone."""
+    seen = [name for name, _ in calls]
+    grouped: dict[tuple[str, int], list[str]] = {}
+    for name, x in calls:
+        if seen.count(name) > 1:
+            grouped[(name, -1)] = [name]
+        else:
+            grouped.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
+    return list(grouped.values())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _weight(layer: Any) -> Tensor:
+    """(out, in), whichever way the layer stores it."""
+    weight: Tensor = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
+    return weight
+
+
+def _stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    return torch.cat(
+        [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+    )
+
+
+def _first_output(out: Any) -> Tensor:
+    first: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return first

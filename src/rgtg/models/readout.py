@@ -1,0 +1,81 @@
+"""What a model says at its last states: a policy's next-token logits, a scorer's score."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from rgtg.errors import UsageError
+from rgtg.models.prefix_scorer import scalar_head, trunk
+
+_plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+def policy_logits(model: Any, states: Tensor) -> Tensor:
+    """Next-token logits (…, V) after final states (…, H), as the model's own forward makes them of its trunk's output.
+
+    So a token tree can be read first, and only the node that was chosen pays for the product with the vocabulary.
+    """
+    if model not in _plain:
+        _plain[model] = _head_is_plain(model)
+    logits: Tensor = model.get_output_embeddings()(states) if _plain[model] else _forward_over(model, states)
+    return logits
+
+
+def scorer_scores(model: Any, states: Tensor) -> Tensor:
+    """Scalar head of a sequence-classification model: scores (…) of final states (…, H)."""
+    scores: Tensor = scalar_head(model)(states)[..., 0]
+    return scores
+
+
+def observed(model: Any, layer: int) -> torch.nn.Module:
+    """The module whose output is hidden state ``layer``: 0 the embeddings … L the trunk's last state, after its norm.
+
+    A forward hook on it keeps that state and no other, unlike ``output_hidden_states``.
+
+    Raises:
+        UsageError: a model without that layer, or whose layers cannot be told.
+    """
+    body = trunk(model)
+    layers = model.config.get_text_config().num_hidden_layers
+    if not 0 <= layer <= layers:
+        raise UsageError(f"layer {layer}: the model has states 0 to {layers}")
+    if layer == 0:
+        found: torch.nn.Module = model.get_input_embeddings()
+        return found
+    stacks = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    if not stacks:
+        raise UsageError(f"cannot find the {layers} layers of {type(model).__name__}; use its last state")
+    found = body if layer == layers else stacks[0][layer - 1]
+    return found
+
+
+@torch.inference_mode()
+def _head_is_plain(model: Any) -> bool:
+    """Whether logits are the output embedding's product and nothing more (no cap, no scale): bit for bit on a trial."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[(5 * i + 2) % vocabulary for i in range(4)]], device=model.device)
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    try:
+        states = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
+        return bool(torch.equal(head(states), model(input_ids=ids, use_cache=False).logits))
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+def _forward_over(model: Any, states: Tensor) -> Tensor:
+    """The model's own forward with its trunk standing still: whatever it does to the states, it does here."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    body = trunk(model)
+    flat = states.reshape(1, -1, states.shape[-1])
+    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=flat)
+    try:
+        ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=states.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del body.forward  # the class's own again
+    return logits.reshape(*states.shape[:-1], -1)  # type: ignore[no-any-return]
