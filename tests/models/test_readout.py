@@ -5,9 +5,8 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from conftest import CONFIGS, VOCAB, tiny_policy
-from rgtg.errors import UsageError
 from rgtg.models.prefix_scorer import trunk
-from rgtg.models.readout import observed, policy_logits
+from rgtg.models.readout import policy_logits
 
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 SIZES = {
@@ -35,21 +34,3 @@ def test_logits_after_states_are_the_models_own(model):
     torch.testing.assert_close(policy_logits(model, states), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(policy_logits(model, states[:, -1]), expected[:, -1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)  # it is as it was
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox", "qwen3"])
-def test_an_observed_layer_is_that_hidden_state(family, layer):
-    model = tiny_policy(family)
-    seen = []
-    handle = observed(model, layer).register_forward_hook(lambda _m, _i, out: seen.append(out))
-    expected = model(input_ids=IDS, output_hidden_states=True).hidden_states[layer]
-    handle.remove()
-    out = getattr(seen[0], "last_hidden_state", seen[0])
-    torch.testing.assert_close(out[0] if isinstance(out, tuple) else out, expected)
-
-
-def test_a_layer_that_is_not_there_is_refused():
-    with pytest.raises(UsageError, match="states 0 to 2"):
-        observed(tiny_policy(), 3)

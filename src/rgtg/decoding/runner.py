@@ -1,8 +1,7 @@
 """Run a causal model over its cached prefix: read a prompt, read a tree, keep one path."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from rgtg.decoding.kv_cache import TreeCache
 from rgtg.decoding.token_tree import TokenTree
+from rgtg.models.own_state import watching
 from rgtg.models.prefix_scorer import pad_right, trunk
-from rgtg.models.readout import observed
 
 # readout(model, states (…, H)) → one vector or scalar per state
 Readout = Callable[[Any, Tensor], Tensor]
@@ -98,9 +97,9 @@ class TreeRunner:
         }
         if self.layer is None:
             return self.trunk(**inputs).last_hidden_state  # type: ignore[no-any-return]
-        with watching(observed(self.model, self.layer)) as outputs:
+        with watching(self.model, [self.layer]) as seen:
             final: Tensor = self.trunk(**inputs).last_hidden_state
-        self.seen = outputs[-1]
+        self.seen = seen[self.layer]
         return final
 
     def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
@@ -160,25 +159,6 @@ def sees(tree: TokenTree, lengths: Sequence[int], window: int | None) -> Tensor:
     return visible
 
 
-@contextmanager
-def watching(module: Any) -> Iterator[list[Tensor]]:
-    """Collect the states a module puts out while the block runs (the first of them, where it returns several)."""
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, out: outputs.append(_states_of(out)))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def _states_of(out: Any) -> Tensor:
-    """A layer's states: itself, the first of a tuple, or a trunk's last hidden state."""
-    if hasattr(out, "last_hidden_state"):
-        out = out.last_hidden_state
-    states: Tensor = out[0] if isinstance(out, tuple) else out
-    return states
-
-
 class RecomputeRunner:
     """The fallback for models that cannot read a tree: every node's whole text is a row of its own.
 
@@ -234,9 +214,9 @@ class RecomputeRunner:
         last = torch.tensor([len(text) - 1 for text in texts])
         if self.layer is None:
             return trunk(self.model)(**inputs).last_hidden_state[rows, last]  # type: ignore[no-any-return]
-        with watching(observed(self.model, self.layer)) as outputs:
+        with watching(self.model, [self.layer]) as seen:
             states: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
-        self.seen = outputs[-1][rows, last]
+        self.seen = seen[self.layer][rows, last]
         return states
 
 

@@ -208,6 +208,68 @@ class OnPrefix(Alone):
         return super().advance()
 
 
+class InOnePass(OnCandidates):
+    """A scorer that is an adapter on the policy's own weights: one pass of two halves scores and looks ahead.
+
+    The runner holds 2B rows, the policy's first; ``head`` reads the adapted half.
+    """
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts, plain and adapted."""
+        return self.policy.readout(self.policy.model, self.policy.prefill([*prompts, *prompts])[: len(prompts)])
+
+    def score(self, candidate_ids: Tensor) -> Tensor | None:
+        """One pass of twice the candidates."""
+        parts, ahead = [], []
+        for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1):
+            plain, adapted = self.policy.states(TokenTree.leaves(ids.repeat(2, 1))).chunk(2)
+            ahead.append(plain)
+            parts.append(self.head(adapted))
+        self._ahead = torch.cat(ahead, 1)
+        return torch.cat(parts, 1).float()
+
+    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Keep the chosen candidate in both halves, and the policy's state at it."""
+        keep_leaf(self.policy, candidate_ids.repeat(2, 1), choice.repeat(2))
+        self._ahead = take_nodes(self._ahead, choice)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only (or repeat) these rows of both halves."""
+        half = len(self._ahead)
+        self.policy.select_rows(torch.cat([rows, rows + half]))
+        self._ahead = self._ahead[rows.to(self._ahead.device)]
+
+
+class InOnePassOnPrefix(OnPrefix):
+    """A vocabulary head on an adapted state of the policy's own weights: one pass of two rows of one token.
+
+    The runner holds 2B rows, the policy's first, and observes the layer that ``head`` reads of the adapted half.
+    """
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts, plain and adapted."""
+        return self.policy.readout(self.policy.model, self.policy.prefill([*prompts, *prompts])[: len(prompts)])
+
+    def score(self, candidate_ids: Tensor) -> Tensor | None:
+        """The candidates' rows of the head, at the newest adapted state."""
+        seen = self.policy.seen
+        assert seen is not None, "a head reads an observed layer"
+        scores: Tensor = self.head(seen[len(candidate_ids) :, -1], candidate_ids)
+        return scores.float()
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only (or repeat) these rows of both halves."""
+        half = len(self.token)
+        self.token = self.token[rows.to(self.token.device)]
+        self.policy.select_rows(torch.cat([rows, rows + half]))
+
+    def advance(self) -> Tensor:
+        """One token of both halves; the product with the vocabulary for the policy's alone."""
+        states = self.policy.states(TokenTree.chain(self.token.repeat(2, 1)))
+        self.policy.keep(torch.zeros(len(states), 1, dtype=torch.long))
+        return self.policy.readout(self.policy.model, states[: len(self.token), 0])
+
+
 def take_nodes(states: Tensor, choice: Tensor) -> Tensor:
     """State (B, H) at node ``choice[b]`` of each row of (B, K, H)."""
     return states[torch.arange(len(choice), device=states.device), choice.to(states.device)]

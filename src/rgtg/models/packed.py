@@ -39,6 +39,13 @@ class LinearGroup:
         self._output: Tensor | None = None
         self._taken = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LinearGroup":
+        """A group of its own around the same weights, for a structural copy."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new._input = new._output = None
+        return new
+
     def adapt(self, down: Sequence[Tensor | None], up: Sequence[Tensor | None]) -> None:
         """Add a LoRA to the second half of the batch: ``down[m]`` (r, in) and ``up[m]`` (out, r), scaled, per member.
 

@@ -6,7 +6,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rgtg.errors import UsageError
 from rgtg.models.prefix_scorer import scalar_head, trunk
 
 _plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
@@ -27,28 +26,6 @@ def scorer_scores(model: Any, states: Tensor) -> Tensor:
     """Scalar head of a sequence-classification model: scores (…) of final states (…, H)."""
     scores: Tensor = scalar_head(model)(states)[..., 0]
     return scores
-
-
-def observed(model: Any, layer: int) -> torch.nn.Module:
-    """The module whose output is hidden state ``layer``: 0 the embeddings … L the trunk's last state, after its norm.
-
-    A forward hook on it keeps that state and no other, unlike ``output_hidden_states``.
-
-    Raises:
-        UsageError: a model without that layer, or whose layers cannot be told.
-    """
-    body = trunk(model)
-    layers = model.config.get_text_config().num_hidden_layers
-    if not 0 <= layer <= layers:
-        raise UsageError(f"layer {layer}: the model has states 0 to {layers}")
-    if layer == 0:
-        found: torch.nn.Module = model.get_input_embeddings()
-        return found
-    stacks = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
-    if not stacks:
-        raise UsageError(f"cannot find the {layers} layers of {type(model).__name__}; use its last state")
-    found = body if layer == layers else stacks[0][layer - 1]
-    return found
 
 
 @torch.inference_mode()
