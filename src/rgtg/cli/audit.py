@@ -27,7 +27,9 @@ from rgtg.types import AuditPoint, AuditResult
 def command(
     scorer: Annotated[str | None, typer.Option(help="Reward model to audit: folder or hub id.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Held-out preference pairs.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json, rejects.jsonl.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json, rejects.jsonl.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Completions per forward. Default 8.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples for the intervals. Default 1000.")] = None,
     on_bad: Annotated[str | None, typer.Option(help="error or skip: what to do with bad rows.")] = None,

@@ -30,22 +30,54 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything ran
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors into one readable message on stderr and an exit code; anything else keeps its traceback."""
+    """Turn our errors, and outputs that cannot be written, into one readable message and an exit code.
+
+    Anything else keeps its traceback.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # A warning is one line to a person at a terminal, not a source location.
         warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)  # noqa: T201
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            sys.stdout.flush()  # now: when the interpreter ends, a failure would go unnoticed
         except RgtgError as error:
             fail(str(error), error.exit_code)
-        except OSError as error:  # a full disk or a folder that cannot be written
-            fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        except BrokenPipeError as error:  # the reader has seen enough (rgtg … | head)
+            _forget_stdout()
+            raise typer.Exit(1) from error
         except KeyboardInterrupt:
             fail("stopped", 75)
+        except Exception as error:
+            if (reason := _unwritable(error)) is None:
+                raise
+            _forget_stdout()
+            fail(reason, 1)
+        return result
 
     return run
+
+
+def _unwritable(error: Exception) -> str | None:
+    """Why an output could not be written, if that is what the error says; libraries have names of their own for it."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{reason}: {error.filename}" if error.filename else f"cannot write: {reason}"
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error" in text:
+        return f"cannot write the weights: {text.rpartition('I/O error: ')[2]}"
+    if isinstance(error, RuntimeError) and ("unexpected pos" in text or "PytorchStreamWriter failed" in text):
+        return "cannot write a checkpoint: is the disk full?"
+    return None
+
+
+def _forget_stdout() -> None:
+    """Drop what stdout could not take, or the interpreter tries again as it ends and complains once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -1,0 +1,126 @@
+"""No room left for an output: one message, exit code 1, and nothing that looks complete."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from naive import info
+from rgtg.cli import audit, generate, train
+from rgtg.errors import ModelNotFoundError
+from rgtg.models.checkpoint import write_info
+from rgtg.models.prefix_scorer import PrefixScorer
+from synthetic import synthetic_rows, write_rows
+
+resource = pytest.importorskip("resource", reason="this system has no limit on the size of a file")
+app = typer.Typer()
+for module in (audit, generate, train):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+@pytest.fixture
+def no_room():
+    """Files end at 8 KiB: writing further fails as on a full disk (Python ignores the signal that comes with it)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    torch.set_num_threads(1)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def refused(ran, message="File too large"):
+    assert ran.exit_code == 1, ran.output
+    assert message in ran.stderr
+    assert [line.partition(":")[0] for line in ran.stderr.splitlines()] in (["error"], ["warning", "error"])
+    assert "Traceback" not in ran.stderr
+    assert ran.stdout == ""
+
+
+@pytest.mark.parametrize("before", ["", "an earlier output\n"])
+def test_generate(policy_folder, scorer_folder, tmp_path, no_room, before):
+    write_info(scorer_folder, info())
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "done.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": c}) + "\n" for c in "abcdefgh"))
+    output.parent.mkdir()
+    if before:
+        output.write_text(before)
+    models = ["--policy", policy_folder, "--scorer", scorer_folder, "--max-new-tokens", 8, "--trace", "--quiet"]
+    no_room()
+    refused(run("generate", *models, "--prompts", prompts, "--output", output))
+    left = {path.name: path.read_text() for path in output.parent.iterdir()}
+    assert left == ({"done.jsonl": before} if before else {})
+
+
+def test_audit(scorer_folder, tmp_path, no_room):
+    pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
+    pytest.importorskip("matplotlib.font_manager")  # it keeps a large file of its own, made on the first import
+    no_room()
+    refused(run("audit", "--scorer", scorer_folder, "--pairs", pairs, "--output", tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_train(policy_folder, tmp_path, no_room):
+    pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
+    arguments = ["--pairs", pairs, "--base", policy_folder, "--output", output, "--set", "train.max_steps=1", "--quiet"]
+    no_room()
+    refused(run("train", *arguments))
+    assert not [path for path in output.iterdir() if path.name in ("rgtg.json", "model.safetensors", "config.json")]
+    assert not list(output.glob(".unfinished*"))
+    with pytest.raises(ModelNotFoundError):
+        PrefixScorer.from_pretrained(str(output))
+
+
+@pytest.mark.filterwarnings("always:checkpoint .* is passed over")
+def test_a_checkpoint(policy_folder, tmp_path, no_room):
+    """First its weights do not fit; then they do, and what torch writes itself does not."""
+    pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
+    arguments = ["--pairs", pairs, "--base", policy_folder, "--output", output, "--resume", "--quiet"]
+    arguments += ["--set", "train.max_steps=2", "--set", "train.save_steps=1"]
+    no_room()
+    refused(run("train", *arguments), "cannot write the weights: File too large")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # weights of 70 kB, an optimiser's state of 140 kB
+    ran = run("train", *arguments)
+    assert "is passed over: no readable trainer_state.json" in ran.stderr
+    refused(ran, "cannot write a checkpoint: is the disk full?")
+    assert not (output / "rgtg.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stdout(tmp_path, unbuffered):
+    """Buffered output fails when the interpreter ends, too late for an exit code unless it is asked for before."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
+    code = "from rgtg.cli.main import main; main()"
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", code, "data", "check", str(pairs), "--json"],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=120,
+        )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (1, "error: cannot write: No space left on device\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
+    code = "from rgtg.cli.main import main; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(pairs), "--json"],
+        stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (1, "")
