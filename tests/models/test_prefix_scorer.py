@@ -85,6 +85,26 @@ def test_unfit_folders(policy_folder, scorer_folder, tmp_path):
         PrefixScorer.from_pretrained(str(scorer_folder))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_whose_base_has_moved_names_the_folder_and_the_remedy(policy_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1)
+    adapter = tmp_path / "adapter"
+    lora = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], r=2, target_modules="all-linear")
+    peft.get_peft_model(base, lora).save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    expected = PrefixScorer.from_pretrained(str(adapter), device="cpu").score(PROMPTS, COMPLETIONS)
+
+    moved = policy_folder.rename(tmp_path / "moved")
+    with pytest.raises(ModelNotFoundError) as caught:
+        PrefixScorer.from_pretrained(str(adapter))
+    for part in (f"{adapter} is a LoRA adapter of {policy_folder}", "no model folder", "adapter_config.json"):
+        assert part in str(caught.value)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
+    assert PrefixScorer.from_pretrained(str(adapter), device="cpu").score(PROMPTS, COMPLETIONS) == expected
+
+
 def test_pickled_weights_are_refused(tmp_path):
     tiny_policy().config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt, ensure_pad_token
 from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_device, resolve_dtype
@@ -233,7 +233,13 @@ def _load_adapter(source: str, dtype: Any, tokenizer: Any) -> Any:
 
         raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    model = load_pretrained(AutoModelForSequenceClassification, base, "scorer's base", dtype=dtype, num_labels=1)
+    try:
+        model = load_pretrained(AutoModelForSequenceClassification, base, "scorer's base", dtype=dtype, num_labels=1)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{source} is a LoRA adapter of {base}, which cannot be loaded ({error}). If the base model has moved, "
+            f'write its new place as "base_model_name_or_path" into {Path(source) / "adapter_config.json"}'
+        ) from error
     ensure_pad_token(tokenizer, model)
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing a user could act on
