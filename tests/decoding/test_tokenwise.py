@@ -158,7 +158,7 @@ def test_more_candidates_than_one_pass_takes(monkeypatch):
     guided = make_guided("pargs", beta=1.5, top_k=None)
     whole = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
     monkeypatch.setattr(steps, "MAX_WIDTH", 7)
-    monkeypatch.setattr("rgtg.decoding.guided.MAX_WIDTH", 7)
+    monkeypatch.setattr("rgtg.decoding.join.MAX_WIDTH", 7)
     parts = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
     assert [c.token_ids for c in whole] == [c.token_ids for c in parts]
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from rgtg.config import DecodingSettings, validate
+from rgtg.decoding.join import AnyScorer, make_stepper
 from rgtg.decoding.methods import Method, check_scorer, check_settings, find_method
 from rgtg.decoding.requests import (
     Request,
@@ -19,13 +20,16 @@ from rgtg.decoding.requests import (
 )
 from rgtg.decoding.runner import Runner, make_runner
 from rgtg.decoding.segmentwise import best_of_n
-from rgtg.decoding.steps import MAX_WIDTH, Alone, Apart, Stepper
+from rgtg.decoding.steps import Stepper
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
+from rgtg.models.own_state import OwnStateScorer
+from rgtg.models.packed import pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.readout import policy_logits, scorer_scores
+from rgtg.models.readout import policy_logits
+from rgtg.models.scorer import load_scorer
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -42,19 +46,20 @@ class GuidedPolicy:
     def __init__(
         self,
         policy: Policy,
-        scorer: PrefixScorer | None = None,
+        scorer: AnyScorer | None = None,
         *,
         method: str = "pargs",
         beta: float | None = None,
         top_k: int | None = 10,
         n: int | None = None,
         token_tree: bool | None = None,
+        overlap: bool | None = None,
     ) -> None:
         self.policy, self.scorer = policy, scorer
         self.method: Method = find_method(method)
         given = {"method": method, "beta": beta, "n": n}
         self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top_k}
-        self.token_tree = token_tree
+        self.token_tree, self.overlap = token_tree, overlap
         self._settings({})
         check_scorer(self.method, scorer)
         if scorer is not None and self.method.scorer is not None:
@@ -65,7 +70,7 @@ class GuidedPolicy:
     def from_pretrained(
         cls,
         policy: "str | Policy | tuple[Any, Any]",
-        scorer: "str | PrefixScorer | tuple[Any, Any] | None" = None,
+        scorer: "str | AnyScorer | tuple[Any, Any] | None" = None,
         *,
         method: str = "pargs",
         beta: float | None = None,
@@ -73,13 +78,17 @@ class GuidedPolicy:
         n: int | None = None,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        scorer_device: "str | torch.device | None" = None,
         token_tree: bool | None = None,
+        overlap: bool | None = None,
+        pack: bool = True,
     ) -> Self:
         """Load policy and scorer, and join them.
 
         Args:
             policy: folder, hub id, or a loaded (model, tokenizer) pair.
-            scorer: the same for the reward model; None with method ``policy``.
+            scorer: a scorer that ``rgtg train`` made or a stock reward model (folder, hub id, or a loaded pair); None
+                with method ``policy``.
             method: a row of ``rgtg.decoding.methods.METHODS``.
             beta: guidance strength (default 1); it multiplies the score. In TRL and DPO beta is the KL coefficient,
                 the inverse of ours.
@@ -87,7 +96,12 @@ class GuidedPolicy:
             n: completions that best-of-n draws (default 10).
             dtype: of models loaded by name; default the checkpoint's own.
             device: of models loaded by name; default the first GPU, else the CPU.
+            scorer_device: of a separate scorer loaded by name; default the policy's.
             token_tree: force the one-pass tree (True) or the whole-text fallback (False); None finds out.
+            overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
+                different devices.
+            pack: lay out the weights of models loaded by name for decoding on a CPU (in place of, not beside, the
+                stock layout).
 
         Raises:
             ModelNotFoundError: a folder or hub id that cannot be loaded.
@@ -96,12 +110,16 @@ class GuidedPolicy:
         """
         find_method(method)
         loaded = load_policy(policy, **(_placement(dtype, device) if isinstance(policy, str) else {}))
+        if isinstance(policy, str) and pack:
+            loaded.model = pack_linears(loaded.model)
         reward = scorer
-        if reward is not None:
-            reward = PrefixScorer.from_pretrained(
-                reward, **(_placement(dtype, device or loaded.model.device) if isinstance(reward, str) else {})
-            )
-        return cls(loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree)
+        if isinstance(reward, str | tuple):
+            reward = _load_scorer(reward, loaded, method, dtype, scorer_device or device, pack=pack)
+        elif reward is not None and scorer_device is not None:
+            raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
+        return cls(
+            loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap
+        )  # fmt: skip
 
     def generate(
         self,
@@ -236,16 +254,15 @@ class GuidedPolicy:
         stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         if self.method.rule == "best":
-            assert self.scorer is not None, "checked when policy and scorer were joined"
+            assert isinstance(self.scorer, PrefixScorer | OwnStateScorer), "checked when policy and scorer were joined"
             return best_of_n(requests, self._policy_runner(longest), self.scorer, settings.n, rule, stopping)
         return decode(requests, self._stepper(longest, settings), rule, stopping)
 
     def _stepper(self, longest: int, settings: DecodingSettings) -> Stepper:
-        if self.scorer is None or self.method.scorer is None:
-            return Alone(self._policy_runner(longest))
-        width = min(settings.top_k or MAX_WIDTH, MAX_WIDTH)
-        scorer = make_runner(self.scorer.model, scorer_scores, longest + width, tree=self.token_tree)
-        return Apart(self._policy_runner(longest), scorer)
+        scorer = self.scorer if self.method.scorer else None
+        return make_stepper(
+            self.policy, scorer, longest, top_k=settings.top_k, tree=self.token_tree, overlap=self.overlap
+        )
 
     def _policy_runner(self, longest: int) -> Runner:
         return make_runner(self.policy.model, policy_logits, longest + 1, tree=self.token_tree)
@@ -258,6 +275,21 @@ def _naming_prompt(index: int, total: int) -> Iterator[None]:
         yield
     except DataError as error:
         raise type(error)(f"prompt {index + 1} of {total}: {error}" if total > 1 else str(error)) from error
+
+
+def _load_scorer(
+    source: "str | tuple[Any, Any]", policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool
+) -> AnyScorer:
+    """A scorer by name; one that is not part of the policy is packed as the policy is."""
+    if not isinstance(source, str):
+        return PrefixScorer.from_pretrained(source)
+    scorer = load_scorer(
+        source, policy=policy, dtype=dtype, device=device or policy.model.device,
+        join=find_method(method).unit == "token",
+    )  # fmt: skip
+    if pack and isinstance(scorer, PrefixScorer):
+        scorer.model = pack_linears(scorer.model)
+    return scorer
 
 
 def _placement(dtype: Any, device: Any) -> dict[str, Any]:

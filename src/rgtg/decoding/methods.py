@@ -78,6 +78,10 @@ def check_scorer(method: Method, scorer: Any) -> None:
     if scorer is None:
         raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy")
     if method.unit != "token":
+        if not hasattr(scorer, "score_prefixes"):
+            raise UsageError(
+                f"{scorer.name} scores next tokens, not finished completions: {method.name} needs a reward"
+            )
         return
     if not scorer.causal:
         raise UsageError(

@@ -11,6 +11,7 @@ from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.shared_trunk import SharedTrunkScorer
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +25,14 @@ class Scorer(Protocol):
 
     model: Any
     tokenizer: Any
-    info: ScorerInfo | None
     name: str
     causal: bool
     max_length: int | None
+
+    @property
+    def info(self) -> ScorerInfo | None:
+        """What the scorer's rgtg.json says of it."""
+        ...
 
     def score_prefixes(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
@@ -35,7 +40,9 @@ class Scorer(Protocol):
         """Scores of all prefixes y_{1:i}, i = 1 … T, of each completion: one fp32 CPU tensor (T,) per row."""
         ...
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool = True) -> list[float]:
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool | Sequence[bool] = True
+    ) -> list[float]:
         """Reward of each finished completion (or of an unfinished one, read without a closing EOS)."""
         ...
 
@@ -46,7 +53,8 @@ def load_scorer(
     policy: Policy | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
-) -> PrefixScorer | OwnStateScorer:
+    join: bool = False,
+) -> PrefixScorer | OwnStateScorer | SharedTrunkScorer:
     """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
 
     Args:
@@ -54,6 +62,7 @@ def load_scorer(
         policy: the loaded policy; a head on its states shares it, other scorers do not need it.
         dtype: of weights that are loaded.
         device: for weights that are loaded.
+        join: read an adapter on the policy's trunk in one pass with the policy; else it is a reward model of its own.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
@@ -66,8 +75,8 @@ def load_scorer(
     trunk = _trunk(source) if isinstance(source, str) else "separate"
     if trunk == "own" and isinstance(source, str):
         return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
-    if trunk == "shared":
-        raise UsageError(f"{source} is a scorer on a shared trunk, which this version of rgtg cannot read")
+    if trunk == "shared" and isinstance(source, str) and join and policy is not None:
+        return SharedTrunkScorer.from_pretrained(source, policy)
     return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
 
 
