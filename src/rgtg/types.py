@@ -53,6 +53,8 @@ class Completion(Record):
     score: float | None = Field(default=None, description="the scorer's last score, or the reward that chose it")
     policy_calls: int = 0
     scorer_calls: int = 0
+    drafted: int = Field(default=0, description="tokens drafted ahead for verification (speculative decoding)")
+    accepted: int = Field(default=0, description="of those, how many were accepted")
     trace: list[StepTrace] | None = None
 
 

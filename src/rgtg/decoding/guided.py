@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.decoding.join import AnyScorer, make_stepper
+from rgtg.decoding.join import DRAFTS, AnyScorer, check_draft, make_speculation, make_stepper
 from rgtg.decoding.methods import Method, check_scorer, check_settings, find_method
 from rgtg.decoding.requests import (
     Request,
@@ -20,7 +20,7 @@ from rgtg.decoding.requests import (
 )
 from rgtg.decoding.runner import Runner, make_runner
 from rgtg.decoding.segmentwise import best_of_n
-from rgtg.decoding.steps import Stepper
+from rgtg.decoding.speculative import speculate
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
@@ -54,16 +54,20 @@ class GuidedPolicy:
         n: int | None = None,
         token_tree: bool | None = None,
         overlap: bool | None = None,
+        draft: str | Policy | None = None,
     ) -> None:
         self.policy, self.scorer = policy, scorer
         self.method: Method = find_method(method)
         given = {"method": method, "beta": beta, "n": n}
         self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top_k}
         self.token_tree, self.overlap = token_tree, overlap
+        self.draft = load_policy(draft) if isinstance(draft, str) and draft not in DRAFTS else draft
         self._settings({})
         check_scorer(self.method, scorer)
         if scorer is not None and self.method.scorer is not None:
             require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+        if isinstance(self.draft, Policy):
+            require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
         self.end_tokens = end_tokens(policy)
 
     @classmethod
@@ -81,6 +85,7 @@ class GuidedPolicy:
         scorer_device: "str | torch.device | None" = None,
         token_tree: bool | None = None,
         overlap: bool | None = None,
+        draft: str | Policy | None = None,
         pack: bool = True,
     ) -> Self:
         """Load policy and scorer, and join them.
@@ -100,6 +105,8 @@ class GuidedPolicy:
             token_tree: force the one-pass tree (True) or the whole-text fallback (False); None finds out.
             overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
                 different devices.
+            draft: speculate, exactly: tokens are drafted by ``policy`` (worth it where the scorer is the dearer model),
+                by ``prompt-lookup``, or by a smaller model with the same tokenizer (folder, hub id, loaded ``Policy``).
             pack: lay out the weights of models loaded by name for decoding on a CPU (in place of, not beside, the
                 stock layout).
 
@@ -117,8 +124,12 @@ class GuidedPolicy:
             reward = _load_scorer(reward, loaded, method, dtype, scorer_device or device, pack=pack)
         elif reward is not None and scorer_device is not None:
             raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
+        if isinstance(draft, str) and draft not in DRAFTS:
+            draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
+            draft.model = pack_linears(draft.model) if pack else draft.model
         return cls(
-            loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap
+            loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,
+            draft=draft,
         )  # fmt: skip
 
     def generate(
@@ -216,7 +227,17 @@ class GuidedPolicy:
         if settings.method != self.method.name:
             raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
+        if self.draft is not None:
+            if self.method.unit != "token":
+                raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
+            check_draft(self.draft, self._token_scorer, settings)
+        elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
+            raise UsageError("draft_length applies to speculative decoding: say where drafts come from (draft)")
         return settings
+
+    @property
+    def _token_scorer(self) -> AnyScorer | None:
+        return self.scorer if self.method.scorer else None
 
     def _requests(
         self,
@@ -256,13 +277,15 @@ class GuidedPolicy:
         if self.method.rule == "best":
             assert isinstance(self.scorer, PrefixScorer | OwnStateScorer), "checked when policy and scorer were joined"
             return best_of_n(requests, self._policy_runner(longest), self.scorer, settings.n, rule, stopping)
-        return decode(requests, self._stepper(longest, settings), rule, stopping)
-
-    def _stepper(self, longest: int, settings: DecodingSettings) -> Stepper:
-        scorer = self.scorer if self.method.scorer else None
-        return make_stepper(
-            self.policy, scorer, longest, top_k=settings.top_k, tree=self.token_tree, overlap=self.overlap
-        )
+        scorer, top_k, tree = self._token_scorer, settings.top_k, self.token_tree
+        if self.draft is not None:
+            assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
+            run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=tree)
+            return speculate(
+                requests, run.policy, run.scorer, run.drafter, run.costs, rule, stopping, settings.draft_length
+            )
+        stepper = make_stepper(self.policy, scorer, longest, top_k=top_k, tree=tree, overlap=self.overlap)
+        return decode(requests, stepper, rule, stopping)
 
     def _policy_runner(self, longest: int) -> Runner:
         return make_runner(self.policy.model, policy_logits, longest + 1, tree=self.token_tree)

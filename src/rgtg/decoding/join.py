@@ -1,6 +1,10 @@
-"""Join a policy with a scorer of any kind: which stepper reads the two, and how many models that takes."""
+"""Join a policy with a scorer of any kind, and with a drafter: which runners and which stepper read them."""
 
-from rgtg.decoding.runner import make_runner
+from dataclasses import dataclass
+
+from rgtg.config import DecodingSettings
+from rgtg.decoding.drafting import MAX_DRAFT, Costs, Drafter, FromModel, FromPolicy, FromText
+from rgtg.decoding.runner import Runner, make_runner
 from rgtg.decoding.steps import (
     MAX_WIDTH,
     Alone,
@@ -11,12 +15,17 @@ from rgtg.decoding.steps import (
     OnPrefix,
     Stepper,
 )
+from rgtg.errors import UsageError
 from rgtg.models.own_state import OwnStateScorer
+from rgtg.models.packed import decode_bytes
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits, scorer_scores
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.vocab_scorer import VocabularyScorer
+
+# Drafts that need no model of their own.
+DRAFTS = ("policy", "prompt-lookup")
 
 AnyScorer = PrefixScorer | OwnStateScorer | SharedTrunkScorer | VocabularyScorer
 
@@ -63,3 +72,64 @@ def make_stepper(
     if overlap and (top_k or MAX_WIDTH + 1) <= MAX_WIDTH:
         return AtOnce(runner(policy, width), runner(scorer, width))
     return Apart(runner(policy, 1), runner(scorer, width))
+
+
+@dataclass
+class Speculation:
+    """What ``rgtg.decoding.speculative.speculate`` runs on."""
+
+    policy: Runner
+    scorer: Runner | None
+    drafter: Drafter
+    costs: Costs
+
+
+def check_draft(draft: "str | Policy", scorer: AnyScorer | None, settings: DecodingSettings) -> None:
+    """Refuse drafts that cannot be verified, or cannot save anything.
+
+    Raises:
+        UsageError: saying why, and what to do.
+    """
+    if scorer is not None and not isinstance(scorer, PrefixScorer):
+        raise UsageError(
+            f"drafts are verified with a scorer that is a model of its own; {scorer.name} reads the policy's states or "
+            "scores from the prefix, which costs too little to speculate on: leave the draft out"
+        )
+    if scorer is None and draft == "policy":
+        raise UsageError("the policy cannot draft for itself: draft from prompt-lookup or a smaller model")
+    if scorer is not None and (settings.top_k is None or settings.top_k > MAX_WIDTH):
+        raise UsageError(f"drafts are verified over at most {MAX_WIDTH} candidates: set top_k (10 is usual)")
+
+
+def make_speculation(
+    policy: Policy,
+    scorer: PrefixScorer | None,
+    draft: "str | Policy",
+    longest: int,
+    *,
+    top_k: int | None,
+    tree: bool | None = None,
+) -> Speculation:
+    """Runners for speculative decoding.
+
+    Args:
+        policy: the frozen policy.
+        scorer: a scorer of its own, or None for the policy alone.
+        draft: ``policy``, ``prompt-lookup``, or a small model with the policy's tokenizer.
+        longest: tokens of the longest prompt and its completion together.
+        top_k: candidates per step.
+        tree: as ``make_stepper``.
+    """
+    k = top_k or 0
+    reader = make_runner(policy.model, policy_logits, longest + MAX_DRAFT + 1, tree=tree)
+    width = MAX_DRAFT + (MAX_DRAFT + 1) * k
+    judge = make_runner(scorer.model, scorer_scores, longest + width, tree=tree) if scorer else None
+    ridge = 22.0 if policy.model.device.type == "cpu" else 256.0
+    costs = Costs(decode_bytes(policy.model), decode_bytes(scorer.model) if scorer else 0.0, ridge, k)
+    drafter: Drafter
+    if isinstance(draft, Policy):
+        small = make_runner(draft.model, policy_logits, longest + MAX_DRAFT + 1, tree=tree)
+        drafter = FromModel(small, decode_bytes(draft.model), costs)
+    else:
+        drafter = FromPolicy(reader, costs) if draft == "policy" else FromText(costs)
+    return Speculation(reader, judge, drafter, costs)

@@ -130,6 +130,10 @@ class TreeCache(Cache):  # type: ignore[misc]
         self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
         self._where = None
 
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the last ``counts[b]`` kept columns of row b (drafts that were rejected)."""
+        self.keep_first([-n for n in counts])
+
     def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
         """Keep one path per row: ``nodes[b, :counts[b]]`` (B, D), in order; the other nodes are overwritten next.
 

@@ -29,6 +29,8 @@ class Request:
     score: float | None = None
     policy_calls: int = 0
     scorer_calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finish_reason: str | None = None
     text: str = ""
     trace: list[StepTrace] = field(default_factory=list)
@@ -40,11 +42,20 @@ class Request:
         """The next number in [0, 1) of this row's own stream; one is drawn per token whatever the rule."""
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
-    def process(self, logits: Tensor) -> Tensor:
-        """Policy logits (V,) through transformers' processors, which see this row's tokens without padding."""
-        ids = torch.tensor([[*self.prompt_ids, *self.token_ids]], device=logits.device)
+    def process(self, logits: Tensor, ahead: Sequence[int] = ()) -> Tensor:
+        """Policy logits (V,) through transformers' processors, which see this row's tokens (and drafted ones ahead)."""
+        ids = torch.tensor([[*self.prompt_ids, *self.token_ids, *ahead]], device=logits.device)
         processed: Tensor = self.processors(ids, logits[None])
         return processed[0]
+
+
+def process(rows: Sequence[Request], logits: Tensor, whole: Tensor, ahead: list[list[int]] | None = None) -> Tensor:
+    """Policy log-probabilities (B, V) after each row's own processors, which also see its tokens ``ahead``."""
+    if not any(row.processors for row in rows):
+        return whole
+    more = ahead or [[]] * len(rows)
+    processed = [row.process(logits[i].float(), more[i]) for i, row in enumerate(rows)]
+    return torch.log_softmax(torch.stack(processed), -1)
 
 
 class Stopping:
@@ -161,5 +172,7 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         score=request.score,
         policy_calls=request.policy_calls,
         scorer_calls=request.scorer_calls,
+        drafted=request.drafted,
+        accepted=request.accepted,
         trace=request.trace if trace else None,
     )

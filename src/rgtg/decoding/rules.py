@@ -1,7 +1,7 @@
-"""How a token is chosen: guided log-probabilities, greedy, sample. Pure and short."""
+"""How a token is chosen: guided log-probabilities, greedy, sample, accept a draft. Pure and short."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -59,3 +59,38 @@ def sample(log_probs: Float[Tensor, "batch candidates"], uniforms: Float[Tensor,
     # u·F(K) can round up to F(K) itself: take the last candidate that has any probability.
     last = (log_probs > -torch.inf).long().cumsum(-1).argmax(-1)
     return torch.minimum(drawn, last)
+
+
+def accept_draft(
+    target: Float[Tensor, "batch candidates"],
+    draft: Float[Tensor, "batch candidates"],
+    drafted: Int[Tensor, " batch"],
+    uniforms: Float[Tensor, " batch"],
+) -> tuple[Bool[Tensor, " batch"], Float[Tensor, "batch candidates"]]:
+    """Accept a drafted candidate with probability min(1, p(d)/q(d)), and what to draw from where it is rejected.
+
+    Accepted or else drawn from (p − q)₊ / Σ(p − q)₊, a token has distribution p exactly, whatever q. Source: Leviathan
+    et al. 2023, arXiv 2211.17192, algorithm 1; here p is the *guided* distribution.
+
+    Args:
+        target: (B, K) log-probabilities of p in nats, normalised over the candidates.
+        draft: (B, K) log-probabilities of q on the same candidates; what q gives to other tokens does not matter.
+        drafted: (B,) index of the drafted candidate, or -1 for a token that is no candidate (p = 0).
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        Whether each draft is accepted, and log-probabilities (B, K) of the recovered token where it is not.
+
+    >>> p, q = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    >>> accept_draft(p, q, torch.tensor([0]), torch.tensor([0.4]))[0], accept_draft(p, q, torch.tensor([0]),
+    ...     torch.tensor([0.6]))[1].exp()
+    (tensor([True]), tensor([[0., 1.]]))
+    """
+    p, q = target.double().exp(), draft.double().exp()
+    at = drafted.clamp(min=0)[:, None]
+    accepted = (uniforms.to(q) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]) & (drafted >= 0)
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    # p = q up to rounding: nothing is ever rejected there but by rounding, and p itself is right
+    rest = torch.where(total > 0, rest / total.clamp(min=torch.finfo(torch.float64).tiny), p)
+    return accepted, rest.log().float()

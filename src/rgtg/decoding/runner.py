@@ -44,6 +44,10 @@ class Runner(Protocol):
         """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
         ...
 
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the last ``counts[b]`` kept tokens of row b."""
+        ...
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
         ...
@@ -105,6 +109,10 @@ class TreeRunner:
     def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
         """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
         self.cache.keep_path(nodes, counts)
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the last ``counts[b]`` kept tokens of row b."""
+        self.cache.forget(counts)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
@@ -199,6 +207,11 @@ class RecomputeRunner:
         kept = counts if counts is not None else [nodes.shape[1]] * len(self.rows)
         for row, tokens, path, n in zip(self.rows, self.tree.tokens.tolist(), nodes.tolist(), kept, strict=True):
             row.extend(tokens[node] for node in path[:n])
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the last ``counts[b]`` kept tokens of row b."""
+        for row, n in zip(self.rows, counts, strict=True):
+            del row[len(row) - n :]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""

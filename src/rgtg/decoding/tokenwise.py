@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.candidates import propose
-from rgtg.decoding.requests import Request, Stopping
+from rgtg.decoding.requests import Request, Stopping, process
 from rgtg.decoding.rules import greedy, guided_log_probs, sample
 from rgtg.decoding.steps import Stepper
 from rgtg.errors import NonFiniteError
@@ -48,11 +48,11 @@ def decode(
     while active:
         # 1. propose: the policy's likeliest next tokens
         whole = torch.log_softmax(logits.float(), -1)
-        allowed = _process(active, logits, whole)
+        allowed = process(active, logits, whole)
         candidate_ids, candidate_log_probs = propose(allowed, top_k=rule.top_k, top_p=rule.top_p)
         # 2. score: every candidate, in the stepper's way
         scores = stepper.score(candidate_ids)
-        _require_finite(candidate_log_probs, scores)
+        require_finite(candidate_log_probs, scores)
         # 3. rule
         beta_scores = torch.zeros_like(candidate_log_probs) if scores is None else scores
         guided = guided_log_probs(candidate_log_probs, beta_scores, rule.beta, 0.0 if rule.greedy else rule.temperature)
@@ -74,21 +74,18 @@ def decode(
             active = []
 
 
-def _process(active: list[Request], logits: Tensor, whole: Tensor) -> Tensor:
-    """Policy log-probabilities (B, V) after each row's own processors."""
-    if not any(row.processors for row in active):
-        return whole
-    processed = torch.stack([row.process(logits[i].float()) for i, row in enumerate(active)])
-    return torch.log_softmax(processed, -1)
-
-
 def _choose(guided: Tensor, active: list[Request], rule: TokenRule) -> Tensor:
     uniforms = torch.tensor([row.uniform() for row in active], dtype=torch.float64, device=guided.device)
     return greedy(guided) if rule.greedy or rule.temperature == 0 else sample(guided, uniforms)
 
 
-def _require_finite(candidate_log_probs: Tensor, scores: Tensor | None) -> None:
-    if not bool(candidate_log_probs[:, 0].isfinite().all()):
+def require_finite(candidate_log_probs: Tensor, scores: Tensor | None) -> None:
+    """Refuse what is no distribution: log-probabilities (…, K) of which not even the first is finite, or scores.
+
+    Raises:
+        NonFiniteError: saying whose, and what to try.
+    """
+    if not bool(candidate_log_probs[..., 0].isfinite().all()):
         raise NonFiniteError(
             "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every token "
             "is banned. Try dtype=float32, or relax the bans"
@@ -122,14 +119,16 @@ def _record(
             row.score = chosen_scores[i]
             row.scorer_calls += 1
         if trace:
-            row.trace.append(_step(chosen[i], candidate_ids[i], candidate_log_probs[i], scores, i, guided[i]))
+            mine = scores[i] if scores is not None else None
+            row.trace.append(step_trace(chosen[i], candidate_ids[i], candidate_log_probs[i], mine, guided[i]))
 
 
-def _step(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, row: int, guided: Tensor) -> StepTrace:
+def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, guided: Tensor) -> StepTrace:
+    """The public record of one row's step; tensors (K,)."""
     return StepTrace(
         token_id=token,
         candidate_ids=ids.tolist(),
         policy_log_probs=log_probs.tolist(),
-        scores=scores[row].tolist() if scores is not None else None,
+        scores=scores.tolist() if scores is not None else None,
         guided_log_probs=guided.tolist(),
     )

@@ -35,6 +35,7 @@ class LinearGroup:
         self.packed = pack
         self.bias = _stack_biases(weights, biases)
         self.adapter: tuple[Tensor, Tensor] | None = None
+        self._size = weight.nbytes
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._taken = 0
@@ -45,6 +46,11 @@ class LinearGroup:
         memo[id(self)] = new
         new._input = new._output = None
         return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights (an adapter's too) that one product reads."""
+        return self._size + sum(t.nbytes for t in self.adapter or ())
 
     def adapt(self, down: Sequence[Tensor | None], up: Sequence[Tensor | None]) -> None:
         """Add a LoRA to the second half of the batch: ``down[m]`` (r, in) and ``up[m]`` (out, r), scaled, per member.
@@ -170,6 +176,20 @@ def structural_copy(model: Any) -> Any:
 def groups_of(model: Any) -> dict[str, GroupedLinear]:
     """The grouped layers of a twin, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
+
+
+def decode_bytes(model: Any) -> int:
+    """Bytes of weights that one decoding pass reads: everything but the input embedding, of which it takes a few rows.
+
+    An output layer tied to the embedding is read, and counted.
+    """
+    embedding, output = model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+    weights = {id(p): p.nbytes for p in model.parameters()}
+    tied = output is not None and getattr(output, "weight", None) is embedding.weight
+    if not tied:
+        weights.pop(id(embedding.weight), None)
+    groups = {id(layer.group): layer.group.nbytes for layer in groups_of(model).values()}
+    return sum(weights.values()) + sum(groups.values())
 
 
 def _watch(model: Any, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
