@@ -276,7 +276,8 @@ class GuidedPolicy:
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         if self.method.rule == "best":
             assert isinstance(self.scorer, PrefixScorer | OwnStateScorer), "checked when policy and scorer were joined"
-            return best_of_n(requests, self._policy_runner(longest), self.scorer, settings.n, rule, stopping)
+            columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
+            return best_of_n(requests, self._policy_runner(columns), self.scorer, settings.n, rule, stopping)
         scorer, top_k, tree = self._token_scorer, settings.top_k, self.token_tree
         if self.draft is not None:
             assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"

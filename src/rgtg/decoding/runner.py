@@ -29,8 +29,12 @@ class Runner(Protocol):
 
     model: Any
     readout: Readout
-    calls: int
     seen: Tensor | None
+
+    @property
+    def calls(self) -> int:
+        """Passes of the model so far, the prompts' included."""
+        ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts; return the final states at each one's last token, (B, H)."""
@@ -91,11 +95,24 @@ class TreeRunner:
 
     def states(self, tree: TokenTree) -> Tensor:
         """Final states at every node, (B, N, H); nothing is kept."""
+        positions = torch.tensor(self.cache.lengths)[:, None] + tree.depths  # (B, N): behind the prefix, by depth
+        return self.forward(tree.tokens, positions, lambda window: self._mask(tree, window))
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Callable[[int | None], Tensor]) -> Tensor:
+        """Final states (B, N, H) of nodes written behind the prefixes.
+
+        Args:
+            ids: (B, N).
+            positions: (B, N).
+            mask: for a sliding window (or None), the columns that each node sees: booleans (B, N, columns), or an
+                additive mask (B, 1, N, columns) that is ready.
+        """
         self.calls += 1
+        masks = {kind: self._ready(mask(window)) for kind, window in self.windows.items()}
         inputs = {
-            "input_ids": tree.tokens.to(self.device),
-            "position_ids": self._positions(tree),
-            "attention_mask": self._masks(tree),
+            "input_ids": ids.to(self.device),
+            "position_ids": positions.to(self.device, non_blocking=True),
+            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
             "past_key_values": self.cache,
             "use_cache": True,
         }
@@ -120,22 +137,15 @@ class TreeRunner:
         if self.seen is not None:
             self.seen = self.seen[rows.to(self.seen.device)]
 
-    def _positions(self, tree: TokenTree) -> Tensor:
-        """(B, N): behind each row's prefix, by depth."""
-        lengths = torch.tensor(self.cache.lengths)[:, None]
-        return (lengths + tree.depths).to(self.device, non_blocking=True)
-
-    def _masks(self, tree: TokenTree) -> Any:
-        """Additive masks (B, 1, N, columns): one, or one per kind of layer where a model mixes them."""
-        built = {kind: self._mask(tree, window) for kind, window in self.windows.items()}
-        return built if len(built) > 1 else next(iter(built.values()))
-
     def _mask(self, tree: TokenTree, window: int | None) -> Tensor:
         start, rows = self.cache.uniform, len(self.cache.lengths)
         if start is not None and window is None and tree.width <= _KEPT_PATTERN:
             pattern = self._pattern(tree)  # (N, capacity + N): the last start + N columns are this pass's mask
             return pattern[:, self.cache.capacity - start :].expand(rows, 1, -1, -1)
-        return self._additive(sees(tree, self.cache.lengths, window))[:, None].to(self.device)
+        return sees(tree, self.cache.lengths, window)
+
+    def _ready(self, mask: Tensor) -> Tensor:
+        return mask if mask.is_floating_point() else self._additive(mask)[:, None].to(self.device)
 
     def _pattern(self, tree: TokenTree) -> Tensor:
         """Nothing hidden of the prefix, then the tree's ancestry: built once for every tree of that shape."""

@@ -7,6 +7,7 @@ import torch
 
 from rgtg.decoding.requests import Request, Stopping, derive_seed
 from rgtg.decoding.runner import Runner
+from rgtg.decoding.shared_prompt import share_prompts
 from rgtg.decoding.steps import Alone
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import NonFiniteError
@@ -30,13 +31,12 @@ def best_of_n(
     Yields:
         The rows still active after each token.
     """
-    # 1. propose: one forward per prompt, then n rows over copies of its cache
+    # 1. propose: one forward per prompt, then n branches over its cache
     rows = torch.arange(len(requests)).repeat_interleave(n)
-    stepper = Alone(policy)
     with torch.inference_mode():
-        logits = stepper.prefill([request.prompt_ids for request in requests])
-        stepper.select_rows(rows)
+        logits = policy.readout(policy.model, policy.prefill([request.prompt_ids for request in requests]))
     drawn = [_branch(request, j) for request in requests for j in range(n)]
+    stepper = Alone(share_prompts(policy, len(requests), n))
     yield from decode(drawn, stepper, rule, stopping, logits[rows.to(logits.device)])
     # 2. score: every finished completion once
     rewards = [float(s[-1]) for s in _rewards(scorer, drawn, stopping)]

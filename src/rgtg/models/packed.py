@@ -189,7 +189,7 @@ def decode_bytes(model: Any) -> int:
     if not tied:
         weights.pop(id(embedding.weight), None)
     groups = {id(layer.group): layer.group.nbytes for layer in groups_of(model).values()}
-    return sum(weights.values()) + sum(groups.values())
+    return int(sum(weights.values()) + sum(groups.values()))
 
 
 def _watch(model: Any, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
