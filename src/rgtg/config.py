@@ -48,6 +48,7 @@ class DecodingSettings(Settings):
     repetition_penalty: float = Field(1.0, gt=0)
     no_repeat_ngram_size: int = Field(0, ge=0)
     n: int = Field(10, ge=1, description="completions that best-of-n draws")
+    draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; none adapts to acceptance")
 
     @field_validator("beta")
     @classmethod
@@ -123,10 +124,20 @@ class LoraSettings(BaseModel):
 
 
 class TrainSettings(Settings):
-    """``rgtg train``; ``train`` holds trl's RewardConfig arguments under their own names."""
+    """``rgtg train``; ``train`` holds trl's RewardConfig arguments under their own names.
+
+    ``head``, ``layer``, ``width`` and ``rank`` are of a head on the policy's own states (``trunk`` own).
+    """
 
     pairs: str
     base: str
+    trunk: Literal["separate", "own"] = Field(
+        "separate", description="a model of its own, or the frozen policy's states"
+    )
+    head: Literal["state", "vocab"] | None = Field(None, description="read at each candidate, or once for all of them")
+    layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")
+    width: int | Literal["auto"] | None = Field(None, description="of the head's hidden layer; auto tries two")
+    rank: int | None = Field(None, description="of a vocabulary head's token table")
     objective: Literal["prefix-bt", "full-bt"] = "prefix-bt"
     output: Path
     eval_pairs: str | None = None

@@ -9,6 +9,8 @@ from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_l
 from rgtg.config import TrainSettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rgtg.training.run import TrainReport
 
 
@@ -18,6 +20,8 @@ def command(
     base: Annotated[str | None, typer.Option(help="Model to start from: usually the policy itself.")] = None,
     objective: Annotated[str | None, typer.Option(help="prefix-bt (token-wise guidance) or full-bt.")] = None,
     output: Annotated[Path | None, typer.Option(help="New folder for the scorer.")] = None,
+    trunk: Annotated[str | None, typer.Option(help="separate, or own: a head on the frozen policy's states.")] = None,
+    head: Annotated[str | None, typer.Option(help="With --trunk own: state or vocab.")] = None,
     eval_pairs: Annotated[str | None, typer.Option(help="Held-out pairs; default: a part of --pairs.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
     on_bad: Annotated[str | None, typer.Option(help="error or skip unusable rows.")] = None,
@@ -32,6 +36,7 @@ def command(
     flags = {
         "pairs": pairs, "base": base, "objective": objective, "output": output, "eval_pairs": eval_pairs,
         "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "seed": seed,
+        "trunk": trunk, "head": head,
     }  # fmt: skip
     settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
@@ -50,14 +55,39 @@ def _show(report: "TrainReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if len(report.choices) > 1:
+        console.print(_choices(report))
     table = Table(title=f"{report.objective} scorer in {report.output}")
     table.add_column("held-out pairs" if report.evaluation else "training")
     table.add_column("value", justify="right")
     for name, value in report.evaluation.items():
-        label, _, percent = name.partition("_")
-        table.add_row(f"{label} at {percent} % of the completion" if percent else label, f"{value:.3f}")
+        table.add_row(_label(name), f"{value:.3f}")
     table.add_row("training loss (mean)", f"{report.loss:.3f}")
     table.add_row("pairs trained on, held out", f"{report.pairs}, {report.eval_pairs}")
     table.add_row("steps", str(report.steps))
     table.add_row("pairs per second", f"{report.pairs_per_second:.1f}")
-    Console().print(table)
+    if report.states_seconds is not None:
+        table.add_row("layer, width", f"{report.layer}, {report.width}")
+        table.add_row("seconds, of which for states", f"{report.seconds:.1f}, {report.states_seconds:.1f}")
+    console.print(table)
+
+
+def _choices(report: "TrainReport") -> "Table":
+    """Heads that were tried, by what decides between them."""
+    from rich.table import Table
+
+    table = Table(title="heads tried, on held-out pairs")
+    for column in ("layer", "width", "loss", "prefix accuracy", "seconds"):
+        table.add_column(column, justify="right")
+    for choice in report.choices:
+        kept = (choice.layer, choice.width) == (report.layer, report.width)
+        figures = [f"{choice.evaluation.get(name, float('nan')):.4f}" for name in ("loss", "prefix_accuracy")]
+        row = (str(choice.layer), str(choice.width), *figures, f"{choice.seconds:.1f}")
+        table.add_row(*row, style="bold" if kept else None)
+    return table
+
+
+def _label(name: str) -> str:
+    label, _, percent = name.partition("_")
+    return f"{label} at {percent} % of the completion" if percent.isdigit() else name.replace("_", " ")

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from rgtg.errors import DataError
 from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo
 
-TABLE_ENTRIES = 2**21  # of a vocabulary head's token table by default: 4 MB in a checkpoint
-
 
 class StateHead(nn.Module):
     """Q(h) = MLP(h), one score per state: w₂ · GELU(W₁ h̃ + b₁) + b₂ with h̃ = (h − mean) / std.
@@ -95,7 +93,9 @@ def save_head(folder: Path, head: Head) -> None:
         name: value.half() if isinstance(value, nn.Parameter) else value
         for name, value in head.state_dict(keep_vars=True).items()
     }
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(folder / HEAD_FILE))
+    path = folder / HEAD_FILE
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(path))
+    path.chmod(0o644)  # as the files beside it
 
 
 @torch.no_grad()

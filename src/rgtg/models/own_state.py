@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
-from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
+from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt, tokenizer_hash
 from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
@@ -210,7 +210,7 @@ def require_observable(model: Any, layers: Sequence[int]) -> None:
 
 
 def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
-    """Refuse a policy other than the one whose states the head was trained on.
+    """Refuse a policy other than the one whose states the scorer was trained on.
 
     Raises:
         UsageError: other weights (the same ones loaded in another dtype are recognised).
@@ -219,21 +219,17 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
     found = fingerprint_weights(policy.model)
     if found not in (info.base_fingerprint, *info.base_casts.values()):
         name = getattr(policy.model, "name_or_path", "") or type(policy.model).__name__
+        kind = "" if info.head == "scalar" else f" --head {info.head}"
         raise UsageError(
-            f"the head {folder} was trained on the states of {info.base_model} (weights {info.base_fingerprint}); this "
-            f"policy is {name} (weights {found}), whose states mean nothing to it: steer {info.base_model}, or train a "
-            f"head for this policy (rgtg train --trunk own --head {info.head} --base {name})"
+            f"the scorer {folder} was trained on the states of {info.base_model} (weights {info.base_fingerprint}); "
+            f"this policy is {name} (weights {found}), whose states mean nothing to it: steer {info.base_model}, or "
+            f"train one for this policy (rgtg train --trunk {info.trunk}{kind} --base {name})"
         )
     if tokenizer_hash(policy.tokenizer) != info.tokenizer_hash:
         raise TokenizerMismatchError(
-            f"the head {folder} was trained with another tokenizer than this policy's; load the policy with the "
+            f"the scorer {folder} was trained with another tokenizer than this policy's; load the policy with the "
             f"tokenizer of {info.base_model}"
         )
-
-
-def base_fingerprints(model: Any) -> tuple[str, dict[str, str]]:
-    """What `require_same_policy` compares: the fingerprint as loaded, and those of the same weights in 16 bits."""
-    return fingerprint_weights(model), cast_fingerprints(model)
 
 
 def _require_head(folder: str) -> ScorerInfo:

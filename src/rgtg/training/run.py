@@ -14,12 +14,19 @@ from transformers.trainer_callback import ProgressCallback
 
 import rgtg
 from rgtg.config import TrainSettings
-from rgtg.data import read_pairs, split_pairs, tokenize_pairs
+from rgtg.data import TokenizedPair, read_pairs, split_pairs, tokenize_pairs
 from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import context_length
-from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
+from rgtg.training.arguments import (
+    CHECKPOINTS,
+    DEFAULTS,
+    require_fit_for_trunk,
+    require_known,
+    require_output,
+    reward_config,
+)
 from rgtg.training.base_model import load_base, lora_config
 from rgtg.training.callbacks import LOG_FILE, DropPickledArguments, TrainLog, latest_checkpoint, require_same_run
 from rgtg.training.dataset import pairs_dataset
@@ -30,6 +37,15 @@ from rgtg.training.save import model_card, save_scorer
 from rgtg.types import Record
 
 TRAINERS: dict[str, type[PairwiseRewardTrainer]] = {"prefix-bt": PrefixRewardTrainer, "full-bt": FullRewardTrainer}
+
+
+class HeadChoice(Record):
+    """One head of a search over layers and widths, with its held-out figures (empty where none were held out)."""
+
+    layer: int
+    width: int
+    seconds: float
+    evaluation: dict[str, float]
 
 
 class TrainReport(Record):
@@ -49,12 +65,19 @@ class TrainReport(Record):
     device: str
     processes: int
     resumed_from: str | None = None
+    layer: int | None = Field(None, description="of a head: the hidden state it reads")
+    width: int | None = None
+    rank: int | None = None
+    states_seconds: float | None = Field(None, description="of ``seconds``, for the policy's pass over all pairs")
+    choices: list[HeadChoice] = Field(default_factory=list, description="heads tried; the best one was kept")
 
 
 @dataclass
-class _Data:
-    train: Any
-    eval: Any
+class PairData:
+    """Tokenised pairs of a run; ``held_out`` may be empty."""
+
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
     fingerprint: str
 
 
@@ -73,15 +96,18 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         OutputError: the scorer cannot be written.
     """
     require_known(settings.train)
+    require_fit_for_trunk(settings)
     require_output(settings.output, settings.resume)
+    if settings.trunk == "own":
+        from rgtg.training.own_state import train_head
+
+        return train_head(settings, show=show)
     model, tokenizer = load_base(settings.base, settings.seed, **settings.train.get("model_init_kwargs") or {})
-    max_length = _max_length(settings, model)
+    max_length = longest(settings, model)
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
-    _make_folder(settings.output)
-    data = _read(settings, tokenizer, max_length, is_main)
-    if config.eval_strategy != "no" and data.eval is None:
-        raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out pairs; give --eval-pairs")
+    make_folder(settings.output)
+    data = read_data(settings, config, tokenizer, max_length, is_main=is_main)
     info = _info(settings, model, tokenizer, data.fingerprint, max_length)
     trainer = _trainer(settings, config, model, tokenizer, data, show)
     checkpoint = _resume_point(settings, info, is_main)
@@ -90,7 +116,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     start = time.perf_counter()
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    figures = _figures(trainer.evaluate()) if data.eval is not None else {}
+    figures = figures_of(trainer.evaluate()) if data.held_out else {}
     report = _report(settings, config, data, trainer, done, seconds, figures, checkpoint)
     if is_main:
         _save(settings, trainer, tokenizer, info, report)
@@ -103,14 +129,16 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _max_length(settings: TrainSettings, model: Any) -> int | None:
+def longest(settings: TrainSettings, model: Any) -> int | None:
+    """Longest prompt + completion in tokens: what was asked for, or the model's context."""
     limit = context_length(model.config)
     if settings.max_length and limit and settings.max_length > limit:
         raise UsageError(f"--max-length {settings.max_length} exceeds the context of {settings.base}: {limit} tokens")
     return settings.max_length or limit
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the output folder and try to write into it, before any work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
@@ -120,8 +148,15 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from error
 
 
-def _read(settings: TrainSettings, tokenizer: Any, max_length: int | None, is_main: bool) -> _Data:
-    """Training and evaluation datasets."""
+def read_data(
+    settings: TrainSettings, config: Any, tokenizer: Any, max_length: int | None, *, is_main: bool = True
+) -> PairData:
+    """Training and held-out pairs.
+
+    Raises:
+        DataError: unusable rows, or none to train on.
+        UsageError: evaluation is asked for during training, and nothing is held out.
+    """
 
     def read(source: str, rejects: str) -> Any:
         where = settings.output / rejects if is_main and settings.on_bad == "skip" else None
@@ -142,8 +177,9 @@ def _read(settings: TrainSettings, tokenizer: Any, max_length: int | None, is_ma
         train, held_out = split_pairs(pairs.pairs, settings.eval_fraction, settings.seed)
     if not train:
         raise DataError(f"{settings.pairs} leaves no pair to train on; add pairs or lower eval_fraction")
-    datasets = [pairs_dataset(tokenize_pairs(part, tokenizer)) if part else None for part in (train, held_out)]
-    return _Data(datasets[0], datasets[1], pairs.fingerprint)
+    if config.eval_strategy != "no" and not held_out:
+        raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out pairs; give --eval-pairs")
+    return PairData(tokenize_pairs(train, tokenizer), tokenize_pairs(held_out, tokenizer), pairs.fingerprint)
 
 
 def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str, max_length: int | None) -> ScorerInfo:
@@ -159,21 +195,26 @@ def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str,
     )
 
 
-def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: _Data, show: bool) -> Any:
+def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: PairData, show: bool) -> Any:
     if settings.lora is not None and Path(settings.base).is_dir():
         model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
     trainer = TRAINERS[settings.objective](
         model,
         config,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
+        train_dataset=pairs_dataset(data.train),
+        eval_dataset=pairs_dataset(data.held_out) if data.held_out else None,
         processing_class=tokenizer,
         peft_config=lora_config(model, settings.lora) if settings.lora is not None else None,
         callbacks=[TrainLog(settings.output / LOG_FILE, show=show), DropPickledArguments()],
     )
-    for theirs in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
-        trainer.remove_callback(theirs)
+    keep_quiet(trainer)
     return trainer
+
+
+def keep_quiet(trainer: Any) -> None:
+    """Take away the callbacks that write to stdout, which is for results."""
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
 
 
 def _resume_point(settings: TrainSettings, info: ScorerInfo, is_main: bool) -> Path | None:
@@ -185,20 +226,21 @@ def _resume_point(settings: TrainSettings, info: ScorerInfo, is_main: bool) -> P
     return latest_checkpoint(folder) if settings.resume else None
 
 
-def _figures(metrics: dict[str, float]) -> dict[str, float]:
-    wanted = ("loss", "accuracy", "margin")
+def figures_of(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures of an evaluation that say how good the scorer is."""
+    wanted = ("loss", "accuracy", "margin", "prefix_accuracy")
     short = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     return {name: float(value) for name, value in short.items() if name.startswith(wanted)}
 
 
 def _report(
-    settings: TrainSettings, config: Any, data: _Data, trainer: Any, done: Any, seconds: float,
+    settings: TrainSettings, config: Any, data: PairData, trainer: Any, done: Any, seconds: float,
     figures: dict[str, float], checkpoint: Path | None,
 ) -> TrainReport:  # fmt: skip
     epochs = trainer.state.epoch or 0.0
     return TrainReport(
         output=str(settings.output), objective=settings.objective, base=settings.base,
-        pairs=len(data.train), eval_pairs=len(data.eval) if data.eval is not None else 0,
+        pairs=len(data.train), eval_pairs=len(data.held_out),
         steps=trainer.state.global_step, seconds=seconds, pairs_per_second=epochs * len(data.train) / seconds,
         loss=done.training_loss, evaluation=figures, data_fingerprint=data.fingerprint, device=str(config.device),
         processes=config.world_size, resumed_from=str(checkpoint) if checkpoint else None,
@@ -207,16 +249,21 @@ def _report(
 
 def _save(settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInfo, report: TrainReport) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    resolved = settings.model_dump(mode="json") | {"train": _shown(trainer.args)}
+    resolved = settings.model_dump(mode="json", exclude_none=True) | {"train": shown(trainer.args)}
     card = model_card(settings.output, info, resolved, report.evaluation, (report.pairs, report.eval_pairs))
     given = settings.model_dump(mode="json") | {"train": DEFAULTS | settings.train}  # --config reads it back
     save_scorer(settings.output, model, tokenizer, info, card, settings=given)
-    checkpoints = settings.output / CHECKPOINTS
+    drop_empty_checkpoints(settings.output)
+
+
+def drop_empty_checkpoints(output: Path) -> None:
+    """Remove the folder that the Trainer makes whether it saves or not."""
+    checkpoints = output / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()  # the Trainer makes it whether it saves or not
+        checkpoints.rmdir()
 
 
-def _shown(args: Any) -> dict[str, Any]:
+def shown(args: Any) -> dict[str, Any]:
     """The training arguments that decide a result, defaults included."""
     names = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
              "max_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
