@@ -102,6 +102,7 @@ def test_seven_curves_have_seven_colours_and_none_is_lost_on_a_dark_page(result,
     result.methods = [_method(f"m{i}", "policy", i, 1.0 + i) for i in range(7)]
     page = html_report(result, {"s": audit}, title="t")
     assert "#000000" not in page
+    assert page.count("stroke: currentColor") > 4  # the seventh curve, beside the axes
     curves = page[page.index("<svg") : page.index("</svg>")]
     assert all(colour.lower() in curves for colour in COLOURS[:-1])
 

@@ -16,7 +16,7 @@ from rgtg.types import AuditResult, ComparisonResult, Interval, MethodResult, Pr
 
 # Matplotlib wants a real colour; in the page's SVG it becomes the text colour, which follows light and dark.
 _INK = "#010203"
-_BLACK = "#000000"  # the palette's last colour; a dark page would hide it
+_COLOURS = (*COLOURS[:-1], _INK)  # for black, which a dark page would hide
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6270; --line: #d9dce1; --paper: #ffffff; --card: #f5f6f8 }
@@ -30,7 +30,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left }
+th { white-space: normal; vertical-align: bottom } th:first-child, td:first-child { text-align: left }
 th, small, figcaption, footer { color: var(--soft); font-weight: 600 } small, figcaption, footer { font-weight: 400 }
 figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem }
@@ -42,8 +42,8 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); font-size: .85rem;
 """
 
 _HEADINGS = {
-    "reward": "reward", "kl_nats": "KL to the policy, nats", "perplexity": "perplexity", "distinct_2": "distinct-2",
-    "length_tokens": "length, tokens",
+    "reward": "reward", "kl_nats": "KL to the policy, nats", "perplexity": "perplexity",
+    "distinct_2": "distinct\u20112", "length_tokens": "length, tokens",
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _load(kind: Any, path: Path) -> Any:
 def _rewards(result: ComparisonResult) -> str:
     ordered = sorted(result.methods, key=_reward_order)
     metrics = [name for name in ordered[0].metrics if name != "reward"] if ordered else []
-    named = ["method", f"{result.reward} (95 % interval)", *(_HEADINGS.get(m, m) for m in metrics)]
+    named = ["method", f"{result.reward} (95\u00a0% interval)", *(_HEADINGS.get(m, m) for m in metrics)]
     headings = [*named, "policy calls", "scorer calls", "tokens/s"]
     rows = [_method_cells(row, metrics) for row in ordered]
     drawn = [row for row in ordered if _drawable(row)]
@@ -233,7 +233,7 @@ def _figure(draw: Any, caption: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    drawn = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_BLACK, "currentColor")
+    drawn = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     labelled = drawn.replace("<svg", f'<svg role="img" aria-label="{_text(caption)}"', 1)
     return f"<figure>{labelled}<figcaption>{_text(caption)}</figcaption></figure>"
 
@@ -257,7 +257,7 @@ def _draw_rewards(axes: Any, rows: Sequence[MethodResult], reward: str) -> None:
         spread = [[max(0.0, r.mean - r.low) for r in rewards], [max(0.0, r.high - r.mean) for r in rewards]]
         axes.errorbar(
             [row.metrics["kl_nats"].mean for row in mine], [r.mean for r in rewards], yerr=spread, label=curve,
-            color=COLOURS[i % len(COLOURS)], marker="os^Dv*P"[i % 7], capsize=2, linewidth=1.4,
+            color=_COLOURS[i % len(_COLOURS)], marker="os^Dv*P"[i % 7], capsize=2, linewidth=1.4,
         )  # fmt: skip
     axes.set_xscale("symlog", linthresh=1)  # over-steered methods lie hundreds of nats away
     axes.xaxis.set_major_formatter("{x:g}")
@@ -267,5 +267,5 @@ def _draw_rewards(axes: Any, rows: Sequence[MethodResult], reward: str) -> None:
 
 
 def _draw_audits(axes: Any, audits: Mapping[str, AuditResult]) -> None:
-    draw_audits(axes, audits)
+    draw_audits(axes, audits, _COLOURS)
     axes.set_ylabel("pairs ordered rightly")

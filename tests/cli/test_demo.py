@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from rgtg.types import AuditResult, ComparisonResult
+from rgtg.types import AuditResult, ComparisonResult, Interval, MethodResult, Provenance
 
 TINY = ["corpus=120", "pairs=32", "audit_pairs=24", "policy_steps=6", "betas=[1.0]"]
 
@@ -39,6 +41,24 @@ def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
     assert reward == pytest.approx(sum(row["gold"] for row in rows) / 4)
     assert json.loads((folder / "settings.json").read_text())["policy_steps"] == 6
     assert str(tmp_path) not in page
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    from rgtg.cli.demo import _show
+    from rgtg.demo.run import Demo
+
+    worst = Interval(mean=-8.25, low=-9.5, high=-7.01, n=100)
+    rows = [
+        MethodResult(label=label, method="m", beta=4.0, metrics={"reward": worst, "kl_nats": worst.model_copy()},
+                     seconds=1, tokens_per_second=12345, policy_calls=1, scorer_calls=99999)
+        for label in ("policy (greedy)", "args-sample β=4")
+    ]  # fmt: skip
+    result = ComparisonResult(reward="g", prompts=1, methods=rows, provenance=Provenance(version="0", command=""))
+    app = typer.Typer()
+    app.command()(lambda: _show(Demo(result, {}), Path("report.html"), 80.0))
+    shown = CliRunner().invoke(app, env={"COLUMNS": "80"}).stdout
+    assert "-8.25 -9.50 to -7.01" in shown
+    assert "args-sample β=4" in shown
 
 
 def test_wrong_input_is_one_message(tmp_path):

@@ -108,7 +108,7 @@ def _show(demo: "Demo", report: Path, seconds: float) -> None:
     for row in sorted(demo.result.methods, key=lambda row: -row.metrics["reward"].mean):
         reward, kl = row.metrics["reward"], row.metrics["kl_nats"]
         table.add_row(
-            row.label, _interval(reward), _interval(kl), f"{row.tokens_per_second:.0f}", str(row.scorer_calls)
+            row.label, _interval(reward), f"{kl.mean:.2f}", f"{row.tokens_per_second:.0f}", str(row.scorer_calls)
         )
     console = Console()
     console.print(table)

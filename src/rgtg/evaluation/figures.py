@@ -1,6 +1,7 @@
 """Figures of audits and comparisons; matplotlib is loaded here and nowhere else at run time."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **o
     figure.savefig(path, dpi=150, **options)
 
 
-def draw_audits(axes: Any, results: Mapping[str, AuditResult]) -> None:
+def draw_audits(axes: Any, results: Mapping[str, AuditResult], colours: Sequence[str] = COLOURS) -> None:
     """Pairwise accuracy by fraction of the completion, one curve with its 95 % band per scorer."""
-    for colour, (label, result) in zip(COLOURS * len(results), results.items(), strict=False):
+    for colour, (label, result) in zip(itertools.cycle(colours), results.items(), strict=False):
         points = [p for p in result.by_fraction if p.accuracy.n]
         x = [100 * p.position for p in points]
         axes.plot(x, [p.accuracy.mean for p in points], color=colour, marker="o", markersize=3, label=label)
