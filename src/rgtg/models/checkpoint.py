@@ -76,6 +76,8 @@ def require_safe_weights(source: str) -> None:
             raise ModelNotFoundError(f"no model folder {source}; expected a folder with config.json, or a hub id")
         return
     if (path / HEAD_FILE).is_file():
+        if not (path / INFO_FILE).is_file():
+            raise UsageError(f"{source} has no {INFO_FILE}: saving the head was interrupted; train it again")
         raise UsageError(
             f"{source} is a head on its policy's own states (rgtg train --trunk own), not a model of its own: use it "
             "as a scorer, with that policy"

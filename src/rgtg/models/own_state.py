@@ -195,17 +195,34 @@ def read_states(
 def require_observable(model: Any, layers: Sequence[int]) -> None:
     """Try on three tokens that `observed` finds what transformers calls these hidden states.
 
+    That is what the next decoder layer is given, or the trunk returns. (Asking for ``output_hidden_states`` would leave
+    transformers' hooks on every layer for good.)
+
     Raises:
         UsageError: it finds something else (a layer 0 that no module gives, or an unknown kind of model).
     """
     ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with watching(model, layers) as seen:
-        expected = model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    stack = _stack(model)[1]
+    given: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given[layer] = inputs[0] if inputs else named["hidden_states"]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(i), with_kwargs=True) for i, module in enumerate(stack)]
+    try:
+        with watching(model, layers) as seen:
+            given[len(stack)] = model.base_model(ids, use_cache=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
     for layer in layers:
-        if not _same(seen.get(layer), expected[layer]):
+        if not _same(seen.get(layer), given.get(layer)):
             raise UsageError(
                 f"layer {layer} of {type(model).__name__} cannot be observed: no module gives that state; use another "
-                f"layer (the final state is layer {len(expected) - 1})"
+                f"layer (the final state is layer {len(stack)})"
             )
 
 
@@ -261,8 +278,8 @@ def _require_placed(policy: Policy, dtype: Any, device: Any) -> None:
         raise UsageError(f"device {device} is asked of a head whose policy is on {policy.model.device}")
 
 
-def _same(found: Tensor | None, expected: Tensor) -> bool:
-    return found is not None and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
