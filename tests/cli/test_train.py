@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from rgtg.cli import train
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorer import load_scorer
 from synthetic import synthetic_rows, write_rows
 
 app = typer.Typer()
@@ -75,3 +76,53 @@ def test_output_that_is_a_file_is_refused_before_training(policy_folder, pairs, 
     result = run("--pairs", pairs, "--base", policy_folder, "--output", pairs)
     assert result.exit_code == 2
     assert "is a file" in result.stderr
+
+
+@pytest.mark.parametrize("head", ["state", "vocab"])
+def test_a_head_on_the_policys_own_states(policy_folder, tmp_path, head):
+    pairs, output = write_rows(tmp_path / "many.jsonl", synthetic_rows(64)), tmp_path / "head"
+    given = ["--pairs", pairs, "--base", policy_folder, "--trunk", "own", "--head", head, "--output", output]
+    result = run(*given, "--set", "train.per_device_train_batch_size=8", "--set", "eval_fraction=0.25")
+    assert result.exit_code == 0, result.stderr
+    assert "heads tried" in result.stdout
+    assert "prefix accuracy" in result.stdout
+    assert "states of 128/128" not in result.stderr  # the held-out part is read apart
+    assert "held-out completions" in result.stderr
+    assert "warning" not in result.stderr.lower()
+    again = run("--config", output / "settings.json", "--output", tmp_path / "again", "--json")
+    assert again.exit_code == 0, again.stderr
+    report = json.loads(again.stdout)
+    assert report["evaluation"]["prefix_accuracy"] > 0.6
+    assert len(report["choices"]) == 4
+    assert report["rank"] == (16 if head == "vocab" else None)
+    scorer = load_scorer(str(output), device="cpu")
+    assert scorer.kind == head
+    same = load_scorer(str(tmp_path / "again"), device="cpu")
+    assert scorer.score(["mnop? "], ["so abc"]) == same.score(["mnop? "], ["so abc"])
+
+
+def test_layer_and_width_can_be_said(policy_folder, pairs, tmp_path):
+    given = ["--pairs", pairs, "--base", policy_folder, "--trunk", "own", "--head", "state", "--output", tmp_path / "h"]
+    result = run(*given, "--set", "layer=1", "--set", "width=8", "--set", "eval_fraction=0.25")
+    assert result.exit_code == 0, result.stderr
+    assert "heads tried" not in result.stdout
+    assert "1, 8" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--trunk", "own"], "--head state"),
+        (["--head", "state"], "add --trunk own"),
+        (["--trunk", "own", "--head", "state", "--resume"], "--resume"),
+        (["--trunk", "own", "--head", "vocab", "--set", "lora.r=4"], "lora"),
+        (["--trunk", "own", "--head", "value"], "head"),
+        (["--trunk", "own", "--head", "state", "--set", "layer=deep"], "layer"),
+        (["--trunk", "mine"], "trunk"),
+    ],
+)
+def test_unfit_heads_are_one_message(policy_folder, pairs, tmp_path, change, message):
+    result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", *change)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

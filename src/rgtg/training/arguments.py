@@ -27,17 +27,6 @@ DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": False,  # trl's default trades time for memory that small scorers do not need
 }
 
-HEAD_DEFAULTS: dict[str, Any] = DEFAULTS | {
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 64,
-    "per_device_eval_batch_size": 64,
-    "num_train_epochs": 6,
-    "weight_decay": 0.1,
-    "logging_steps": 50,
-    "bf16": False,  # the head is tiny; fp32 costs nothing
-    "remove_unused_columns": False,  # the batches are tensors of states
-}
-
 _FIT_FOR_HEADS = {
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "max_steps",
     "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "weight_decay", "adam_beta1",
@@ -47,6 +36,16 @@ _FIT_FOR_HEADS = {
     "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "model_init_kwargs",
 }  # fmt: skip
+
+HEAD_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if name in _FIT_FOR_HEADS} | {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    "num_train_epochs": 6,
+    "weight_decay": 0.1,
+    "logging_steps": 50,
+    "bf16": False,  # the head is tiny; fp32 costs nothing
+}
 
 _OWNED = {
     "output_dir": "use --output",
@@ -83,7 +82,7 @@ def reward_config(settings: TrainSettings, max_length: int | None, defaults: dic
         if name in given:  # the name most people know; transformers has renamed it
             given[name.replace("gradient", "activation")] = given.pop(name)
     values = (
-        {"gradient_checkpointing": None}
+        {"gradient_checkpointing": None, "activation_checkpointing": False}
         | _of_this_machine()
         | defaults
         | {"save_strategy": "steps" if settings.resume else "no"}

@@ -119,6 +119,9 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             self._seen.clear()
         super().log(self.about | logs, start_time)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen", "chosen_ids", "rejected", "rejected_ids"]
+
 
 def pair_scores(
     model: Any,
