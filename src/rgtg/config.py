@@ -89,6 +89,8 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     output: Path | None = None
     batch_size: int = Field(8, ge=1)
     trace: bool = False
+    scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
+    draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
 
 
 class ScoreSettings(Settings):
@@ -201,6 +203,16 @@ class DemoSettings(Settings):
     audit_pairs: int = Field(400, ge=16, description="labelled pairs that both scorers are audited on")
     policy_steps: int = Field(600, ge=1, description="optimiser steps of the policy")
     betas: list[float] = Field(default=[1.0, 2.0, 4.0], min_length=1, description="guidance strengths compared")
+
+
+class DoctorSettings(ModelSettings):
+    """``rgtg doctor``; all but the seed is of ``--speed``."""
+
+    speed: bool = False
+    top_k: int = Field(10, ge=1, description="candidates per step")
+    prompt_length: int = Field(128, ge=1, description="tokens of the random prompt")
+    tokens: int = Field(32, ge=2, description="steps timed")
+    repeats: int = Field(3, ge=1, description="paired repeats, after one that warms up")
 
 
 class TheorySettings(Settings):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -20,3 +21,32 @@ def test_reports_versions_devices_and_the_trial():
     assert report["trial"] == "one-pass scores equal recomputed ones"
     assert "trial" in CliRunner().invoke(app, []).stdout
     assert CliRunner().invoke(app, ["--quiet"]).stdout == ""
+
+
+def test_speed_of_a_policy_and_its_scorer(policy_folder, scorer_folder):
+    timed = ["--speed", "--policy", str(policy_folder), "--prompt-length", "8", "--tokens", "4", "--set", "repeats=1"]
+    result = CliRunner().invoke(app, [*timed, "--scorer", str(scorer_folder), "--json"])
+    assert result.exit_code == 0, result.stderr
+    unguided, guided = json.loads(result.stdout)["speed"]
+    assert (unguided["name"], guided["name"]) == ("unguided", "guided")
+    assert unguided["of_unguided"] == 1
+    assert guided["megabytes_per_token"] > unguided["megabytes_per_token"]
+    assert 0 < guided["limit_of_unguided"] < 1
+    shown = CliRunner().invoke(app, timed)
+    assert shown.exit_code == 0, shown.stderr
+    assert "ms per" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speed"], "--speed needs --policy"),
+        (["--top-k", "3"], "--top-k applies to --speed"),
+        (["--speed", "--policy", "POLICY", "--prompt-length", "1000"], "exceed the policy's context of 128"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(flags, message, policy_folder):
+    flags = [str(policy_folder) if flag == "POLICY" else flag for flag in flags]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 2
+    assert message in result.stderr

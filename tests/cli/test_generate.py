@@ -114,3 +114,14 @@ def test_unwritable_outputs(models, prompts, scorer_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "text": "b"}\n')
     refused(run("score", "--scorer", scorer_folder, "--input", rows, "--output", rows / "x"), 1, "cannot write")
+
+
+def test_speculation_is_counted_in_the_completion(policy_folder, scorer_folder):
+    flags = ["--policy", str(policy_folder), "--scorer", str(scorer_folder), "--prompt", "Once", "--json", "--quiet"]
+    result = CliRunner().invoke(app, [*flags, "--draft", "policy", "--draft-length", "3", "--min-new-tokens", "20"])
+    assert result.exit_code == 0, result.stderr
+    done = json.loads(result.stdout)
+    assert done["drafted"] >= done["accepted"] > 0
+    refused = CliRunner().invoke(app, [*flags, "--draft-length", "3"])
+    assert refused.exit_code == 2
+    assert "say where drafts come from" in refused.stderr

@@ -1,12 +1,16 @@
-"""``rgtg doctor``: what is installed, and whether guidance works on this machine."""
+"""``rgtg doctor``: what is installed, whether guidance works on this machine, and how fast."""
 
 import importlib.metadata
 import importlib.util
 import platform
-from typing import Any
+import warnings
+from typing import Annotated, Any
+
+import typer
 
 from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_libraries, verb
-from rgtg.config import Settings
+from rgtg.config import DoctorSettings
+from rgtg.errors import UsageError
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "pydantic", "typer")
 _EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "accelerate": "train", "matplotlib": "report"}
@@ -14,17 +18,72 @@ _EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "accelerate":
 
 @verb
 def command(
+    speed: Annotated[bool, typer.Option("--speed", help="Time a policy and its scorer; see below.")] = False,
+    policy: Annotated[str | None, typer.Option(help="With --speed: folder or hub id.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="With --speed: folder or hub id.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --speed: candidates per step. Default 10.")] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="With --speed: tokens. Default 128.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="With --speed: steps timed. Default 32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --speed: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="With --speed: cpu, cuda, cuda:1 …")] = None,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Report versions, devices and missing extras, and run a tiny guided generation."""
-    settings = Settings.resolve(config, overrides, {"seed": seed})
+    """Report versions, devices and missing extras, and run a tiny guided generation.
+
+    With --speed, also time unguided and guided decoding in turn, and show beside them how long reading the weights
+    alone would take at this machine's memory bandwidth. Let the machine be idle.
+
+    [bold]Example[/bold]: rgtg doctor --speed --policy POLICY --scorer SCORER --dtype bfloat16
+    """
+    given = locals()
+    flags = {k: v for k, v in given.items() if k in DoctorSettings.model_fields and v is not False}
+    settings = DoctorSettings.resolve(config, overrides, flags)
+    _require_use(settings)
     hush_libraries()
-    report = {"versions": _versions(), "devices": _devices(), "trial": _trial(settings.seed)}
+    report: dict[str, Any] = {"versions": _versions(), "devices": _devices(), "trial": _trial(settings.seed)}
+    if settings.speed:
+        report["speed"] = _speed(settings, show=not (quiet or as_json))
     emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
+
+
+def _require_use(settings: DoctorSettings) -> None:
+    if settings.speed and settings.policy is None:
+        raise UsageError("--speed needs --policy (and --scorer, to time guidance)")
+    extra = settings.model_fields_set - {"seed", "speed"}
+    if extra and not settings.speed:
+        raise UsageError(f"--{min(extra).replace('_', '-')} applies to --speed")
+
+
+def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
+    """Rows of the speed table."""
+    from rich.console import Console
+
+    from rgtg.decoding.guided import GuidedPolicy
+    from rgtg.evaluation.speed import measure_speed
+
+    assert settings.policy is not None, "checked before anything is loaded"
+    method = "pargs" if settings.scorer else "policy"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what the scorer was trained for does not matter here
+        guided = GuidedPolicy.from_pretrained(
+            settings.policy, settings.scorer, method=method, dtype=settings.dtype, device=settings.device
+        )
+    longest = settings.prompt_length + settings.tokens + 2
+    if guided.policy.max_length and longest > guided.policy.max_length:
+        raise UsageError(
+            f"--prompt-length {settings.prompt_length} and {settings.tokens} steps exceed the policy's context of "
+            f"{guided.policy.max_length} tokens"
+        )
+    with Console(stderr=True, quiet=not show).status("timing") as status:
+        rows = measure_speed(
+            guided.policy, guided.scorer, prompt_length=settings.prompt_length, top_k=settings.top_k,
+            tokens=settings.tokens, repeats=settings.repeats, progress=status.update,
+        )  # fmt: skip
+    return [row.model_dump() for row in rows]
 
 
 def _versions() -> dict[str, str]:
@@ -73,4 +132,17 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("CPU threads", str(report["devices"]["cpu_threads"]))
     table.add_row("GPUs", ", ".join(report["devices"]["gpus"]) or "none")
     table.add_row("trial", report["trial"])
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if "speed" in report:
+        console.print(_speed_table(report["speed"]))
+
+
+def _speed_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("decoding", "ms per token", "of unguided", "MB read per token", "limit, ms", "limit, of unguided")
+    for row in rows:
+        numbers = ("ms_per_token", "of_unguided", "megabytes_per_token", "limit_ms", "limit_of_unguided")
+        table.add_row(row["name"], *(f"{row[name]:.2f}" for name in numbers))
+    return table

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _DECODING = (
     "temperature", "top_p", "min_new_tokens", "max_new_tokens", "stop", "repetition_penalty", "no_repeat_ngram_size",
+    "draft_length",
 )  # fmt: skip
 
 
@@ -35,6 +36,10 @@ def command(
     min_new_tokens: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")] = None,
     n: Annotated[int | None, typer.Option(help="Completions best-of-n draws. Default 10.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Speculate, exactly: policy, prompt-lookup, or a small model's folder.")
+    ] = None,
+    draft_length: Annotated[int | None, typer.Option(help="Tokens drafted at once. Default: adapts.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt; the completion streams to the terminal.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}; needs --output.')] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of completions, one line per prompt.")] = None,
@@ -42,6 +47,7 @@ def command(
     trace: Annotated[bool, typer.Option("--trace", help="Keep every candidate's figures of every step.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    scorer_device: Annotated[str | None, typer.Option(help="Of a separate scorer; default the policy's.")] = None,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -87,6 +93,8 @@ def load_guided(settings: GenerateSettings) -> "GuidedPolicy":
         top_k=settings.top_k,
         dtype=settings.dtype,
         device=settings.device,
+        scorer_device=settings.scorer_device,
+        draft=settings.draft,
     )
 
 

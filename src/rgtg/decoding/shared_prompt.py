@@ -12,7 +12,8 @@ from rgtg.decoding.token_tree import TokenTree
 class SharedPromptRunner:
     """Presents B·n rows, one per completion, over a ``TreeRunner`` of B prompts: completions are branches of a tree.
 
-    Each pass reads one node per living branch and keeps them all; a node attends to its prompt and to its own branch. The cache holds L + n·T columns per prompt instead of n·(L + T).
+    Each pass reads one node per living branch and keeps them all; a node attends to its prompt and to its own branch.
+    The cache holds L + n·T columns per prompt instead of n·(L + T).
     """
 
     def __init__(self, runner: TreeRunner, n: int) -> None:
