@@ -116,12 +116,10 @@ def test_unwritable_outputs(models, prompts, scorer_folder, tmp_path):
     refused(run("score", "--scorer", scorer_folder, "--input", rows, "--output", rows / "x"), 1, "cannot write")
 
 
-def test_speculation_is_counted_in_the_completion(policy_folder, scorer_folder):
-    flags = ["--policy", str(policy_folder), "--scorer", str(scorer_folder), "--prompt", "Once", "--json", "--quiet"]
-    result = CliRunner().invoke(app, [*flags, "--draft", "policy", "--draft-length", "3", "--min-new-tokens", "20"])
+def test_speculation_is_counted_in_the_completion(models):
+    flags = ["generate", *models[:4], "--prompt", "Once", "--json", "--max-new-tokens", 24, "--min-new-tokens", 20]
+    result = run(*flags, "--draft", "policy", "--draft-length", 3)
     assert result.exit_code == 0, result.stderr
     done = json.loads(result.stdout)
     assert done["drafted"] >= done["accepted"] > 0
-    refused = CliRunner().invoke(app, [*flags, "--draft-length", "3"])
-    assert refused.exit_code == 2
-    assert "say where drafts come from" in refused.stderr
+    refused(run(*flags, "--draft-length", 3), 2, "say where drafts come from")
