@@ -133,8 +133,8 @@ class TrainSettings(Settings):
 
     pairs: str
     base: str
-    trunk: Literal["separate", "own"] = Field(
-        "separate", description="a model of its own, or the frozen policy's states"
+    trunk: Literal["separate", "shared", "own"] = Field(
+        "separate", description="a model of its own, an adapter on the policy, or a head on the frozen policy's states"
     )
     head: Literal["state", "vocab"] | None = Field(None, description="read at each candidate, or once for all of them")
     layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")

@@ -20,7 +20,10 @@ def command(
     base: Annotated[str | None, typer.Option(help="Model to start from: usually the policy itself.")] = None,
     objective: Annotated[str | None, typer.Option(help="prefix-bt (token-wise guidance) or full-bt.")] = None,
     output: Annotated[Path | None, typer.Option(help="New folder for the scorer.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="separate, or own: a head on the frozen policy's states.")] = None,
+    trunk: Annotated[
+        str | None,
+        typer.Option(help="separate, shared (an adapter on the policy) or own (a head on the policy's states)."),
+    ] = None,
     head: Annotated[str | None, typer.Option(help="With --trunk own: state or vocab.")] = None,
     eval_pairs: Annotated[str | None, typer.Option(help="Held-out pairs; default: a part of --pairs.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,

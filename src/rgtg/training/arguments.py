@@ -119,7 +119,7 @@ def require_fit_for_trunk(settings: TrainSettings) -> None:
     Raises:
         UsageError: naming the setting and what to do.
     """
-    if settings.trunk == "separate":
+    if settings.trunk != "own":
         given = [name for name in ("head", "layer", "width", "rank") if getattr(settings, name) is not None]
         if given:
             raise UsageError(

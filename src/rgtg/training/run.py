@@ -13,12 +13,12 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 import rgtg
-from rgtg.config import TrainSettings
+from rgtg.config import LoraSettings, TrainSettings
 from rgtg.data import TokenizedPair, read_pairs, split_pairs, tokenize_pairs
 from rgtg.errors import DataError, OutputError, UsageError
-from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
+from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
-from rgtg.models.policy import context_length
+from rgtg.models.policy import context_length, load_policy
 from rgtg.training.arguments import (
     CHECKPOINTS,
     DEFAULTS,
@@ -36,6 +36,8 @@ from rgtg.training.prefix_reward import PrefixRewardTrainer
 from rgtg.training.save import model_card, save_scorer
 from rgtg.types import Record
 
+# peft's own recipes for LoRA on every linear layer use ten times a whole model's rate.
+LORA_LEARNING_RATE = 5e-4
 TRAINERS: dict[str, type[PairwiseRewardTrainer]] = {"prefix-bt": PrefixRewardTrainer, "full-bt": FullRewardTrainer}
 
 
@@ -102,13 +104,16 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         from rgtg.training.own_state import train_head
 
         return train_head(settings, show=show)
+    about: dict[str, Any] = {}
+    if settings.trunk == "shared":
+        settings, about = _with_adapter(settings)
     model, tokenizer = load_base(settings.base, settings.seed, **settings.train.get("model_init_kwargs") or {})
     max_length = longest(settings, model)
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
     make_folder(settings.output)
     data = read_data(settings, config, tokenizer, max_length, is_main=is_main)
-    info = _info(settings, model, tokenizer, data.fingerprint, max_length)
+    info = _info(settings, model, tokenizer, data.fingerprint, max_length).model_copy(update=about)
     trainer = _trainer(settings, config, model, tokenizer, data, show)
     checkpoint = _resume_point(settings, info, is_main)
     if show and is_main and settings.resume:
@@ -180,6 +185,19 @@ def read_data(
     if config.eval_strategy != "no" and not held_out:
         raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out pairs; give --eval-pairs")
     return PairData(tokenize_pairs(train, tokenizer), tokenize_pairs(held_out, tokenizer), pairs.fingerprint)
+
+
+def _with_adapter(settings: TrainSettings) -> tuple[TrainSettings, dict[str, Any]]:
+    """Settings of a scorer on its policy's trunk, and what its rgtg.json says of the policy it needs beside it.
+
+    LoRA learns with larger steps than whole models; a learning rate that was given stays.
+    """
+    policy = load_policy(settings.base, dtype="float32", device="cpu").model
+    about = {
+        "trunk": "shared", "base_fingerprint": fingerprint_weights(policy), "base_casts": cast_fingerprints(policy),
+    }  # fmt: skip
+    train = {"learning_rate": LORA_LEARNING_RATE} | settings.train
+    return settings.model_copy(update={"lora": settings.lora or LoraSettings(), "train": train}), about
 
 
 def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str, max_length: int | None) -> ScorerInfo:
