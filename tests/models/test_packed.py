@@ -1,5 +1,7 @@
 """Packed and grouped linear layers against the stock model, and a LoRA on half of the batch against merged weights."""
 
+import copy
+
 import pytest
 import torch
 
@@ -63,6 +65,20 @@ def test_a_lora_applies_to_the_second_half_of_the_batch(pack):
         adapted = weight if down is None else weight + up @ down
         expected = torch.cat([x[:2] @ weight.t(), x[2:] @ adapted.t()])
         torch.testing.assert_close(group.member(i, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pack", PACK)
+def test_an_adapters_rows_are_laid_out_once_for_the_policy_and_its_twin(pack):
+    weight, down, up = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    plain = LinearGroup([weight], [torch.ones(6)], pack=pack)
+    adapted = copy.deepcopy(plain)
+    adapted.adapt([down], [up])
+    assert adapted.weights is plain.weights
+    x = torch.randn(2, 3, 8)
+    base = x @ weight.t() + 1
+    torch.testing.assert_close(plain.member(0, x), base, atol=1e-5, rtol=1e-5)
+    expected = torch.cat([base[:1], base[1:] + x[1:] @ down.t() @ up.t()])
+    torch.testing.assert_close(adapted.member(0, x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_copy_shares_every_tensor():

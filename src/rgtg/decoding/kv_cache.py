@@ -141,6 +141,12 @@ class TreeCache(Cache):  # type: ignore[misc]
         """
         batch, depth = nodes.shape
         kept = list(counts) if counts is not None else [depth] * batch
+        if batch == depth == 1 and nodes.device.type == "cpu":  # one row: plain columns, nothing to index with
+            here, node = self.lengths[0], int(nodes)
+            for pool in self.pools if node else ():
+                pool[:, :, :, here] = pool[:, :, :, here + node]
+            self.keep_first(kept)
+            return
         for pool in self.pools:
             starts = torch.tensor(self.lengths, device=pool.device)[:, None]
             rows = torch.arange(batch, device=pool.device)[:, None]

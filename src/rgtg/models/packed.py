@@ -21,21 +21,46 @@ MIN_WEIGHT_BYTES = 8 * 2**20
 _PACKED_ROWS = 16
 
 
-class LinearGroup:
-    """One product for all linear layers that read the same input, with an optional LoRA on part of the batch.
+class StackedWeights:
+    """Rows of several weight matrices that read one input, laid out once and multiplied at once: y = x·Wᵀ + b."""
 
-    y = x·Wᵀ + b with the members' weights stacked; rows from ``adapter_from`` of the batch on also get x·Aᵀ·Bᵀ.
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, pack: bool) -> None:
+        self.packed, self.bias = pack, bias
+        self.rows, self.nbytes = weight.shape[0], weight.nbytes
+        self._weight = _pack(weight) if pack else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, rows)."""
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+            return y
+        return nn.functional.linear(x, self._weight, self.bias)
+
+    def add(self, rows: Tensor) -> slice:
+        """Lay out more rows behind those that are there; returns their place in the output."""
+        weight = torch.cat([self._weight.to_dense() if self.packed else self._weight, rows])
+        self._weight = _pack(weight) if self.packed else weight
+        if self.bias is not None:
+            self.bias = torch.cat([self.bias, rows.new_zeros(len(rows))])
+        place = slice(self.rows, self.rows + len(rows))
+        self.rows, self.nbytes = weight.shape[0], weight.nbytes
+        return place
+
+
+class LinearGroup:
+    """One product for all linear layers that read the same input, with an optional LoRA on half of the batch.
+
+    Rows of the second half of the batch also get x·Aᵀ·Bᵀ; the rows of A are stacked under the layers' own, so that the
+    adapter costs one small product more, not two.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, pack: bool) -> None:
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         ends = torch.tensor([w.shape[0] for w in weights]).cumsum(0).tolist()
         self.slices = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS) if pack else weight
-        self.packed = pack
-        self.bias = _stack_biases(weights, biases)
-        self.adapter: tuple[Tensor, Tensor] | None = None
-        self._size = weight.nbytes
+        self.out = int(ends[-1])
+        self.weights = StackedWeights(weight, _stack_biases(weights, biases), pack=pack)
+        self.adapter: tuple[slice, Tensor] | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._taken = 0
@@ -50,24 +75,23 @@ class LinearGroup:
     @property
     def nbytes(self) -> int:
         """Bytes of weights (an adapter's too) that one product reads."""
-        return self._size + sum(t.nbytes for t in self.adapter or ())
+        return self.weights.nbytes + (self.adapter[1].nbytes if self.adapter else 0)
 
     def adapt(self, down: Sequence[Tensor | None], up: Sequence[Tensor | None]) -> None:
         """Add a LoRA to the second half of the batch: ``down[m]`` (r, in) and ``up[m]`` (out, r), scaled, per member.
 
         Members without one take None. The members' products become one: A stacked, B block by block.
         """
-        ranks = [a.shape[0] for a in down if a is not None]
-        if not ranks:
+        pairs = [(a, b, at) for a, b, at in zip(down, up, self.slices, strict=True) if a is not None and b is not None]
+        if not pairs:
             return
-        rows = next(a for a in down if a is not None)
-        blocks = rows.new_zeros(sum(ranks), self.slices[-1].stop)
+        stacked = torch.cat([a for a, _, _ in pairs])
+        blocks = stacked.new_zeros(len(stacked), self.out)
         first = 0
-        for a, b, columns in zip(down, up, self.slices, strict=True):
-            if a is not None and b is not None:
-                blocks[first : first + a.shape[0], columns] = b.t()
-                first += a.shape[0]
-        self.adapter = (torch.cat([a for a in down if a is not None]).t().contiguous(), blocks)
+        for a, b, columns in pairs:
+            blocks[first : first + len(a), columns] = b.t()
+            first += len(a)
+        self.adapter = (self.weights.add(stacked), blocks)
 
     def member(self, index: int, x: Tensor) -> Tensor:
         """Output of one member; the first that meets an input computes it for all."""
@@ -83,16 +107,12 @@ class LinearGroup:
         return out
 
     def _product(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
-            y = nn.functional.linear(x, self.weight, self.bias)
+        y = self.weights(x)
         if self.adapter is not None:
-            down, up = self.adapter
-            half = x.shape[0] // 2
-            adapted = y[half:].view(-1, y.shape[-1])
-            adapted.addmm_(x[half:].reshape(-1, x.shape[-1]) @ down, up)
-        return y
+            place, up = self.adapter
+            rows = y[x.shape[0] // 2 :].view(-1, y.shape[-1])
+            rows[:, : self.out].addmm_(rows[:, place], up)
+        return y if y.shape[-1] == self.out else y[..., : self.out]
 
 
 class GroupedLinear(nn.Module):
@@ -228,6 +248,11 @@ def _weight(layer: Any) -> Tensor:
     """(out, in), whichever way the layer stores it."""
     weight: Tensor = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
     return weight
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_ROWS)
+    return packed
 
 
 def _stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
