@@ -97,6 +97,7 @@ class ScoreSettings(Settings):
     """``rgtg score``."""
 
     scorer: str
+    policy: str | None = Field(None, description="whose states a head reads, where it has moved since training")
     input: Path
     output: Path
     batch_size: int = Field(8, ge=1)
@@ -155,6 +156,7 @@ class AuditSettings(Settings):
     """``rgtg audit``."""
 
     scorer: str
+    policy: str | None = Field(None, description="whose states a head reads, where it has moved since training")
     pairs: str
     output: Path | None = None
     batch_size: int = Field(8, ge=1)

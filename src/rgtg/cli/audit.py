@@ -25,8 +25,9 @@ from rgtg.types import AuditPoint, AuditResult
 
 @verb
 def command(
-    scorer: Annotated[str | None, typer.Option(help="Reward model to audit: folder or hub id.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="Scorer to audit: folder or hub id.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Held-out preference pairs.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Of a head on its states, where that policy has moved.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json, rejects.jsonl.")
     ] = None,
@@ -47,12 +48,12 @@ def command(
     hush_libraries()
     from rgtg.evaluation.figures import new_figure
     from rgtg.evaluation.prefix_audit import audit_prefixes
-    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.models.scorer import load_named_scorer
 
     if settings.output:
         new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
         make_folder(settings.output)
-    model = PrefixScorer.from_pretrained(settings.scorer, dtype=settings.dtype, device=settings.device)
+    model = load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device)
     result = audit_prefixes(
         model,
         settings.pairs,

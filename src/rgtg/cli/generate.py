@@ -10,7 +10,7 @@ import typer
 
 from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, save_settings, verb
 from rgtg.config import GenerateSettings
-from rgtg.errors import OutputError, UsageError
+from rgtg.errors import OutputError, RgtgError, UsageError
 
 if TYPE_CHECKING:
     from rgtg.decoding.guided import GuidedPolicy
@@ -119,6 +119,7 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+    from rich.console import Console
     from rich.progress import track
 
     from rgtg.data import read_prompts
@@ -132,7 +133,8 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
         starts = range(0, len(texts), settings.batch_size)
         seeds = guided.row_seeds(texts, settings.seed)
         with partial.open("w", encoding="utf-8") as file:
-            for start in track(starts, "generating", disable=quiet or as_json, transient=True):
+            console = Console(stderr=True)  # stdout is for results
+            for start in track(starts, "generating", disable=quiet or as_json, transient=True, console=console):
                 part = slice(start, start + settings.batch_size)
                 done = guided.generate(texts[part], seed=seeds[part], trace=settings.trace, **_decoding(settings))
                 file.writelines(completion.model_dump_json() + "\n" for completion in done)
@@ -140,9 +142,9 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
             os.fsync(file.fileno())
         save_settings(settings.output, settings)
         partial.replace(settings.output)
+    except RgtgError:  # a model that is not found is an OSError too, and says more
+        raise
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise OutputError(f"cannot write {settings.output}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)

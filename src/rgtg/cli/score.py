@@ -23,7 +23,7 @@ from rgtg.config import ScoreSettings
 from rgtg.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
-    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.models.scorer import Scorer
 
 
 @verb
@@ -31,6 +31,7 @@ def command(
     scorer: Annotated[str | None, typer.Option(help="Reward model: folder or hub id.")] = None,
     input: Annotated[Path | None, typer.Option(help="JSONL of prompt with text or completion.")] = None,
     output: Annotated[Path | None, typer.Option(help="The same lines with a reward each.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Of a head on its states, where that policy has moved.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default 8.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
@@ -45,10 +46,10 @@ def command(
     settings = ScoreSettings.resolve(config, overrides, flags)
     rows = _read_rows(settings.input)
     hush_libraries()
-    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.models.scorer import load_named_scorer
 
     with atomic_write(settings.output) as partial:
-        model = PrefixScorer.from_pretrained(settings.scorer, dtype=settings.dtype, device=settings.device)
+        model = load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device)
         rewards = _rewards(model, rows, settings.batch_size)
         scored = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
         lines = [json.dumps(row, ensure_ascii=False) for row in scored]
@@ -64,7 +65,7 @@ def command(
     )
 
 
-def _rewards(model: "PrefixScorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
+def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
     prompts, texts = [row["prompt"] for row in rows], [_completion(row) for row in rows]
     finished = [row.get("finish_reason") != "length" for row in rows]

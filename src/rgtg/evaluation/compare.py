@@ -9,13 +9,16 @@ from typing import Any
 from rgtg.config import CompareRun, CompareSettings, DecodingSettings, validate
 from rgtg.data import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.join import AnyScorer
 from rgtg.decoding.methods import check_settings, find_method
 from rgtg.errors import UsageError
 from rgtg.evaluation.metrics import best_of_n_kl, bootstrap_interval, distinct_n
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.checkpoint import fingerprint_weights
+from rgtg.models.packed import pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorer import load_scorer, weights_of
 from rgtg.types import ComparisonResult, Completion, Interval, MethodResult
 
 # How many completions of each method are kept in the results for reading side by side.
@@ -34,16 +37,17 @@ def compare(settings: CompareSettings, progress: Progress | None = None) -> Comp
     runs = expand_runs(settings.methods)
     policy = load_policy(_policy_of(settings), dtype=settings.dtype, device=settings.device)
     judge = PrefixScorer.from_pretrained(settings.reward, dtype=settings.dtype, device=settings.device)
-    scorers = _load_scorers(runs, settings)
+    policy.model = pack_linears(policy.model)
+    scorers = _load_scorers(runs, settings, policy)
     _require_held_out(judge, scorers)
     prompts = read_prompts(settings.prompts)[: settings.limit]
     results = []
     for index, run in enumerate(runs):
         if progress:
             progress(run.label or run.method, index, len(runs))
-        scorer = scorers.get(run.scorer or settings.scorer or "") if find_method(run.method).scorer else None
+        scorer = scorers[_scorer_key(run, settings)] if find_method(run.method).scorer else None
         results.append(run_method(policy, scorer, run, prompts, settings, _reward_of(judge)))
-    models = {"policy": policy.model, "reward": judge.model} | {name: s.model for name, s in scorers.items()}
+    models = {"policy": policy.model, "reward": judge.model} | {name: weights_of(s) for (name, _), s in scorers.items()}
     return ComparisonResult(
         reward=Path(settings.reward).name,
         prompts=len(prompts),
@@ -76,7 +80,7 @@ def expand_runs(runs: Sequence[CompareRun]) -> list[CompareRun]:
 
 def run_method(
     policy: Policy,
-    scorer: PrefixScorer | None,
+    scorer: AnyScorer | None,
     run: CompareRun,
     prompts: Sequence[str],
     settings: CompareSettings,
@@ -159,19 +163,32 @@ def _policy_of(settings: CompareSettings) -> str:
     return settings.policy
 
 
-def _load_scorers(runs: Sequence[CompareRun], settings: CompareSettings) -> dict[str, PrefixScorer]:
-    names = [run.scorer or settings.scorer for run in runs if find_method(run.method).scorer]
-    if None in names:
+def _scorer_key(run: CompareRun, settings: CompareSettings) -> tuple[str, bool]:
+    """Name of a run's scorer, and whether it is read token by token (an adapter then joins the policy's pass)."""
+    name = run.scorer or settings.scorer
+    if name is None:
         raise UsageError("a compared method needs a scorer: give one for all (scorer) or one per method")
-    unique = dict.fromkeys(str(name) for name in names)
-    return {name: PrefixScorer.from_pretrained(name, dtype=settings.dtype, device=settings.device) for name in unique}
+    return name, find_method(run.method).unit == "token"
 
 
-def _require_held_out(judge: PrefixScorer, scorers: dict[str, Any]) -> None:
+def _load_scorers(
+    runs: Sequence[CompareRun], settings: CompareSettings, policy: Policy
+) -> dict[tuple[str, bool], AnyScorer]:
+    keys = dict.fromkeys(_scorer_key(run, settings) for run in runs if find_method(run.method).scorer)
+    scorers: dict[tuple[str, bool], AnyScorer] = {}
+    for name, join in keys:
+        scorer = load_scorer(name, policy=policy, dtype=settings.dtype, device=settings.device, join=join)
+        if isinstance(scorer, PrefixScorer):
+            scorer.model = pack_linears(scorer.model)
+        scorers[name, join] = scorer
+    return scorers
+
+
+def _require_held_out(judge: PrefixScorer, scorers: dict[tuple[str, bool], AnyScorer]) -> None:
     """Refuse a judge that guides or selects: a method would be measured by what it maximised."""
     verdict = fingerprint_weights(judge.model)
-    for name, scorer in scorers.items():
-        if fingerprint_weights(scorer.model) == verdict:
+    for (name, _), scorer in scorers.items():
+        if fingerprint_weights(weights_of(scorer)) == verdict:
             raise UsageError(
                 f"the reward {judge.name} is also the scorer {name}: a method would be measured by what it maximises. "
                 "Train a reward model on other pairs (rgtg train --objective full-bt) and give that"

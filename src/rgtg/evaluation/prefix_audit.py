@@ -16,7 +16,9 @@ from rgtg.data import read_pairs, tokenize_pairs
 from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
 from rgtg.evaluation.provenance import provenance
+from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorer import load_scorer, weights_of
 from rgtg.types import AuditPoint, AuditResult, Interval, PreferencePair
 
 # A token position is reported while at least this many pairs reach it.
@@ -35,7 +37,7 @@ class _Margins:
 
 
 def audit_prefixes(
-    scorer: "PrefixScorer | str | tuple[Any, Any]",
+    scorer: "PrefixScorer | OwnStateScorer | str | tuple[Any, Any]",
     pairs: "Sequence[PreferencePair] | str | Path",
     *,
     batch_size: int = 8,
@@ -66,7 +68,8 @@ def audit_prefixes(
         UsageError: ``rejects`` without ``skip``, or for pairs that come from no file.
         OutputError: ``rejects`` cannot be written.
     """
-    model = PrefixScorer.from_pretrained(scorer)
+    model = load_scorer(scorer)
+    assert isinstance(model, PrefixScorer | OwnStateScorer), "without a policy nothing is joined with one"
     kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
@@ -91,7 +94,7 @@ def audit_prefixes(
             command="rgtg audit",
             settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad},
             seed=seed,
-            models={"scorer": model.model},
+            models={"scorer": weights_of(model)},
             data={"pairs": fingerprint},
         ),
     )
@@ -121,7 +124,7 @@ def verdict(early: Interval, full: Interval) -> str:
 
 
 def _usable_pairs(
-    model: PrefixScorer,
+    model: PrefixScorer | OwnStateScorer,
     pairs: "Sequence[PreferencePair] | str | Path",
     on_bad: Literal["error", "skip"],
     rejects: Path | None,
@@ -143,7 +146,7 @@ def _usable_pairs(
     return kept, fingerprint
 
 
-def _fitting(model: PrefixScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def _fitting(model: PrefixScorer | OwnStateScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """The pairs that fit the scorer's context; a warning counts the others."""
     limit = model.max_length or math.inf
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
@@ -165,7 +168,9 @@ def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _all_margins(model: PrefixScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
+def _all_margins(
+    model: PrefixScorer | OwnStateScorer, pairs: Sequence[PreferencePair], batch_size: int
+) -> list[_Margins]:
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
     prompts = [pair.prompt_ids for pair in tokenized]
     chosen = [pair.chosen_ids for pair in tokenized]

@@ -23,14 +23,15 @@ def provenance(
     made on.
     """
     first = next(iter(models.values()), None)
+    weight = next(first.parameters()) if first is not None else None
     return Provenance(
         version=rgtg.__version__,
         git_commit=_git_commit(),
         command=command,
         settings={key: _without_folder(value) for key, value in settings.items()},
         seed=seed,
-        dtype=str(first.dtype).removeprefix("torch.") if first is not None else None,
-        device=first.device.type if first is not None else None,
+        dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else None,
+        device=weight.device.type if weight is not None else None,
         models={role: fingerprint_weights(model) for role, model in models.items()},
         data=data,
     )

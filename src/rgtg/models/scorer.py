@@ -9,7 +9,7 @@ from torch import Tensor
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.own_state import OwnStateScorer
-from rgtg.models.policy import Policy
+from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
 
@@ -35,13 +35,18 @@ class Scorer(Protocol):
         ...
 
     def score_prefixes(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
     ) -> list[Tensor]:
         """Scores of all prefixes y_{1:i}, i = 1 … T, of each completion: one fp32 CPU tensor (T,) per row."""
         ...
 
     def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, finished: bool | Sequence[bool] = True
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        batch_size: int = 8,
     ) -> list[float]:
         """Reward of each finished completion (or of an unfinished one, read without a closing EOS)."""
         ...
@@ -78,6 +83,27 @@ def load_scorer(
     if trunk == "shared" and isinstance(source, str) and join and policy is not None:
         return SharedTrunkScorer.from_pretrained(source, policy)
     return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
+
+
+def load_named_scorer(
+    source: str, policy: str | None = None, *, dtype: str | None = None, device: str | None = None
+) -> PrefixScorer | OwnStateScorer:
+    """A scorer by name, to read whole completions with; ``policy`` says where the one that a head reads is now.
+
+    Raises:
+        UsageError: a policy for a scorer that reads none; and as ``load_scorer``.
+    """
+    if policy is not None and (not Path(source).is_dir() or _trunk(source) != "own"):
+        raise UsageError(f"{source} is a model of its own and reads no policy; leave --policy out")
+    loaded = load_policy(policy, dtype=dtype, device=device) if policy is not None else None
+    scorer = load_scorer(source, policy=loaded, dtype=dtype, device=device)
+    assert isinstance(scorer, PrefixScorer | OwnStateScorer), "only a policy can be joined with an adapter"
+    return scorer
+
+
+def weights_of(scorer: Any) -> Any:
+    """The module whose weights a scorer was trained as: a head on a policy's states, else its model."""
+    return scorer.head if isinstance(scorer, OwnStateScorer) else scorer.model
 
 
 def _trunk(source: str) -> str:

@@ -15,6 +15,7 @@ from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.heads import Head, round_to_half
 from rgtg.models.own_state import require_observable
 from rgtg.models.policy import Policy, load_policy
+from rgtg.outputs import make_folder
 from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
 from rgtg.training.callbacks import LOG_FILE, TrainLog
 from rgtg.training.heads import HeadTrainer, StatePairs, new_head, starting_table, vocabulary_size
@@ -26,7 +27,6 @@ from rgtg.training.run import (
     figures_of,
     keep_quiet,
     longest,
-    make_folder,
     read_data,
     shown,
 )

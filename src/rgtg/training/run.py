@@ -15,10 +15,11 @@ from transformers.trainer_callback import ProgressCallback
 import rgtg
 from rgtg.config import LoraSettings, TrainSettings
 from rgtg.data import TokenizedPair, read_pairs, split_pairs, tokenize_pairs
-from rgtg.errors import DataError, OutputError, UsageError
+from rgtg.errors import DataError, UsageError
 from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import context_length, load_policy
+from rgtg.outputs import make_folder
 from rgtg.training.arguments import (
     CHECKPOINTS,
     DEFAULTS,
@@ -140,17 +141,6 @@ def longest(settings: TrainSettings, model: Any) -> int | None:
     if settings.max_length and limit and settings.max_length > limit:
         raise UsageError(f"--max-length {settings.max_length} exceeds the context of {settings.base}: {limit} tokens")
     return settings.max_length or limit
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder and try to write into it, before any work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose a folder that can be written") from error
 
 
 def read_data(

@@ -144,6 +144,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
         yield stage
         for path in sorted(stage.iterdir(), key=lambda path: path.name == INFO_FILE):
+            path.chmod(0o644)  # safetensors leaves weights to their owner alone
             path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise OutputError(
