@@ -4,9 +4,11 @@ import math
 
 import torch
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
+from conftest import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.decoding.guided import GuidedPolicy
-from rgtg.models.checkpoint import ScorerInfo
+from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights, write_info
+from rgtg.models.encoding import tokenizer_hash
+from rgtg.models.heads import StateHead, VocabularyHead, save_head
 from rgtg.models.prefix_scorer import PrefixScorer
 
 EOS = 2
@@ -91,3 +93,17 @@ def winner_distribution(guided, prompt, length, n, **settings) -> dict[tuple[int
         winners[tokens] = (below + drawn[tokens]) ** n - below**n
         below += drawn[tokens]
     return winners
+
+
+def write_head(folder, policy_folder, kind: str = "state"):
+    """A head with random weights on a saved tiny policy's states, as a folder."""
+    folder.mkdir()
+    torch.manual_seed(3)
+    save_head(folder, StateHead(32, 8) if kind == "state" else VocabularyHead(32, 8, 4, VOCAB))
+    tiny_tokenizer().save_pretrained(folder)
+    about = {
+        "trunk": "own", "head": kind, "layer": 2, "base_model": str(policy_folder),
+        "base_fingerprint": fingerprint_weights(tiny_policy()), "tokenizer_hash": tokenizer_hash(tiny_tokenizer()),
+    }  # fmt: skip
+    write_info(folder, info().model_copy(update=about))
+    return folder

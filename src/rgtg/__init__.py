@@ -11,15 +11,19 @@ _PUBLIC = {
     "DataError": "rgtg.errors",
     "FullRewardTrainer": "rgtg.training.full_reward",
     "GuidedPolicy": "rgtg.decoding.guided",
+    "OwnStateScorer": "rgtg.models.own_state",
     "PreferencePair": "rgtg.types",
     "PrefixRewardTrainer": "rgtg.training.prefix_reward",
     "PrefixScorer": "rgtg.models.prefix_scorer",
     "RgtgError": "rgtg.errors",
+    "SharedTrunkScorer": "rgtg.models.shared_trunk",
     "StepTrace": "rgtg.types",
     "UsageError": "rgtg.errors",
+    "VocabularyScorer": "rgtg.models.vocab_scorer",
     "audit_prefixes": "rgtg.evaluation.prefix_audit",
     "bradley_terry_loss": "rgtg.losses",
     "custom_generate": "rgtg.integrations.transformers",
+    "load_scorer": "rgtg.models.scorer",
     "prefix_bradley_terry_loss": "rgtg.losses",
     "read_pairs": "rgtg.data",
 }
@@ -48,7 +52,11 @@ if TYPE_CHECKING:
     from rgtg.integrations.transformers import custom_generate as custom_generate
     from rgtg.losses import bradley_terry_loss as bradley_terry_loss
     from rgtg.losses import prefix_bradley_terry_loss as prefix_bradley_terry_loss
+    from rgtg.models.own_state import OwnStateScorer as OwnStateScorer
     from rgtg.models.prefix_scorer import PrefixScorer as PrefixScorer
+    from rgtg.models.scorer import load_scorer as load_scorer
+    from rgtg.models.shared_trunk import SharedTrunkScorer as SharedTrunkScorer
+    from rgtg.models.vocab_scorer import VocabularyScorer as VocabularyScorer
     from rgtg.training.full_reward import FullRewardTrainer as FullRewardTrainer
     from rgtg.training.prefix_reward import PrefixRewardTrainer as PrefixRewardTrainer
     from rgtg.types import AuditResult as AuditResult

@@ -5,6 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from naive import write_head
 from rgtg.cli import audit
 
 app = typer.Typer()
@@ -88,3 +89,21 @@ def test_the_table_ends_in_the_verdict(scorer_folder, pairs):
     assert ran.exit_code == 0, ran.output
     for expected in ("1 tokens", "100%", "calibration error", "completions"):
         assert expected in ran.stdout
+
+
+def test_a_head_is_audited_with_the_policy_it_names_or_one_that_is_given(tmp_path, policy_folder, scorer_folder, pairs):
+    head = write_head(tmp_path / "head", policy_folder)
+    flags = ["--pairs", str(pairs), "--json", "--set", "bootstrap=100"]
+    named = CliRunner().invoke(app, ["--scorer", str(head), *flags])
+    assert named.exit_code == 0, named.stderr
+    moved = policy_folder.rename(tmp_path / "moved")
+    gone = CliRunner().invoke(app, ["--scorer", str(head), *flags])
+    assert gone.exit_code == 2
+    assert "--policy" in gone.stderr
+    given = CliRunner().invoke(app, ["--scorer", str(head), "--policy", str(moved), *flags])
+    assert given.exit_code == 0, given.stderr
+    first, second = (json.loads(ran.stdout)["by_fraction"] for ran in (named, given))
+    assert first == second
+    stray = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--policy", str(moved), *flags])
+    assert stray.exit_code == 2
+    assert "reads no policy" in stray.stderr

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from conftest import tiny_reward_model, tiny_tokenizer
-from naive import EOS, info, reward
+from naive import EOS, info, reward, write_head
 from rgtg.config import CompareRun, CompareSettings
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare import _reward_of, compare, expand_runs
@@ -38,6 +38,18 @@ def test_every_method_is_measured_on_every_prompt(settings):
     assert policy.scorer_calls == 0
     assert best.scorer_calls == 9
     assert strong.metrics["kl_nats"].mean > weak.metrics["kl_nats"].mean
+
+
+@pytest.mark.parametrize("kind", ["state", "vocab"])
+def test_heads_on_the_policys_states_are_compared_too(settings, tmp_path, policy_folder, kind):
+    head = str(write_head(tmp_path / "head", policy_folder, kind))
+    runs = [CompareRun(method="policy"), CompareRun(method="pargs", beta=4, scorer=head),
+            CompareRun(method="best-of-n", n=2, scorer=head)]  # fmt: skip
+    result = compare(settings.model_copy(update={"methods": runs}))
+    policy, guided, best = result.methods
+    assert guided.metrics["reward"] != policy.metrics["reward"]
+    assert (guided.scorer_calls, best.scorer_calls) == (guided.policy_calls, 6)
+    assert result.provenance.models[head] not in (result.provenance.models["policy"], result.provenance.models["reward"])
 
 
 @pytest.mark.parametrize("append_eos", [True, False])
