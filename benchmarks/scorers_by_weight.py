@@ -12,6 +12,8 @@ whether heads on a frozen policy keep up where its states have little reason to 
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import tempfile
 import time
@@ -69,8 +71,11 @@ def train(name, args, folder, seed):
     return facts | {"choices": [c.model_dump() for c in report.choices]}
 
 
-def one_gold(name, policy, args, seed):
-    """Train every kind of scorer on one gold, and guide with each at every beta."""
+def one_gold(name, args, seed):
+    """Train every kind of scorer on one gold, and guide with each at every beta; in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    policy = load_policy(args.policy, dtype="float32", device="cpu")
     gold = stories.gold = GOLDS[name]
     everything = stories.make_prompts(policy, args.pairs + args.prompts + 500, seed)
     test, rest = everything[: args.prompts], everything[args.prompts :]
@@ -152,7 +157,9 @@ def main():
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     policy = load_policy(args.policy, dtype="float32", device="cpu")
-    results = [one_gold(gold, policy, args, seed) for gold in args.golds for seed in args.seeds]
+    work = [(gold, args, seed) for gold in args.golds for seed in args.seeds]
+    with multiprocessing.get_context("spawn").Pool(min(len(work), os.cpu_count() or 1)) as pool:
+        results = pool.starmap(one_gold, work, chunksize=1)
     made = provenance(
         command="python benchmarks/scorers_by_weight.py --policy STORIES260K", seed=args.seeds[0], data={},
         settings=vars(args) | {"policy": Path(args.policy).name, "output": args.output.name},
@@ -165,5 +172,4 @@ def main():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

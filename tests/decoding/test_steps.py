@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
-from naive import info, next_log_probs, tiny_scorer
+from naive import info, make_guided, next_log_probs, tiny_scorer
 from rgtg.config import DecodingSettings
 from rgtg.decoding import steps
 from rgtg.decoding.guided import GuidedPolicy
@@ -237,6 +237,24 @@ def test_best_of_n_refuses_a_scorer_of_next_tokens_only():
     scorer = VocabularyScorer(Policy(tiny_policy(seed=9), tiny_tokenizer()), info=info())
     with pytest.raises(ValueError, match="scores next tokens, not finished"):
         GuidedPolicy(policy, scorer, method="best-of-n")
+
+
+NOT_AT_ONCE = [({"top_k": None}, "set top_k"), ({"draft": "policy"}, "a draft"), ({"method": "policy"}, "of its own")]
+
+
+@pytest.mark.parametrize(("settings", "message"), NOT_AT_ONCE)
+def test_what_cannot_run_at_once_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_guided(overlap=True, **settings)
+
+
+@pytest.mark.parametrize("method", ["pargs", "pargs-greedy"])
+def test_at_once_gives_what_apart_gives(method):
+    apart, at_once = (
+        make_guided(method, beta=1.5, overlap=overlap).generate_ids(PROMPTS, max_new_tokens=10, seed=3)
+        for overlap in (False, True)
+    )
+    assert [c.token_ids for c in apart] == [c.token_ids for c in at_once]
 
 
 def test_the_scorer_may_be_asked_for_elsewhere_only_by_name():

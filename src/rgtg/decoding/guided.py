@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.decoding.join import DRAFTS, AnyScorer, check_draft, make_speculation, make_stepper
+from rgtg.decoding.join import DRAFTS, AnyScorer, check_draft, check_overlap, make_speculation, make_stepper
 from rgtg.decoding.methods import Method, check_scorer, check_settings, find_method
 from rgtg.decoding.requests import (
     Request,
@@ -25,11 +25,11 @@ from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
 from rgtg.models.own_state import OwnStateScorer
-from rgtg.models.packed import pack_linears
+from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits
-from rgtg.models.scorer import load_scorer
+from rgtg.models.scorer import load_scorer, trunk_of
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -117,8 +117,11 @@ class GuidedPolicy:
         """
         find_method(method)
         loaded = load_policy(policy, **(_placement(dtype, device) if isinstance(policy, str) else {}))
-        if isinstance(policy, str) and pack:
-            loaded.model = pack_linears(loaded.model)
+        if isinstance(policy, str):  # in place of the stock layout: weights are held once
+            if pack:
+                loaded.model = pack_linears(loaded.model)
+            if isinstance(scorer, str) and trunk_of(scorer) == "shared" and not groups_of(loaded.model):
+                loaded.model = group_linears(loaded.model, pack=False)
         reward = scorer
         if isinstance(reward, str | tuple):
             reward = _load_scorer(reward, loaded, method, dtype, scorer_device or device, pack=pack)
@@ -233,6 +236,8 @@ class GuidedPolicy:
             check_draft(self.draft, self._token_scorer, settings)
         elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
             raise UsageError("draft_length applies to speculative decoding: say where drafts come from (draft)")
+        if self.overlap:
+            check_overlap(self._token_scorer, settings, drafted=self.draft is not None)
         return settings
 
     @property
@@ -266,6 +271,8 @@ class GuidedPolicy:
         require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
         if self.scorer is not None and self.method.scorer is not None:
             require_room(prompt_ids, settings.max_new_tokens, self.scorer.max_length, "scorer")
+        if isinstance(self.draft, Policy):
+            require_room(prompt_ids, settings.max_new_tokens, self.draft.max_length, "drafting model")
 
     def _decode(self, requests: list[Request], settings: DecodingSettings, *, trace: bool) -> Iterator[list[Request]]:
         rule = TokenRule(

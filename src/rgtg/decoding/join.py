@@ -84,6 +84,18 @@ class Speculation:
     costs: Costs
 
 
+def check_overlap(scorer: AnyScorer | None, settings: DecodingSettings, *, drafted: bool) -> None:
+    """Refuse two passes at once where there are no two, or where their trees would be read in parts.
+
+    Raises:
+        UsageError: saying why.
+    """
+    if not isinstance(scorer, PrefixScorer) or drafted:
+        raise UsageError("overlap runs the policy beside a scorer that is a model of its own, without a draft")
+    if settings.top_k is None or settings.top_k > MAX_WIDTH:
+        raise UsageError(f"overlap reads at most {MAX_WIDTH} candidates with the policy: set top_k (10 is usual)")
+
+
 def check_draft(draft: "str | Policy", scorer: AnyScorer | None, settings: DecodingSettings) -> None:
     """Refuse drafts that cannot be verified, or cannot save anything.
 
@@ -124,7 +136,7 @@ def make_speculation(
     reader = make_runner(policy.model, policy_logits, longest + MAX_DRAFT + 1, tree=tree)
     width = MAX_DRAFT + (MAX_DRAFT + 1) * k
     judge = make_runner(scorer.model, scorer_scores, longest + width, tree=tree) if scorer else None
-    ridge = 22.0 if policy.model.device.type == "cpu" else 256.0
+    ridge = 32.0 if policy.model.device.type == "cpu" else 256.0
     costs = Costs(decode_bytes(policy.model), decode_bytes(scorer.model) if scorer else 0.0, ridge, k)
     drafter: Drafter
     if isinstance(draft, Policy):

@@ -115,7 +115,8 @@ def _verify(
     ids, log_probs = (t.view(batch, places, -1) for t in (ids, log_probs))
     scores = _score(scorer, draft, ids) if scorer else None
     used = torch.arange(places, device=ids.device) <= torch.tensor(draft.counts, device=ids.device)[:, None]
-    require_finite(log_probs[used], scores[used] if scores is not None else None)
+    finite = scores is None or bool(scores[used].isfinite().all())
+    require_finite(bool(log_probs[used][:, 0].isfinite().all()), finite)
     steering = scores.nan_to_num() if scores is not None else torch.zeros_like(log_probs)
     guided = guided_log_probs(log_probs.flatten(0, 1), steering.flatten(0, 1), rule.beta, temperature)
     return _Verified(

@@ -52,7 +52,6 @@ def decode(
         candidate_ids, candidate_log_probs = propose(allowed, top_k=rule.top_k, top_p=rule.top_p)
         # 2. score: every candidate, in the stepper's way
         scores = stepper.score(candidate_ids)
-        require_finite(candidate_log_probs, scores)
         # 3. rule
         beta_scores = torch.zeros_like(candidate_log_probs) if scores is None else scores
         guided = guided_log_probs(candidate_log_probs, beta_scores, rule.beta, 0.0 if rule.greedy else rule.temperature)
@@ -79,18 +78,22 @@ def _choose(guided: Tensor, active: list[Request], rule: TokenRule) -> Tensor:
     return greedy(guided) if rule.greedy or rule.temperature == 0 else sample(guided, uniforms)
 
 
-def require_finite(candidate_log_probs: Tensor, scores: Tensor | None) -> None:
-    """Refuse what is no distribution: log-probabilities (…, K) of which not even the first is finite, or scores.
+def require_finite(policy: bool, scores: bool) -> None:
+    """Refuse what is no distribution.
+
+    Args:
+        policy: whether every row's likeliest candidate has a finite log-probability.
+        scores: whether all scores are finite.
 
     Raises:
-        NonFiniteError: saying whose, and what to try.
+        NonFiniteError: saying whose are not, and what to try.
     """
-    if not bool(candidate_log_probs[..., 0].isfinite().all()):
+    if not policy:
         raise NonFiniteError(
             "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every token "
             "is banned. Try dtype=float32, or relax the bans"
         )
-    if scores is not None and not bool(scores.isfinite().all()):
+    if not scores:
         raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
 
 
@@ -105,22 +108,24 @@ def _record(
     guided: Tensor,
     trace: bool,
 ) -> None:
-    """Write what was chosen into each row, with one transfer to the host per kind of figure."""
-    chosen = tokens[:, 0].tolist()
-    policy_log_probs = whole.gather(1, tokens)[:, 0].tolist()
-    guided_chosen = guided.gather(1, choice[:, None])[:, 0].tolist()
-    chosen_scores = scores.gather(1, choice[:, None])[:, 0].tolist() if scores is not None else None
-    for i, row in enumerate(active):
-        row.token_ids.append(chosen[i])
-        row.policy_log_prob += policy_log_probs[i]
-        row.guided_log_prob += guided_chosen[i]
+    """Write what was chosen into each row. All figures come to the host in one transfer, the step's only wait."""
+    at = choice[:, None]
+    columns = [tokens, whole.gather(1, tokens), guided.gather(1, at), candidate_log_probs[:, :1].isfinite()]
+    if scores is not None:
+        columns += [scores.gather(1, at), scores.isfinite().all(-1, keepdim=True)]
+    figures = torch.cat([column.double() for column in columns], 1).tolist()
+    require_finite(all(row[3] for row in figures), scores is None or all(row[5] for row in figures))
+    for i, (row, chosen) in enumerate(zip(active, figures, strict=True)):
+        row.token_ids.append(int(chosen[0]))
+        row.policy_log_prob += chosen[1]
+        row.guided_log_prob += chosen[2]
         row.policy_calls += 1
-        if chosen_scores is not None:
-            row.score = chosen_scores[i]
+        if scores is not None:
+            row.score = chosen[4]
             row.scorer_calls += 1
         if trace:
             mine = scores[i] if scores is not None else None
-            row.trace.append(step_trace(chosen[i], candidate_ids[i], candidate_log_probs[i], mine, guided[i]))
+            row.trace.append(step_trace(row.token_ids[-1], candidate_ids[i], candidate_log_probs[i], mine, guided[i]))
 
 
 def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, guided: Tensor) -> StepTrace:

@@ -60,7 +60,7 @@ class LinearGroup:
         self.slices = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         self.out = int(ends[-1])
         self.weights = StackedWeights(weight, _stack_biases(weights, biases), pack=pack)
-        self.adapter: tuple[slice, Tensor] | None = None
+        self.adapter: tuple[slice, Tensor, Tensor] | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._taken = 0
@@ -91,7 +91,8 @@ class LinearGroup:
         for a, b, columns in pairs:
             blocks[first : first + len(a), columns] = b.t()
             first += len(a)
-        self.adapter = (self.weights.add(stacked), blocks)
+        # fp32 for the second product: with one row, half the time of the same in bf16 on a CPU, and no less exact
+        self.adapter = (self.weights.add(stacked), blocks, blocks.float())
 
     def member(self, index: int, x: Tensor) -> Tensor:
         """Output of one member; the first that meets an input computes it for all."""
@@ -109,9 +110,12 @@ class LinearGroup:
     def _product(self, x: Tensor) -> Tensor:
         y = self.weights(x)
         if self.adapter is not None:
-            place, up = self.adapter
+            place, up, up_fp32 = self.adapter
             rows = y[x.shape[0] // 2 :].view(-1, y.shape[-1])
-            rows[:, : self.out].addmm_(rows[:, place], up)
+            if len(rows) == 1 and y.device.type == "cpu":
+                rows[:, : self.out] += rows[:, place].float() @ up_fp32
+            else:
+                rows[:, : self.out].addmm_(rows[:, place], up)
         return y if y.shape[-1] == self.out else y[..., : self.out]
 
 

@@ -77,7 +77,7 @@ def load_scorer(
         if policy is not None and policy.model is not source.model:
             raise UsageError(f"the head {source.name} is on another loaded policy; load it with policy= this one")
         return source
-    trunk = _trunk(source) if isinstance(source, str) else "separate"
+    trunk = trunk_of(source) if isinstance(source, str) else "separate"
     if trunk == "own" and isinstance(source, str):
         return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
     if trunk == "shared" and isinstance(source, str) and join and policy is not None:
@@ -93,7 +93,7 @@ def load_named_scorer(
     Raises:
         UsageError: a policy for a scorer that reads none; and as ``load_scorer``.
     """
-    if policy is not None and (not Path(source).is_dir() or _trunk(source) != "own"):
+    if policy is not None and trunk_of(source) != "own":
         raise UsageError(f"{source} is a model of its own and reads no policy; leave --policy out")
     loaded = load_policy(policy, dtype=dtype, device=device) if policy is not None else None
     scorer = load_scorer(source, policy=loaded, dtype=dtype, device=device)
@@ -106,6 +106,7 @@ def weights_of(scorer: Any) -> Any:
     return scorer.head if isinstance(scorer, OwnStateScorer) else scorer.model
 
 
-def _trunk(source: str) -> str:
+def trunk_of(source: str) -> str:
+    """Whose states a scorer reads, by its folder: ``separate`` (also without rgtg.json), ``own`` or ``shared``."""
     info = read_info(source) if Path(source).is_dir() else None
     return info.trunk if info else "separate"
