@@ -191,7 +191,7 @@ def test_unfit_texts():
         scorer.score_prefixes([[0]], [[]])
     with pytest.raises(DataError, match="the prompt must have one"):
         scorer.score_prefixes([[]], [[5]])
-    with pytest.raises(DataError, match="exceeds the policy's context of 128"):
+    with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
         scorer.score(["x"], ["y" * 200])
 
 

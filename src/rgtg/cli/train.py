@@ -11,7 +11,7 @@ from rgtg.config import TrainSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rgtg.training.run import TrainReport
+    from rgtg.training.common import TrainReport
 
 
 @verb

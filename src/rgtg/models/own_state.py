@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
 from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
-from rgtg.models.encoding import encode_completion, encode_prompt, tokenizer_hash
+from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
 from rgtg.models.heads import VocabularyHead as VocabularyHead
 from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
-from rgtg.models.prefix_scorer import pad_right
+from rgtg.models.prefix_scorer import batches_by_length, encode_to_score, require_fit
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 _EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
@@ -84,12 +84,11 @@ class OwnStateScorer:
             DataError: an empty completion, a text over the context, or (vocabulary head) an empty prompt.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        self._require_fit(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
+        require_fit(rows, self.max_length)
+        if self.kind == "vocab" and not all(prompt for prompt, _ in rows):
+            raise DataError("a vocabulary head reads the state before a token: the prompt must have one")
         scores: dict[int, Tensor] = {}
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, self.model.device)
+        for part, ids, mask in batches_by_length(rows, batch_size, self.model.device):
             states = read_states(self.model, ids, mask, [self.layer])[self.layer]
             for row, i in enumerate(part):
                 window = slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1]))
@@ -107,33 +106,10 @@ class OwnStateScorer:
         batch_size: int = 8,
     ) -> list[float]:
         """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
-        ended = [finished] * len(completions) if isinstance(finished, bool) else finished
-        if len(ended) != len(completions):
-            raise UsageError(
-                f"finished says of {len(ended)} completions whether they ended; there are {len(completions)}"
-            )
-        prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
-        completion_ids = [
-            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=end and self.append_eos)
-            for p, c, end in zip(prompts, completions, ended, strict=True)
-        ]
-        # an empty text that no EOS closes is worth what its prompt is: the score of the prompt's last token
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-            if not completion:
-                completion.append(prompt.pop())
+        prompt_ids, completion_ids = encode_to_score(
+            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+        )
         return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
-
-    def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-        for prompt, completion in rows:
-            if not completion:
-                raise DataError("a scored completion must have at least one token")
-            if self.kind == "vocab" and not prompt:
-                raise DataError("a vocabulary head reads the state before a token: the prompt must have one")
-            if self.max_length and len(prompt) + len(completion) > self.max_length:
-                raise DataError(
-                    f"a text of {len(prompt)} + {len(completion)} tokens exceeds the policy's context of "
-                    f"{self.max_length}; drop it or use a policy with a longer context"
-                )
 
 
 def positions_of(kind: str, states: Tensor, completion: slice) -> Tensor:

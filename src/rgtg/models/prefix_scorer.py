@@ -1,7 +1,7 @@
 """A stock sequence-classification reward model, read at every position in one pass."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,11 @@ class PrefixScorer:
             One fp32 CPU tensor of shape (T,) per completion.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        self._require_fit(rows)
+        require_fit(rows, self.max_length)
         if not self.causal:
             return [self._score_prefix_texts(prompt, completion, batch_size) for prompt, completion in rows]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
         scores: dict[int, Tensor] = {}
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, self.model.device)
+        for part, ids, mask in batches_by_length(rows, batch_size, self.model.device):
             read = position_scores(self.model, ids, mask).float().cpu()
             for row, i in enumerate(part):
                 first, total = len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])
@@ -114,29 +111,12 @@ class PrefixScorer:
             DataError: an empty prompt, or a text over the scorer's context.
             UsageError: another number of ``finished`` than of completions.
         """
-        ended = _one_each(finished, len(completions))
-        prompt_ids = [encode_prompt(self.tokenizer, p, templated=templated) for p in prompts]
-        completion_ids = [
-            encode_completion(self.tokenizer, p, c, templated=templated, append_eos=self.append_eos and end)
-            for p, c, end in zip(prompts, completions, ended, strict=True)
-        ]
+        prompt_ids, completion_ids = encode_to_score(
+            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+        )
         if self.causal:
-            # an empty text that no EOS closes is worth what its prompt is: the score at the prompt's last token
-            for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-                if not completion:
-                    completion.append(prompt.pop())
             return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
         return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
-
-    def _require_fit(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-        for prompt, completion in rows:
-            if not completion:
-                raise DataError("a scored completion must have at least one token")
-            if self.max_length and len(prompt) + len(completion) > self.max_length:
-                raise DataError(
-                    f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of "
-                    f"{self.max_length}; drop it or use a scorer with a longer context"
-                )
 
     def _score_prefix_texts(self, prompt: Sequence[int], completion: Sequence[int], batch_size: int) -> Tensor:
         texts = [
@@ -154,12 +134,60 @@ class PrefixScorer:
         return torch.cat(parts)
 
 
-def _one_each(finished: bool | Sequence[bool], count: int) -> Sequence[bool]:
-    if isinstance(finished, bool):
-        return [finished] * count
-    if len(finished) != count:
-        raise UsageError(f"finished says of {len(finished)} completions whether they ended, and there are {count}")
-    return finished
+def require_fit(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None) -> None:
+    """Refuse an empty completion, and a prompt and completion over the scorer's context of ``limit`` tokens.
+
+    Raises:
+        DataError: saying which.
+    """
+    for prompt, completion in rows:
+        if not completion:
+            raise DataError("a scored completion must have at least one token")
+        if limit and len(prompt) + len(completion) > limit:
+            raise DataError(
+                f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of {limit}; drop it, "
+                "or use a scorer with a longer context"
+            )
+
+
+def batches_by_length(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, device: Any
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices of rows of like length (little padding), with their padded ids (B, T) and mask."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        yield part, *pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, device)
+
+
+def encode_to_score(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    finished: bool | Sequence[bool],
+    *,
+    append_eos: bool,
+    templated: bool,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions as a causal scorer reads them: what ended is closed if the scorer was trained so.
+
+    An empty text that no EOS closes is worth what its prompt is: the prompt's last token then stands for it.
+
+    Raises:
+        UsageError: another number of ``finished`` than of completions.
+    """
+    ended = [finished] * len(completions) if isinstance(finished, bool) else finished
+    if len(ended) != len(completions):
+        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {len(completions)}")
+    prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
+    completion_ids = [
+        encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
+        for p, c, end in zip(prompts, completions, ended, strict=True)
+    ]
+    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+        if not completion:
+            completion.append(prompt.pop())
+    return prompt_ids, completion_ids
 
 
 def scalar_head(model: Any) -> Any:

@@ -18,8 +18,7 @@ from rgtg.models.policy import Policy, load_policy
 from rgtg.outputs import make_folder
 from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
 from rgtg.training.callbacks import LOG_FILE, TrainLog
-from rgtg.training.heads import HeadTrainer, StatePairs, new_head, starting_table, vocabulary_size
-from rgtg.training.run import (
+from rgtg.training.common import (
     HeadChoice,
     PairData,
     TrainReport,
@@ -30,6 +29,7 @@ from rgtg.training.run import (
     read_data,
     shown,
 )
+from rgtg.training.heads import HeadTrainer, StatePairs, new_head, starting_table, vocabulary_size
 from rgtg.training.save import model_card, save_own_state
 from rgtg.training.state_cache import StateCache, cache_states
 
