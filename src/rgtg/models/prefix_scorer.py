@@ -178,7 +178,8 @@ def encode_to_score(
     """
     ended = [finished] * len(completions) if isinstance(finished, bool) else finished
     if len(ended) != len(completions):
-        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {len(completions)}")
+        many = len(completions)
+        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {many}")
     prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
     completion_ids = [
         encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
