@@ -138,6 +138,8 @@ def plot(results, path):
                 yerr=[[best["mean"] - best["low"]], [best["high"] - best["mean"]]], color=colour, marker="o", capsize=2,
             )  # fmt: skip
         left.set(xlabel="KL to the policy (nats)", ylabel=f"gold reward ({gold})", xscale="log")
+        left.minorticks_off()
+        left.set_xticks([5, 10, 20, 50], labels=["5", "10", "20", "50"])
         right.set(xlabel="ms per token, one prompt", ylabel="best gold reward over β")
         left.legend(fontsize=8)
     figure.tight_layout()
