@@ -1,10 +1,13 @@
 """``rgtg train`` from pairs to a saved scorer; the command line parses, calls this and prints."""
 
+import atexit
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import rgtg
 from rgtg.config import LoraSettings, TrainSettings
@@ -71,6 +74,8 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     max_length = longest(settings, model)
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
+    if config.world_size > 1:
+        atexit.register(_leave_group)
     make_folder(settings.output)
     data = read_data(settings, config, tokenizer, max_length, is_main=is_main)
     info = _info(settings, model, tokenizer, data.fingerprint, max_length).model_copy(update=about)
@@ -87,6 +92,12 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         _save(settings, trainer, tokenizer, info, report)
     trainer.accelerator.wait_for_everyone()
     return report
+
+
+def _leave_group() -> None:
+    """Close the process group before the interpreter ends: its threads may otherwise abort a run that has succeeded."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
