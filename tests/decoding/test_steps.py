@@ -206,6 +206,8 @@ def test_an_adapter_is_read_from_its_folder(tmp_path):
     scaled = {name: (down, up * 2) for name, (down, up) in adapter.items()}  # alpha / r
     guided = GuidedPolicy.from_pretrained(policy, str(folder), beta=1.5, top_k=4)
     assert isinstance(guided.scorer, SharedTrunkScorer)
+    with pytest.raises(ValueError, match="a model of its own"):
+        GuidedPolicy.from_pretrained(policy, str(folder), scorer_device="cpu")
     done = guided.generate_ids(PROMPTS, max_new_tokens=4, trace=True)
     stock = merged("llama", scaled)
     for prompt, completion in zip(PROMPTS, done, strict=True):

@@ -127,6 +127,8 @@ class GuidedPolicy:
             reward = _load_scorer(reward, loaded, method, dtype, scorer_device or device, pack=pack)
         elif reward is not None and scorer_device is not None:
             raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
+        if scorer_device is not None and not isinstance(reward, PrefixScorer):
+            raise UsageError("scorer_device applies to a scorer that is a model of its own")
         if isinstance(draft, str) and draft not in DRAFTS:
             draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
             draft.model = pack_linears(draft.model) if pack else draft.model
