@@ -10,8 +10,7 @@ from torch import Tensor
 from rgtg.decoding.candidates import propose
 from rgtg.decoding.requests import Request, process
 from rgtg.decoding.rules import guided_log_probs, sample
-from rgtg.decoding.runner import Runner, read
-from rgtg.decoding.token_tree import TokenTree
+from rgtg.decoding.runner import Runner, read_next
 
 MAX_DRAFT = 8
 _LOOKUP_NGRAM = 3
@@ -223,10 +222,8 @@ def draft_with(runner: Runner, rows: Sequence[Request], newest: Tensor, counts: 
     token = newest
     ahead: list[list[int]] = [[] for _ in rows]
     every, tokens, ids, log_probs = [], [], [], []
-    first = torch.zeros(len(rows), 1, dtype=torch.long)
     for step in range(width + 1):
-        logits = read(runner, TokenTree.chain(token))[:, 0]
-        runner.keep(first)
+        logits = runner.readout(runner.model, read_next(runner, token))
         every.append(logits)
         if step == width:
             break

@@ -62,6 +62,13 @@ def read(runner: Runner, tree: TokenTree) -> Tensor:
     return runner.readout(runner.model, runner.states(tree))
 
 
+def read_next(runner: Runner, tokens: Tensor) -> Tensor:
+    """Read one token per row, ``tokens`` (B, 1), and keep it; return the final states at it, (B, H)."""
+    states = runner.states(TokenTree.chain(tokens))[:, 0]
+    runner.keep(torch.zeros(len(states), 1, dtype=torch.long))
+    return states
+
+
 class TreeRunner:
     """Reads trees over one preallocated cache; the prefix is stored once whatever the number of nodes.
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runner import Runner, read
+from rgtg.decoding.runner import Runner, read, read_next
 from rgtg.decoding.token_tree import TokenTree
 
 # Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
@@ -69,9 +69,7 @@ class Alone:
 
     def advance(self) -> Tensor:
         """One row of one token through the policy."""
-        logits = read(self.policy, TokenTree.chain(self.token))[:, 0]
-        self.policy.keep(torch.zeros(len(logits), 1, dtype=torch.long))
-        return logits
+        return self.policy.readout(self.policy.model, read_next(self.policy, self.token))
 
 
 class Apart(Alone):
@@ -136,25 +134,24 @@ class AtOnce(Apart):
         return self.policy.readout(self.policy.model, self._ahead)
 
 
-class OnCandidates:
+class OnCandidates(Alone):
     """A head on the policy's own states at the candidates: the pass that scores them gives the next logits too."""
 
     def __init__(self, policy: Runner, head: Any) -> None:
-        self.policy, self.head = policy, head
+        super().__init__(policy)
+        self.head = head
         self._ahead = torch.zeros(0)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts."""
-        return self.policy.readout(self.policy.model, self.policy.prefill(prompts))
-
     def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """One policy pass over the candidates; the head reads the observed layer."""
-        parts, ahead = [], []
-        for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1):
-            ahead.append(self.policy.states(TokenTree.leaves(ids)))
-            parts.append(self.head(self.policy.seen))
-        self._ahead = torch.cat(ahead, 1)
-        return torch.cat(parts, 1).float()
+        """One policy pass over the candidates (several where there are more than ``MAX_WIDTH``)."""
+        parts = [self.look_ahead(ids) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
+        self._ahead = torch.cat([ahead for ahead, _ in parts], 1)
+        return torch.cat([scores for _, scores in parts], 1).float()
+
+    def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's states (B, K, H) at candidates, and the head's scores (B, K) of the observed layer there."""
+        ahead = self.policy.states(TokenTree.leaves(candidate_ids))
+        return ahead, self.head(self.policy.seen)
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate, and the policy's state at it."""
@@ -203,8 +200,7 @@ class OnPrefix(Alone):
     def advance(self) -> Tensor:
         """One row of one token through the policy (and through the scorer's own model)."""
         if self.reader is not self.policy:
-            self.reader.states(TokenTree.chain(self.token))
-            self.reader.keep(torch.zeros(len(self.token), 1, dtype=torch.long))
+            read_next(self.reader, self.token)
         return super().advance()
 
 
@@ -216,17 +212,12 @@ class InOnePass(OnCandidates):
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts, plain and adapted."""
-        return self.policy.readout(self.policy.model, self.policy.prefill([*prompts, *prompts])[: len(prompts)])
+        return prefill_twice(self.policy, prompts)
 
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """One pass of twice the candidates."""
-        parts, ahead = [], []
-        for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1):
-            plain, adapted = self.policy.states(TokenTree.leaves(ids.repeat(2, 1))).chunk(2)
-            ahead.append(plain)
-            parts.append(self.head(adapted))
-        self._ahead = torch.cat(ahead, 1)
-        return torch.cat(parts, 1).float()
+    def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass of twice the candidates: the plain half looks ahead, the adapted half is scored."""
+        plain, adapted = self.policy.states(TokenTree.leaves(candidate_ids.repeat(2, 1))).chunk(2)
+        return plain, self.head(adapted)
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate in both halves, and the policy's state at it."""
@@ -248,7 +239,7 @@ class InOnePassOnPrefix(OnPrefix):
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts, plain and adapted."""
-        return self.policy.readout(self.policy.model, self.policy.prefill([*prompts, *prompts])[: len(prompts)])
+        return prefill_twice(self.policy, prompts)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """The candidates' rows of the head, at the newest adapted state."""
@@ -265,9 +256,13 @@ class InOnePassOnPrefix(OnPrefix):
 
     def advance(self) -> Tensor:
         """One token of both halves; the product with the vocabulary for the policy's alone."""
-        states = self.policy.states(TokenTree.chain(self.token.repeat(2, 1)))
-        self.policy.keep(torch.zeros(len(states), 1, dtype=torch.long))
-        return self.policy.readout(self.policy.model, states[: len(self.token), 0])
+        states = read_next(self.policy, self.token.repeat(2, 1))
+        return self.policy.readout(self.policy.model, states[: len(self.token)])
+
+
+def prefill_twice(runner: Runner, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Read every prompt in both halves of the batch; the readout (B, …) at the last token of the first half."""
+    return runner.readout(runner.model, runner.prefill([*prompts, *prompts])[: len(prompts)])
 
 
 def take_nodes(states: Tensor, choice: Tensor) -> Tensor:
