@@ -34,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the name only when the block succeeds.
 
     Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
+        OutputError: the folder cannot be made or written, ``path`` is a folder, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     partial = Path(name)
     try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; give a file name")
         yield partial
         partial.chmod(0o644)
         partial.replace(path)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, save_settings, verb
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, atomic_write, hush_libraries, save_settings, verb
 from rgtg.config import GenerateSettings
-from rgtg.errors import OutputError, RgtgError, UsageError
+from rgtg.errors import UsageError
 
 if TYPE_CHECKING:
     from rgtg.decoding.guided import GuidedPolicy
@@ -127,8 +127,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
     texts = read_prompts(settings.prompts)
-    partial = _reserve(settings.output)
-    try:
+    with atomic_write(settings.output) as partial:  # fails before any model is loaded
         guided = load_guided(settings)
         starts = range(0, len(texts), settings.batch_size)
         seeds = guided.row_seeds(texts, settings.seed)
@@ -141,28 +140,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
             file.flush()
             os.fsync(file.fileno())
         save_settings(settings.output, settings)
-        partial.replace(settings.output)
-    except RgtgError:  # a model that is not found is an OSError too, and says more
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write {settings.output}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     _say(len(texts), settings, as_json=as_json, quiet=quiet)
-
-
-def _reserve(output: Path) -> Path:
-    """A file beside the output that takes its name when all rows are written; fails before any model is loaded."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror}; choose a folder that can be written") from error
-    if output.is_dir():
-        partial.unlink()
-        raise OutputError(f"cannot write {output}: it is a folder; give a file name")
-    return partial
 
 
 def _say(rows: int, settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:

@@ -81,7 +81,7 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.learning_rate or set "
                 "train.max_grad_norm"
             )
-        self._seen.append(figures_of(losses.detach(), counted, scores))
+        self._seen.append(figure_rows(losses.detach(), counted, scores))
         return (loss, scores) if return_outputs else loss
 
     def pair_losses(
@@ -142,7 +142,7 @@ def pair_scores(
 
 
 @torch.no_grad()
-def figures_of(losses: Tensor, counted: Tensor, scores: PairScores) -> Float[Tensor, "batch figures"]:
+def figure_rows(losses: Tensor, counted: Tensor, scores: PairScores) -> Float[Tensor, "batch figures"]:
     """One row of ``FIGURES`` per pair, NaN where a figure has no meaning for it.
 
     ``prefix_accuracy`` is the share of a pair's differing prefixes at which the chosen one is ahead; a tie counts half.
