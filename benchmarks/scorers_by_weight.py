@@ -142,7 +142,6 @@ def plot(results, path):
         left.set_xticks([5, 10, 20, 50], labels=["5", "10", "20", "50"])
         right.set(xlabel="ms per token, one prompt", ylabel="best gold reward over β")
         left.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": ""})
 
 

@@ -52,7 +52,7 @@ def make_stepper(
     """
     width = min(top_k or MAX_WIDTH, MAX_WIDTH)
 
-    def runner(of: Policy | AnyScorer, nodes: int, layer: int | None = None):  # type: ignore[no-untyped-def]
+    def runner(of: Policy | AnyScorer, nodes: int, layer: int | None = None) -> Runner:
         readout = scorer_scores if isinstance(of, PrefixScorer) else policy_logits
         return make_runner(of.model, readout, longest + nodes, tree=tree, layer=layer)
 
