@@ -1,0 +1,19 @@
+"""Settings of every command as pydantic models; imports no torch."""
+
+from rgtg.config.base import Settings as Settings
+from rgtg.config.base import SettingsT as SettingsT
+from rgtg.config.base import read_yaml as read_yaml
+from rgtg.config.base import validate as validate
+from rgtg.config.decoding import DecodingSettings as DecodingSettings
+from rgtg.config.decoding import GenerateSettings as GenerateSettings
+from rgtg.config.decoding import ModelSettings as ModelSettings
+from rgtg.config.decoding import ScoreSettings as ScoreSettings
+from rgtg.config.evaluation import AuditSettings as AuditSettings
+from rgtg.config.evaluation import CompareRun as CompareRun
+from rgtg.config.evaluation import CompareSettings as CompareSettings
+from rgtg.config.tools import DataCheckSettings as DataCheckSettings
+from rgtg.config.tools import DemoSettings as DemoSettings
+from rgtg.config.tools import DoctorSettings as DoctorSettings
+from rgtg.config.tools import TheorySettings as TheorySettings
+from rgtg.config.training import LoraSettings as LoraSettings
+from rgtg.config.training import TrainSettings as TrainSettings

@@ -1,0 +1,92 @@
+"""What every command's settings share: one base model, YAML and overrides, errors in words."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rgtg.errors import UsageError
+
+
+class Settings(BaseModel):
+    """Base of every command's settings: unknown keys are refused with a suggestion."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in this run")
+
+    @classmethod
+    def resolve(
+        cls, config: Path | None = None, overrides: list[str] | None = None, flags: dict[str, Any] | None = None
+    ) -> Self:
+        """Merge a YAML file, command-line flags that were given, and ``a.b=c`` overrides, later ones winning.
+
+        Raises:
+            UsageError: an unreadable file, an unknown key, a value that is not allowed.
+        """
+        merged = read_yaml(config) if config else {}
+        merged |= {key: value for key, value in (flags or {}).items() if value is not None}
+        for item in overrides or []:
+            _set_dotted(merged, item)
+        return validate(cls, merged)
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:
+    """Build settings; a refusal names the flag, what is allowed, and the nearest known key.
+
+    Raises:
+        UsageError: with one line per problem.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(cls, detail) for detail in error.errors())) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping.
+
+    Raises:
+        UsageError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"the config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"the config {path} must hold settings as 'name: value', not a {type(loaded).__name__}")
+    return loaded
+
+
+def _set_dotted(target: dict[str, Any], item: str) -> None:
+    dotted, equals, text = item.partition("=")
+    if not equals or not dotted:
+        raise UsageError(f"--set {item!r} is not of the form name=value (for example train.num_train_epochs=3)")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"--set {item!r}: {parent} is a single value and has no {last}")
+        target = child
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {item!r}: {text!r} is not a YAML value") from error
+
+
+def _explain(cls: type[BaseModel], detail: Any) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(detail["loc"][-1]), list(cls.model_fields), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(cls.model_fields))}"
+        return f"unknown setting {name}{hint}"
+    if detail["type"] == "missing":
+        return f"{name} is required (--{name.replace('_', '-')})"
+    return f"{name} = {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
