@@ -52,6 +52,22 @@ def test_policy_log_prob_is_of_the_whole_vocabulary():
     assert (done.policy_calls, done.scorer_calls) == (len(done.token_ids),) * 2
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_k": 6, "draft": "policy"}])
+def test_candidates_log_prob_is_of_the_policy_cut_to_the_candidates(settings):
+    guided = make_guided("pargs", beta=2.0, **settings)
+    (done,) = guided.generate(TEXTS[:1], max_new_tokens=9, trace=True)
+    total = 0.0
+    for step in done.trace:
+        mass = sum(map(math.exp, step.policy_log_probs))
+        total += step.policy_log_probs[step.candidate_ids.index(step.token_id)] - math.log(mass)
+    assert done.candidates_log_prob == pytest.approx(total, abs=1e-5)
+    (plain,) = guided.generate(TEXTS[:1], max_new_tokens=9, beta=0)
+    assert plain.candidates_log_prob == pytest.approx(plain.guided_log_prob, abs=1e-5)
+    (best,) = make_guided("best-of-n", top_k=4, n=3).generate(TEXTS[:1], max_new_tokens=9)
+    assert best.candidates_log_prob == pytest.approx(best.guided_log_prob, abs=1e-5)
+    assert best.candidates_log_prob > best.policy_log_prob
+
+
 def test_endings():
     guided = make_guided("policy", top_k=None)
     done = guided.generate_ids([[0, 9]] * 300, max_new_tokens=20, batch_size=300)

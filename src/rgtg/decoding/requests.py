@@ -26,6 +26,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     policy_log_prob: float = 0.0
     guided_log_prob: float = 0.0
+    candidates_log_prob: float = 0.0
     score: float | None = None
     policy_calls: int = 0
     scorer_calls: int = 0
@@ -169,6 +170,7 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         seed=request.seed,
         policy_log_prob=request.policy_log_prob,
         guided_log_prob=request.guided_log_prob,
+        candidates_log_prob=request.candidates_log_prob,
         score=request.score,
         policy_calls=request.policy_calls,
         scorer_calls=request.scorer_calls,

@@ -82,4 +82,5 @@ def _adopt(request: Request, winner: Request, reward: float) -> None:
     request.token_ids, request.text = winner.token_ids, winner.text
     request.finish_reason, request.trace = winner.finish_reason, winner.trace
     request.policy_log_prob, request.guided_log_prob = winner.policy_log_prob, winner.guided_log_prob
+    request.candidates_log_prob = winner.candidates_log_prob
     request.score = reward

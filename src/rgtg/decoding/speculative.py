@@ -174,6 +174,8 @@ def _emit(
             row.token_ids.append(token)
             row.policy_log_prob += float(places.policy_log_probs[b, place, j])
             row.guided_log_prob += float(places.guided[b, place, j])
+            here = places.candidate_log_probs[b, place]
+            row.candidates_log_prob += float(here[j] - here.logsumexp(-1))
             scores = places.scores[b, place] if places.scores is not None else None
             row.score = float(scores[j]) if scores is not None else None
             if rule.trace:

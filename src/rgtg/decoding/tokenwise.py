@@ -110,18 +110,20 @@ def _record(
 ) -> None:
     """Write what was chosen into each row. All figures come to the host in one transfer, the step's only wait."""
     at = choice[:, None]
-    columns = [tokens, whole.gather(1, tokens), guided.gather(1, at), candidate_log_probs[:, :1].isfinite()]
+    cut = candidate_log_probs.gather(1, at) - candidate_log_probs.logsumexp(-1, keepdim=True)
+    columns = [tokens, whole.gather(1, tokens), guided.gather(1, at), cut, candidate_log_probs[:, :1].isfinite()]
     if scores is not None:
         columns += [scores.gather(1, at), scores.isfinite().all(-1, keepdim=True)]
     figures = torch.cat([column.double() for column in columns], 1).tolist()
-    require_finite(all(row[3] for row in figures), scores is None or all(row[5] for row in figures))
+    require_finite(all(row[4] for row in figures), scores is None or all(row[6] for row in figures))
     for i, (row, chosen) in enumerate(zip(active, figures, strict=True)):
         row.token_ids.append(int(chosen[0]))
         row.policy_log_prob += chosen[1]
         row.guided_log_prob += chosen[2]
+        row.candidates_log_prob += chosen[3]
         row.policy_calls += 1
         if scores is not None:
-            row.score = chosen[4]
+            row.score = chosen[5]
             row.scorer_calls += 1
         if trace:
             mine = scores[i] if scores is not None else None
