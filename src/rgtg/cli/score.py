@@ -20,7 +20,8 @@ from rgtg.cli.common import (
     verb,
 )
 from rgtg.config import ScoreSettings
-from rgtg.errors import DataError, NonFiniteError
+from rgtg.data_completions import completion_text, read_completions
+from rgtg.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from rgtg.models.scorer import Scorer
@@ -44,7 +45,7 @@ def command(
     """Score completions: reads what rgtg generate writes, adds "reward" to every line."""
     flags = {k: v for k, v in locals().items() if k in ScoreSettings.model_fields}
     settings = ScoreSettings.resolve(config, overrides, flags)
-    rows = _read_rows(settings.input)
+    rows = read_completions(settings.input)
     hush_libraries()
     from rgtg.models.scorer import load_named_scorer
 
@@ -67,38 +68,9 @@ def command(
 
 def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
-    prompts, texts = [row["prompt"] for row in rows], [_completion(row) for row in rows]
+    prompts, texts = [row["prompt"] for row in rows], [completion_text(row) for row in rows]
     finished = [row.get("finish_reason") != "length" for row in rows]
     rewards = model.score(prompts, texts, finished=finished, batch_size=batch_size)
     if bad := [i for i, reward in enumerate(rewards) if not math.isfinite(reward)]:
         raise NonFiniteError(f"the reward of row {bad[0] + 1} is {rewards[bad[0]]}; try --dtype float32")
     return rewards
-
-
-def _completion(row: dict[str, Any]) -> str:
-    return str(row["text"] if "text" in row else row["completion"])
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    from rgtg.data_sources import RowProblem, iter_rows, parse_row
-
-    rows = []
-    for number, raw in iter_rows(path):
-        try:
-            row = parse_row(raw)
-        except RowProblem as problem:
-            raise DataError(f"{path}:{number}: {problem}; expected one JSON object per line") from problem
-        _require_texts(row, f"{path}:{number}")
-        rows.append(row)
-    return rows
-
-
-def _require_texts(row: Any, place: str) -> None:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object, got {type(row).__name__}")
-    for name in ("prompt", "text" if "text" in row else "completion"):
-        # a generated text may be empty: the model ended at once
-        if not isinstance(row.get(name), str) or not (row[name] or name == "text"):
-            raise DataError(
-                f'{place}: "{name}" must be a non-empty text; expected "prompt" with "text" or "completion"'
-            )
