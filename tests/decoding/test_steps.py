@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from conftest import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
 from naive import info, make_guided, next_log_probs, tiny_scorer
 from rgtg.config import DecodingSettings
-from rgtg.decoding import steps
+from rgtg.decoding import join, readers, steps
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.join import make_stepper
 from rgtg.decoding.requests import Request, Stopping
@@ -131,8 +131,8 @@ def test_scores_and_logits_are_those_of_whole_texts(family, kind, tree):
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [Apart, InOnePass, OnCandidates])
 def test_more_candidates_than_one_pass_takes(kind, monkeypatch):
-    monkeypatch.setattr(steps, "MAX_WIDTH", 2)
-    monkeypatch.setattr("rgtg.decoding.join.MAX_WIDTH", 2)
+    for module in (steps, readers, join):
+        monkeypatch.setattr(module, "MAX_WIDTH", 2)
     policy, scorer, definition = case(kind, "llama")
     require_steps(make_stepper(policy, scorer, 24, top_k=5), policy, definition)
 
@@ -142,7 +142,7 @@ def test_a_vocabulary_scorer_of_its_own():
     policy, model = Policy(tiny_policy(), tiny_tokenizer()), tiny_policy(seed=9)
     scorer = VocabularyScorer(Policy(model, tiny_tokenizer()), info=info())
     stepper = make_stepper(policy, scorer, 24, top_k=5)
-    assert type(stepper) is OnPrefix
+    assert type(stepper) is Apart
     require_steps(stepper, policy, lambda ids: model(input_ids=torch.tensor([ids[:-1]])).logits[0, -1, ids[-1]])
 
 
@@ -176,7 +176,7 @@ def test_passes_for_ten_tokens(kind, passes):
     rule = TokenRule(beta=1.0, top_k=5, top_p=1.0, temperature=1.0, greedy=False)
     stopping = Stopping(policy.tokenizer, set(), DecodingSettings(max_new_tokens=10))
     list(decode([Request("", PROMPTS[0], 0, [])], stepper, rule, stopping))
-    assert (stepper.policy.calls, getattr(getattr(stepper, "scorer", None), "calls", 0)) == passes
+    assert (stepper.policy.calls, getattr(getattr(stepper, "reader", None), "calls", 0)) == passes
 
 
 # Adapters on disk

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from naive import completion_distribution, make_guided, step_distribution, winner_distribution
-from rgtg.decoding import steps
+from rgtg.decoding import join, readers, steps
 from rgtg.decoding.methods import METHODS
 
 PROMPT = [0, 9, 14, 30]
@@ -157,8 +157,8 @@ def test_the_tree_gives_what_recomputing_gives(method, family):
 def test_more_candidates_than_one_pass_takes(monkeypatch):
     guided = make_guided("pargs", beta=1.5, top_k=None)
     whole = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
-    monkeypatch.setattr(steps, "MAX_WIDTH", 7)
-    monkeypatch.setattr("rgtg.decoding.join.MAX_WIDTH", 7)
+    for module in (steps, readers, join):
+        monkeypatch.setattr(module, "MAX_WIDTH", 7)
     parts = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
     assert [c.token_ids for c in whole] == [c.token_ids for c in parts]
 

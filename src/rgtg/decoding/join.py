@@ -1,20 +1,14 @@
 """Join a policy with a scorer of any kind, and with a drafter: which runners and which stepper read them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgtg.config import DecodingSettings
 from rgtg.decoding.drafting import MAX_DRAFT, Costs, Drafter, FromModel, FromPolicy, FromText
+from rgtg.decoding.mixture import Mixture, OwnPass
+from rgtg.decoding.readers import MAX_WIDTH, CandidateReader, PrefixReader, Reader
 from rgtg.decoding.runner import Runner, make_runner
-from rgtg.decoding.steps import (
-    MAX_WIDTH,
-    Alone,
-    Apart,
-    AtOnce,
-    InOnePass,
-    OnCandidates,
-    OnPrefix,
-    Stepper,
-)
+from rgtg.decoding.steps import Alone, Apart, AtOnce, InOnePass, OnCandidates, OnPrefix, Stepper
 from rgtg.errors import UsageError
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.packed import decode_bytes
@@ -53,8 +47,7 @@ def make_stepper(
     width = min(top_k or MAX_WIDTH, MAX_WIDTH)
 
     def runner(of: Policy | AnyScorer, nodes: int, layer: int | None = None) -> Runner:
-        readout = scorer_scores if isinstance(of, PrefixScorer) else policy_logits
-        return make_runner(of.model, readout, longest + nodes, tree=tree, layer=layer)
+        return make_runner(of.model, policy_logits, longest + nodes, tree=tree, layer=layer)
 
     match scorer:
         case None:
@@ -65,13 +58,60 @@ def make_stepper(
             return OnPrefix(runner(policy, 1, scorer.layer), scorer.head)
         case SharedTrunkScorer():
             return InOnePass(runner(scorer, width), scorer.head)
-        case VocabularyScorer():
-            return OnPrefix(runner(policy, 1), scorer.head, runner(scorer, 1, scorer.layer))
+    reader = make_reader(scorer, longest, top_k=top_k, tree=tree)
     if overlap is None:
-        overlap = policy.model.device != scorer.model.device
+        overlap = isinstance(scorer, PrefixScorer) and policy.model.device != scorer.model.device
     if overlap and (top_k or MAX_WIDTH + 1) <= MAX_WIDTH:
-        return AtOnce(runner(policy, width), runner(scorer, width))
-    return Apart(runner(policy, 1), runner(scorer, width))
+        return AtOnce(runner(policy, width), reader)
+    return Apart(runner(policy, 1), reader)
+
+
+def make_reader(
+    scorer: PrefixScorer | VocabularyScorer, longest: int, *, top_k: int | None = None, tree: bool | None = None
+) -> Reader:
+    """A scorer that is a model of its own, with a cache for ``longest`` tokens and the candidates behind them."""
+    if isinstance(scorer, VocabularyScorer):
+        runner = make_runner(scorer.model, policy_logits, longest + 1, tree=tree, layer=scorer.layer)
+        return PrefixReader(runner, scorer.head)
+    width = min(top_k or MAX_WIDTH, MAX_WIDTH)
+    return CandidateReader(make_runner(scorer.model, scorer_scores, longest + width, tree=tree))
+
+
+def make_mixture(
+    policy: Policy,
+    scorers: Sequence[AnyScorer],
+    betas: Sequence[float],
+    longest: int,
+    *,
+    top_k: int | None = None,
+    tree: bool | None = None,
+) -> Stepper:
+    """Several scorers at once, with one beta each: the guided score is Σ_j β_j·r_j.
+
+    The first scorer that is part of the policy shares the policy's pass; every other one makes a pass of its own.
+
+    Args:
+        policy: the frozen policy.
+        scorers: at least one.
+        betas: one each.
+        longest: tokens of the longest prompt and its completion together.
+        top_k: candidates per step; None for the whole vocabulary.
+        tree: as ``make_stepper``.
+    """
+
+    def stepper(scorer: AnyScorer) -> Stepper:
+        return make_stepper(policy, scorer, longest, top_k=top_k, tree=tree, overlap=False)
+
+    def reader(scorer: AnyScorer) -> Reader:
+        if isinstance(scorer, PrefixScorer | VocabularyScorer):
+            return make_reader(scorer, longest, top_k=top_k, tree=tree)
+        return OwnPass(stepper(scorer))
+
+    apart = [isinstance(scorer, PrefixScorer | VocabularyScorer) for scorer in scorers]
+    first = apart.index(False) if False in apart else 0
+    order = [first, *(i for i in range(len(scorers)) if i != first)]
+    readers = [reader(scorers[i]) for i in order[1:]]
+    return Mixture(stepper(scorers[first]), readers, [betas[i] for i in order], order)
 
 
 @dataclass

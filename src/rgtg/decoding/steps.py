@@ -1,21 +1,19 @@
 """How policy and scorer take one step of the loop: apart, at once, or in one pass over shared weights.
 
-Every stepper answers the same five calls in the same order, ``prefill``, then per token ``score``, ``keep``,
-(``select_rows``,) ``advance``; the loop knows no more of models than this.
+Every stepper answers the same calls in the same order, ``prefill``, then per token ``score`` and ``keep`` (or ``skip``,
+where nothing was scored), (``select_rows``,) ``advance``; the loop knows no more of models than this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runner import Runner, read, read_next
+from rgtg.decoding.readers import MAX_WIDTH, Reader, head_at_prefix
+from rgtg.decoding.runner import Runner, read_next
 from rgtg.decoding.token_tree import TokenTree
-
-# Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
-MAX_WIDTH = 128
 
 
 class Stepper(Protocol):
@@ -30,7 +28,11 @@ class Stepper(Protocol):
         ...
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Commit candidate ``choice[b]`` of row b."""
+        """Commit candidate ``choice[b]`` of row b, after ``score``."""
+        ...
+
+    def skip(self, tokens: Tensor) -> None:
+        """Commit tokens (B, 1) without having scored them or any other."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:
@@ -61,10 +63,18 @@ class Alone:
         """Note the token that the policy reads next."""
         self.token = candidate_ids.gather(1, choice[:, None])
 
+    def skip(self, tokens: Tensor) -> None:
+        """Note the token that the policy reads next."""
+        self.token = tokens
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
-        if len(self.token):
+        self._select(rows)
+        if len(self.token):  # none is kept before the first step
             self.token = self.token[rows.to(self.token.device)]
+
+    def _select(self, rows: Tensor) -> None:
+        """Rows of the policy's cache; ``token`` still has those of before."""
         self.policy.select_rows(rows)
 
     def advance(self) -> Tensor:
@@ -73,74 +83,109 @@ class Alone:
 
 
 class Apart(Alone):
-    """A scorer of its own: all candidates in one pass of the scorer, then the chosen token through the policy."""
+    """A scorer of its own beside the policy: it scores the candidates, then the policy reads the chosen token."""
 
-    def __init__(self, policy: Runner, scorer: Runner) -> None:
+    def __init__(self, policy: Runner, reader: Reader) -> None:
         super().__init__(policy)
-        self.scorer = scorer
+        self.reader = reader
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts with both models."""
-        self.scorer.prefill(prompts)
+        self.reader.prefill(prompts)
         return super().prefill(prompts)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """One tree pass (several where there are more candidates than ``MAX_WIDTH``)."""
-        parts = [read(self.scorer, TokenTree.leaves(ids)) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
-        return torch.cat(parts, 1).float().to(candidate_ids.device)
+        """What the scorer says of the candidates."""
+        return self.reader.score(candidate_ids)
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate in the scorer's cache."""
+        """Keep the chosen candidate with the scorer too."""
         super().keep(candidate_ids, choice)
-        keep_leaf(self.scorer, candidate_ids, choice)
+        self.reader.keep(candidate_ids, choice)
+
+    def skip(self, tokens: Tensor) -> None:
+        """Commit tokens that the scorer need not read yet."""
+        super().skip(tokens)
+        self.reader.skip(tokens)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
         super().select_rows(rows)
-        self.scorer.select_rows(rows)
+        self.reader.select_rows(rows)
 
 
-class AtOnce(Apart):
+class Ahead(Alone):
+    """The policy has read the candidates: its state at the chosen one is there before the next step begins."""
+
+    def __init__(self, policy: Runner) -> None:
+        super().__init__(policy)
+        self._ahead: Tensor | None = None
+
+    def skip(self, tokens: Tensor) -> None:
+        """Note the token, which no pass has read."""
+        super().skip(tokens)
+        self._ahead = None
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only (or repeat) these rows."""
+        super().select_rows(rows)
+        if self._ahead is not None:
+            self._ahead = self._ahead[rows.to(self._ahead.device)]
+
+    def advance(self) -> Tensor:
+        """The product with the vocabulary for the chosen candidate alone; the pass has been made."""
+        if self._ahead is None:
+            return super().advance()
+        return self.policy.readout(self.policy.model, self._ahead)
+
+
+class AtOnce(Ahead):
     """Policy and scorer on two devices: the policy reads all candidates while the scorer scores them.
 
     A step then takes as long as the slower of the two, not their sum. Needs K ≤ ``MAX_WIDTH``.
     """
 
-    def __init__(self, policy: Runner, scorer: Runner) -> None:
-        super().__init__(policy, scorer)
+    def __init__(self, policy: Runner, reader: Reader) -> None:
+        super().__init__(policy)
+        self.reader = reader
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rgtg-scorer")
-        self._ahead = torch.zeros(0)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts with both models."""
+        self.reader.prefill(prompts)
+        return super().prefill(prompts)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """Both passes, in two threads."""
-        tree = TokenTree.leaves(candidate_ids)
-        scores = self._worker.submit(_without_grad, self.scorer, tree)
-        self._ahead = self.policy.states(tree)
-        return scores.result().float().to(candidate_ids.device)
+        scores = self._worker.submit(_without_grad, self.reader.score, candidate_ids)
+        self._ahead = self.policy.states(TokenTree.leaves(candidate_ids))
+        return scores.result()
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate in both caches, and the policy's state at it."""
-        self.scorer.keep(choice[:, None])
+        super().keep(candidate_ids, choice)
+        self.reader.keep(candidate_ids, choice)
         self.policy.keep(choice[:, None])
+        assert self._ahead is not None, "keep() follows score()"
         self._ahead = take_nodes(self._ahead, choice)
+
+    def skip(self, tokens: Tensor) -> None:
+        """Commit tokens that the scorer need not read yet."""
+        super().skip(tokens)
+        self.reader.skip(tokens)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
         super().select_rows(rows)
-        self._ahead = self._ahead[rows.to(self._ahead.device)]
-
-    def advance(self) -> Tensor:
-        """The logits are there already, but for the product with the vocabulary."""
-        return self.policy.readout(self.policy.model, self._ahead)
+        self.reader.select_rows(rows)
 
 
-class OnCandidates(Alone):
+class OnCandidates(Ahead):
     """A head on the policy's own states at the candidates: the pass that scores them gives the next logits too."""
 
     def __init__(self, policy: Runner, head: Any) -> None:
         super().__init__(policy)
         self.head = head
-        self._ahead = torch.zeros(0)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """One policy pass over the candidates (several where there are more than ``MAX_WIDTH``)."""
@@ -155,53 +200,26 @@ class OnCandidates(Alone):
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate, and the policy's state at it."""
-        keep_leaf(self.policy, candidate_ids, choice)
+        super().keep(candidate_ids, choice)
+        self.keep_leaf(candidate_ids, choice)
+        assert self._ahead is not None, "keep() follows score()"
         self._ahead = take_nodes(self._ahead, choice)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        self.policy.select_rows(rows)
-        self._ahead = self._ahead[rows.to(self._ahead.device)]
-
-    def advance(self) -> Tensor:
-        """The product with the vocabulary, for the chosen candidate alone."""
-        return self.policy.readout(self.policy.model, self._ahead)
+    def keep_leaf(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Keep the chosen candidate in the policy's cache."""
+        keep_leaf(self.policy, candidate_ids, choice)
 
 
 class OnPrefix(Alone):
-    """A head that scores next tokens from a state at the prefix: no pass over the candidates at all.
+    """A head that scores next tokens from the policy's state at the prefix: no pass over the candidates at all."""
 
-    ``reader`` is whose observed layer the head reads: the policy itself, or a vocabulary scorer of its own.
-    """
-
-    def __init__(self, policy: Runner, head: Any, reader: Runner | None = None) -> None:
+    def __init__(self, policy: Runner, head: Any) -> None:
         super().__init__(policy)
-        self.head, self.reader = head, reader or policy
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts, with the scorer's own model too where it has one."""
-        if self.reader is not self.policy:
-            self.reader.prefill(prompts)
-        return super().prefill(prompts)
+        self.head = head
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """The candidates' rows of the head, at the newest state."""
-        seen = self.reader.seen
-        assert seen is not None, "a head reads an observed layer"
-        scores: Tensor = self.head(seen[:, -1], candidate_ids.to(seen.device))
-        return scores.float().to(candidate_ids.device)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        super().select_rows(rows)
-        if self.reader is not self.policy:
-            self.reader.select_rows(rows)
-
-    def advance(self) -> Tensor:
-        """One row of one token through the policy (and through the scorer's own model)."""
-        if self.reader is not self.policy:
-            read_next(self.reader, self.token)
-        return super().advance()
+        return head_at_prefix(self.head, self.policy, candidate_ids)
 
 
 class InOnePass(OnCandidates):
@@ -219,16 +237,16 @@ class InOnePass(OnCandidates):
         plain, adapted = self.policy.states(TokenTree.leaves(candidate_ids.repeat(2, 1))).chunk(2)
         return plain, self.head(adapted)
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate in both halves, and the policy's state at it."""
+    def keep_leaf(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Keep the chosen candidate in both halves."""
         keep_leaf(self.policy, candidate_ids.repeat(2, 1), choice.repeat(2))
-        self._ahead = take_nodes(self._ahead, choice)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows of both halves."""
-        half = len(self._ahead)
-        self.policy.select_rows(torch.cat([rows, rows + half]))
-        self._ahead = self._ahead[rows.to(self._ahead.device)]
+    def advance(self) -> Tensor:
+        """The product with the vocabulary, after a pass of both halves where the token is unread."""
+        return advance_both(self) if self._ahead is None else super().advance()
+
+    def _select(self, rows: Tensor) -> None:
+        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
 
 
 class InOnePassOnPrefix(OnPrefix):
@@ -243,21 +261,20 @@ class InOnePassOnPrefix(OnPrefix):
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """The candidates' rows of the head, at the newest adapted state."""
-        seen = self.policy.seen
-        assert seen is not None, "a head reads an observed layer"
-        scores: Tensor = self.head(seen[len(candidate_ids) :, -1], candidate_ids)
-        return scores.float()
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows of both halves."""
-        half = len(self.token)
-        self.token = self.token[rows.to(self.token.device)]
-        self.policy.select_rows(torch.cat([rows, rows + half]))
+        return head_at_prefix(self.head, self.policy, candidate_ids, len(candidate_ids))
 
     def advance(self) -> Tensor:
         """One token of both halves; the product with the vocabulary for the policy's alone."""
-        states = read_next(self.policy, self.token.repeat(2, 1))
-        return self.policy.readout(self.policy.model, states[: len(self.token)])
+        return advance_both(self)
+
+    def _select(self, rows: Tensor) -> None:
+        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
+
+
+def advance_both(stepper: Alone) -> Tensor:
+    """The policy's logits after the noted token, read plain and adapted."""
+    states = read_next(stepper.policy, stepper.token.repeat(2, 1))
+    return stepper.policy.readout(stepper.policy.model, states[: len(stepper.token)])
 
 
 def prefill_twice(runner: Runner, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -278,7 +295,7 @@ def keep_leaf(runner: Runner, candidate_ids: Tensor, choice: Tensor) -> None:
     runner.keep(choice[:, None])
 
 
-def _without_grad(runner: Runner, tree: TokenTree) -> Tensor:
+def _without_grad(score: Callable[[Tensor], Tensor], candidate_ids: Tensor) -> Tensor:
     """A read in another thread, where the caller's inference mode does not hold."""
     with torch.inference_mode():
-        return read(runner, tree)
+        return score(candidate_ids)
