@@ -234,11 +234,13 @@ def test_an_adapter_of_another_policy_or_kind_is_refused(tmp_path):
         GuidedPolicy.from_pretrained(policy, str(folder))
 
 
-def test_best_of_n_refuses_a_scorer_of_next_tokens_only():
+def test_best_of_n_reads_finished_completions_with_a_vocabulary_scorer():
     policy = Policy(tiny_policy(), tiny_tokenizer())
     scorer = VocabularyScorer(Policy(tiny_policy(seed=9), tiny_tokenizer()), info=info())
-    with pytest.raises(ValueError, match="scores next tokens, not finished"):
-        GuidedPolicy(policy, scorer, method="best-of-n")
+    drawn = GuidedPolicy(policy, scorer, method="best-of-n", n=3).generate_ids(PROMPTS[:1], max_new_tokens=4)[0]
+    assert drawn.scorer_calls == 3
+    whole = scorer.score_prefixes(PROMPTS[:1], [drawn.token_ids])[0][-1]
+    assert drawn.score == pytest.approx(float(whole), abs=1e-4)
 
 
 NOT_AT_ONCE = [({"top_k": None}, "set top_k"), ({"draft": "policy"}, "a draft"), ({"method": "policy"}, "of its own")]

@@ -24,12 +24,12 @@ from rgtg.decoding.speculative import speculate
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
-from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits
 from rgtg.models.scorer import load_scorer, trunk_of
+from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -284,7 +284,7 @@ class GuidedPolicy:
         stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         if self.method.rule == "best":
-            assert isinstance(self.scorer, PrefixScorer | OwnStateScorer), "checked when policy and scorer were joined"
+            assert not isinstance(self.scorer, SharedTrunkScorer | None), "checked when policy and scorer were joined"
             columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
             return best_of_n(requests, self._policy_runner(columns), self.scorer, settings.n, rule, stopping)
         scorer, top_k, tree = self._token_scorer, settings.top_k, self.token_tree

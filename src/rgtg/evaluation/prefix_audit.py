@@ -16,9 +16,8 @@ from rgtg.data import read_pairs, tokenize_pairs
 from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.own_state import OwnStateScorer
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.scorer import load_scorer, weights_of
+from rgtg.models.scorer import ReadableScorer, load_scorer, weights_of
+from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.types import AuditPoint, AuditResult, Interval, PreferencePair
 
 # A token position is reported while at least this many pairs reach it.
@@ -37,7 +36,7 @@ class _Margins:
 
 
 def audit_prefixes(
-    scorer: "PrefixScorer | OwnStateScorer | str | tuple[Any, Any]",
+    scorer: "ReadableScorer | str | tuple[Any, Any]",
     pairs: "Sequence[PreferencePair] | str | Path",
     *,
     batch_size: int = 8,
@@ -69,7 +68,7 @@ def audit_prefixes(
         OutputError: ``rejects`` cannot be written.
     """
     model = load_scorer(scorer)
-    assert isinstance(model, PrefixScorer | OwnStateScorer), "without a policy nothing is joined with one"
+    assert not isinstance(model, SharedTrunkScorer), "without a policy nothing is joined with one"
     kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
@@ -124,7 +123,7 @@ def verdict(early: Interval, full: Interval) -> str:
 
 
 def _usable_pairs(
-    model: PrefixScorer | OwnStateScorer,
+    model: ReadableScorer,
     pairs: "Sequence[PreferencePair] | str | Path",
     on_bad: Literal["error", "skip"],
     rejects: Path | None,
@@ -146,7 +145,7 @@ def _usable_pairs(
     return kept, fingerprint
 
 
-def _fitting(model: PrefixScorer | OwnStateScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def _fitting(model: ReadableScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """The pairs that fit the scorer's context; a warning counts the others."""
     limit = model.max_length or math.inf
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
@@ -168,9 +167,7 @@ def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _all_margins(
-    model: PrefixScorer | OwnStateScorer, pairs: Sequence[PreferencePair], batch_size: int
-) -> list[_Margins]:
+def _all_margins(model: ReadableScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
     prompts = [pair.prompt_ids for pair in tokenized]
     chosen = [pair.chosen_ids for pair in tokenized]

@@ -13,7 +13,7 @@ from rgtg.types import FORMAT_VERSION, Record
 
 INFO_FILE = "rgtg.json"
 HEAD_FILE = "head.safetensors"
-Objective = Literal["prefix-bt", "full-bt"]
+Objective = Literal["prefix-bt", "full-bt", "farma", "autoregressive", "value", "cumulative-mse", "tcrm"]
 
 
 class ScorerInfo(Record):
@@ -21,7 +21,8 @@ class ScorerInfo(Record):
 
     ``trunk`` says whose states are scored: those of a model of the scorer's own (``separate``), of the frozen policy
     (``own``), or of the policy under an adapter (``shared``). The fields after it describe a head on them: which kind,
-    which layer it reads, its sizes, and the fingerprints that the policy has when loaded in other dtypes.
+    which layer it reads, its sizes, and the fingerprints that the policy has when loaded in other dtypes. A ``vocab``
+    head with a ``separate`` trunk is a causal language model whose output layer scores next tokens.
     """
 
     version: int = FORMAT_VERSION

@@ -1,6 +1,5 @@
 """A stock sequence-classification reward model, read at every position in one pass."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import DataError, ModelNotFoundError, UsageError
+from rgtg.errors import DataError, UsageError
+from rgtg.models.adapter import load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
-from rgtg.models.encoding import encode_completion, encode_prompt, ensure_pad_token
+from rgtg.models.encoding import encode_completion, encode_prompt
 from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_device, resolve_dtype
 
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
@@ -238,7 +238,7 @@ def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     if (Path(source) / "adapter_config.json").is_file():
-        return _load_adapter(source, dtype, tokenizer)
+        return load_merged(AutoModelForSequenceClassification, source, "scorer", tokenizer, dtype=dtype, num_labels=1)
     model, report = load_pretrained(
         AutoModelForSequenceClassification, source, "scorer",
         dtype=dtype, use_safetensors=True, output_loading_info=True,
@@ -246,31 +246,7 @@ def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
     if missing := [key for key in report["missing_keys"] if "score" in key or any(h in key for h in _ENCODER_HEADS)]:
         raise UsageError(
             f"{source} has no trained reward head ({', '.join(sorted(missing)[:3])} not in its weights): it is a "
-            "language model, not a reward model. Train one: rgtg train --base " + source
+            f"language model, not a reward model. Train one: rgtg train --base {source} (or read "
+            'its own log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
         )
     return model
-
-
-def _load_adapter(source: str, dtype: Any, tokenizer: Any) -> Any:
-    """A LoRA scorer: its base model with a scalar head, the adapter merged into the weights."""
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        from rgtg.errors import MissingExtraError
-
-        raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
-    base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    try:
-        model = load_pretrained(AutoModelForSequenceClassification, base, "scorer's base", dtype=dtype, num_labels=1)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{source} is a LoRA adapter of {base}, which cannot be loaded ({error}). If the base model has moved, "
-            f'write its new place as "base_model_name_or_path" into {Path(source) / "adapter_config.json"}'
-        ) from error
-    ensure_pad_token(tokenizer, model)
-    with warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed; nothing a user could act on
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()

@@ -16,10 +16,15 @@ def policy_logits(model: Any, states: Tensor) -> Tensor:
 
     So a token tree can be read first, and only the node that was chosen pays for the product with the vocabulary.
     """
+    logits: Tensor = model.get_output_embeddings()(states) if head_is_plain(model) else _forward_over(model, states)
+    return logits
+
+
+def head_is_plain(model: Any) -> bool:
+    """Whether a model's logits are its output embedding's product and nothing more (no cap, no scale)."""
     if model not in _plain:
         _plain[model] = _head_is_plain(model)
-    logits: Tensor = model.get_output_embeddings()(states) if _plain[model] else _forward_over(model, states)
-    return logits
+    return _plain[model]
 
 
 def scorer_scores(model: Any, states: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
+from rgtg.models.vocab_scorer import VocabularyScorer
 
 if TYPE_CHECKING:
     import torch
@@ -52,18 +53,25 @@ class Scorer(Protocol):
         ...
 
 
+ReadableScorer = PrefixScorer | OwnStateScorer | VocabularyScorer  # those that read whole completions on their own
+AnyScorer = ReadableScorer | SharedTrunkScorer
+
+
 def load_scorer(
-    source: "str | PrefixScorer | OwnStateScorer | tuple[Any, Any]",
+    source: "str | ReadableScorer | tuple[Any, Any]",
     *,
+    kind: Literal["autoregressive"] | None = None,
     policy: Policy | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
     join: bool = False,
-) -> PrefixScorer | OwnStateScorer | SharedTrunkScorer:
+) -> AnyScorer:
     """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
 
     Args:
         source: folder or hub id, a loaded scorer (returned as it is), or a loaded (reward model, tokenizer) pair.
+        kind: ``autoregressive`` reads a language model (folder, hub id or loaded pair) by its log-probabilities, as
+            GenARM reads any, for example one that DPO has tuned; a folder that rgtg trained so needs no kind.
         policy: the loaded policy; a head on its states shares it, other scorers do not need it.
         dtype: of weights that are loaded.
         device: for weights that are loaded.
@@ -71,8 +79,12 @@ def load_scorer(
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: a head made for another policy, or a model that is no scorer.
+        UsageError: a head made for another policy, a model that is no scorer, or a scorer that is not of ``kind``.
     """
+    if kind is not None:
+        return _as_autoregressive(source, kind, dtype, device)
+    if isinstance(source, VocabularyScorer):
+        return source
     if isinstance(source, OwnStateScorer):
         if policy is not None and policy.model is not source.model:
             raise UsageError(f"the head {source.name} is on another loaded policy; load it with policy= this one")
@@ -82,12 +94,14 @@ def load_scorer(
         return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
     if trunk == "shared" and isinstance(source, str) and join and policy is not None:
         return SharedTrunkScorer.from_pretrained(source, policy)
+    if isinstance(source, str) and head_of(source) == "vocab":
+        return VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
     return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
 
 
 def load_named_scorer(
     source: str, policy: str | None = None, *, dtype: str | None = None, device: str | None = None
-) -> PrefixScorer | OwnStateScorer:
+) -> ReadableScorer:
     """A scorer by name, to read whole completions with; ``policy`` says where the one that a head reads is now.
 
     Raises:
@@ -97,7 +111,7 @@ def load_named_scorer(
         raise UsageError(f"{source} is a model of its own and reads no policy; leave --policy out")
     loaded = load_policy(policy, dtype=dtype, device=device) if policy is not None else None
     scorer = load_scorer(source, policy=loaded, dtype=dtype, device=device)
-    assert isinstance(scorer, PrefixScorer | OwnStateScorer), "only a policy can be joined with an adapter"
+    assert not isinstance(scorer, SharedTrunkScorer), "only a policy can be joined with an adapter"
     return scorer
 
 
@@ -110,3 +124,23 @@ def trunk_of(source: str) -> str:
     """Whose states a scorer reads, by its folder: ``separate`` (also without rgtg.json), ``own`` or ``shared``."""
     info = read_info(source) if Path(source).is_dir() else None
     return info.trunk if info else "separate"
+
+
+def head_of(source: str) -> str:
+    """What scores in a scorer's folder: ``scalar`` (also without rgtg.json), ``state`` or ``vocab``."""
+    info = read_info(source) if Path(source).is_dir() else None
+    return info.head if info else "scalar"
+
+
+def _as_autoregressive(source: Any, kind: str, dtype: Any, device: Any) -> VocabularyScorer:
+    if kind != "autoregressive":
+        raise UsageError(f"kind={kind!r}: expected 'autoregressive', or None where rgtg.json says what a scorer is")
+    if isinstance(source, str):
+        scorer = VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
+    else:
+        scorer = source if isinstance(source, VocabularyScorer) else VocabularyScorer(load_policy(source))
+    if scorer.objective != "autoregressive":
+        raise UsageError(
+            f"{scorer.name} was trained with {scorer.objective}: its logits are values, not log-odds of text"
+        )
+    return scorer

@@ -1,36 +1,160 @@
 """A scorer that says of every next token at once how good it is: one row of one token through a model of its own."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import UsageError
-from rgtg.models.checkpoint import ScorerInfo
-from rgtg.models.policy import Policy, context_length
+from rgtg.errors import DataError, UsageError
+from rgtg.models.adapter import load_merged
+from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.policy import (
+    Policy,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from rgtg.models.prefix_scorer import batches_by_length, encode_to_score, require_fit
+from rgtg.models.readout import head_is_plain, policy_logits
+
+TOKENS = 1024  # positions whose logits over the whole vocabulary are held at once
 
 
 class VocabularyScorer:
-    """A causal model whose output layer scores next tokens: r(y_{1:i}) = Q(h_{i−1})[y_i] with Q(h) = W·h + b.
+    """A causal language model whose output layer scores next tokens.
 
-    Reads FaRMA's head (arXiv 2502.04517) and autoregressive reward models (GenARM, arXiv 2410.08193): for the latter
-    r = log π_r(y_i | y_{<i}) differs from the logit by a term of the prefix alone, which cancels among its candidates.
-    Only the candidates' rows of W are read.
+    ``objective`` says how: ``farma`` (arXiv 2502.04517) reads its logits as values, r(y_{1:i}) = Q(h_{i−1})[y_i];
+    ``autoregressive`` (GenARM, arXiv 2410.08193) reads its log-probabilities in nats, r(y_{1:i}) = Σ_{j≤i} log
+    π_r(y_j | x, y_{<j}). Any language model can be read the second way, one that DPO has tuned for example.
     """
 
     causal = True
 
-    def __init__(self, scorer: Policy, *, info: ScorerInfo | None = None, name: str = "vocabulary scorer") -> None:
+    def __init__(
+        self,
+        scorer: Policy,
+        *,
+        info: ScorerInfo | None = None,
+        name: str = "vocabulary scorer",
+        objective: Literal["farma", "autoregressive"] | None = None,
+    ) -> None:
         output = scorer.model.get_output_embeddings()
         if output is None or not hasattr(output, "weight"):
             raise UsageError(f"{name}: {type(scorer.model).__name__} has no output layer over a vocabulary")
         self.model, self.tokenizer = scorer.model, scorer.tokenizer
         self.weight, self.bias = output.weight, getattr(output, "bias", None)
         self.info, self.name = info, name
+        self.objective: str = objective or (info.objective if info else "autoregressive")
         self.layer = scorer.model.config.get_text_config().num_hidden_layers
         self.max_length = context_length(scorer.model.config)
-        self.append_eos = info.append_eos if info else False
+        self.append_eos = info.append_eos if info else True  # a language model closes what it has finished
 
-    def head(self, states: Tensor, candidate_ids: Tensor) -> Tensor:
-        """Scores (B, K), fp32, of the candidates (B, K) after prefixes with final states (B, H)."""
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str,
+        *,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+    ) -> Self:
+        """Load a scorer trained with ``farma`` or ``autoregressive`` (LoRA adapters merged), or any language model.
+
+        A folder without rgtg.json is a language model, and is read as an autoregressive scorer.
+
+        Raises:
+            ModelNotFoundError: nothing loadable at ``source``.
+            UsageError: a scorer of another kind.
+        """
+        info = read_info(source) if Path(source).is_dir() else None
+        if info is not None and (info.trunk, info.head) != ("separate", "vocab"):
+            raise UsageError(
+                f"{source} was trained with {info.objective} and has a {info.head} head (trunk {info.trunk}): it is no "
+                "language model that scores next tokens; load it with load_scorer and without a kind"
+            )
+        return cls(load_language_model(source, dtype, device), info=info, name=source)
+
+    def head(
+        self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
+    ) -> Float[Tensor, "batch candidates"]:
+        """Scores, fp32, of candidates after prefixes with these final states; only their rows of W are read.
+
+        For an autoregressive scorer they are logits, which differ from log π_r(y_i | y_{<i}) by a term of the prefix
+        alone: it cancels among the candidates.
+        """
+        if not head_is_plain(self.model):  # a cap or a scale on the logits
+            return policy_logits(self.model, states).gather(-1, candidate_ids).float()
         rows = torch.nn.functional.embedding(candidate_ids, self.weight)  # (B, K, H)
         scores = (rows @ states[..., None])[..., 0].float()
         return scores if self.bias is None else scores + self.bias[candidate_ids]
+
+    @torch.inference_mode()
+    def score_prefixes(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[Tensor]:
+        """Scores of every prefix y_{1:i}, i = 1 … T, from one pass over each completion.
+
+        Returns:
+            One fp32 CPU tensor of shape (T,) per completion.
+
+        Raises:
+            DataError: an empty completion, an empty prompt, or a text over the context.
+        """
+        rows = list(zip(prompt_ids, completion_ids, strict=True))
+        require_fit(rows, self.max_length)
+        if not all(prompt for prompt, _ in rows):
+            raise DataError(f"{self.name} reads the state before a token: the prompt must have one")
+        scores: dict[int, Tensor] = {}
+        for part, ids, mask in batches_by_length(rows, batch_size, self.model.device):
+            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+            states = self.model.base_model(
+                ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+            for row, i in enumerate(part):
+                first, total = len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])
+                scores[i] = self._next_scores(states[row, first - 1 : total - 1], ids[row, first:total])
+        return [scores[i] for i in range(len(rows))]
+
+    def _next_scores(self, states: Float[Tensor, "length hidden"], ids: Int[Tensor, " length"]) -> Tensor:
+        """Scores (T,) of one completion's prefixes, from the state before each token."""
+        if self.objective != "autoregressive":
+            return self.head(states, ids[:, None])[:, 0].cpu()
+        parts = []
+        for some, tokens in zip(torch.split(states, TOKENS), torch.split(ids, TOKENS), strict=True):
+            log_probs = policy_logits(self.model, some).float().log_softmax(-1)  # (T, V)
+            parts.append(log_probs.gather(-1, tokens[:, None])[:, 0])
+        return torch.cat(parts).double().cumsum(0).float().cpu()
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        templated: bool = False,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
+        prompt_ids, completion_ids = encode_to_score(
+            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+        )
+        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
+
+
+def load_language_model(source: str, dtype: Any = None, device: Any = None) -> Policy:
+    """A causal language model and its tokenizer; a LoRA adapter is merged into its base.
+
+    Raises:
+        ModelNotFoundError: nothing loadable at ``source``.
+    """
+    if not (Path(source) / "adapter_config.json").is_file():
+        return load_policy(source, dtype=dtype, device=device)
+    from transformers import AutoModelForCausalLM
+
+    model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(dtype))
+    model.to(resolve_device(device)).eval().requires_grad_(False)
+    return Policy(model, load_tokenizer(source, "scorer"))

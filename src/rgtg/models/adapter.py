@@ -1,0 +1,43 @@
+"""Read a LoRA adapter as the model it makes of its base: merged into the weights."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rgtg.errors import MissingExtraError, ModelNotFoundError
+from rgtg.models.encoding import ensure_pad_token
+from rgtg.models.policy import load_pretrained
+
+
+def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, **kwargs: Any) -> Any:
+    """The base model of an adapter folder, with the adapter (and layers trained in full) merged into its weights.
+
+    Args:
+        auto_class: of transformers, for the base model.
+        source: the adapter's folder.
+        role: what the model is to the caller, for errors.
+        tokenizer: gets a padding token, and the base a row for it, where the adapter was trained so.
+        kwargs: of ``from_pretrained``.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ModelNotFoundError: the base model cannot be loaded.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
+    base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    try:
+        model = load_pretrained(auto_class, base, f"{role}'s base", use_safetensors=True, **kwargs)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{source} is a LoRA adapter of {base}, which cannot be loaded ({error}). If the base model has moved, "
+            f'write its new place as "base_model_name_or_path" into {Path(source) / "adapter_config.json"}'
+        ) from error
+    if tokenizer is not None:
+        ensure_pad_token(tokenizer, model)
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; nothing a user could act on
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()
