@@ -6,10 +6,13 @@ import torch
 
 from conftest import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.methods import METHODS
 from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights, write_info
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.heads import StateHead, VocabularyHead, save_head
+from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.vocab_scorer import VocabularyScorer
 
 EOS = 2
 torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way
@@ -28,9 +31,13 @@ def tiny_scorer(family: str = "llama", seed: int = 1, objective: str = "prefix-b
 
 def make_guided(method: str = "pargs", family: str = "llama", **settings) -> GuidedPolicy:
     """A guided tiny policy; the scorer is left out where the method needs none."""
+    row = METHODS[method]
     scorer = None
-    if method != "policy":
-        scorer = tiny_scorer(family, objective="prefix-bt")
+    if row.vocabulary:
+        model = Policy(tiny_policy(family, seed=9), tiny_tokenizer())
+        scorer = VocabularyScorer(model, info=info(row.scorer), name="tiny")
+    elif row.scorer:
+        scorer = tiny_scorer(family, objective="cumulative-mse" if row.clip else "prefix-bt")
     return GuidedPolicy.from_pretrained((tiny_policy(family), tiny_tokenizer()), scorer, method=method, **settings)
 
 
@@ -51,7 +58,21 @@ def reward(model, ids) -> float:
         model.config.pad_token_id = pad
 
 
-def step_distribution(guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperature=1.0) -> dict[int, float]:
+def score(guided, scorer, ids) -> float:
+    """What a scorer says of the last token of a text, as the method reads it."""
+    if isinstance(scorer, VocabularyScorer):
+        return float(next_log_probs(scorer.model, ids[:-1])[ids[-1]])
+    read = reward(scorer.model, ids)
+    return min(max(read, 0.0), 1.0) if guided.method.clip else read
+
+
+def entropy_of(log_probs) -> float:
+    return float(-(log_probs.exp() * log_probs).sum())
+
+
+def step_distribution(
+    guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperature=1.0, gate=None, sums=None
+) -> dict[int, float]:
     """Log-probability of each candidate after ``ids``: the definition, term by term."""
     whole = next_log_probs(guided.policy.model, ids)
     tokens = whole.argsort(descending=True)[: top_k or len(whole)].tolist()
@@ -62,8 +83,12 @@ def step_distribution(guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperatu
             kept.append(token)
         before += math.exp(whole[token]) / mass
     energy = {t: float(whole[t]) for t in kept}
-    if beta:
-        energy = {t: e + beta * reward(guided.scorer.model, [*ids, t]) for t, e in energy.items()}
+    if beta and not (gate is not None and entropy_of(whole) <= gate):
+        betas = beta if isinstance(beta, list) else [beta]
+        energy = {t: e + sum(b * score(guided, s, [*ids, t]) for b, s in zip(betas, guided.scorers, strict=True))
+                  for t, e in energy.items()}  # fmt: skip
+    if sums is not None:
+        energy = {t: energy[t] for t in sorted(energy, key=energy.__getitem__)[-sums:]}
     if temperature == 0:
         return {max(energy, key=energy.__getitem__): 0.0}
     energy = {t: e / temperature for t, e in energy.items()}
@@ -87,12 +112,8 @@ def completion_distribution(guided, prompt, length, **settings) -> dict[tuple[in
 def winner_distribution(guided, prompt, length, n, **settings) -> dict[tuple[int, ...], float]:
     """Distribution of the best of n independent completions, by order statistics of their rewards."""
     drawn = completion_distribution(guided, prompt, length, **settings)
-    ranked = sorted(drawn, key=lambda tokens: reward(guided.scorer.model, [*prompt, *tokens]))
-    winners, below = {}, 0.0
-    for tokens in ranked:
-        winners[tokens] = (below + drawn[tokens]) ** n - below**n
-        below += drawn[tokens]
-    return winners
+    rewards = {tokens: reward(guided.scorer.model, [*prompt, *tokens]) for tokens in drawn}
+    return best_among(drawn, rewards, n)
 
 
 def write_head(folder, policy_folder, kind: str = "state"):
@@ -107,3 +128,59 @@ def write_head(folder, policy_folder, kind: str = "state"):
     }  # fmt: skip
     write_info(folder, info().model_copy(update=about))
     return folder
+
+
+def segments_of(guided, prompt, begun, limit, *, length, unsure=None, shortest=1, **settings):
+    """Every segment behind a started completion: its probability under the policy, and whether it ends the text."""
+    done, open_ = {}, {(): 0.0}
+    while open_:
+        grown = {}
+        for tokens, log_prob in open_.items():
+            text = [*prompt, *begun, *tokens]
+            doubt = unsure is not None and entropy_of(next_log_probs(guided.policy.model, text)) >= unsure
+            if doubt and len(tokens) >= shortest:
+                done[tokens] = (math.exp(log_prob), False)
+                continue
+            for token, step in step_distribution(guided, text, **settings).items():
+                new = (*tokens, token)
+                ended = token == EOS or len(begun) + len(new) == limit
+                if ended or len(new) == length:
+                    done[new] = (math.exp(log_prob + step), ended)
+                else:
+                    grown[new] = log_prob + step
+        open_ = grown
+    return done
+
+
+def segmented_distribution(guided, prompt, limit, choose, **settings) -> dict[tuple[int, ...], float]:
+    """Probability of every completion that is drawn segment by segment; ``choose`` says how one is selected."""
+    finished, open_ = {}, {(): 1.0}
+    while open_:
+        grown = {}
+        for begun, mass in open_.items():
+            drawn = segments_of(guided, prompt, begun, limit, **settings)
+            texts = {tokens: [*prompt, *begun, *tokens] for tokens in drawn}
+            rewards = {tokens: reward(guided.scorer.model, text) for tokens, text in texts.items()}
+            for tokens, p in choose({t: p for t, (p, _) in drawn.items()}, rewards, len(begun)).items():
+                into = finished if drawn[tokens][1] else grown
+                into[(*begun, *tokens)] = into.get((*begun, *tokens), 0.0) + mass * p
+        open_ = grown
+    return finished
+
+
+def best_among(masses, rewards, n) -> dict:
+    """Probability that each is the best of n draws with these (possibly unnormalised) probabilities."""
+    chosen, below = {}, 0.0
+    for one in sorted(masses, key=rewards.__getitem__):
+        chosen[one] = (below + masses[one]) ** n - below**n
+        below += masses[one]
+    return chosen
+
+
+def accepted_among(masses, rewards, thresholds, beta, retries) -> dict:
+    """Drawn until one is accepted with min(1, exp(β(r − τ))); the best of all when the retries are used up."""
+    accept = {t: min(1.0, math.exp(beta * (rewards[t] - thresholds[t]))) for t in masses}
+    refused = sum(p * (1 - accept[t]) for t, p in masses.items())
+    tries = sum(refused**i for i in range(retries + 1))
+    fallback = best_among({t: p * (1 - accept[t]) for t, p in masses.items()}, rewards, retries + 1)
+    return {t: p * accept[t] * tries + fallback[t] for t, p in masses.items()}

@@ -35,7 +35,10 @@ class StepTrace(Record):
     token_id: int
     candidate_ids: list[int]
     policy_log_probs: list[float]
-    scores: list[float] | None = Field(default=None, description="one per candidate; None when no scorer ran")
+    scores: list[float] | None = Field(
+        default=None, description="one per candidate; None where nothing steered; Σ β_j·r_j of several scorers"
+    )
+    scores_of_each: list[list[float]] | None = Field(default=None, description="of several scorers: one list for each")
     guided_log_probs: list[float]
 
 
@@ -53,6 +56,11 @@ class Completion(Record):
     guided_log_prob: float = Field(description="nats, of token_ids under the distribution they were drawn from")
     candidates_log_prob: float | None = Field(
         default=None, description="nats, of token_ids under the policy renormalised over each step's candidates, T=1"
+    )
+    selection_nats: float = Field(
+        default=0.0,
+        description="what choosing among drawn texts adds to guided − policy: a bound (best-of-n, cd-blockwise), an "
+        "estimate (cards)",
     )
     score: float | None = Field(default=None, description="the scorer's last score, or the reward that chose it")
     policy_calls: int = 0

@@ -87,7 +87,7 @@ def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_p
         (["--prompt", "Hi", "--method", "prags"], 2, "unknown method 'prags'"),
         (["--prompt", "Hi", "--set", "topk=3"], 2, "did you mean top_k?"),
         (["--prompt", "Hi", "--policy", "./absent"], 2, "no model folder ./absent"),
-        (["--prompt", "Hi", "--n", "3"], 2, "n applies to best-of-n"),
+        (["--prompt", "Hi", "--n", "3"], 2, "n applies to cd-blockwise, best-of-n, not to pargs"),
         ([], 2, "give either --prompt TEXT or --prompts FILE"),
         (["--prompts", "absent.jsonl"], 2, "--prompts and --output go together"),
     ],

@@ -6,7 +6,7 @@ import torch
 from conftest import CONFIGS, VOCAB, tiny_policy
 from naive import make_guided, next_log_probs
 from rgtg.decoding.runner import RecomputeRunner, TreeRunner, read
-from rgtg.decoding.shared_prompt import SharedPromptRunner, share_prompts
+from rgtg.decoding.shared_prompt import SharedPromptRunner, fork
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.models.readout import policy_logits
 
@@ -20,7 +20,7 @@ def test_every_branch_is_read_as_a_text_of_its_own(family, kind):
     model = tiny_policy(family)
     runner = kind(model, policy_logits, 40)
     runner.prefill(PROMPTS)
-    shared = share_prompts(runner, 3, 3)
+    shared = fork(runner, 3)
     texts = [list(p) for p in PROMPTS for _ in range(3)]
     dropped = {2: [0, 2, 3, 4, 5, 6, 8], 4: [0, 1, 5, 6], 5: [2]}  # uneven, and prompts that lose all their branches
     for step in range(8):
@@ -40,7 +40,7 @@ def test_the_prompt_is_stored_once():
     runner = TreeRunner(tiny_policy(), policy_logits, 100)
     runner.prefill([PROMPTS[0]])
     before = runner.cache.nbytes
-    shared = share_prompts(runner, 1, 8)
+    shared = fork(runner, 8)
     for _ in range(4):
         shared.states(TokenTree.chain(torch.full((8, 1), 9)))
         shared.keep(torch.zeros(8, 1, dtype=torch.long))

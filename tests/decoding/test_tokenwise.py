@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from naive import completion_distribution, make_guided, step_distribution, winner_distribution
+from naive import (
+    accepted_among,
+    best_among,
+    completion_distribution,
+    make_guided,
+    reward,
+    segmented_distribution,
+    step_distribution,
+    winner_distribution,
+)
 from rgtg.decoding import join, readers, steps
 from rgtg.decoding.methods import METHODS
 
@@ -19,24 +28,58 @@ SETTINGS = {
 }
 
 
+# What a method is given beyond that, where it has settings of its own.
+OWN = {
+    "best-of-n": {"n": 2},
+    "cd-blockwise": {"n": 2, "segment_length": 1},
+    "cards": {"beta": 1.5, "reward_threshold": 0.5, "segment_length": 2, "min_segment": 1, "entropy_threshold": 2.0,
+              "retries": 1},
+}  # fmt: skip
+
+
 def exact_settings(method, named):
     """What the definition is given: greedy methods are T = 0, and beta is 1.5 where a scorer steers each token."""
     row = METHODS[method]
     beta = 1.5 if row.scorer and row.unit == "token" else 0.0
-    return SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
+    exact = SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
+    return exact | {"top_k": None, "sums": exact["top_k"]} if row.candidates == "sum" else exact
 
 
 def build(method):
     row = METHODS[method]
-    more = {"beta": 1.5} if row.scorer and row.unit == "token" else {}
-    return make_guided(method, **more, **({"n": 2} if row.rule == "best" else {}))
+    return make_guided(method, **{"beta": 1.5} if row.scorer and row.unit == "token" else {})
 
 
 def call_settings(method, named):
-    settings = dict(SETTINGS[named])
+    settings = SETTINGS[named] | OWN.get(method, {})
     if METHODS[method].rule == "greedy":
         del settings["temperature"]
     return settings
+
+
+def exact_distribution(method, guided, prompt, length, exact):
+    """Every completion's probability, by enumeration."""
+    own = OWN.get(method, {})
+    if method == "best-of-n":
+        return winner_distribution(guided, prompt, length, own["n"], **exact)
+    if method == "cd-blockwise":
+        return segmented_distribution(
+            guided, prompt, length, lambda masses, rewards, _: best_among(masses, rewards, own["n"]),
+            length=own["segment_length"], **exact,
+        )  # fmt: skip
+    if method == "cards":
+        first = (reward(guided.scorer.model, prompt) + own["reward_threshold"]) / 2
+
+        def choose(masses, rewards, begun):
+            shares = {t: (begun + len(t)) / length for t in masses}
+            rising = {t: first + share * (own["reward_threshold"] - first) for t, share in shares.items()}
+            thresholds = {t: min(r, own["reward_threshold"]) for t, r in rising.items()}
+            return accepted_among(masses, rewards, thresholds, own["beta"], own["retries"])
+
+        return segmented_distribution(
+            guided, prompt, length, choose, length=own["segment_length"], unsure=own["entropy_threshold"], **exact
+        )
+    return completion_distribution(guided, prompt, length, **exact)
 
 
 CASES = [
@@ -48,18 +91,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "named"), CASES)
-def test_the_distribution_of_two_tokens_is_the_enumerated_one(method, named):
+def test_the_distribution_of_completions_is_the_enumerated_one(method, named):
     guided = build(method)
-    exact = exact_settings(method, named)
-    if METHODS[method].rule == "best":
-        expected = winner_distribution(guided, PROMPT, 2, 2, **exact)
-    else:
-        expected = completion_distribution(guided, PROMPT, 2, **exact)
+    length = 3 if METHODS[method].unit == "segment" and named == "plain" else 2
+    expected = exact_distribution(method, guided, PROMPT, length, exact_settings(method, named))
     assert sum(expected.values()) == pytest.approx(1)
-    draws = 20 if len(expected) == 1 else 1000 if METHODS[method].rule == "best" else 3000
+    expected = {tokens: p for tokens, p in expected.items() if p > 0}
+    draws = 20 if len(expected) == 1 else 1000 if METHODS[method].unit == "completion" else 3000
     done = guided.generate_ids(
-        [PROMPT] * draws, seed=list(range(draws)), batch_size=draws, max_new_tokens=2, **call_settings(method, named)
-    )
+        [PROMPT] * draws, seed=list(range(draws)), batch_size=draws, max_new_tokens=length,
+        **call_settings(method, named),
+    )  # fmt: skip
     counts = dict.fromkeys(expected, 0)
     for completion in done:
         counts[tuple(completion.token_ids)] += 1  # a completion that cannot occur is a KeyError
@@ -86,7 +128,8 @@ def test_every_traced_figure_is_the_enumerated_one(method, named):
         pytest.skip("a greedy method has no temperature")
     guided = build(method)
     if named == "all":
-        given, exact = {"top_k": None}, exact_settings(method, "plain") | {"top_k": None}
+        given = OWN.get(method, {}) | {"top_k": None}
+        exact = exact_settings(method, "plain") | {"top_k": None} | ({"sums": None} if row.candidates == "sum" else {})
     else:
         given, exact = call_settings(method, named), exact_settings(method, named)
     prompts = PROMPTS[:1] if named == "all" else PROMPTS
@@ -110,14 +153,14 @@ def test_every_traced_figure_is_the_enumerated_one(method, named):
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_depends_on_neither_neighbours_nor_order(method, family):
-    more = {"n": 3} if method == "best-of-n" else {}
-    guided = make_guided(method, family, top_k=8, **more)
+    guided = make_guided(method, family, top_k=8)
     seeds = [3, 1, 4, 1]
 
     def run(order, size):
         done = guided.generate_ids(
-            [PROMPTS[i] for i in order], seed=[seeds[i] for i in order], batch_size=size, max_new_tokens=12
-        )
+            [PROMPTS[i] for i in order], seed=[seeds[i] for i in order], batch_size=size, max_new_tokens=12,
+            **OWN.get(method, {}),
+        )  # fmt: skip
         return {i: completion.token_ids for i, completion in zip(order, done, strict=True)}
 
     alone = run([0, 1, 2, 3], 1)
@@ -129,11 +172,11 @@ def test_a_row_depends_on_neither_neighbours_nor_order(method, family):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_seed_for_all_is_order_free_and_samples_repeats_anew(method):
-    guided = make_guided(method, **({"n": 2} if method == "best-of-n" else {}))
-    there = guided.generate_ids(PROMPTS, seed=7, max_new_tokens=6)
-    back = guided.generate_ids(PROMPTS[::-1], seed=7, max_new_tokens=6)
+    guided, own = make_guided(method), OWN.get(method, {})
+    there = guided.generate_ids(PROMPTS, seed=7, max_new_tokens=6, **own)
+    back = guided.generate_ids(PROMPTS[::-1], seed=7, max_new_tokens=6, **own)
     assert [c.token_ids for c in there] == [c.token_ids for c in back][::-1]
-    twice = guided.generate_ids([PROMPT, PROMPT], seed=7, max_new_tokens=16)
+    twice = guided.generate_ids([PROMPT, PROMPT], seed=7, max_new_tokens=16, **own)
     assert twice[0].seed != twice[1].seed
     if METHODS[method].rule != "greedy":
         assert twice[0].token_ids != twice[1].token_ids
@@ -142,9 +185,10 @@ def test_one_seed_for_all_is_order_free_and_samples_repeats_anew(method):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_tree_gives_what_recomputing_gives(method, family):
-    more = {"n": 3} if method == "best-of-n" else {}
     fast, slow = (
-        make_guided(method, family, top_k=6, token_tree=tree, **more).generate_ids(PROMPTS, max_new_tokens=8, seed=2)
+        make_guided(method, family, top_k=6, token_tree=tree).generate_ids(
+            PROMPTS, max_new_tokens=8, seed=2, **OWN.get(method, {})
+        )
         for tree in (True, False)
     )
     for a, b in zip(fast, slow, strict=True):

@@ -17,25 +17,39 @@ if TYPE_CHECKING:
 
 _DECODING = (
     "temperature", "top_p", "min_new_tokens", "max_new_tokens", "stop", "repetition_penalty", "no_repeat_ngram_size",
-    "draft_length",
+    "draft_length", "entropy_gate", "segment_length", "min_segment", "entropy_threshold", "reward_threshold",
+    "threshold_start", "retries",
 )  # fmt: skip
 
 
 @verb
 def command(
     policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="What steers it: folder or hub id.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="policy, pargs, pargs-greedy, args, args-sample, best-of-n.")
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="What steers it: folder or hub id; repeatable, with a --beta each.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="Guidance strength; multiplies the score. Default 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Candidates per step. Default 10.")] = None,
+    method: Annotated[str | None, typer.Option(help="A row of rgtg methods. Default pargs.")] = None,
+    beta: Annotated[
+        list[float] | None, typer.Option(help="Guidance strength; multiplies the score. Default 1.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Candidates per step. Default: the method's (10 for most).")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of the candidates.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the guided distribution; 0 is greedy.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default 64.")] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")] = None,
-    n: Annotated[int | None, typer.Option(help="Completions best-of-n draws. Default 10.")] = None,
+    entropy_gate: Annotated[
+        float | None, typer.Option(help="Steer only where the policy's entropy exceeds this, in nats.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(help="Draws of best-of-n, or of cd-blockwise per segment. Default 10.")
+    ] = None,
+    segment_length: Annotated[
+        int | None, typer.Option(help="Tokens of a segment: cd-blockwise (16), cards (at most 64).")
+    ] = None,
+    reward_threshold: Annotated[
+        float | None, typer.Option(help="cards: reward that a finished completion should reach.")
+    ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Speculate, exactly: policy, prompt-lookup, or a small model's folder.")
     ] = None,
@@ -60,6 +74,9 @@ def command(
     """
     given = locals()  # 0 is a value (temperature, beta); an absent list or switch is not
     flags = {k: v for k, v in given.items() if k in GenerateSettings.model_fields and v != [] and v is not False}
+    for name in ("scorer", "beta"):  # one is one, not a list of one
+        if isinstance(one := flags.get(name), list) and len(one) == 1:
+            flags[name] = one[0]
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
     hush_libraries()
@@ -90,7 +107,7 @@ def load_guided(settings: GenerateSettings) -> "GuidedPolicy":
         method=settings.method,
         beta=settings.beta if "beta" in given else None,
         n=settings.n if "n" in given else None,
-        top_k=settings.top_k,
+        top_k=settings.top_k if "top_k" in given else "default",
         dtype=settings.dtype,
         device=settings.device,
         scorer_device=settings.scorer_device,

@@ -12,8 +12,13 @@ class DecodingSettings(Settings):
     """How completions are drawn; the names are those of Hugging Face and OpenAI where they have one."""
 
     method: str = Field("pargs", description="row of the methods table; see docs/methods.md")
-    beta: float = Field(1.0, description="guidance strength: it multiplies the score; 0 is the unguided policy")
+    beta: float | list[float] = Field(
+        1.0, description="guidance strength: it multiplies the score; 0 is the unguided policy. One per scorer"
+    )
     top_k: int | None = Field(10, description="candidates per step; none for the whole vocabulary")
+    entropy_gate: float | None = Field(
+        None, ge=0, description="steer only where the policy's entropy, in nats, exceeds this"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest candidates holding this probability")
     temperature: float = Field(1.0, ge=0, description="of the guided distribution; 0 takes its maximum")
     max_new_tokens: int = Field(64, ge=1)
@@ -21,14 +26,25 @@ class DecodingSettings(Settings):
     stop: list[str] = Field(default_factory=list, description="texts that end a completion; not part of it")
     repetition_penalty: float = Field(1.0, gt=0)
     no_repeat_ngram_size: int = Field(0, ge=0)
-    n: int = Field(10, ge=1, description="completions that best-of-n draws")
+    n: int = Field(10, ge=1, description="completions that best-of-n draws, segments that cd-blockwise draws")
+    segment_length: int | None = Field(
+        None, ge=1, description="tokens of a segment: all of cd-blockwise's (16), at most of cards' (64)"
+    )
+    min_segment: int = Field(4, ge=1, description="tokens that a segment of cards has at least")
+    entropy_threshold: float = Field(3.0, ge=0, description="cards ends a segment at this entropy, in nats")
+    reward_threshold: float | None = Field(None, description="cards: reward that a finished completion should reach")
+    threshold_start: float = Field(
+        0.5, ge=0, le=1, description="cards: first threshold, from the prompt's reward (0) to reward_threshold (1)"
+    )
+    retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best it has seen")
     draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; none adapts to acceptance")
 
     @field_validator("beta")
     @classmethod
-    def _finite(cls, beta: float) -> float:
-        if not math.isfinite(beta):
-            raise ValueError("beta must be a finite number")
+    def _finite(cls, beta: float | list[float]) -> float | list[float]:
+        many = beta if isinstance(beta, list) else [beta]
+        if not many or not all(math.isfinite(b) for b in many):
+            raise ValueError("beta must be a finite number (or one for each scorer)")
         return beta
 
     @field_validator("top_k")
@@ -56,8 +72,9 @@ class ModelSettings(Settings):
 
 
 class GenerateSettings(DecodingSettings, ModelSettings):
-    """``rgtg generate``."""
+    """``rgtg generate``; several scorers, with a beta each, steer together."""
 
+    scorer: str | list[str] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     prompts: Path | None = None
     output: Path | None = None

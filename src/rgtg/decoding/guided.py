@@ -2,13 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.decoding.join import DRAFTS, AnyScorer, check_draft, check_overlap, make_speculation, make_stepper
-from rgtg.decoding.methods import Method, check_scorer, check_settings, find_method
+from rgtg.decoding.best_of_n import best_of_n
+from rgtg.decoding.join import (
+    DRAFTS,
+    AnyScorer,
+    check_draft,
+    check_overlap,
+    make_mixture,
+    make_segment_reader,
+    make_speculation,
+    make_stepper,
+)
+from rgtg.decoding.loading import Source, listed, load_models
+from rgtg.decoding.methods import Method, betas_of, check_scorers, check_settings, find_method, require_complete
 from rgtg.decoding.requests import (
     Request,
     Stopping,
@@ -19,17 +30,15 @@ from rgtg.decoding.requests import (
     to_completion,
 )
 from rgtg.decoding.runner import Runner, make_runner
-from rgtg.decoding.segmentwise import best_of_n
+from rgtg.decoding.segmentwise import SegmentRule, SegmentStopping, decode_segments
 from rgtg.decoding.speculative import speculate
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import decode_completion, encode_prompt, render_chat, require_same_tokenizer
-from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits
-from rgtg.models.scorer import load_scorer, trunk_of
-from rgtg.models.shared_trunk import SharedTrunkScorer
+from rgtg.models.scorer import Scorer
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -46,26 +55,28 @@ class GuidedPolicy:
     def __init__(
         self,
         policy: Policy,
-        scorer: AnyScorer | None = None,
+        scorer: AnyScorer | Sequence[AnyScorer] | None = None,
         *,
         method: str = "pargs",
-        beta: float | None = None,
-        top_k: int | None = 10,
+        beta: float | Sequence[float] | None = None,
+        top_k: int | Literal["default"] | None = "default",
         n: int | None = None,
         token_tree: bool | None = None,
         overlap: bool | None = None,
         draft: str | Policy | None = None,
     ) -> None:
-        self.policy, self.scorer = policy, scorer
+        self.policy = policy
+        self.scorers: list[AnyScorer] = listed(scorer)
         self.method: Method = find_method(method)
-        given = {"method": method, "beta": beta, "n": n}
-        self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top_k}
+        given = {"method": method, "beta": list(beta) if isinstance(beta, Sequence) else beta, "n": n}
+        top = self.method.top_k if top_k == "default" else top_k
+        self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top}
         self.token_tree, self.overlap = token_tree, overlap
         self.draft = load_policy(draft) if isinstance(draft, str) and draft not in DRAFTS else draft
+        check_scorers(self.method, self.scorers)
         self._settings({})
-        check_scorer(self.method, scorer)
-        if scorer is not None and self.method.scorer is not None:
-            require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+        for one in self._used:
+            require_same_tokenizer(policy.tokenizer, one.tokenizer)
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
         self.end_tokens = end_tokens(policy)
@@ -74,11 +85,11 @@ class GuidedPolicy:
     def from_pretrained(
         cls,
         policy: "str | Policy | tuple[Any, Any]",
-        scorer: "str | AnyScorer | tuple[Any, Any] | None" = None,
+        scorer: "Source | Sequence[Source] | None" = None,
         *,
         method: str = "pargs",
-        beta: float | None = None,
-        top_k: int | None = 10,
+        beta: float | Sequence[float] | None = None,
+        top_k: int | Literal["default"] | None = "default",
         n: int | None = None,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
@@ -93,11 +104,11 @@ class GuidedPolicy:
         Args:
             policy: folder, hub id, or a loaded (model, tokenizer) pair.
             scorer: a scorer that ``rgtg train`` made or a stock reward model (folder, hub id, or a loaded pair); None
-                with method ``policy``.
+                with method ``policy``. Several in a list steer together, Σ_j β_j·r_j.
             method: a row of ``rgtg.decoding.methods.METHODS``.
             beta: guidance strength (default 1); it multiplies the score. In TRL and DPO beta is the KL coefficient,
-                the inverse of ours.
-            top_k: candidates per step; None for the whole vocabulary.
+                the inverse of ours. Of several scorers, one each.
+            top_k: candidates per step; None for the whole vocabulary; ``default`` is the method's own (10 for most).
             n: completions that best-of-n draws (default 10).
             dtype: of models loaded by name; default the checkpoint's own.
             device: of models loaded by name; default the first GPU, else the CPU.
@@ -116,25 +127,12 @@ class GuidedPolicy:
             UsageError: unusable settings, or a scorer the method cannot use.
         """
         find_method(method)
-        loaded = load_policy(policy, **(_placement(dtype, device) if isinstance(policy, str) else {}))
-        if isinstance(policy, str):  # in place of the stock layout: weights are held once
-            if pack:
-                loaded.model = pack_linears(loaded.model)
-            if isinstance(scorer, str) and trunk_of(scorer) == "shared" and not groups_of(loaded.model):
-                loaded.model = group_linears(loaded.model, pack=False)
-        reward = scorer
-        if isinstance(reward, str | tuple):
-            reward = _load_scorer(reward, loaded, method, dtype, scorer_device or device, pack=pack)
-        elif reward is not None and scorer_device is not None:
-            raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
-        if scorer_device is not None and not isinstance(reward, PrefixScorer):
-            raise UsageError("scorer_device applies to a scorer that is a model of its own")
-        if isinstance(draft, str) and draft not in DRAFTS:
-            draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
-            draft.model = pack_linears(draft.model) if pack else draft.model
+        loaded, scorers, drafter = load_models(
+            policy, scorer, draft, method, dtype=dtype, device=device, scorer_device=scorer_device, pack=pack
+        )
         return cls(
-            loaded, reward, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,
-            draft=draft,
+            loaded, scorers, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,
+            draft=drafter,
         )  # fmt: skip
 
     def generate(
@@ -199,7 +197,7 @@ class GuidedPolicy:
         batch_size: int,
         settings: dict[str, Any],
     ) -> list[Completion]:
-        resolved = self._settings(settings)
+        resolved = self._settings(settings, complete=True)
         if batch_size < 1:
             raise UsageError(f"batch_size = {batch_size}: it must be at least 1")
         requests = self._requests(prompt_ids, texts, seed, resolved)
@@ -211,15 +209,16 @@ class GuidedPolicy:
     def stream(self, prompt: Prompt, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """Complete one prompt, yielding text as it is drawn; the pieces joined equal ``generate``'s text.
 
-        A completion-level method yields its text at the end. Arguments and errors are those of ``generate``.
+        A segment-wise method yields whole segments, best-of-n its text at the end. Arguments and errors are those of
+        ``generate``.
         """
-        resolved = self._settings(settings)
+        resolved = self._settings(settings, complete=True)
         text, ids = self._encode(prompt)
         (request,) = self._requests([ids], [text], seed, resolved)
         shown = ""
         steps = self._decode([request], resolved, trace=False)
         for _ in steps:
-            if self.method.unit == "token" and request.finish_reason is None:
+            if self.method.unit != "completion" and request.finish_reason is None:
                 text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
                 safe = _settled(text, resolved.stop)
                 if len(safe) > len(shown) and safe.startswith(shown):
@@ -227,20 +226,45 @@ class GuidedPolicy:
                     shown = safe
         yield request.text[len(shown) :]
 
-    def _settings(self, given: dict[str, Any]) -> DecodingSettings:
+    def _settings(self, given: dict[str, Any], *, complete: bool = False) -> DecodingSettings:
         settings = validate(DecodingSettings, self.defaults | given)
         if settings.method != self.method.name:
             raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
+        if complete:
+            require_complete(self.method, settings)
+        if self._used and len(betas_of(settings)) != len(self._used):
+            raise UsageError(
+                f"{len(betas_of(settings))} betas for {len(self._used)} scorers: give each scorer one, in their order"
+            )
         if self.draft is not None:
             if self.method.unit != "token":
                 raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
+            self._require_plain("speculative decoding", settings)
             check_draft(self.draft, self._token_scorer, settings)
         elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
             raise UsageError("draft_length applies to speculative decoding: say where drafts come from (draft)")
         if self.overlap:
+            self._require_plain("overlap", settings)
             check_overlap(self._token_scorer, settings, drafted=self.draft is not None)
         return settings
+
+    def _require_plain(self, what: str, settings: DecodingSettings) -> None:
+        """Refuse what the faster ways to read one scorer do not do."""
+        if len(self._used) > 1:
+            raise UsageError(f"{what} takes one scorer, and {len(self._used)} were given")
+        if settings.entropy_gate is not None:
+            raise UsageError(f"{what} scores every token; leave entropy_gate out")
+
+    @property
+    def scorer(self) -> AnyScorer | None:
+        """The scorer, the first of several; None without one."""
+        return self.scorers[0] if self.scorers else None
+
+    @property
+    def _used(self) -> list[AnyScorer]:
+        """The scorers, where the method reads any."""
+        return self.scorers if self.method.scorer else []
 
     @property
     def _token_scorer(self) -> AnyScorer | None:
@@ -271,31 +295,64 @@ class GuidedPolicy:
 
     def _require_room(self, prompt_ids: Sequence[int], settings: DecodingSettings) -> None:
         require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
-        if self.scorer is not None and self.method.scorer is not None:
-            require_room(prompt_ids, settings.max_new_tokens, self.scorer.max_length, "scorer")
+        for scorer in self._used:
+            require_room(prompt_ids, settings.max_new_tokens, scorer.max_length, "scorer")
         if isinstance(self.draft, Policy):
             require_room(prompt_ids, settings.max_new_tokens, self.draft.max_length, "drafting model")
 
     def _decode(self, requests: list[Request], settings: DecodingSettings, *, trace: bool) -> Iterator[list[Request]]:
-        rule = TokenRule(
-            beta=settings.beta, top_k=settings.top_k, top_p=settings.top_p, temperature=settings.temperature,
-            greedy=self.method.rule == "greedy", trace=trace,
-        )  # fmt: skip
-        stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
-        if self.method.rule == "best":
-            assert not isinstance(self.scorer, SharedTrunkScorer | None), "checked when policy and scorer were joined"
+        rule = self._rule(settings, trace)
+        if self.method.unit == "segment":
+            return self._decode_segments(requests, settings, rule, longest)
+        stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
+        if self.method.unit == "completion":
             columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
-            return best_of_n(requests, self._policy_runner(columns), self.scorer, settings.n, rule, stopping)
-        scorer, top_k, tree = self._token_scorer, settings.top_k, self.token_tree
+            return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
+        scorer, top_k, tree = self._token_scorer, None if rule.of_sum else settings.top_k, self.token_tree
         if self.draft is not None:
             assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
             run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=tree)
             return speculate(
                 requests, run.policy, run.scorer, run.drafter, run.costs, rule, stopping, settings.draft_length
             )
+        if len(self._used) > 1:
+            mixed = make_mixture(self.policy, self._used, betas_of(settings), longest, top_k=top_k, tree=tree)
+            return decode(requests, mixed, rule, stopping)
         stepper = make_stepper(self.policy, scorer, longest, top_k=top_k, tree=tree, overlap=self.overlap)
         return decode(requests, stepper, rule, stopping)
+
+    def _decode_segments(
+        self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int
+    ) -> Iterator[list[Request]]:
+        accepts = self.method.rule == "accept"
+        n = 1 if accepts else settings.n
+        length = settings.segment_length or (64 if accepts else 16)
+        segments = SegmentRule(
+            "accept" if accepts else "best", n, betas_of(settings)[0], settings.reward_threshold or 0.0,
+            settings.threshold_start, settings.retries,
+        )  # fmt: skip
+        stopping = SegmentStopping(
+            self.policy.tokenizer, self.end_tokens, settings, length=length,
+            unsure=settings.entropy_threshold if accepts else None,
+        )  # fmt: skip
+        reader = make_segment_reader(self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree)
+        policy = self._policy_runner(longest + (n + 1) * (length + 1))
+        return decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
+
+    @property
+    def _reward(self) -> Scorer:
+        """The scorer, as one that reads whole texts (checked when policy and scorer were joined)."""
+        return cast(Scorer, self.scorer)
+
+    def _rule(self, settings: DecodingSettings, trace: bool) -> TokenRule:
+        """How a token is drawn: with several scorers, their sum is weighted before the rule sees it."""
+        betas = betas_of(settings)
+        return TokenRule(
+            beta=1.0 if len(self._used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
+            temperature=settings.temperature, greedy=self.method.rule == "greedy", trace=trace, clip=self.method.clip,
+            of_sum=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
+        )  # fmt: skip
 
     def _policy_runner(self, longest: int) -> Runner:
         return make_runner(self.policy.model, policy_logits, longest + 1, tree=self.token_tree)
@@ -308,25 +365,6 @@ def _naming_prompt(index: int, total: int) -> Iterator[None]:
         yield
     except DataError as error:
         raise type(error)(f"prompt {index + 1} of {total}: {error}" if total > 1 else str(error)) from error
-
-
-def _load_scorer(
-    source: "str | tuple[Any, Any]", policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool
-) -> AnyScorer:
-    """A scorer by name; one that is not part of the policy is packed as the policy is."""
-    if not isinstance(source, str):
-        return PrefixScorer.from_pretrained(source)
-    scorer = load_scorer(
-        source, policy=policy, dtype=dtype, device=device or policy.model.device,
-        join=find_method(method).unit == "token",
-    )  # fmt: skip
-    if pack and isinstance(scorer, PrefixScorer):
-        scorer.model = pack_linears(scorer.model)
-    return scorer
-
-
-def _placement(dtype: Any, device: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "device": device}
 
 
 def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:

@@ -8,6 +8,7 @@ from rgtg.decoding.drafting import MAX_DRAFT, Costs, Drafter, FromModel, FromPol
 from rgtg.decoding.mixture import Mixture, OwnPass
 from rgtg.decoding.readers import MAX_WIDTH, CandidateReader, PrefixReader, Reader
 from rgtg.decoding.runner import Runner, make_runner
+from rgtg.decoding.segment_scores import CachedSegments, SegmentReader, WholeTexts
 from rgtg.decoding.steps import Alone, Apart, AtOnce, InOnePass, OnCandidates, OnPrefix, Stepper
 from rgtg.errors import UsageError
 from rgtg.models.own_state import OwnStateScorer
@@ -15,6 +16,7 @@ from rgtg.models.packed import decode_bytes
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits, scorer_scores
+from rgtg.models.scorer import Scorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.vocab_scorer import VocabularyScorer
 
@@ -112,6 +114,21 @@ def make_mixture(
     order = [first, *(i for i in range(len(scorers)) if i != first)]
     readers = [reader(scorers[i]) for i in order[1:]]
     return Mixture(stepper(scorers[first]), readers, [betas[i] for i in order], order)
+
+
+def make_segment_reader(scorer: Scorer, longest: int, length: int, *, tree: bool | None = None) -> SegmentReader:
+    """The cheapest exact way to score segments of at most ``length`` tokens behind completions.
+
+    Args:
+        scorer: of finished completions or prefixes.
+        longest: tokens of the longest prompt and its completion together.
+        length: tokens of a segment.
+        tree: as ``make_stepper``.
+    """
+    if isinstance(scorer, PrefixScorer) and scorer.causal:
+        room = longest + max(length, MAX_WIDTH)
+        return CachedSegments(make_runner(scorer.model, scorer_scores, room, tree=tree))
+    return WholeTexts(scorer)
 
 
 @dataclass

@@ -2,35 +2,73 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rgtg.config import DecodingSettings
 from rgtg.errors import UsageError
+from rgtg.models.vocab_scorer import VocabularyScorer
+
+Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", "autoregressive"]
+
+# Settings that only some methods have; every other one belongs to all.
+_STEERED = ("beta", "entropy_gate")
+_CARDS = (
+    "beta", "reward_threshold", "threshold_start", "entropy_threshold", "segment_length", "min_segment", "retries",
+)  # fmt: skip
+_OWN = dict.fromkeys([*_STEERED, *_CARDS, "n"])
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: ``scorer`` is the objective the method was proposed with; None needs no scorer."""
+    """One row: what a method reads and how it decides.
+
+    Attributes:
+        name: of the method.
+        unit: what a score decides on.
+        scorer: the objective the method was proposed with; None needs no scorer.
+        rule: how one of several is chosen.
+        paper: who proposed it.
+        candidates: next tokens considered: V_k of the policy, all, or the k largest sums log π + β·r.
+        top_k: k where the user gives none; None is the whole vocabulary.
+        vocabulary: needs a scorer that gives every next token its score in one call.
+        clip: scores are cut to [0, 1].
+        takes: settings that only some methods have, and this one does.
+    """
 
     name: str
-    unit: Literal["token", "completion"]
-    scorer: Literal["prefix-bt", "full-bt"] | None
-    rule: Literal["sample", "greedy", "best"]
+    unit: Literal["token", "segment", "completion"]
+    scorer: Objective | None
+    rule: Literal["sample", "greedy", "accept", "best"]
     paper: str
+    candidates: Literal["policy", "all", "sum"] = "policy"
+    top_k: int | None = 10
+    vocabulary: bool = False
+    clip: bool = False
+    takes: tuple[str, ...] = _STEERED
 
 
 METHODS = {
     row.name: row
     for row in (
-        Method("policy", "token", None, "sample", "the unguided baseline"),
+        Method("policy", "token", None, "sample", "the unguided baseline", takes=()),
         Method("pargs", "token", "prefix-bt", "sample", "arXiv 2406.07780"),
         Method("pargs-greedy", "token", "prefix-bt", "greedy", "arXiv 2406.07780"),
         Method("args", "token", "full-bt", "greedy", "arXiv 2402.01694"),
         Method("args-sample", "token", "full-bt", "sample", "arXiv 2402.01694"),
-        Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325"),
+        Method("cd", "token", "value", "sample", "arXiv 2310.17022"),
+        Method("cd-blockwise", "segment", "value", "best", "arXiv 2310.17022", takes=("n", "segment_length")),
+        Method("rad", "token", "cumulative-mse", "sample", "arXiv 2310.09520", top_k=20, clip=True),
+        Method("farma", "token", "farma", "sample", "arXiv 2502.04517", "sum", vocabulary=True),
+        Method("genarm", "token", "autoregressive", "sample", "arXiv 2410.08193", "all", None, vocabulary=True),
+        Method("cards", "segment", "full-bt", "accept", "arXiv 2406.16306", top_k=40, takes=_CARDS),
+        Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325", takes=("n",)),
     )
 }
+
+# Objectives whose scorers have been asked about unfinished texts while they were trained.
+_OF_PREFIXES = {"prefix-bt", "farma", "autoregressive", "value", "cumulative-mse", "tcrm"}
 
 
 def find_method(name: str) -> Method:
@@ -51,48 +89,94 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
         UsageError: naming the setting and the method that has it.
     """
     given = settings.model_fields_set
-    if not math.isfinite(settings.beta):
+    if not all(math.isfinite(beta) for beta in betas_of(settings)):
         raise UsageError(f"beta = {settings.beta}: beta must be a finite number")
     if method.rule == "greedy" and "temperature" in given and settings.temperature not in (0, 1):
         raise UsageError(f"{method.name} takes the maximum and has no temperature; sample with pargs or args-sample")
-    if "n" in given and method.rule != "best":
-        raise UsageError(f"n applies to best-of-n, not to {method.name}")
-    if "beta" in given and method.unit == "completion":
-        raise UsageError(f"{method.name} has no beta: it takes the completion of highest reward")
-    if "beta" in given and method.scorer is None:
-        raise UsageError(f"{method.name} has no beta: no scorer steers it; use pargs or args")
+    for name in _OWN:
+        if name in given and getattr(settings, name) is not None and name not in method.takes:
+            raise UsageError(_refusal(method, name))
     if settings.min_new_tokens > settings.max_new_tokens:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
 
 
-def check_scorer(method: Method, scorer: Any) -> None:
-    """Refuse a scorer the method cannot use; warn once of one that was trained for something else.
+def require_complete(method: Method, settings: DecodingSettings) -> None:
+    """Refuse to decode without a setting that has no default.
 
     Raises:
-        UsageError: no scorer where one is needed, or one that cannot read every position.
+        UsageError: naming it, and how to find it.
+    """
+    if method.rule == "accept" and settings.reward_threshold is None:
+        raise UsageError(
+            f"{method.name} needs reward_threshold, the reward that a finished completion should reach: for example "
+            "the mean reward of best-of-n's completions with the same scorer"
+        )
+
+
+def _refusal(method: Method, name: str) -> str:
+    takers = ", ".join(row.name for row in METHODS.values() if name in row.takes)
+    if name == "beta" and method.scorer is None:
+        return f"{method.name} has no beta: no scorer steers it; use pargs or args"
+    if name == "beta":
+        return f"{method.name} has no beta: it takes the {method.unit} of highest reward"
+    return f"{name} applies to {takers}, not to {method.name}"
+
+
+def betas_of(settings: DecodingSettings) -> list[float]:
+    """Guidance strengths, one or more."""
+    return settings.beta if isinstance(settings.beta, list) else [settings.beta]
+
+
+def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
+    """Refuse scorers the method cannot use; warn once of each that was trained for something else.
+
+    Raises:
+        UsageError: no scorer where one is needed, several where one is meant, or one that cannot be read so.
     """
     if method.scorer is None:
-        if scorer is not None:
+        if scorers:
             warnings.warn(f"method {method.name} does not use the scorer that was given", stacklevel=3)
         return
-    if scorer is None:
+    if not scorers:
         raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy")
-    if method.unit != "token":
-        if not hasattr(scorer, "score_prefixes"):
+    if len(scorers) > 1 and method.unit != "token":
+        raise UsageError(f"several scorers steer token by token; {method.name} takes one")
+    for scorer in scorers:
+        if method.unit == "token":
+            _check_token_scorer(method, scorer)
+        elif not hasattr(scorer, "score_prefixes"):
             raise UsageError(
                 f"{scorer.name} scores next tokens, not finished completions: {method.name} needs a reward"
             )
-        return
+
+
+def scores_vocabulary(scorer: Any) -> bool:
+    """Whether one call gives the scores of all next tokens: a vocabulary scorer, or a vocabulary head."""
+    return isinstance(scorer, VocabularyScorer) or getattr(scorer, "kind", None) == "vocab"
+
+
+def _check_token_scorer(method: Method, scorer: Any) -> None:
     if not scorer.causal:
         raise UsageError(
             f"{scorer.name} is an encoder, which cannot score candidates over a cache: use best-of-n with it, or train "
             "a causal scorer (rgtg train --base POLICY)"
         )
+    if method.vocabulary and not scores_vocabulary(scorer):
+        raise UsageError(
+            f"{method.name} asks for the scores of all next tokens in one call, and {scorer.name} scores one prefix at "
+            f"a time: use pargs with it, or train one (rgtg train --objective {method.scorer})"
+        )
     objective = scorer.info.objective if scorer.info else None
-    if objective != "prefix-bt":
+    if method.clip and objective != method.scorer:
+        warnings.warn(
+            f"{method.name} cuts scores to [0, 1], and {scorer.name} was trained on "
+            f"{objective or 'an unknown objective'}; train it with --objective {method.scorer}",
+            stacklevel=4,
+        )
+    elif objective not in _OF_PREFIXES and not method.vocabulary:
         what = "finished completions only" if objective == "full-bt" else "an unknown objective (no rgtg.json)"
         warnings.warn(
             f"{scorer.name} was trained on {what}; its scores of partial sequences are arbitrary. "
             f"Measure the damage: rgtg audit --scorer {scorer.name} --pairs FILE",
-            stacklevel=3,
+            stacklevel=4,
         )

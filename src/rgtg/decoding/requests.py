@@ -32,6 +32,7 @@ class Request:
     scorer_calls: int = 0
     drafted: int = 0
     accepted: int = 0
+    selection_nats: float = 0.0
     finish_reason: str | None = None
     text: str = ""
     trace: list[StepTrace] = field(default_factory=list)
@@ -65,6 +66,10 @@ class Stopping:
     def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.stop, self.limit, self.least = settings.stop, settings.max_new_tokens, settings.min_new_tokens
+
+    def staying(self, rows: Sequence[Request], logits: Tensor, whole: Tensor) -> Sequence[int]:
+        """Rows that take a next token, by what the policy expects there (B, V); others have got a ``finish_reason``."""
+        return range(len(rows))
 
     def update(self, request: Request) -> None:
         """Set ``finish_reason`` and ``text`` where the row's newest token ends it."""
@@ -174,6 +179,7 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         score=request.score,
         policy_calls=request.policy_calls,
         scorer_calls=request.scorer_calls,
+        selection_nats=request.selection_nats,
         drafted=request.drafted,
         accepted=request.accepted,
         trace=request.trace if trace else None,

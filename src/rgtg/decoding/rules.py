@@ -1,4 +1,4 @@
-"""How a token is chosen: guided log-probabilities, greedy, sample, accept a draft. Pure and short."""
+"""How a token or a segment is chosen: guided log-probabilities, greedy, sample, accept. Pure and short."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +8,7 @@ from torch import Tensor
 def guided_log_probs(
     candidate_log_probs: Float[Tensor, "batch candidates"],
     scores: Float[Tensor, "batch candidates"],
-    beta: float,
+    beta: float | Float[Tensor, "batch 1"],
     temperature: float = 1.0,
 ) -> Float[Tensor, "batch candidates"]:
     """Log-probabilities of π̃(v) ∝ [π(v)·exp(β·r(prefix⊕v))]^{1/T} over the candidates.
@@ -19,7 +19,7 @@ def guided_log_probs(
     Args:
         candidate_log_probs: (B, K) policy log-probabilities in nats; -inf excludes a candidate.
         scores: (B, K) scorer's scores; those of excluded candidates do not matter.
-        beta: guidance strength; 0 is the policy cut to the candidates.
+        beta: guidance strength, for all rows or one each; 0 is the policy cut to the candidates.
         temperature: ≥ 0.
 
     Returns:
@@ -36,6 +36,31 @@ def guided_log_probs(
         return torch.full_like(combined, -torch.inf, dtype=torch.float32).scatter(-1, best, 0.0)
     below_best = combined - combined.amax(-1, keepdim=True)
     return torch.log_softmax(below_best / temperature, -1).float()
+
+
+def best_sums(
+    candidate_log_probs: Float[Tensor, "batch candidates"],
+    scores: Float[Tensor, "batch candidates"],
+    beta: float | Float[Tensor, "batch 1"],
+    k: int,
+) -> Int[Tensor, "batch kept"]:
+    """Indices (B, k) of the k largest log π(v) + β·r(v), largest first: FaRMA's candidates (arXiv 2502.04517).
+
+    >>> best_sums(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 0.0, 2.0]]), beta=1.0, k=2)
+    tensor([[2, 0]])
+    """
+    out = candidate_log_probs == -torch.inf
+    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(out, 0.0)
+    return combined.topk(min(k, combined.shape[-1]), -1).indices
+
+
+def entropy(log_probs: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+    """Entropy −Σ p·log p of each row in nats; what has probability zero adds nothing.
+
+    >>> entropy(torch.tensor([[0.5, 0.5, 0.0]]).log())
+    tensor([0.6931])
+    """
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
 def greedy(log_probs: Float[Tensor, "batch candidates"]) -> Int[Tensor, " batch"]:
@@ -94,3 +119,39 @@ def accept_draft(
     # p = q up to rounding: nothing is ever rejected there but by rounding, and p itself is right
     rest = torch.where(total > 0, rest / total.clamp(min=torch.finfo(torch.float64).tiny), p)
     return accepted, rest.log().float()
+
+
+def segment_threshold(
+    prompt_reward: Float[Tensor, " batch"], target: float, start: float, share: Float[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """The reward τ that a segment should reach: it rises from its start to the target as the completion grows.
+
+    τ = r_0 + share·(r* − r_0), at most r*, with r_0 = (1 − start)·r(x) + start·r*. Source: CARDS, arXiv 2406.16306.
+
+    Args:
+        prompt_reward: (B,) r(x), of the prompt alone.
+        target: r*, the reward of a finished completion.
+        start: in [0, 1].
+        share: (B,) tokens of the completion so far, the segment included, of all allowed.
+
+    >>> segment_threshold(torch.tensor([0.0]), 4.0, 0.5, torch.tensor([0.25]))
+    tensor([2.5000])
+    """
+    first = (1 - start) * prompt_reward + start * target
+    return (first + share * (target - first)).clamp(max=target)
+
+
+def accept_segment(
+    rewards: Float[Tensor, " batch"],
+    thresholds: Float[Tensor, " batch"],
+    beta: float,
+    uniforms: Float[Tensor, " batch"],
+) -> Bool[Tensor, " batch"]:
+    """Accept each row's segment with probability min(1, exp(β·(r − τ))). Source: CARDS, arXiv 2406.16306.
+
+    The paper divides by its β, ours multiplies. Each row has its own reward, threshold and uniform number.
+
+    >>> accept_segment(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 1.0]), 1.0, torch.tensor([0.9, 0.4]))
+    tensor([ True, False])
+    """
+    return uniforms.double().log() < beta * (rewards.double() - thresholds.double())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runner import Runner, TreeRunner
+from rgtg.decoding.runner import RecomputeRunner, Runner, TreeRunner
 from rgtg.decoding.token_tree import TokenTree
 
 
@@ -77,6 +77,11 @@ class SharedPromptRunner:
         self.prompt_lengths = self.prompt_lengths[chosen]
         self.runner.select_rows(chosen)
 
+    def drop_branches(self) -> None:
+        """Forget every branch; the prompts stay."""
+        now = torch.tensor(self.runner.cache.lengths)
+        self.runner.forget((now - self.prompt_lengths).tolist())
+
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Prompt and node of each row: the living branches of a prompt, in order."""
         counts = [0] * len(self.owners)
@@ -103,9 +108,14 @@ class SharedPromptRunner:
         return seen | own
 
 
-def share_prompts(runner: Runner, prompts: int, n: int) -> Runner:
-    """The runner with n rows for each prompt it has read: branches of one cache, or copies where it has no tree."""
+def fork(runner: Runner, n: int) -> Runner:
+    """N rows for each one that a runner has read: branches of its cache, or copies of its texts where it has no tree.
+
+    The runner itself stays as it is, once the branches are dropped (``SharedPromptRunner.drop_branches``).
+    """
     if isinstance(runner, TreeRunner):
         return SharedPromptRunner(runner, n)
-    runner.select_rows(torch.arange(prompts).repeat_interleave(n))
-    return runner
+    assert isinstance(runner, RecomputeRunner), "runners read trees or texts"
+    copies = RecomputeRunner(runner.model, runner.readout, 0)
+    copies.rows = [list(row) for row in runner.rows for _ in range(n)]
+    return copies

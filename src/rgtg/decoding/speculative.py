@@ -13,7 +13,7 @@ from torch import Tensor
 from rgtg.decoding.candidates import propose
 from rgtg.decoding.drafting import MAX_DRAFT, Acceptance, Choice, Costs, Draft, Drafter, no_draft
 from rgtg.decoding.requests import Request, Stopping, process
-from rgtg.decoding.rules import accept_draft, greedy, guided_log_probs, sample
+from rgtg.decoding.rules import accept_draft, greedy, sample
 from rgtg.decoding.runner import Runner, read
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.decoding.tokenwise import TokenRule, require_finite, step_trace
@@ -71,7 +71,7 @@ def speculate(
     logits = policy.readout(policy.model, states)[:, None]
     while True:
         # 1. verify: the candidates of every place, scored in one pass
-        places = _verify(active, logits, draft, scorer, rule, temperature)
+        places = _verify(active, logits, draft, scorer, rule)
         # 2. rule: accept from the left, then draw one token from what a rejection left, or one more behind the last
         accepted, choice = _accept(active, draft, places, temperature)
         _emit(active, draft, accepted, choice, places, rule, stopping)
@@ -101,9 +101,7 @@ def speculate(
         logits = draft.logits if draft.logits is not None else _read_chain(policy, newest, draft)
 
 
-def _verify(
-    rows: Sequence[Request], logits: Tensor, draft: Draft, scorer: Runner | None, rule: TokenRule, temperature: float
-) -> _Verified:
+def _verify(rows: Sequence[Request], logits: Tensor, draft: Draft, scorer: Runner | None, rule: TokenRule) -> _Verified:
     """Guided distribution at each of the n + 1 places of every row."""
     batch, places, _ = logits.shape
     whole = torch.log_softmax(logits.float(), -1)
@@ -117,8 +115,8 @@ def _verify(
     used = torch.arange(places, device=ids.device) <= torch.tensor(draft.counts, device=ids.device)[:, None]
     finite = scores is None or bool(scores[used].isfinite().all())
     require_finite(bool(log_probs[used][:, 0].isfinite().all()), finite)
-    steering = scores.nan_to_num() if scores is not None else torch.zeros_like(log_probs)
-    guided = guided_log_probs(log_probs.flatten(0, 1), steering.flatten(0, 1), rule.beta, temperature)
+    steering = scores.nan_to_num().flatten(0, 1) if scores is not None else None
+    guided = rule.guide(log_probs.flatten(0, 1), steering)
     return _Verified(
         ids.cpu(), log_probs.cpu(), scores.cpu() if scores is not None else None,
         guided.view(batch, places, -1).cpu(), whole.gather(-1, ids).cpu(),

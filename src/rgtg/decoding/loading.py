@@ -1,0 +1,67 @@
+"""Models by name, or loaded: policy, scorers and drafter as decoding wants them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rgtg.decoding.join import DRAFTS, AnyScorer
+from rgtg.decoding.methods import find_method
+from rgtg.errors import UsageError
+from rgtg.models.packed import group_linears, groups_of, pack_linears
+from rgtg.models.policy import Policy, load_policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorer import load_scorer, trunk_of
+
+# A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
+Source = str | AnyScorer | tuple[Any, Any]
+
+
+def load_models(
+    policy: "str | Policy | tuple[Any, Any]",
+    scorer: "Source | Sequence[Source] | None",
+    draft: "str | Policy | None",
+    method: str,
+    *,
+    dtype: Any,
+    device: Any,
+    scorer_device: Any,
+    pack: bool,
+) -> "tuple[Policy, list[AnyScorer], str | Policy | None]":
+    """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
+    loaded = load_policy(policy, **({"dtype": dtype, "device": device} if isinstance(policy, str) else {}))
+    sources = listed(scorer)
+    if isinstance(policy, str):  # in place of the stock layout: weights are held once
+        if pack:
+            loaded.model = pack_linears(loaded.model)
+        if any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources) and not groups_of(loaded.model):
+            loaded.model = group_linears(loaded.model, pack=False)
+    if scorer_device is not None and not all(isinstance(one, str | tuple) for one in sources):
+        raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
+    scorers = [_load_scorer(one, loaded, method, dtype, scorer_device or device, pack=pack) for one in sources]
+    if scorer_device is not None and not (scorers and all(isinstance(one, PrefixScorer) for one in scorers)):
+        raise UsageError("scorer_device applies to a scorer that is a model of its own")
+    if isinstance(draft, str) and draft not in DRAFTS:
+        draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
+        draft.model = pack_linears(draft.model) if pack else draft.model
+    return loaded, scorers, draft
+
+
+def listed(scorer: Any) -> list[Any]:
+    """None, one scorer or several, as a list; a pair of model and tokenizer is one."""
+    if scorer is None:
+        return []
+    return list(scorer) if isinstance(scorer, list) else [scorer]
+
+
+def _load_scorer(source: Source, policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool) -> AnyScorer:
+    """A scorer by name; one that is not part of the policy is packed as the policy is."""
+    if isinstance(source, tuple):
+        return PrefixScorer.from_pretrained(source)
+    if not isinstance(source, str):
+        return source
+    scorer = load_scorer(
+        source, policy=policy, dtype=dtype, device=device or policy.model.device,
+        join=find_method(method).unit == "token",
+    )  # fmt: skip
+    if pack and isinstance(scorer, PrefixScorer):
+        scorer.model = pack_linears(scorer.model)
+    return scorer

@@ -1,0 +1,127 @@
+"""Rewards of segments behind a growing completion: over the scorer's own cache, or of whole texts."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rgtg.decoding.readers import MAX_WIDTH
+from rgtg.decoding.runner import Runner, read
+from rgtg.decoding.token_tree import TokenTree
+from rgtg.models.prefix_scorer import pad_right
+from rgtg.models.scorer import Scorer
+
+# Segments of each row, as token ids: rows × segments × tokens; every row has as many segments, none is empty.
+Segments = Sequence[Sequence[Sequence[int]]]
+
+
+class SegmentReader(Protocol):
+    """What segment-wise decoding needs of a scorer."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts; their rewards (B,)."""
+        ...
+
+    def score(self, segments: Segments) -> Tensor:
+        """Rewards (B, n) of what is kept with each of n segments behind it; nothing is kept."""
+        ...
+
+    def keep(self, segments: Sequence[Sequence[int]]) -> None:
+        """Keep one segment per row; an empty one keeps nothing."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        ...
+
+
+class CachedSegments:
+    """A causal reward model with the policy's tokenizer: all segments of a row are branches of one token tree."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts; their rewards (B,)."""
+        rewards: Tensor = self.runner.readout(self.runner.model, self.runner.prefill(prompts))
+        return rewards.float().cpu()
+
+    def score(self, segments: Segments) -> Tensor:
+        """Rewards (B, n), in passes of at most ``MAX_WIDTH`` nodes (or one segment)."""
+        width = max(len(tokens) for row in segments for tokens in row)
+        at_once = max(1, MAX_WIDTH // width)
+        n = len(segments[0])
+        parts = [self._score([row[i : i + at_once] for row in segments], width) for i in range(0, n, at_once)]
+        return torch.cat(parts, 1)
+
+    def _score(self, segments: Segments, width: int) -> Tensor:
+        n = len(segments[0])
+        ids, _ = pad_right([tokens for row in segments for tokens in row], 0, "cpu")
+        ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1])).reshape(len(segments), -1)
+        parents = tuple(-1 if step == 0 else branch * width + step - 1 for branch in range(n) for step in range(width))
+        scores = read(self.runner, TokenTree(ids, parents)).float().cpu()  # (B, n·width)
+        ends = [[branch * width + len(tokens) - 1 for branch, tokens in enumerate(row)] for row in segments]
+        return scores.gather(1, torch.tensor(ends))
+
+    def keep(self, segments: Sequence[Sequence[int]]) -> None:
+        """Keep one segment per row; an empty one keeps nothing."""
+        read_ragged(self.runner, segments)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.runner.select_rows(rows)
+
+
+class WholeTexts:
+    """Any scorer of prefixes, of whatever make: every segment's whole text is read anew."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.rows: list[tuple[list[int], list[int]]] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Note the prompts; their rewards (B,)."""
+        self.rows = [(list(prompt), []) for prompt in prompts]
+        # an empty completion is worth what its prompt is: the prompt's last token stands for it
+        return self._rewards([prompt[:-1] for prompt in map(list, prompts)], [list(prompt[-1:]) for prompt in prompts])
+
+    def score(self, segments: Segments) -> Tensor:
+        """Rewards (B, n)."""
+        n = len(segments[0])
+        texts = [[*kept, *tokens] for (_, kept), row in zip(self.rows, segments, strict=True) for tokens in row]
+        return self._rewards([prompt for prompt, _ in self.rows for _ in range(n)], texts).reshape(-1, n)
+
+    def keep(self, segments: Sequence[Sequence[int]]) -> None:
+        """Keep one segment per row; an empty one keeps nothing."""
+        for (_, kept), tokens in zip(self.rows, segments, strict=True):
+            kept.extend(tokens)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.rows = [self.rows[i] for i in rows.tolist()]
+
+    def _rewards(self, prompts: list[Any], completions: list[Any]) -> Tensor:
+        return torch.stack([scores[-1] for scores in self.scorer.score_prefixes(prompts, completions)]).float()
+
+
+def read_ragged(runner: Runner, tokens: Sequence[Sequence[int]], before: Tensor | None = None) -> Tensor | None:
+    """Read and keep so many tokens of each row, possibly none; the readout (B, …) at each row's last.
+
+    Args:
+        runner: has read what is before.
+        tokens: of each row.
+        before: the readout of rows that read nothing; needed if there are any.
+    """
+    counts = [len(row) for row in tokens]
+    if not max(counts):
+        return before
+    ids, _ = pad_right(tokens, 0, "cpu")
+    states = runner.states(TokenTree.chain(ids))
+    runner.keep(torch.arange(ids.shape[1]).expand(len(ids), -1), counts)
+    rows, last = torch.arange(len(ids)), torch.tensor(counts).clamp(min=1) - 1
+    read_now: Tensor = runner.readout(runner.model, states[rows, last])
+    if before is None:
+        return read_now
+    new = (torch.tensor(counts) > 0).to(read_now.device)
+    return torch.where(new.reshape(-1, *[1] * (read_now.dim() - 1)), read_now, before.to(read_now))
