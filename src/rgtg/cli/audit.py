@@ -1,7 +1,7 @@
 """``rgtg audit``: is a scorer fit for token-wise guidance?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,16 +20,49 @@ from rgtg.cli.common import (
     write_json,
 )
 from rgtg.config import AuditSettings
-from rgtg.types import AuditPoint, AuditResult
+from rgtg.types import AuditPoint, AuditResult, CandidateFigures, Interval, RolloutAuditResult
+
+if TYPE_CHECKING:
+    from rgtg.evaluation.rollouts import Rollouts
+    from rgtg.models.policy import Policy
+
+_ROLL = "Audit of candidates"
 
 
 @verb
 def command(
     scorer: Annotated[str | None, typer.Option(help="Scorer to audit: folder or hub id.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Held-out preference pairs.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Of a head on its states, where that policy has moved.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Whose roll-outs are made; of a head, where it has moved.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json, audit.png, settings.json, rejects.jsonl.")
+        Path | None, typer.Option(help="Folder for audit.json, rollout-audit.json, figures, settings.json, rejects.")
+    ] = None,
+    rollouts: Annotated[
+        bool, typer.Option("--rollouts", help="Audit the order of candidates, by roll-outs.", rich_help_panel=_ROLL)
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL of {"prompt": ...}: where roll-outs begin.', rich_help_panel=_ROLL)
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Held-out reward model of finished texts.", rich_help_panel=_ROLL)
+    ] = None,
+    rollouts_file: Annotated[
+        Path | None,
+        typer.Option(help="Keeps the roll-outs: continued, or read as it is.", rich_help_panel=_ROLL),
+    ] = None,
+    prefixes: Annotated[int | None, typer.Option(help="Prefixes. Default 200.", rich_help_panel=_ROLL)] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Next tokens at each. Default 10.", rich_help_panel=_ROLL)
+    ] = None,
+    per_candidate: Annotated[
+        int | None, typer.Option(help="Roll-outs of each candidate. Default 8.", rich_help_panel=_ROLL)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of a whole completion. Default 64.", rich_help_panel=_ROLL)
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="At which guidance is judged.", rich_help_panel=_ROLL)] = None,
+    kl_nats: Annotated[
+        float | None, typer.Option(help="KL per token that chooses beta. Default 0.1.", rich_help_panel=_ROLL)
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Completions per forward. Default 8.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples for the intervals. Default 1000.")] = None,
@@ -42,18 +75,45 @@ def command(
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Measure a scorer on partial sequences: pairwise accuracy by prefix length, calibration, a verdict in words."""
-    flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields}
+    """Measure a scorer on partial sequences: on pairs by prefix length, or on the candidates of one prefix."""
+    flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields and v is not False}
     settings = AuditSettings.resolve(config, overrides, flags)
     hush_libraries()
     from rgtg.evaluation.figures import new_figure
-    from rgtg.evaluation.prefix_audit import audit_prefixes
-    from rgtg.models.scorer import load_named_scorer
 
     if settings.output:
         new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
         make_folder(settings.output)
-    model = load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device)
+    model, loaded = _load(settings)
+    by_pairs = _audit_pairs(model, settings) if settings.pairs else None
+    by_rollouts = _audit_rollouts(model, loaded, settings, quiet=quiet or as_json) if settings.rollouts else None
+    if settings.output:
+        save_settings(settings.output, settings)
+    results = [result for result in (by_pairs, by_rollouts) if result is not None]
+    printed: Any = results[0]
+    if by_pairs and by_rollouts:
+        printed = {"pairs": by_pairs.model_dump(mode="json"), "rollouts": by_rollouts.model_dump(mode="json")}
+    emit(printed, as_json=as_json, quiet=quiet, show=lambda: show(*results))
+
+
+def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
+    """The scorer, and the policy where one is needed; a head shares it."""
+    from rgtg.models.policy import load_policy
+    from rgtg.models.scorer import load_named_scorer, load_scorer, trunk_of
+
+    if not settings.makes_rollouts:
+        return load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device), None
+    assert settings.policy is not None, "checked with the settings"
+    policy = load_policy(settings.policy, dtype=settings.dtype, device=settings.device)
+    mine = policy if trunk_of(settings.scorer) == "own" else None
+    return load_scorer(settings.scorer, policy=mine, dtype=settings.dtype, device=settings.device), policy
+
+
+def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
+    from rgtg.evaluation.figures import plot_audit
+    from rgtg.evaluation.prefix_audit import audit_prefixes
+
+    assert settings.pairs is not None, "called with pairs only"
     result = audit_prefixes(
         model,
         settings.pairs,
@@ -64,23 +124,84 @@ def command(
         rejects=settings.output / "rejects.jsonl" if settings.output and settings.on_bad == "skip" else None,
     )
     if settings.output:
-        _write(result, settings)
-    emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result))
+        with atomic_write(settings.output / "audit.png") as partial:
+            plot_audit({result.scorer: result}, partial, format="png")
+        write_json(settings.output / "audit.json", result)
+    return result
 
 
-def _write(result: AuditResult, settings: AuditSettings) -> None:
-    from rgtg.evaluation.figures import plot_audit
+def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> RolloutAuditResult:
+    from rgtg.evaluation.rollout_audit import audit_rollouts
+    from rgtg.evaluation.rollout_figures import plot_rollout_audit
 
-    assert settings.output is not None, "called with an output only"
-    with atomic_write(settings.output / "audit.png") as partial:
-        plot_audit({result.scorer: result}, partial, format="png")
-    save_settings(settings.output, settings)
-    write_json(settings.output / "audit.json", result)
+    result = audit_rollouts(
+        model,
+        _rollouts(policy, settings, quiet=quiet),
+        beta=settings.beta,
+        kl_nats=settings.kl_nats,
+        batch_size=settings.batch_size,
+        bootstrap=settings.bootstrap,
+        seed=settings.seed,
+    )
+    if settings.output:
+        with atomic_write(settings.output / "rollout-audit.png") as partial:
+            plot_rollout_audit({result.scorer: result}, partial, format="png")
+        write_json(settings.output / "rollout-audit.json", result)
+    return result
 
 
-def show(result: AuditResult) -> None:
-    """Print the audit as two tables and its verdict."""
+def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> "Rollouts":
+    """Made, continued, or read as they are."""
     from rich.console import Console
+    from rich.progress import Progress
+
+    from rgtg.evaluation.rollouts import make_rollouts, read_rollouts
+    from rgtg.models.prefix_scorer import PrefixScorer
+
+    if policy is None:
+        assert settings.rollouts_file is not None, "checked with the settings"
+        return read_rollouts(settings.rollouts_file)
+    assert settings.prompts is not None, "checked with the settings"
+    assert settings.reward is not None, "checked with the settings"
+    reward = PrefixScorer.from_pretrained(settings.reward, dtype=settings.dtype, device=settings.device)
+    path = settings.rollouts_file or (settings.output or Path()) / "rollouts.jsonl"
+    with Progress(disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("rolling out", total=settings.prefixes)
+        return make_rollouts(
+            policy,
+            settings.prompts,
+            reward,
+            path=path,
+            prefixes=settings.prefixes,
+            candidates=settings.candidates,
+            per_candidate=settings.per_candidate,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            batch_size=settings.rollouts_batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def show(*results: AuditResult | RolloutAuditResult) -> None:
+    """Print each audit as a table and its verdict."""
+    from rich.console import Console
+
+    console = Console()
+    for result in results:
+        if isinstance(result, AuditResult):
+            console.print(_pairs_table(result))
+            console.print(f"calibration error {result.calibration_error:.3f}; objective {result.objective}")
+        else:
+            console.print(_candidates_table(result))
+            console.print(
+                f"beta {result.beta:.3g}, {result.kl_nats:.3f} nats per token; reward {result.reward}; "
+                f"{result.per_candidate} roll-outs of each of {result.candidates} candidates "
+                f"(standard error {result.standard_error:.3g})"
+            )
+        console.print(result.verdict)
+
+
+def _pairs_table(result: AuditResult) -> Any:
     from rich.table import Table
 
     table = Table("prefix", "accuracy", "95 % interval", "margin", "ties", "pairs", title=f"audit of {result.scorer}")
@@ -89,12 +210,33 @@ def show(result: AuditResult) -> None:
     table.add_section()
     for point in result.by_fraction:
         table.add_row(f"{point.position:.0%}", *_cells(point))
-    console = Console()
-    console.print(table)
-    console.print(f"calibration error {result.calibration_error:.3f}; objective {result.objective}")
-    console.print(result.verdict)
+    return table
 
 
 def _cells(point: AuditPoint) -> list[str]:
     a, m = point.accuracy, point.margin
     return [f"{a.mean:.3f}", f"{a.low:.3f}–{a.high:.3f}", f"{m.mean:+.3f}", str(point.ties), str(point.pairs)]
+
+
+def _candidates_table(result: RolloutAuditResult) -> Any:
+    from rich.table import Table
+
+    title = f"candidates of one prefix, ordered by {result.scorer}"
+    table = Table("written", "Spearman", "ceiling", "steering", "gain", "regret", "normalised", "prefixes", title=title)
+    for figures in result.by_position:
+        table.add_row(f"up to {figures.position:.0%}", *_candidate_cells(figures))
+    table.add_section()
+    table.add_row("all", *_candidate_cells(result.overall))
+    return table
+
+
+def _candidate_cells(figures: CandidateFigures) -> list[str]:
+    def cell(value: Interval) -> str:
+        return f"{value.mean:+.2f} ({value.low:+.2f}, {value.high:+.2f})"
+
+    guided = figures.guided
+    return [
+        cell(figures.spearman), f"{figures.ceiling:.2f}", cell(figures.steering),
+        f"{guided.gain.mean:+.3g}", f"{guided.regret_low.mean:.3g}–{guided.regret.mean:.3g}",
+        cell(guided.normalised_regret), str(figures.prefixes),
+    ]  # fmt: skip

@@ -89,4 +89,5 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
         return f"unknown setting {name}{hint}"
     if detail["type"] == "missing":
         return f"{name} is required (--{name.replace('_', '-')})"
-    return f"{name} = {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{name} = {detail['input']!r}: {message}" if name else message  # no name: several settings at odds

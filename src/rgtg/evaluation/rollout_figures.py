@@ -1,0 +1,46 @@
+"""The figure of an audit by roll-outs."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.types import CandidateFigures, RolloutAuditResult
+
+
+def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | Path | Any", **options: Any) -> None:
+    """Write two panels: how each scorer orders candidates by position, and what its guided choice loses."""
+    figure, _ = new_figure(9.6, 4.0)
+    figure.clear()
+    left, right = figure.subplots(1, 2)
+    draw_rollout_audits(left, right, results)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=150, **options)
+
+
+def draw_rollout_audits(left: Any, right: Any, results: Mapping[str, RolloutAuditResult]) -> None:
+    """Spearman within a prefix (left) and normalised regret of the guided choice (right), by position, with bands."""
+    for colour, (label, result) in zip(itertools.cycle(COLOURS), results.items(), strict=False):
+        points = result.by_position
+        _curve(left, points, [p.spearman for p in points], colour, label)
+        _curve(right, points, [p.guided.normalised_regret for p in points], colour, label)
+    points = next(iter(results.values())).by_position
+    left.plot(_places(points), [p.ceiling for p in points], color="grey", linestyle="--", label="ceiling (noise)")
+    left.axhline(0, color="grey", linestyle=":")
+    right.axhline(1, color="grey", linestyle=":", label="the policy's own sampling")
+    left.set(xlabel="share of the completion written (%)", ylabel="rank correlation with the roll-outs", xlim=(0, 100))
+    right.set(xlabel="share of the completion written (%)", ylabel="normalised regret when guided", xlim=(0, 100))
+
+
+def _curve(axes: Any, points: list[CandidateFigures], values: list[Any], colour: str, label: str) -> None:
+    x = _places(points)
+    axes.plot(x, [v.mean for v in values], color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.15, linewidth=0)
+
+
+def _places(points: list[CandidateFigures]) -> list[float]:
+    """Middle of each part, in per cent."""
+    edges = [0.0, *(100 * (p.position or 1.0) for p in points)]
+    return [(low + high) / 2 for low, high in itertools.pairwise(edges)]
