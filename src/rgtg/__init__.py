@@ -21,9 +21,11 @@ _PUBLIC = {
     "UsageError": "rgtg.errors",
     "VocabularyScorer": "rgtg.models.vocab_scorer",
     "audit_prefixes": "rgtg.evaluation.prefix_audit",
+    "audit_rollouts": "rgtg.evaluation.rollout_audit",
     "bradley_terry_loss": "rgtg.losses",
     "custom_generate": "rgtg.integrations.transformers",
     "load_scorer": "rgtg.models.scorer",
+    "make_rollouts": "rgtg.evaluation.rollouts",
     "prefix_bradley_terry_loss": "rgtg.losses",
     "read_pairs": "rgtg.data",
 }
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from rgtg.errors import RgtgError as RgtgError
     from rgtg.errors import UsageError as UsageError
     from rgtg.evaluation.prefix_audit import audit_prefixes as audit_prefixes
+    from rgtg.evaluation.rollout_audit import audit_rollouts as audit_rollouts
+    from rgtg.evaluation.rollouts import make_rollouts as make_rollouts
     from rgtg.integrations.transformers import custom_generate as custom_generate
     from rgtg.losses import bradley_terry_loss as bradley_terry_loss
     from rgtg.losses import prefix_bradley_terry_loss as prefix_bradley_terry_loss

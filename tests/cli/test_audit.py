@@ -5,6 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from conftest import tiny_reward_model, tiny_tokenizer
 from naive import write_head
 from rgtg.cli import audit
 
@@ -107,3 +108,109 @@ def test_a_head_is_audited_with_the_policy_it_names_or_one_that_is_given(tmp_pat
     stray = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--policy", str(moved), *flags])
     assert stray.exit_code == 2
     assert "reads no policy" in stray.stderr
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say this", "Why not", "One day")))
+    return path
+
+
+@pytest.fixture
+def reward_folder(tmp_path):
+    tiny_reward_model(seed=7).save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+SMALL = ["--prefixes", "4", "--candidates", "3", "--per-candidate", "2", "--max-new-tokens", "5", "--bootstrap", "100"]
+
+
+@pytest.fixture
+def rolling(policy_folder, scorer_folder, prompts, reward_folder):
+    """Flags that make roll-outs."""
+    named = {"scorer": scorer_folder, "policy": policy_folder, "prompts": prompts, "reward": reward_folder}
+    return ["--rollouts", *SMALL, *(part for name, value in named.items() for part in (f"--{name}", str(value)))]
+
+
+def test_rollouts_are_made_kept_and_written_beside_the_pairs(tmp_path, rolling, pairs):
+    out = tmp_path / "audit"
+    ran = CliRunner().invoke(app, [*rolling, "--pairs", str(pairs), "--output", str(out), "--json"])
+    assert ran.exit_code == 0, ran.stderr
+    printed = json.loads(ran.stdout)
+    assert printed["pairs"] == json.loads((out / "audit.json").read_text())
+    assert printed["rollouts"] == json.loads((out / "rollout-audit.json").read_text())
+    assert (printed["rollouts"]["prefixes"], printed["rollouts"]["reward"]) == (4, "reward")
+    assert len((out / "rollouts.jsonl").read_text().splitlines()) == 5
+    for name in ("audit.png", "rollout-audit.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("rollout-audit.json", "rollouts.jsonl"):
+        assert str(tmp_path) not in (out / name).read_text()
+
+
+def test_a_file_of_rollouts_serves_every_further_scorer(tmp_path, rolling, policy_folder):
+    file = tmp_path / "kept.jsonl"
+    made = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file), "--json"])
+    assert made.exit_code == 0, made.stderr
+    before = file.read_bytes()
+    scorer = rolling[rolling.index("--scorer") + 1]
+    flags = ["--rollouts", "--rollouts-file", str(file), "--bootstrap", "100", "--json"]
+    read = CliRunner().invoke(app, ["--scorer", scorer, *flags])
+    assert read.exit_code == 0, read.stderr
+    assert json.loads(read.stdout)["overall"] == json.loads(made.stdout)["overall"]
+    for kind in ("state", "vocab"):
+        head = write_head(tmp_path / kind, policy_folder, kind)
+        other = CliRunner().invoke(app, ["--scorer", str(head), *flags])
+        assert other.exit_code == 0, other.stderr
+        assert json.loads(other.stdout)["prefixes"] == 4
+    assert file.read_bytes() == before
+
+
+def test_a_head_shares_the_policy_that_rolls_out(tmp_path, rolling, policy_folder):
+    head = write_head(tmp_path / "head", policy_folder)
+    ran = CliRunner().invoke(app, [*rolling, "--scorer", str(head), "--output", str(tmp_path / "out"), "--beta", "2"])
+    assert ran.exit_code == 0, ran.stderr
+    for expected in ("Spearman", "< 25%", "all", "beta 2", "nats per token"):
+        assert expected in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 2, "say what to audit on"),
+        (["--pairs", "P", "--prefixes", "4"], 2, "prefixes: only --rollouts uses it"),
+        (["--rollouts"], 2, "or --rollouts-file to read some"),
+        (["--rollouts", "--prompts", "P"], 2, "--prompts and --reward go together"),
+        (["--rollouts", "--prompts", "P", "--reward", "R"], 2, "--policy is required"),
+        (["--rollouts", "--prompts", "P", "--reward", "R", "--policy", "Q"], 2, "where the roll-outs are kept"),
+        (["--rollouts", "--rollouts-file", "F", "--candidates", "4"], 2, "the roll-outs file has its own"),
+        (["--rollouts", "--rollouts-file", "F", "--beta", "1", "--kl-nats", "1"], 2, "not both"),
+        (["--rollouts", "--rollouts-file", "F", "--kl-nats", "0"], 2, "kl_nats = 0"),
+        (["--rollouts", "--rollouts-file", "/nowhere/F"], 2, "cannot read the roll-outs"),
+    ],
+)
+def test_what_does_not_go_together_is_one_message(scorer_folder, flags, code, message):
+    ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), *flags])
+    assert ran.exit_code == code, ran.output
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_another_file_of_rollouts_is_refused_and_left_alone(tmp_path, rolling):
+    file = tmp_path / "kept.jsonl"
+    assert CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)]).exit_code == 0
+    before = file.read_bytes()
+    ran = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file), "--seed", "5"])
+    assert ran.exit_code == 2
+    assert "seed 0 where this run has 5" in ran.stderr
+    file.write_text("nonsense\n")
+    assert CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)]).exit_code == 3
+    assert before != file.read_bytes()
+
+
+def test_the_scorer_as_its_own_reward_is_refused(tmp_path, rolling, scorer_folder):
+    flags = [*rolling, "--reward", str(scorer_folder), "--output", str(tmp_path / "out")]
+    ran = CliRunner().invoke(app, flags)
+    assert ran.exit_code == 2
+    assert "judged by itself" in ran.stderr

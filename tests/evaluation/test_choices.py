@@ -63,7 +63,9 @@ def test_the_argmax_is_the_limit_of_guidance():
 
 def test_kl_by_hand():
     half = torch.tensor([[0.5, 0.5]]).log()
-    assert choices.mean_kl(half, torch.tensor([[0.75, 0.25]])) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert choices.mean_kl(half, torch.tensor([[0.75, 0.25]])) == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])

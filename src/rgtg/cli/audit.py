@@ -221,22 +221,21 @@ def _cells(point: AuditPoint) -> list[str]:
 def _candidates_table(result: RolloutAuditResult) -> Any:
     from rich.table import Table
 
-    title = f"candidates of one prefix, ordered by {result.scorer}"
-    table = Table("written", "Spearman", "ceiling", "steering", "gain", "regret", "normalised", "prefixes", title=title)
+    title = f"candidates of one prefix, chosen by {result.scorer}"
+    table = Table("written", "Spearman", "at most", "guided gain", "norm. regret", "n", title=title)
     for figures in result.by_position:
-        table.add_row(f"up to {figures.position:.0%}", *_candidate_cells(figures))
+        table.add_row(f"< {figures.position:.0%}", *_candidate_cells(figures))
     table.add_section()
     table.add_row("all", *_candidate_cells(result.overall))
     return table
 
 
 def _candidate_cells(figures: CandidateFigures) -> list[str]:
-    def cell(value: Interval) -> str:
-        return f"{value.mean:+.2f} ({value.low:+.2f}, {value.high:+.2f})"
+    def cell(value: Interval, form: str = ".2f") -> str:
+        return f"{value.mean:+{form}} ± {(value.high - value.low) / 2:{form}}"
 
     guided = figures.guided
     return [
-        cell(figures.spearman), f"{figures.ceiling:.2f}", cell(figures.steering),
-        f"{guided.gain.mean:+.3g}", f"{guided.regret_low.mean:.3g}–{guided.regret.mean:.3g}",
-        cell(guided.normalised_regret), str(figures.prefixes),
+        cell(figures.spearman), f"{figures.ceiling:.2f}", cell(guided.gain, ".2g"), cell(guided.normalised_regret),
+        str(figures.prefixes),
     ]  # fmt: skip

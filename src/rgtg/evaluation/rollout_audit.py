@@ -208,11 +208,11 @@ def _figures(table: _Table, beta: float, options: dict[str, Any], position: floa
         stacked = columns[:, None] if columns.dim() == 1 else columns
         return choices.clustered_interval(stacked, statistic, table.clusters, **options)
 
-    q = table.rewards.mean(-1)
-    policy = torch.softmax(table.log_probs, -1)
-    drawn, best, split = (policy * q).sum(-1), q.amax(-1), choices.split_best(table.rewards)
+    rewards = table.rewards - table.rewards[:, :1].mean(-1, keepdim=True)  # only differences within a prefix matter
+    q, policy = rewards.mean(-1), torch.softmax(table.log_probs, -1)
+    drawn, best, split = (policy * q).sum(-1), q.amax(-1), choices.split_best(rewards)
     tied = (q == q[:, :1]).all(-1)
-    reliability = _reliability(table.rewards)
+    reliability = _reliability(rewards)
 
     def choice(weights: Tensor) -> ChoiceFigures:
         value = (weights * q).sum(-1)
@@ -228,7 +228,7 @@ def _figures(table: _Table, beta: float, options: dict[str, Any], position: floa
         spearman=interval(_ordered(choices.spearman, table.scores, q, tied)),
         kendall=interval(_ordered(choices.kendall, table.scores, q, tied)),
         reliability=reliability, ceiling=math.sqrt(reliability) if reliability >= 0 else math.nan,
-        steering=interval(choices.moments(table.log_probs, table.scores, table.rewards), choices.correlation),
+        steering=interval(choices.moments(table.log_probs, table.scores, rewards), choices.correlation),
         best_gain=interval(best - drawn), best_gain_low=interval(split - drawn),
         scorer=choice(choices.argmax_weights(table.log_probs, table.scores)),
         guided=choice(choices.guided_weights(table.log_probs, table.scores, beta)),

@@ -10,7 +10,7 @@ from rgtg.types import CandidateFigures, RolloutAuditResult
 
 
 def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | Path | Any", **options: Any) -> None:
-    """Write two panels: how each scorer orders candidates by position, and what its guided choice loses."""
+    """Write two panels: how each scorer orders candidates by position, and what guidance with it gains."""
     figure, _ = new_figure(9.6, 4.0)
     figure.clear()
     left, right = figure.subplots(1, 2)
@@ -21,17 +21,17 @@ def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | P
 
 
 def draw_rollout_audits(left: Any, right: Any, results: Mapping[str, RolloutAuditResult]) -> None:
-    """Spearman within a prefix (left) and normalised regret of the guided choice (right), by position, with bands."""
+    """Spearman within a prefix (left) and gain of one guided token (right), by position, with 95 % bands."""
     for colour, (label, result) in zip(itertools.cycle(COLOURS), results.items(), strict=False):
         points = result.by_position
         _curve(left, points, [p.spearman for p in points], colour, label)
-        _curve(right, points, [p.guided.normalised_regret for p in points], colour, label)
+        _curve(right, points, [p.guided.gain for p in points], colour, label)
     points = next(iter(results.values())).by_position
     left.plot(_places(points), [p.ceiling for p in points], color="grey", linestyle="--", label="ceiling (noise)")
     left.axhline(0, color="grey", linestyle=":")
-    right.axhline(1, color="grey", linestyle=":", label="the policy's own sampling")
+    right.axhline(0, color="grey", linestyle=":", label="the policy's own sampling")
     left.set(xlabel="share of the completion written (%)", ylabel="rank correlation with the roll-outs", xlim=(0, 100))
-    right.set(xlabel="share of the completion written (%)", ylabel="normalised regret when guided", xlim=(0, 100))
+    right.set(xlabel="share of the completion written (%)", ylabel="gain of one guided token (reward)", xlim=(0, 100))
 
 
 def _curve(axes: Any, points: list[CandidateFigures], values: list[Any], colour: str, label: str) -> None:
