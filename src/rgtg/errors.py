@@ -46,6 +46,10 @@ class NonFiniteError(RgtgError, ArithmeticError):
     """A loss or a score is NaN or infinite."""
 
 
+class EndpointError(RgtgError, ConnectionError):
+    """An endpoint cannot be reached, refuses, or keeps failing; the text names its URL."""
+
+
 class StoppedError(RgtgError):
     """The work was stopped on request and can be resumed."""
 

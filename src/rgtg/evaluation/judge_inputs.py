@@ -1,0 +1,136 @@
+"""Which completions meet: files of completions, the output of a comparison, or pairs that humans have judged."""
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgtg.config import JudgeSettings
+from rgtg.data import read_pairs
+from rgtg.data_completions import completion_text, read_completions
+from rgtg.errors import DataError, UsageError
+
+# The n-th completion of a prompt meets the other side's n-th.
+Place = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """Two completions of one prompt, by the labels of those who wrote them."""
+
+    a: str
+    b: str
+    prompt: str
+    text_a: str
+    text_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contests:
+    """Everything to be judged, and fingerprints of the files it came from."""
+
+    kind: str
+    contests: list[Contest]
+    data: dict[str, str]
+
+
+def read_contests(settings: JudgeSettings, rejects: Path | None = None) -> Contests:
+    """Pair up what the settings name: chosen with rejected, or every two labels on every prompt.
+
+    Args:
+        settings: name the inputs.
+        rejects: where ``on_bad="skip"`` writes the bad rows of a file of pairs; none warns of them.
+
+    Raises:
+        UsageError: no input, inputs that exclude each other, one label only, or an unknown baseline.
+        DataError: bad rows, or labels that do not answer the same prompts.
+    """
+    sides = [side for side in (settings.a, settings.b) if side is not None]
+    if bool(settings.pairs) + bool(sides) + bool(settings.completions) != 1 or len(sides) == 1:
+        raise UsageError(
+            "give the judge one of: --a FILE with --b FILE, --completions (twice or a folder), or --pairs FILE"
+        )
+    if settings.pairs:
+        return _human_pairs(settings, settings.pairs, rejects)
+    written, data = _read_all(sides or settings.completions)
+    if sides and len(written) != 2:
+        raise UsageError(f"--a and --b hold more than two labels ({', '.join(written)}): use --completions")
+    return Contests("win-rate", _meetings(written, settings), data)
+
+
+def _human_pairs(settings: JudgeSettings, source: str, rejects: Path | None) -> Contests:
+    found = read_pairs(source, on_bad=settings.on_bad, rejects=rejects)
+    contests = [Contest("chosen", "rejected", p.prompt, p.chosen, p.rejected) for p in found.pairs[: settings.limit]]
+    return Contests("agreement", contests, {"pairs": found.fingerprint})
+
+
+def _meetings(written: Mapping[str, Mapping[Place, str]], settings: JudgeSettings) -> list[Contest]:
+    if len(written) < 2:
+        raise UsageError(f"only {', '.join(written)} was given: a judge needs completions of at least two")
+    if settings.baseline is not None and settings.baseline not in written:
+        raise UsageError(f"baseline = {settings.baseline!r} is none of {', '.join(written)}")
+    first, *others = written
+    for other in others:
+        _require_same_places(first, other, written)
+    prompts = set(list(dict.fromkeys(prompt for prompt, _ in written[first]))[: settings.limit])
+    return [
+        Contest(a, b, prompt, written[a][prompt, i], written[b][prompt, i])
+        for a, b in itertools.combinations(written, 2)
+        if settings.baseline in (None, a, b)
+        for prompt, i in written[first]
+        if prompt in prompts
+    ]
+
+
+def _require_same_places(first: str, other: str, written: Mapping[str, Mapping[Place, str]]) -> None:
+    apart = written[first].keys() ^ written[other].keys()
+    if apart:
+        prompt, _ = min(apart)
+        raise DataError(
+            f"{first} and {other} do not answer the same prompts the same number of times: {len(apart)} completions "
+            f"stand alone, one of them of {prompt[:60]!r}; judge files made from one and the same --prompts file"
+        )
+
+
+def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str, str]]:
+    written: dict[str, dict[Place, str]] = {}
+    data = {}
+    for source, (name, path) in zip(sources, _named(sources), strict=True):
+        for label, texts in _by_label(read_completions(path), name).items():
+            if label in written:
+                raise UsageError(f"{source}: {label} was given before; name the files apart with NAME=FILE")
+            written[label] = texts
+        data[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return written, data
+
+
+def _by_label(rows: list[dict[str, Any]], name: str) -> dict[str, dict[Place, str]]:
+    """Texts by prompt for each label; rows without a label of their own go by the name of their file."""
+    written: dict[str, dict[Place, str]] = {}
+    seen: Counter[Place] = Counter()
+    for row in rows:
+        label, prompt = str(row.get("label") or name), row["prompt"]
+        written.setdefault(label, {})[prompt, seen[label, prompt]] = completion_text(row)
+        seen[label, prompt] += 1
+    return written
+
+
+def _named(sources: list[str]) -> list[tuple[str, Path]]:
+    """Name and file of each source: as NAME=FILE says, else the file's own, else its folder's where that is no help."""
+    given = []
+    for source in sources:
+        name, equals, rest = source.partition("=")
+        named = bool(equals) and not Path(source).exists()
+        path = Path(rest if named else source)
+        given.append((name if named else "", path / "completions.jsonl" if path.is_dir() else path))
+    stems = Counter(_stem(path) for _, path in given)
+    return [(name or (_stem(path) if stems[_stem(path)] == 1 else path.parent.name), path) for name, path in given]
+
+
+def _stem(path: Path) -> str:
+    """The name without what says its kind; a dot in ``beta0.5.jsonl.gz`` is part of the name."""
+    return re.sub(r"\.(jsonl|ndjson|parquet)(\.(gz|xz|zst))?$", "", path.name)
