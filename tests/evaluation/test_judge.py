@@ -264,20 +264,25 @@ def test_several_files_meet_pairwise_or_against_a_baseline(tmp_path, sides):
     assert [(m.a, m.b) for m in one] == [("ours", "third"), ("theirs x", "third")]
 
 
-def test_a_folder_of_a_comparison_is_read_by_label(tmp_path):
+def test_a_folder_of_a_comparison_is_read_by_row_and_seed(tmp_path):
     folder = tmp_path / "comparison"
     folder.mkdir()
+    rows = [("policy", "bad", 0), ("policy", "bad again", 1), ("greedy", "bad greedy", 0), ("pargs β=1", "good", 0),
+            ("pargs β=1", "good again", 1)]  # fmt: skip
     parts = [
-        write(tmp_path / f"{i}.jsonl", text, 3, label=label)
-        for i, (label, text) in enumerate([("policy", "bad"), ("pargs β=1", "good"), ("policy", "bad again")])
+        write(tmp_path / f"{i}.jsonl", text, 3, row=label, run_seed=seed) for i, (label, text, seed) in enumerate(rows)
     ]
-    parts.insert(2, parts[1])
-    (folder / "completions.jsonl").write_text("".join(Path(part).read_text() for part in parts))
+    (folder / "completions.jsonl").write_text("".join(Path(part).read_text() for part in reversed(parts)))
     with serve(prefers_good) as server:
         found = judge(settings(tmp_path, server, completions=[str(folder)]))
-    (match,) = found.result.matches
-    assert (match.a, match.b, match.win_rate.mean, match.win_rate.n) == ("policy", "pargs β=1", 0.0, 3)
-    assert [pair.text_a for pair in found.pairs[:6:3]] == ["bad 0", "bad again 0"]  # the n-th meets the n-th
+    matches = {(m.a, m.b): m for m in found.result.matches}
+    assert list(matches) == [("pargs β=1", "greedy"), ("pargs β=1", "policy"), ("greedy", "policy")]
+    assert matches["pargs β=1", "policy"].win_rate.mean == 1.0
+    met = [(pair.text_a, pair.text_b) for pair in found.pairs if pair.prompt == "Question 1"]
+    assert met == [
+        ("good 1", "bad greedy 1"), ("good again 1", "bad again 1"), ("good 1", "bad 1"), ("bad greedy 1", "bad 1"),
+    ]  # fmt: skip
+    assert matches["pargs β=1", "policy"].win_rate.n == 3
 
 
 def test_agreement_with_humans(tmp_path):
@@ -321,7 +326,7 @@ def test_unusable_inputs(tmp_path, sides):
         DataError, "ours and short do not answer the same prompts.*1 completions stand alone.*Question 3", a=a, b=short
     )
     both = tmp_path / "both.jsonl"
-    both.write_text('{"prompt": "p", "text": "t", "label": "x"}\n{"prompt": "p", "text": "t"}\n')
+    both.write_text('{"prompt": "p", "text": "t", "row": "x"}\n{"prompt": "p", "text": "t"}\n')
     fails(UsageError, "more than two labels", a=str(both), b=b)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 from pydantic import BaseModel
 
-from rgtg.errors import RgtgError
+from rgtg.errors import RgtgError, StoppedError
 from rgtg.outputs import atomic_write as atomic_write
 from rgtg.outputs import make_folder as make_folder
 from rgtg.outputs import write_text as write_text
@@ -61,6 +62,28 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """While the block runs, Ctrl-C and SIGTERM end it with exit code 75 and say how to go on.
+
+    Raises:
+        StoppedError: it was asked to stop.
+    """
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt  # no library's "except Exception" catches it
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(f"stopped; {what}") from error
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
 def _unwritable(error: Exception) -> str | None:
     """Why an output could not be written, if that is what the error says; libraries have names of their own for it."""
     if isinstance(error, OSError):
@@ -80,16 +103,6 @@ def _forget_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM stop the work inside as Ctrl-C does, so that what can be resumed is left so."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, code: int) -> NoReturn:

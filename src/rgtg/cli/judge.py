@@ -14,8 +14,8 @@ from rgtg.cli.common import (
     Seed,
     emit,
     make_folder,
+    resumable,
     save_settings,
-    stop_on_sigterm,
     verb,
     write_json,
     write_text,
@@ -72,7 +72,8 @@ def command(
     from rich.progress import Progress
 
     console = Console(stderr=True, quiet=quiet or as_json)
-    with stop_on_sigterm(), Progress(console=console, disable=not console.is_terminal or quiet or as_json) as bar:
+    kept = f"the answers are kept in {settings.answers}; the same command goes on from there"
+    with resumable(kept), Progress(console=console, disable=not console.is_terminal or quiet or as_json) as bar:
         task = bar.add_task(f"asking {settings.model}", total=None)
         found = judge(settings, lambda done, total: bar.update(task, completed=done, total=total))
     _write(found, settings.output)

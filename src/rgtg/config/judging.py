@@ -37,3 +37,8 @@ class JudgeSettings(Settings):
     price_out: float | None = Field(None, ge=0, description="price of a million tokens written")
     bootstrap: int = Field(1000, ge=100)
     dry_run: bool = False
+
+    @property
+    def answers(self) -> Path:
+        """Where paid answers are kept."""
+        return self.cache or self.output / "answers.jsonl"

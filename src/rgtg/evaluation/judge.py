@@ -8,11 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from rgtg.config import JudgeSettings
-from rgtg.errors import StoppedError
 from rgtg.evaluation.judge_endpoint import (
     AnswerCache,
     CallFailedError,
@@ -75,11 +73,10 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
         UsageError: unusable settings or inputs.
         DataError: bad rows, or sides that do not answer the same prompts.
         EndpointError: the endpoint cannot be reached, refuses, or keeps failing; what it answered is kept.
-        StoppedError: interrupted; what was answered is kept.
     """
     found = read_contests(settings, settings.output / "rejects.jsonl" if settings.on_bad == "skip" else None)
     prompt = JudgePrompt.load(settings.prompt_file)
-    with AnswerCache(cache_path(settings)) as cache:
+    with AnswerCache(settings.answers) as cache:
         endpoint = Endpoint(settings, cache)
         # 1. Both orders of every pair; what is the same question is asked once.
         questions = _questions(found.contests, prompt)
@@ -111,7 +108,7 @@ def plan(settings: JudgeSettings) -> Plan:
     found = read_contests(settings)
     prompt = JudgePrompt.load(settings.prompt_file)
     questions = _questions(found.contests, prompt)
-    with AnswerCache(cache_path(settings)) as cache:
+    with AnswerCache(settings.answers) as cache:
         new = [m for m in questions.values() if cache.get(request_key(settings, m)) is None]
     read = sum(map(estimated_tokens, new))
     written = len(new) * settings.max_tokens if settings.max_tokens is not None else None
@@ -124,11 +121,6 @@ def plan(settings: JudgeSettings) -> Plan:
         completion_tokens_at_most=written,
         cost_at_most=cost(settings, read, written) if written is not None else None,
     )
-
-
-def cache_path(settings: JudgeSettings) -> Path:
-    """Where paid answers are kept."""
-    return settings.cache or settings.output / "answers.jsonl"
 
 
 def _orders(contest: Contest) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -154,8 +146,7 @@ def _ask_all(
     """Replies to all questions.
 
     Raises:
-        EndpointError: as ``judge`` says. Calls under way are waited for first: they are paid.
-        StoppedError: interrupted, likewise.
+        EndpointError: as ``judge`` says. Whatever stops the work, calls under way are waited for: they are paid.
     """
     replies: dict[tuple[str, str, str], _Reply] = {}
     failed_in_a_row = 0
@@ -171,11 +162,9 @@ def _ask_all(
                 raise endpoint.failure(f"{failed_in_a_row} calls failed in a row, the last one with: {reply.problem}")
             if progress:
                 progress(len(replies), len(questions))
-    except BaseException as error:
+    except BaseException:  # Ctrl-C too
         endpoint.stopping.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise StoppedError(str(endpoint.failure("stopped"))) from error
         raise
     pool.shutdown()
     _require_some_reply(replies, endpoint)

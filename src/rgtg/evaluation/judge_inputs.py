@@ -14,8 +14,10 @@ from rgtg.data import read_pairs
 from rgtg.data_completions import completion_text, read_completions
 from rgtg.errors import DataError, UsageError
 
-# The n-th completion of a prompt meets the other side's n-th.
-Place = tuple[str, int]
+# Prompt, seed of the run (of a comparison's rows), and how many completions of both came before: the n-th meets the
+# other side's n-th.
+Place = tuple[str, int | None, int]
+Written = Mapping[Place, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +70,34 @@ def _human_pairs(settings: JudgeSettings, source: str, rejects: Path | None) -> 
     return Contests("agreement", contests, {"pairs": found.fingerprint})
 
 
-def _meetings(written: Mapping[str, Mapping[Place, str]], settings: JudgeSettings) -> list[Contest]:
+def _meetings(written: Mapping[str, Written], settings: JudgeSettings) -> list[Contest]:
     if len(written) < 2:
         raise UsageError(f"only {', '.join(written)} was given: a judge needs completions of at least two")
     if settings.baseline is not None and settings.baseline not in written:
         raise UsageError(f"baseline = {settings.baseline!r} is none of {', '.join(written)}")
-    first, *others = written
-    for other in others:
-        _require_same_places(first, other, written)
-    prompts = set(list(dict.fromkeys(prompt for prompt, _ in written[first]))[: settings.limit])
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in next(iter(written.values()))))
+    wanted = set(prompts[: settings.limit])
     return [
-        Contest(a, b, prompt, written[a][prompt, i], written[b][prompt, i])
+        Contest(a, b, place[0], written[a][place], written[b][place])
         for a, b in itertools.combinations(written, 2)
         if settings.baseline in (None, a, b)
-        for prompt, i in written[first]
-        if prompt in prompts
+        for place in _shared_places(a, b, written)
+        if place[0] in wanted
     ]
 
 
-def _require_same_places(first: str, other: str, written: Mapping[str, Mapping[Place, str]]) -> None:
-    apart = written[first].keys() ^ written[other].keys()
+def _shared_places(a: str, b: str, written: Mapping[str, Written]) -> list[Place]:
+    """Where both have a completion; a row of a comparison without randomness ran with fewer seeds, all else must match."""
+    seeds = {seed for _, seed, _ in written[a]} & {seed for _, seed, _ in written[b]}
+    of_a, of_b = ([place for place in written[side] if place[1] in seeds] for side in (a, b))
+    apart = set(of_a) ^ set(of_b) or (set() if of_a else set(written[a]))
     if apart:
-        prompt, _ = min(apart)
         raise DataError(
-            f"{first} and {other} do not answer the same prompts the same number of times: {len(apart)} completions "
-            f"stand alone, one of them of {prompt[:60]!r}; judge files made from one and the same --prompts file"
+            f"{a} and {b} do not answer the same prompts the same number of times: {len(apart)} completions stand "
+            f"alone, one of them of {min(prompt for prompt, _, _ in apart)[:60]!r}; judge files made from one and the "
+            "same --prompts file"
         )
+    return of_a
 
 
 def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str, str]]:
@@ -109,13 +113,13 @@ def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str
 
 
 def _by_label(rows: list[dict[str, Any]], name: str) -> dict[str, dict[Place, str]]:
-    """Texts by prompt for each label; rows without a label of their own go by the name of their file."""
+    """Texts by place for each row of a comparison; other completions go by the name of their file."""
     written: dict[str, dict[Place, str]] = {}
-    seen: Counter[Place] = Counter()
+    seen: Counter[tuple[str, str, int | None]] = Counter()
     for row in rows:
-        label, prompt = str(row.get("label") or name), row["prompt"]
-        written.setdefault(label, {})[prompt, seen[label, prompt]] = completion_text(row)
-        seen[label, prompt] += 1
+        label, prompt, seed = str(row.get("row") or name), row["prompt"], row.get("run_seed")
+        written.setdefault(label, {})[prompt, seed, seen[label, prompt, seed]] = completion_text(row)
+        seen[label, prompt, seed] += 1
     return written
 
 
