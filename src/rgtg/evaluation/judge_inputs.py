@@ -87,7 +87,7 @@ def _meetings(written: Mapping[str, Written], settings: JudgeSettings) -> list[C
 
 
 def _shared_places(a: str, b: str, written: Mapping[str, Written]) -> list[Place]:
-    """Where both have a completion; a row of a comparison without randomness ran with fewer seeds, all else must match."""
+    """Where both have a completion. A row without randomness ran with fewer seeds; all else must match."""
     seeds = {seed for _, seed, _ in written[a]} & {seed for _, seed, _ in written[b]}
     of_a, of_b = ([place for place in written[side] if place[1] in seeds] for side in (a, b))
     apart = set(of_a) ^ set(of_b) or (set() if of_a else set(written[a]))
