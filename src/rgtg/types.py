@@ -118,7 +118,6 @@ class AuditResult(Record):
     provenance: Provenance
 
 
-<<<<<<< HEAD
 class RolloutHeader(Record):
     """First line of a roll-outs file: all that its figures depend on. Files of another header are never mixed."""
 
@@ -203,7 +202,9 @@ class RolloutAuditResult(Record):
     overall: CandidateFigures
     by_position: list[CandidateFigures]
     verdict: str
-=======
+    provenance: Provenance
+
+
 class JudgedPair(Record):
     """Two completions of one prompt, shown to a judge in both orders; a line of verdicts.jsonl."""
 
@@ -271,7 +272,6 @@ class JudgeResult(Record):
     matches: list[JudgeMatch]
     failures: list[JudgeFailure]
     usage: JudgeUsage
->>>>>>> a58cfeb (Add rgtg judge: win rates by a language model in both orders, paid once)
     provenance: Provenance
 
 

@@ -107,6 +107,7 @@ def test_stream_pieces_are_generates_text(method):
     guided = make_guided(method)
     for seed in range(4):
         settings = {"seed": seed, "max_new_tokens": 20, "stop": ["e", "ab"]}
+        settings |= {"reward_threshold": 0.5, "min_segment": 1} if method == "cards" else {}
         pieces = list(guided.stream("Hello", **settings))
         assert "".join(pieces) == guided.generate("Hello", **settings)[0].text
 
@@ -154,7 +155,7 @@ def test_a_run_is_repeatable():
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 exceeds"),
         ({"stop": [""]}, "a stop text must not be empty"),
         ({"max_tokens": 3}, "unknown setting max_tokens"),
-        ({"n": 3}, "n applies to best-of-n"),
+        ({"n": 3}, "n applies to cd-blockwise, best-of-n"),
         ({"method": "policy"}, "decodes with pargs"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
@@ -170,7 +171,7 @@ def test_unusable_settings(settings, message):
     [
         ("best-of-n", {"beta": 1.0}, "best-of-n has no beta"),
         ("policy", {"beta": 1.0}, "policy has no beta"),
-        ("policy", {"n": 2}, "n applies to best-of-n, not to policy"),
+        ("policy", {"n": 2}, "n applies to cd-blockwise, best-of-n, not to policy"),
         ("pargs", {"beta": math.nan}, "beta"),
         ("pargs", {"top_k": 0}, "top_k"),
         ("prags", {}, "unknown method 'prags'; choose one of policy, pargs"),

@@ -114,7 +114,7 @@ def test_zero_is_a_value(settings):
         ({"method": "pargs", "beta": []}, "empty list"),
         ({"method": "policy", "beta": 0}, "policy has no beta"),
         ({"method": "best-of-n", "beta": 1}, "best-of-n has no beta"),
-        ({"method": "pargs", "n": 3}, "n applies to best-of-n"),
+        ({"method": "pargs", "n": 3}, "n applies to cd-blockwise, best-of-n"),
         ({"method": "args", "temperature": 0.5}, "args takes the maximum and has no temperature"),
         ({"method": "prags"}, "unknown method 'prags'"),
     ],
