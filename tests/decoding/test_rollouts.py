@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from conftest import VOCAB, tiny_policy, tiny_tokenizer
 from naive import EOS, completion_distribution, make_guided, next_log_probs
+from rgtg.decoding import rollouts
 from rgtg.decoding.rollouts import next_candidates, roll_out
 from rgtg.errors import NonFiniteError
 from rgtg.models.policy import Policy
@@ -56,6 +58,13 @@ def test_what_a_row_draws_does_not_depend_on_its_neighbours():
     alone = run(policy(), [20], 2, limit=8)
     assert [row.token_ids for row in alone[0]] == [row.token_ids for row in many[1][:2]]
     assert len({tuple(row.token_ids) for group in many for row in group}) == 6
+
+
+def test_a_model_without_a_token_tree_draws_the_same(monkeypatch):
+    fast = run(policy(), [6, 20], 2, written=[8], limit=6)
+    monkeypatch.setattr(rollouts, "make_runner", functools.partial(rollouts.make_runner, tree=False))
+    slow = run(policy(), [6, 20], 2, written=[8], limit=6)
+    assert [[row.token_ids for row in group] for group in fast] == [[row.token_ids for row in group] for group in slow]
 
 
 def test_they_begin_with_what_was_written_and_end_in_time():

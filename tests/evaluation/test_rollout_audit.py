@@ -12,6 +12,7 @@ from rgtg.evaluation.rollouts import Rollouts, make_rollouts, write_rollouts
 from rgtg.models.heads import StateHead, VocabularyHead
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.policy import Policy
+from rgtg.models.vocab_scorer import VocabularyScorer
 from rgtg.types import Interval
 
 PROMPTS = ["Say this: ", "Why not?", "One day, ", "And then"]
@@ -161,6 +162,27 @@ def test_a_separate_scorer_is_read_as_guidance_reads_it(rollouts):
     for row, mine in zip(rollouts.rows, found.tolist(), strict=True):
         expected = [reward(scorer.model, [*row.prompt_ids, *row.written_ids, token]) for token in row.candidate_ids]
         assert mine == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["farma", "autoregressive"])
+def test_a_vocabulary_scorer_is_read_as_guidance_reads_it(rollouts, objective):
+    scorer = VocabularyScorer(Policy(tiny_policy(seed=4), tiny_tokenizer()), objective=objective)
+    row, found = rollouts.rows[0], candidate_scores(scorer, rollouts)[0]
+    logits = scorer.model(torch.tensor([[*row.prompt_ids, *row.written_ids]])).logits[0, -1]
+    expected = logits if objective == "farma" else logits.log_softmax(-1)
+    assert found.tolist() == pytest.approx(expected[row.candidate_ids].tolist(), abs=1e-4)
+
+
+def test_a_joined_adapter_cannot_be_read_alone(rollouts):
+    with pytest.raises(UsageError, match="load it by its folder"):
+        audit_rollouts(object(), rollouts)
+
+
+def test_halves_that_disagree_in_full_are_not_divided_by_zero():
+    made = by_hand([([0.5, 0.4], [[1.0, 0.0], [0.0, 1.0]])] * 2)
+    found = audit_rollouts(Given(made, [[0.0, 1.0]] * 2), made, bootstrap=100).overall
+    assert found.reliability == -math.inf
+    assert math.isnan(found.ceiling)
 
 
 @pytest.mark.parametrize("kind", ["state", "vocab"])

@@ -50,12 +50,12 @@ def command(
         Path | None,
         typer.Option(help="Keeps the roll-outs: continued, or read as it is.", rich_help_panel=_ROLL),
     ] = None,
-    prefixes: Annotated[int | None, typer.Option(help="Prefixes. Default 200.", rich_help_panel=_ROLL)] = None,
+    prefixes: Annotated[int | None, typer.Option(help="Prefixes. Default 400.", rich_help_panel=_ROLL)] = None,
     candidates: Annotated[
         int | None, typer.Option(help="Next tokens at each. Default 10.", rich_help_panel=_ROLL)
     ] = None,
     per_candidate: Annotated[
-        int | None, typer.Option(help="Roll-outs of each candidate. Default 8.", rich_help_panel=_ROLL)
+        int | None, typer.Option(help="Roll-outs of each candidate. Default 4.", rich_help_panel=_ROLL)
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of a whole completion. Default 64.", rich_help_panel=_ROLL)

@@ -27,9 +27,9 @@ class AuditSettings(Settings):
     prompts: Path | None = None
     reward: str | None = Field(None, description="held-out reward model of finished texts: a folder or hub id")
     rollouts_file: Path | None = Field(None, description="keeps the roll-outs; default: rollouts.jsonl in output")
-    prefixes: int = Field(200, ge=1, description="prefixes that candidates are compared at")
+    prefixes: int = Field(400, ge=1, description="prefixes that candidates are compared at")
     candidates: int = Field(10, ge=2, description="of the policy, at each prefix")
-    per_candidate: int = Field(8, ge=1, description="roll-outs of each candidate")
+    per_candidate: int = Field(4, ge=1, description="roll-outs of each candidate")
     max_new_tokens: int = Field(64, ge=1, description="of a whole completion")
     rollouts_batch_size: int = Field(128, ge=1, description="roll-outs sampled together")
     beta: float | None = Field(None, description="at which guidance is judged; default: what costs kl_nats")

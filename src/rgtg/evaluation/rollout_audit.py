@@ -147,8 +147,12 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
 
 
 def _require_fit(model: Any, rollouts: Rollouts) -> None:
-    """Refuse a head on another policy, and a scorer that is what it would be judged by."""
+    """Refuse what cannot be read alone, a head on another policy, and a scorer that is what it would be judged by."""
     header = rollouts.header
+    if not hasattr(model, "score_prefixes"):
+        raise UsageError(
+            f"{type(model).__name__} is joined with a policy and cannot be read alone: load it by its folder"
+        )
     if isinstance(model, OwnStateScorer):
         known = (model.info.base_fingerprint, *model.info.base_casts.values())
         if header.policy not in (fingerprint_weights(model.model), *known):
@@ -247,4 +251,4 @@ def _reliability(rewards: Tensor) -> float:
         return math.nan
     one, other = choices.halves(rewards)
     r = float(choices.spearman(one, other).nanmean())
-    return 2 * r / (1 + r)
+    return 2 * r / (1 + r) if r > -1 else -math.inf

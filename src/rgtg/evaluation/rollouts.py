@@ -36,9 +36,7 @@ class Reward(Protocol):
 
     name: str
 
-    def score(
-        self, prompts: Sequence[str], completions: Sequence[str], *, finished: Sequence[bool], batch_size: int = 8
-    ) -> list[float]:
+    def score(self, prompts: Sequence[str], completions: Sequence[str], *, finished: Sequence[bool]) -> list[float]:
         """Reward of each completion after its prompt."""
         ...
 
@@ -66,9 +64,9 @@ def make_rollouts(
     reward: "Reward | Callable[[str], float]",
     *,
     path: "str | Path | None" = None,
-    prefixes: int = 200,
+    prefixes: int = 400,
     candidates: int = 10,
-    per_candidate: int = 8,
+    per_candidate: int = 4,
     max_new_tokens: int = 64,
     seed: int = 0,
     batch_size: int = 128,
@@ -135,7 +133,7 @@ def read_rollouts(path: "str | Path") -> Rollouts:
             raise DataError(f"{path}:{number}: not a line of roll-outs: {_first(error)}") from error
         if rows and row.index <= rows[-1].index:
             raise DataError(f"{path}:{number}: prefix {row.index} comes after {rows[-1].index}; did two runs write it?")
-        _check_shapes(row, header, f"{path}:{number}")
+        _check_shapes(row, header, len((rows or [row])[0].candidate_ids), f"{path}:{number}")
         rows.append(row)
     return Rollouts(header, rows)
 
@@ -250,7 +248,7 @@ def _rewards(
     unique = list(dict.fromkeys(flat))
     if hasattr(reward, "score"):
         whole, ends = [text for text, _ in unique], [end for _, end in unique]
-        values = reward.score([prompt] * len(unique), whole, finished=ends, batch_size=32)
+        values = reward.score([prompt] * len(unique), whole, finished=ends)
     else:
         values = [float(reward(prompt + text)) for text, _ in unique]
     if not all(math.isfinite(value) for value in values):
@@ -330,11 +328,20 @@ def _check_counts(prefixes: int, candidates: int, per_candidate: int, max_new_to
             raise UsageError(f"{name} = {value}: it must be at least {low}")
 
 
-def _check_shapes(row: PrefixRollouts, header: RolloutHeader, where: str) -> None:
-    k = len(row.candidate_ids)
-    lists = (row.policy_log_probs, row.candidate_texts, row.ended, row.texts, row.finished, row.rewards)
+def _check_shapes(row: PrefixRollouts, header: RolloutHeader, k: int, where: str) -> None:
+    lists = (
+        row.candidate_ids,
+        row.policy_log_probs,
+        row.candidate_texts,
+        row.ended,
+        row.texts,
+        row.finished,
+        row.rewards,
+    )
     if not k or any(len(part) != k for part in lists) or any(len(r) != header.per_candidate for r in row.rewards):
-        raise DataError(f"{where}: expected {header.per_candidate} rewards and one entry of each list per candidate")
+        raise DataError(
+            f"{where}: expected {header.per_candidate} rewards of each of {max(k, 1)} candidates, and every list as long"
+        )
 
 
 def _first(error: ValidationError) -> str:
