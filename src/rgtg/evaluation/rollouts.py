@@ -340,7 +340,7 @@ def _check_shapes(row: PrefixRollouts, header: RolloutHeader, k: int, where: str
     )
     if not k or any(len(part) != k for part in lists) or any(len(r) != header.per_candidate for r in row.rewards):
         raise DataError(
-            f"{where}: expected {header.per_candidate} rewards of each of {max(k, 1)} candidates, and every list as long"
+            f"{where}: expected {header.per_candidate} rewards of each of {max(k, 1)} candidates, every list as long"
         )
 
 
