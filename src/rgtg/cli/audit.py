@@ -20,7 +20,8 @@ from rgtg.cli.common import (
     write_json,
 )
 from rgtg.config import AuditSettings
-from rgtg.types import AuditPoint, AuditResult, CandidateFigures, Interval, RolloutAuditResult
+from rgtg.types import AuditPoint, AuditResult, Interval
+from rgtg.types_rollouts import CandidateFigures, RolloutAuditResult
 
 if TYPE_CHECKING:
     from rgtg.evaluation.rollouts import Rollouts

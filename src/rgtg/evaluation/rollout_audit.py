@@ -17,7 +17,8 @@ from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.scorer import Scorer, load_scorer, weights_of
-from rgtg.types import CandidateFigures, ChoiceFigures, Interval, PrefixRollouts, RolloutAuditResult
+from rgtg.types import Interval
+from rgtg.types_rollouts import CandidateFigures, ChoiceFigures, PrefixRollouts, RolloutAuditResult
 
 # Nats per token at which guidance is judged where no beta is given: scorers of any scale are then compared alike.
 KL_PER_TOKEN = 0.1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rgtg.evaluation.figures import COLOURS, new_figure
-from rgtg.types import CandidateFigures, RolloutAuditResult
+from rgtg.types_rollouts import CandidateFigures, RolloutAuditResult
 
 
 def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | Path | Any", **options: Any) -> None:

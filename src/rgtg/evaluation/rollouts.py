@@ -24,7 +24,7 @@ from rgtg.models.encoding import decode_completion, encode_prompt, tokenizer_has
 from rgtg.models.policy import Policy
 from rgtg.models.scorer import weights_of
 from rgtg.outputs import write_text
-from rgtg.types import PrefixRollouts, RolloutHeader
+from rgtg.types_rollouts import PrefixRollouts, RolloutHeader
 
 Progress = Callable[[int, int], None]
 # A position is a point of this sequence (Roberts' R2), even over the prompts and over the prefixes of one prompt.
