@@ -1,14 +1,15 @@
 """Guidance inside ``model.generate(..., custom_generate=rgtg.custom_generate(...))``."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.loading import Source
 from rgtg.errors import UsageError
-from rgtg.models.prefix_scorer import PrefixScorer, pad_right
+from rgtg.models.prefix_scorer import pad_right
 
 # Settings of a GenerationConfig that mean the same here, with transformers' own defaults.
 _PASSED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -30,12 +31,12 @@ _CARRIED_OUT = {
 
 
 def custom_generate(
-    scorer: "str | PrefixScorer | tuple[Any, Any] | None" = None,
+    scorer: "Source | Sequence[Source] | None" = None,
     *,
     tokenizer: Any,
     method: str = "pargs",
-    beta: float | None = None,
-    top_k: int | None = 10,
+    beta: float | Sequence[float] | None = None,
+    top_k: int | Literal["default"] | None = "default",
     seed: int = 0,
 ) -> Callable[..., Tensor]:
     """A callable for ``generate(custom_generate=...)`` that decodes with guidance.
@@ -45,11 +46,11 @@ def custom_generate(
     have to be ignored is refused. ``generate`` itself drops ``streamer=`` for custom callables.
 
     Args:
-        scorer: folder, hub id or loaded pair; None with method ``policy``.
+        scorer: folder, hub id or loaded pair, or a list of them; None with method ``policy``.
         tokenizer: the policy's.
         method: a row of the methods table.
-        beta: guidance strength; it multiplies the score.
-        top_k: candidates per step.
+        beta: guidance strength; it multiplies the score. One for each of several scorers.
+        top_k: candidates per step; ``default`` is the method's own.
         seed: of the call's rows.
 
     Returns:
