@@ -70,6 +70,16 @@ class Completion(Record):
     trace: list[StepTrace] | None = None
 
 
+class ComparedCompletion(Completion):
+    """A line of a comparison's completions.jsonl: a completion, whose it is, and what it was worth."""
+
+    row: str = Field(description="label of the row")
+    run_seed: int = Field(description="one of the row's seeds; ``seed`` is derived from it and the prompt")
+    prompt_index: int
+    reward: float
+    proxy_rewards: dict[str, float] = Field(default_factory=dict)
+
+
 class Interval(Record):
     """A mean with its bootstrap interval; ``n`` is the number of independent units that were resampled."""
 
@@ -225,7 +235,7 @@ class PairedDifference(Record):
     difference: Interval
     p_value: float
     p_adjusted: float
-    family: Literal["baseline", "methods", "curve"]
+    family: Literal["baseline", "methods"]
 
 
 class OverOptimisation(Record):

@@ -1,6 +1,8 @@
 """``rgtg compare``."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -11,8 +13,9 @@ from typer.testing import CliRunner
 from conftest import tiny_reward_model, tiny_tokenizer
 from naive import info
 from rgtg.cli import compare
+from rgtg.evaluation import running
 from rgtg.models.checkpoint import write_info
-from rgtg.types import ComparisonResult
+from rgtg.types import ComparedCompletion, ComparisonResult
 
 app = typer.Typer()
 app.command()(compare.command)
@@ -47,11 +50,52 @@ def test_results_settings_and_report(config, tmp_path):
     assert ComparisonResult.model_validate_json(ran.stdout) == result
     assert [row.label for row in result.methods] == ["policy", "pargs β=0", "pargs β=2"]
     assert (out / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json", "settings.json"]
-    table = run("--config", config, "--output", out, "--limit", 1)
+    written = {path.name for path in out.iterdir()}
+    assert {"completions.jsonl", "parts", "report.html", "results.json", "settings.json"} <= written
+    assert len(list((out / "parts").iterdir())) == 3
+    lines = [
+        ComparedCompletion.model_validate_json(line) for line in (out / "completions.jsonl").read_text().splitlines()
+    ]
+    assert [(c.row, c.run_seed, c.prompt_index) for c in lines] == [
+        (row.label, 7, i) for row in result.methods for i in (0, 1)
+    ]
+    assert [c.reward for c in lines] == [value for row in result.methods for value in row.rewards[0]]
+    changed = run("--config", config, "--output", out, "--limit", 1)
+    assert changed.exit_code == 2
+    assert "made with another prompts" in changed.stderr
+    table = run("--config", config, "--output", out, "--limit", 1, "--force")
     assert table.exit_code == 0, table.stderr
-    assert "pargs β=2" in table.stdout
-    assert "written to" in table.stdout
+    for text in ("pargs β=2", "baseline: policy", "Budgets are not equal", "recommended", "written to"):
+        assert text in table.stdout
+
+
+def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    make, made = running.complete, []
+
+    def stop_at_the_second(*arguments, **settings):
+        if len(made) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        made.append(make(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(running, "complete", stop_at_the_second)
+    stopped = run("--config", config, "--output", out, "--set", "seeds=[0,1]")
+    assert stopped.exit_code == 75, stopped.output
+    assert "goes on" in stopped.stderr
+    assert not (out / "results.json").exists()
+    assert len(list((out / "parts").glob("*.json"))) == 1
+    monkeypatch.setattr(running, "complete", make)
+    results = []
+    for folder in (out, whole):
+        ran = run("--config", config, "--output", folder, "--set", "seeds=[0,1]", "--quiet")
+        assert ran.exit_code == 0, ran.output
+        results.append(json.loads((folder / "results.json").read_text()))
+        for row in results[-1]["methods"]:
+            row["seconds"] = row["tokens_per_second"] = 0
+        results[-1]["provenance"]["settings"]["output"] = ""
+    assert results[0] == results[1]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_zero_on_the_command_line_beats_the_config(config, tmp_path):

@@ -1,14 +1,21 @@
 import math
 import random
+import sys
 
 import pytest
 
+from rgtg.errors import MissingExtraError
+from rgtg.evaluation import metrics
 from rgtg.evaluation.metrics import (
     best_of_n_kl,
+    best_of_n_kl_estimate,
     bootstrap_interval,
     distinct_n,
     expected_calibration_error,
+    holm,
     paired_difference,
+    self_rouge_l,
+    sign_flip_p_values,
 )
 
 
@@ -72,3 +79,72 @@ def test_paired_difference_ignores_what_units_share():
 
 def test_best_of_n_kl_by_hand():
     assert best_of_n_kl(10) == pytest.approx(math.log(10) - 0.9)
+
+
+@pytest.mark.parametrize("size", [3, 8, 50])
+@pytest.mark.parametrize("n", [2, 4, 10])
+def test_best_of_n_kl_estimate_lies_between_the_enumerated_kl_and_the_bound(size, n):
+    noise = random.Random(size)
+    weights = [noise.random() ** 3 for _ in range(size)]
+    drawn = [w / sum(weights) for w in weights]  # in order of reward
+    exact = estimate = below = 0.0
+    for p in drawn:
+        won = (below + p) ** n - below**n
+        below += p
+        exact += won * math.log(won / p)
+        estimate += won * best_of_n_kl_estimate(n, math.log(p))
+    assert exact - 1e-9 <= estimate <= best_of_n_kl(n) + 1e-9
+    assert estimate - exact <= 0.3 * exact + 0.06
+    if size == 3:
+        assert estimate < best_of_n_kl(n) - 0.02
+
+
+def test_best_of_n_kl_estimate_of_a_long_completion_is_the_bound():
+    assert best_of_n_kl_estimate(10, -60.0) == pytest.approx(best_of_n_kl(10), abs=1e-9)
+    assert best_of_n_kl_estimate(10, math.log(2e-12)) == pytest.approx(best_of_n_kl(10), abs=1e-6)
+
+
+def test_sign_flips_by_hand():
+    # 2 of the 8 patterns of (1, 2, 3) reach |6|; 4 of those of (1, 2, -3) reach |0|: all do
+    assert sign_flip_p_values([[1.0, 2.0, 3.0], [1.0, 2.0, -3.0]]) == [0.25, 1.0]
+    assert sign_flip_p_values([[0.1] * 3, [0.3, 0.3, 0.3]]) == [0.25, 0.25]  # rounding must not lose the ties
+
+
+def test_random_sign_flips_agree_with_all_of_them():
+    noise = random.Random(3)
+    values = [[noise.gauss(0.4, 1) for _ in range(13)] for _ in range(4)]
+    exact = sign_flip_p_values(values, permutations=2**13)
+    drawn = sign_flip_p_values(values, permutations=8000)
+    assert drawn != exact
+    assert drawn == pytest.approx(exact, abs=0.02)
+
+
+def test_sign_flips_hold_their_level():
+    noise = random.Random(4)
+    p_values = sign_flip_p_values([[noise.gauss(0, 1) for _ in range(40)] for _ in range(1000)], permutations=999)
+    assert sum(p <= 0.05 for p in p_values) / 1000 == pytest.approx(0.05, abs=0.025)
+    assert min(p_values) >= 1 / 1000
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_self_rouge_l_by_hand():
+    assert self_rouge_l(["The cat sat", "the cat sat."]) == 1.0
+    assert self_rouge_l(["one two", "three four"]) == 0.0
+    # longest common subsequence of 2 words; precision 2/3, recall 2/2
+    assert self_rouge_l(["a c", "a b c"]) == pytest.approx(0.8)
+    assert self_rouge_l(["кот спит", "кот ест"]) == pytest.approx(0.5)
+    assert self_rouge_l(["a", "a", "b"]) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="at least two"):
+        self_rouge_l(["alone"])
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    metrics._rouge_l.cache_clear()
+    with pytest.raises(MissingExtraError, match=r"rgtg\[report\]"):
+        self_rouge_l(["a", "b"])

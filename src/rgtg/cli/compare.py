@@ -14,6 +14,7 @@ from rgtg.cli.common import (
     emit,
     hush_libraries,
     make_folder,
+    resumable,
     save_settings,
     verb,
     write_json,
@@ -28,16 +29,21 @@ def command(
     policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}.')] = None,
     reward: Annotated[str | None, typer.Option(help="Held-out reward model that scores everyone.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results.json, report.html and settings.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results.json, report.html and the rest.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Row to compare with. Default: the unguided policy.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make anew what other settings or models made.")] = False,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Compare methods; the YAML names them under "methods" (see docs/quickstart.md)."""
-    flags = {k: v for k, v in locals().items() if k in CompareSettings.model_fields}
+    """Compare methods; the YAML names them under "methods" (see docs/compare.md).
+
+    Stopped with Ctrl-C or SIGTERM, it goes on where it was when the same command is given again.
+    """
+    flags = {k: v for k, v in locals().items() if k in CompareSettings.model_fields and v is not False}
     settings = CompareSettings.resolve(config, overrides, flags)
     hush_libraries()
     from rich.console import Console
@@ -48,7 +54,8 @@ def command(
     new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
     make_folder(settings.output)
     errors = Console(stderr=True, quiet=quiet or as_json)
-    result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
+    with resumable("the same command goes on from the parts that are finished"):
+        result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
     write_json(settings.output / "results.json", result)
     save_settings(settings.output, settings)
     _write_report(result, settings.output / "report.html")
@@ -62,17 +69,25 @@ def _write_report(result: ComparisonResult, path: Path) -> None:
 
 
 def show(result: ComparisonResult, output: Path | None = None) -> None:
-    """Print the comparison as a table, best reward first."""
+    """Print the comparison as a table, best reward first, and what the tests and checks say."""
     from rich.console import Console
     from rich.table import Table
 
-    names = {"reward": "reward (95 %)", "kl_nats": "KL (nats)", "distinct_2": "distinct-2", "length_tokens": "tokens"}
-    table = Table("method", *(names.get(name, name) for name in result.methods[0].metrics))
+    table = Table("method", f"{result.reward} (95 %)", "less baseline", "p (Holm)", "KL (nats)", "tokens", "tokens/s")
+    against = {d.a: d for d in result.differences if d.family == "baseline" and d.metric == "reward"}
     for row in sorted(result.methods, key=lambda r: -r.metrics["reward"].mean):
-        reward = row.metrics["reward"]
-        rest = [f"{m.mean:.3g}" for name, m in row.metrics.items() if name != "reward"]
-        table.add_row(row.label, f"{reward.mean:.3g} ({reward.low:.3g} to {reward.high:.3g})", *rest)
+        reward, less = row.metrics["reward"], against.get(row.label)
+        paired = [f"{less.difference.mean:+.3g}", f"{less.p_adjusted:.2g}"] if less else ["", ""]
+        figures = [f"{row.metrics[name].mean:.3g}" for name in ("kl_nats", "length_tokens")]
+        spread = f"{reward.mean:.3g} ({reward.low:.3g} to {reward.high:.3g})"
+        table.add_row(row.label, spread, *paired, *figures, f"{row.tokens_per_second:.0f}")
     console = Console()
     console.print(table)
+    if result.baseline:
+        console.print(f"baseline: {result.baseline}. {result.budget_statement}")
+    for mark in result.over_optimised:
+        console.print(f"[yellow]over-optimised[/yellow]: {mark.at} (gold below {mark.best}, {mark.proxy} above)")
+    for choice in result.recommended:
+        console.print(f"recommended: {choice.label}: {choice.reason}")
     if output:
         console.print(f"written to {output}")

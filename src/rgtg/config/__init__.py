@@ -11,6 +11,9 @@ from rgtg.config.decoding import ScoreSettings as ScoreSettings
 from rgtg.config.evaluation import AuditSettings as AuditSettings
 from rgtg.config.evaluation import CompareRun as CompareRun
 from rgtg.config.evaluation import CompareSettings as CompareSettings
+from rgtg.config.evaluation import EvaluationSettings as EvaluationSettings
+from rgtg.config.evaluation import GuidingScorer as GuidingScorer
+from rgtg.config.evaluation import SweepSettings as SweepSettings
 from rgtg.config.judging import JudgeSettings as JudgeSettings
 from rgtg.config.tools import DataCheckSettings as DataCheckSettings
 from rgtg.config.tools import DemoSettings as DemoSettings

@@ -1,12 +1,13 @@
-"""Settings of ``rgtg audit`` and ``rgtg compare``."""
+"""Settings of ``rgtg audit``, ``rgtg compare`` and ``rgtg sweep``."""
 
+import difflib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rgtg.config.base import Settings
-from rgtg.config.decoding import ModelSettings
+from rgtg.config.decoding import DecodingSettings, ModelSettings
 
 _OF_MAKING = ("prefixes", "candidates", "per_candidate", "max_new_tokens", "rollouts_batch_size")
 _OF_ROLLOUTS = ("prompts", "reward", "rollouts_file", "beta", "kl_nats", *_OF_MAKING)
@@ -74,30 +75,126 @@ class AuditSettings(Settings):
             raise ValueError("give --beta, or the KL per token that chooses it (--kl-nats), not both")
 
 
-class CompareRun(BaseModel):
-    """One row of a comparison: a method with its settings, or one row per beta."""
+class GuidingScorer(BaseModel):
+    """One of several scorers of a row; a list of betas makes one row each."""
 
     model_config = ConfigDict(extra="forbid")
 
+    scorer: str
+    beta: float | list[float] = 1.0
+
+
+class CompareRun(BaseModel):
+    """Rows of a comparison: a method with its settings, one row for each combination of those given as lists.
+
+    Besides the fields below, every decoding setting (max_new_tokens, top_p, entropy_gate, …) may be given.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
     method: str
     label: str | None = None
+    policy: str | None = Field(None, description="its own policy, where it has one: a fine-tuned baseline")
+    trained_with: list[str] = Field(default_factory=list, description="reward models that this policy was trained with")
     scorer: str | None = None
+    scorers: list[GuidingScorer] | None = Field(None, min_length=1, description="several, each with its beta")
     beta: float | list[float] | None = None
-    n: int | None = Field(None, ge=1)
-    top_k: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    n: int | list[int] | None = None
+    top_k: int | list[int | None] | None = None
+    temperature: float | list[float] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.scorers and (self.scorer is not None or self.beta is not None):
+            raise ValueError("scorers names every scorer with its own beta; leave scorer and beta out")
+        if self.trained_with and self.policy is None:
+            raise ValueError("trained_with is about a row's own policy: give that as policy")
+        require_decoding(self.model_extra or {})
+        return self
 
 
-class CompareSettings(ModelSettings):
-    """``rgtg compare``: methods on the same prompts, scored by a reward that none of them used."""
+def require_decoding(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is no decoding setting, with a suggestion.
+
+    Raises:
+        ValueError: for pydantic to report.
+    """
+    known = set(DecodingSettings.model_fields) - {"seed", "method"}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *CompareRun.model_fields], n=1)
+            raise ValueError(
+                f"unknown setting {name}; " + (f"did you mean {near[0]}?" if near else "see docs/methods.md")
+            )
+    return values
+
+
+class EvaluationSettings(ModelSettings):
+    """What comparing and sweeping share: prompts, seeds, the decoding settings of every row, where parts are kept."""
 
     prompts: Path
-    reward: str = Field(description="held-out reward model: a folder or hub id")
-    methods: list[CompareRun] = Field(min_length=1)
     output: Path
+    reward: str | None = Field(None, description="held-out reward model: a folder or hub id")
+    proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that may be optimised")
+    seeds: list[int] | None = Field(None, min_length=1, description="completions of each prompt; default: [seed]")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
     top_k: int | None = Field(10, ge=1)
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, ge=0)
+    decoding: dict[str, Any] = Field(default_factory=dict, description="further decoding settings of every row")
     batch_size: int = Field(8, ge=1)
     bootstrap: int = Field(1000, ge=100)
+    permutations: int = Field(10_000, ge=100, description="sign flips of a paired test; all of them where fewer exist")
+    force: bool = Field(False, description="make parts anew that were made with other settings or models")
+
+    @field_validator("decoding")
+    @classmethod
+    def _decoding(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return require_decoding(values)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds and (len(set(seeds)) < len(seeds) or min(seeds) < 0):
+            raise ValueError("seeds must be different numbers, none below 0")
+        return seeds
+
+    @property
+    def run_seeds(self) -> list[int]:
+        """The seeds every row with any randomness is run with."""
+        return self.seeds if self.seeds is not None else [self.seed]
+
+
+class CompareSettings(EvaluationSettings):
+    """``rgtg compare``: methods on the same prompts, scored by a reward that none of them used."""
+
+    methods: list[CompareRun] = Field(min_length=1)
+    baseline: str | None = Field(None, description="label of the row to compare with; default: the unguided policy")
+
+
+class SweepSettings(EvaluationSettings):
+    """``rgtg sweep``: the beta that meets a KL or reward target."""
+
+    method: str = "pargs"
+    scorers: list[GuidingScorer] = Field(default_factory=list, description="several: the sweep multiplies their betas")
+    target_kl: float | None = Field(None, gt=0, description="nats")
+    target_reward: float | None = Field(None, description="of the held-out reward, on these prompts")
+    kl_to: Literal["policy", "candidates"] = Field("policy", description="or the policy cut to the same candidates")
+    tolerance: float | None = Field(None, gt=0, description="in the target's unit; default: 5 % of it, at least 0.01")
+    min_beta: float = Field(0.01, gt=0)
+    max_beta: float = Field(100.0, gt=0)
+    tries: int = Field(12, ge=2, description="betas tried at most")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.target_kl is None) == (self.target_reward is None):
+            raise ValueError("give one target: target_kl (nats) or target_reward")
+        if self.min_beta >= self.max_beta:
+            raise ValueError(f"min_beta {self.min_beta:g} must be below max_beta {self.max_beta:g}")
+        if self.scorer is None and not self.scorers:
+            raise ValueError("a sweep needs what steers: give scorer, or scorers with one beta each")
+        if self.scorer is not None and self.scorers:
+            raise ValueError("give scorer, or scorers, not both")
+        if any(isinstance(one.beta, list) for one in self.scorers):
+            raise ValueError("in a sweep each scorer has one beta; the sweep multiplies them all")
+        return self

@@ -15,7 +15,7 @@ from rgtg.demo.gold import gold_reward
 from rgtg.demo.train import train_policy
 from rgtg.demo.world import Customer, customers, draw_pair, stream, write_reply
 from rgtg.errors import MissingExtraError, OutputError, UsageError
-from rgtg.evaluation.compare import expand_runs, run_method
+from rgtg.evaluation.compare import Row, assemble, expand_runs, run_method
 from rgtg.evaluation.prefix_audit import audit_prefixes
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.policy import load_policy
@@ -171,7 +171,7 @@ def audit(settings: DemoSettings, scorer: str) -> AuditResult:
     return result
 
 
-def method_runs(betas: Sequence[float]) -> list[CompareRun]:
+def method_runs(betas: Sequence[float]) -> list[Row]:
     """What is compared: every method, the guided ones at each beta."""
     with_betas = {"args": "full-bt", "args-sample": "full-bt", "pargs": "prefix-bt", "pargs-greedy": "prefix-bt"}
     return expand_runs(
@@ -191,7 +191,7 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
     scorers = {name: PrefixScorer.from_pretrained(str(folder / name)) for name in SCORERS}
     runs = method_runs(settings.betas)
     shared = CompareSettings(
-        prompts=folder / "prompts.jsonl", reward="gold", methods=runs, output=folder, seed=settings.seed,
+        prompts=folder / "prompts.jsonl", methods=[CompareRun(method="policy")], output=folder, seed=settings.seed,
         max_new_tokens=MAX_NEW_TOKENS, batch_size=32,
     )  # fmt: skip
     (folder / "completions").mkdir()
@@ -204,9 +204,9 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
             mark = _marker(folder / "completions" / f"{_file_name(run)}.jsonl", unseen)
             results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, mark))
             step()
-    return ComparisonResult(
-        reward="gold points", prompts=len(unseen), methods=results,
-        provenance=provenance(
+    return assemble(
+        results, reward="gold points", prompts=len(unseen),
+        made=provenance(
             command="rgtg demo", settings=settings.model_dump(mode="json") | {"scorer_training": SCORER_TRAINING},
             seed=settings.seed, data={},
             models={"policy": policy.model} | {name: scorer.model for name, scorer in scorers.items()},
@@ -229,10 +229,10 @@ def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Comple
     return mark
 
 
-def _file_name(run: CompareRun) -> str:
+def _file_name(run: Row) -> str:
     if isinstance(run.beta, float):
         return f"{run.method}-beta{run.beta:g}"
-    return f"{run.method}-greedy" if run.temperature == 0 else run.method
+    return f"{run.method}-greedy" if run.given.get("temperature") == 0 else run.method
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,195 +1,240 @@
-"""Run several methods on the same prompts and score them with a reward that none of them used."""
+"""Run several methods on the same prompts and measure them with a reward that none of them used."""
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rgtg.config import CompareRun, CompareSettings, DecodingSettings, validate
+from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.join import AnyScorer
-from rgtg.decoding.methods import check_settings, find_method
 from rgtg.errors import UsageError
-from rgtg.evaluation.metrics import best_of_n_kl, bootstrap_interval, distinct_n
+from rgtg.evaluation.contestants import Contestants, load_contestants
+from rgtg.evaluation.contrasts import Resampling, differences, find_baseline, over_optimised, recommend
+from rgtg.evaluation.measuring import GOLD, budgets_of, row_result
+from rgtg.evaluation.parts import Part, Parts, fingerprint_texts
 from rgtg.evaluation.provenance import provenance
+from rgtg.evaluation.running import Reward, RewardFunction, full_settings, guide, run_part, score_part
+from rgtg.evaluation.runs import Row as Row
+from rgtg.evaluation.runs import expand_runs as expand_runs
+from rgtg.evaluation.runs import is_random, settle
 from rgtg.models.checkpoint import fingerprint_weights
-from rgtg.models.packed import pack_linears
-from rgtg.models.policy import Policy, load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.scorer import load_scorer, weights_of
-from rgtg.types import ComparisonResult, Completion, Interval, MethodResult
-
-# How many completions of each method are kept in the results for reading side by side.
-SAMPLES = 5
+from rgtg.models.policy import Policy
+from rgtg.models.scorer import weights_of
+from rgtg.outputs import atomic_write
+from rgtg.types import ComparedCompletion, ComparisonResult, MethodResult, Provenance
 
 Progress = Callable[[str, int, int], None]
 
 
-def compare(settings: CompareSettings, progress: Progress | None = None) -> ComparisonResult:
-    """Complete every prompt with every method and measure all of them alike.
+def compare(
+    settings: CompareSettings,
+    progress: Progress | None = None,
+    *,
+    policy: Policy | None = None,
+    scorers: Mapping[str, AnyScorer] | None = None,
+    reward: RewardFunction | None = None,
+    proxies: Mapping[str, RewardFunction] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> ComparisonResult:
+    """Complete every prompt with every row and seed, and measure all of them alike.
+
+    Finished parts are kept in ``settings.output/parts``: a comparison that was stopped goes on from there, and gives
+    the same result as one that was not (but for the time it took). completions.jsonl is written beside them.
+
+    Args:
+        settings: of the comparison; what is given loaded below need not be named there.
+        progress: called with a row's label and seed, the number of parts done, and of all.
+        policy: loaded already.
+        scorers: name, as in the rows → loaded scorer.
+        reward: gold as a rule: takes completions, gives one finite number each. Nothing can check that no method used
+            it. A ``rgtg.evaluation.running.Reward`` also names it.
+        proxies: name → rule, beside the reward models that the settings name.
+        prompts: in place of the file that the settings name.
 
     Raises:
-        UsageError: a reward model that guides or selects in one of the methods, or unusable settings.
+        UsageError: a reward model that a method used, unusable settings, or parts of another comparison.
         DataError: bad prompts.
+        NonFiniteError: a reward that is no number.
     """
-    runs = expand_runs(settings.methods)
-    policy = load_policy(_policy_of(settings), dtype=settings.dtype, device=settings.device)
-    judge = PrefixScorer.from_pretrained(settings.reward, dtype=settings.dtype, device=settings.device)
-    policy.model = pack_linears(policy.model)
-    scorers = _load_scorers(runs, settings, policy)
-    _require_held_out(judge, scorers)
-    prompts = read_prompts(settings.prompts)[: settings.limit]
-    results = []
-    for index, run in enumerate(runs):
-        if progress:
-            progress(run.label or run.method, index, len(runs))
-        scorer = scorers[_scorer_key(run, settings)] if find_method(run.method).scorer else None
-        results.append(run_method(policy, scorer, run, prompts, settings, _reward_of(judge)))
-    models = {"policy": policy.model, "reward": judge.model} | {name: weights_of(s) for (name, _), s in scorers.items()}
-    return ComparisonResult(
-        reward=Path(settings.reward).name,
-        prompts=len(prompts),
-        methods=results,
-        provenance=provenance(command="rgtg compare", settings=settings.model_dump(mode="json"), seed=settings.seed,
-                              models=models, data={}),
+    rows = expand_runs(settings.methods, settings)
+    baseline = settings.baseline
+    if baseline is not None and baseline not in {row.label for row in rows}:
+        raise UsageError(f"baseline {baseline!r} is no row; rows: {', '.join(row.label for row in rows)}")
+    texts = read_prompts(settings.prompts)[: settings.limit] if prompts is None else list(prompts)
+    models = load_contestants(settings, rows, policy=policy, scorers=scorers, reward=reward, proxies=proxies)
+    bench = Bench(models, texts, settings, progress)
+    bench.check(rows)
+    results = [bench.run(row) for row in rows]
+    bench.write_completions(rows)
+    made = provenance(
+        command="rgtg compare", settings=settings.model_dump(mode="json", exclude={"force"}), seed=settings.seed,
+        models=models.modules(), data={"prompts": fingerprint_texts(texts)},
+    )  # fmt: skip
+    return assemble(
+        results, reward=models.reward.name, prompts=len(texts), made=made, baseline=baseline,
+        how=Resampling(settings.seed, settings.bootstrap, settings.permutations),
     )  # fmt: skip
 
 
-def expand_runs(runs: Sequence[CompareRun]) -> list[CompareRun]:
-    """One run per beta, each with a label.
+@dataclass
+class Bench:
+    """Models, prompts and finished parts; runs rows one by one."""
 
-    Raises:
-        UsageError: an unknown method, or a setting that the method would have to ignore.
-    """
-    expanded = []
-    for run in runs:
-        betas = run.beta if isinstance(run.beta, list) else [run.beta]
-        if not betas:
-            raise UsageError(f"beta of {run.label or run.method} is an empty list; give at least one number")
-        for beta in betas:
-            label = run.label or run.method
-            named = label if beta is None else f"{label} β={beta:g}"  # 0 is a beta too: the unguided policy
-            one = run.model_copy(update={"beta": beta, "label": named})
-            given = one.model_dump(include={"beta", "n", "top_k", "temperature"}, exclude_none=True)
-            check_settings(find_method(run.method), validate(DecodingSettings, given))
-            expanded.append(one)
-    return expanded
+    models: Contestants
+    prompts: Sequence[str]
+    settings: EvaluationSettings
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self._done = self._total = 0
+        self.parts = Parts(self.settings.output / "parts", force=self.settings.force)
+        self._rewards = {GOLD: self.models.reward} | self.models.proxies
+
+    def seeds_of(self, row: Row) -> list[int]:
+        """The seeds of a row; one, where another would give the same completions."""
+        seeds = self.settings.run_seeds
+        return seeds if is_random(row) else seeds[:1]
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse rows that cannot be run, and parts of another comparison, before any work."""
+        for row in rows:
+            made_with = self._made_with(self._guide(row), row)
+            for seed in self.seeds_of(row):
+                self.parts.find(row.label, seed, made_with)
+                self._total += 1
+
+    def run(self, row: Row) -> MethodResult:
+        """The row over all its seeds; parts that are finished are read."""
+        guided, parts = self._guide(row), []
+        for seed in self.seeds_of(row):
+            if self.progress:
+                self.progress(f"{row.label}, seed {seed}", self._done, self._total)
+            parts.append(self._part(guided, row, seed))
+            self._done += 1
+        return row_result(
+            row, parts, self.settings, full=full_settings(guided, row), proxies=list(self.models.proxies),
+            guided_by=self.models.guided_by(row),
+        )  # fmt: skip
+
+    def write_completions(self, rows: Iterable[Row]) -> None:
+        """completions.jsonl: every completion of every row and seed, with its rewards."""
+        path = self.settings.output / "completions.jsonl"
+        with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                guided = self._guide(row)
+                for seed in self.seeds_of(row):
+                    part = self._part(guided, row, seed)
+                    file.writelines(line.model_dump_json() + "\n" for line in self._lines(part))
+
+    def _guide(self, row: Row) -> GuidedPolicy:
+        return guide(self.models.policy_of(row), self.models.scorers_of(row), row)
+
+    def _part(self, guided: GuidedPolicy, row: Row, seed: int) -> Part:
+        """One row and seed, scored: read where it is finished, else made and written."""
+        made_with = self._made_with(guided, row)
+        kept = self.parts.find(row.label, seed, made_with)
+        part = kept or run_part(
+            guided, row, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
+            reference=None if row.policy is None else self.models.policy,
+        )  # fmt: skip
+        if score_part(part, self._rewards) or kept is None:
+            self.parts.save(part)
+        return part
+
+    def _lines(self, part: Part) -> Iterator[ComparedCompletion]:
+        proxies = self.models.proxies
+        for i, completion in enumerate(part.completions):
+            yield ComparedCompletion(
+                **completion.model_dump(), row=part.label, run_seed=part.seed, prompt_index=i,
+                reward=part.scores[GOLD].values[i],
+                proxy_rewards={name: part.scores[name].values[i] for name in proxies},
+            )  # fmt: skip
+
+    def _made_with(self, guided: GuidedPolicy, row: Row) -> dict[str, Any]:
+        """All that a part's completions depend on, but for the seed."""
+        own = {} if row.policy is None else {"reference": fingerprint_weights(self.models.policy.model)}
+        return full_settings(guided, row) | own | {
+            "policy": fingerprint_weights(guided.policy.model),
+            "scorers": [fingerprint_weights(weights_of(scorer)) for scorer in self.models.scorers_of(row)],
+            "prompts": fingerprint_texts(self.prompts),
+            "batch_size": self.settings.batch_size,
+        }  # fmt: skip
 
 
 def run_method(
     policy: Policy,
-    scorer: AnyScorer | None,
-    run: CompareRun,
+    scorer: AnyScorer | Sequence[AnyScorer] | None,
+    row: Row,
     prompts: Sequence[str],
-    settings: CompareSettings,
-    reward: Callable[[Sequence[Completion]], list[float]],
+    settings: EvaluationSettings,
+    reward: RewardFunction,
+    *,
+    proxies: Mapping[str, RewardFunction] | None = None,
+    reference: Policy | None = None,
 ) -> MethodResult:
-    """Complete the prompts with one method and measure the completions."""
-    beta = run.beta if isinstance(run.beta, int | float) else None
-    guided = GuidedPolicy(
-        policy,
-        scorer,
-        method=run.method,
-        beta=beta,
-        n=run.n,
-        top_k=settings.top_k if run.top_k is None else run.top_k,
-    )
-    start = time.perf_counter()
-    temperature = run.temperature if run.temperature is not None else settings.temperature
-    sampled: dict[str, Any] = {} if guided.method.rule == "greedy" else {"temperature": temperature}
-    done = guided.generate(
-        list(prompts),
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        **sampled,
-    )
-    seconds = time.perf_counter() - start
-    rewards = reward(done)
-    n = (run.n or 10) if guided.method.rule == "best" else None
-    return MethodResult(
-        label=run.label or run.method,
-        method=run.method,
-        beta=beta if guided.method.scorer and guided.method.unit == "token" else None,
-        n=n,
-        metrics=measure(done, rewards, n=n, seed=settings.seed, resamples=settings.bootstrap),
-        seconds=seconds,
-        tokens_per_second=sum(len(c.token_ids) for c in done) / seconds,
-        policy_calls=sum(c.policy_calls for c in done),
-        scorer_calls=sum(c.scorer_calls for c in done),
-        samples=[
-            c.model_dump(exclude={"trace"}) | {"reward": r} for c, r in list(zip(done, rewards, strict=True))[:SAMPLES]
-        ],
-    )
+    """One row over the settings' seeds, with everything loaded already; nothing is written.
 
+    Args:
+        policy: that is steered.
+        scorer: what steers or selects; several as a list, in the order of the row's betas.
+        row: from ``expand_runs``; settings it does not give are those of ``settings``.
+        prompts: texts.
+        settings: seeds, batch size, bootstrap, and decoding.
+        reward: gold: takes completions, gives one finite number each. It must be held out; only ``compare`` checks.
+        proxies: name → further rewards.
+        reference: the policy that KL is measured to, where it is not ``policy``.
 
-def measure(
-    done: Sequence[Completion], rewards: Sequence[float], *, n: int | None, seed: int, resamples: int = 1000
-) -> dict[str, Interval]:
-    """Reward, KL to the policy in nats (Monte Carlo), perplexity under the policy, distinct bigrams, length in tokens.
-
-    For best-of-n the KL is that of its samples plus ln n − (n−1)/n, an upper bound. Intervals resample prompts.
+    Example, with a rule as gold:
+        >>> rows = expand_runs([CompareRun(method="pargs", beta=[1, 2])])  # doctest: +SKIP
+        >>> shared = CompareSettings(prompts="-", output="-", methods=[...], seeds=[0, 1])  # doctest: +SKIP
+        >>> run_method(policy, scorer, rows[0], prompts, shared, lambda done: [len(c.text) for c in done])
+        ... # doctest: +SKIP
     """
-
-    def interval(values: Sequence[float]) -> Interval:
-        return bootstrap_interval(list(values), seed=seed, resamples=resamples)
-
-    extra = best_of_n_kl(n) if n else 0.0
-    per_token = interval([-c.policy_log_prob / len(c.token_ids) for c in done])
-    return {
-        "reward": interval(rewards),
-        "kl_nats": interval([c.guided_log_prob - c.policy_log_prob + extra for c in done]),
-        "perplexity": Interval(
-            mean=math.exp(per_token.mean), low=math.exp(per_token.low), high=math.exp(per_token.high), n=per_token.n
-        ),
-        "distinct_2": interval([distinct_n([c.token_ids], 2) for c in done]),
-        "length_tokens": interval([float(len(c.token_ids)) for c in done]),
-    }
+    row = settle(row, settings)
+    scorers = list(scorer) if isinstance(scorer, Sequence) else [] if scorer is None else [scorer]
+    guided = guide(policy, scorers, row)
+    named = {name: one if isinstance(one, Reward) else Reward(name, one) for name, one in (proxies or {}).items()}
+    gold = reward if isinstance(reward, Reward) else Reward("gold", reward)
+    parts = []
+    for seed in settings.run_seeds if is_random(row) else settings.run_seeds[:1]:
+        part = run_part(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
+        score_part(part, {GOLD: gold} | named)
+        parts.append(part)
+    return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named))
 
 
-def _reward_of(judge: PrefixScorer) -> Callable[[Sequence[Completion]], list[float]]:
-    def reward(done: Sequence[Completion]) -> list[float]:
-        finished = [completion.finish_reason == "stop" for completion in done]
-        return judge.score([c.prompt for c in done], [c.text for c in done], finished=finished)
+def assemble(
+    results: Sequence[MethodResult],
+    *,
+    reward: str,
+    prompts: int,
+    made: Provenance,
+    baseline: str | None = None,
+    how: Resampling | None = None,
+) -> ComparisonResult:
+    """Rows to one result: differences and their tests, over-optimisation, recommended strengths, budgets.
 
-    return reward
-
-
-def _policy_of(settings: CompareSettings) -> str:
-    if settings.policy is None:
-        raise UsageError("policy is required: a folder or hub id of a causal language model")
-    return settings.policy
-
-
-def _scorer_key(run: CompareRun, settings: CompareSettings) -> tuple[str, bool]:
-    """Name of a run's scorer, and whether it is read token by token (an adapter then joins the policy's pass)."""
-    name = run.scorer or settings.scorer
-    if name is None:
-        raise UsageError("a compared method needs a scorer: give one for all (scorer) or one per method")
-    return name, find_method(run.method).unit == "token"
-
-
-def _load_scorers(
-    runs: Sequence[CompareRun], settings: CompareSettings, policy: Policy
-) -> dict[tuple[str, bool], AnyScorer]:
-    keys = dict.fromkeys(_scorer_key(run, settings) for run in runs if find_method(run.method).scorer)
-    scorers: dict[tuple[str, bool], AnyScorer] = {}
-    for name, join in keys:
-        scorer = load_scorer(name, policy=policy, dtype=settings.dtype, device=settings.device, join=join)
-        if isinstance(scorer, PrefixScorer):
-            scorer.model = pack_linears(scorer.model)
-        scorers[name, join] = scorer
-    return scorers
-
-
-def _require_held_out(judge: PrefixScorer, scorers: dict[tuple[str, bool], AnyScorer]) -> None:
-    """Refuse a judge that guides or selects: a method would be measured by what it maximised."""
-    verdict = fingerprint_weights(judge.model)
-    for (name, _), scorer in scorers.items():
-        if fingerprint_weights(weights_of(scorer)) == verdict:
-            raise UsageError(
-                f"the reward {judge.name} is also the scorer {name}: a method would be measured by what it maximises. "
-                "Train a reward model on other pairs (rgtg train --objective full-bt) and give that"
-            )
+    Args:
+        results: of ``run_method``, over the same prompts.
+        reward: name of gold.
+        prompts: how many.
+        made: provenance of the whole.
+        baseline: label of the row to compare with; None takes the unguided policy.
+        how: of the intervals and tests.
+    """
+    against = find_baseline(results, baseline)
+    budgets, statement = budgets_of(results)
+    return ComparisonResult(
+        reward=reward,
+        prompts=prompts,
+        methods=list(results),
+        baseline=against,
+        proxies=list(dict.fromkeys(name for row in results for name in row.proxy_rewards)),
+        differences=differences(results, against, how) if against is not None else [],
+        over_optimised=over_optimised(results, how),
+        recommended=recommend(results),
+        budgets=budgets,
+        budget_statement=statement,
+        provenance=made,
+    )

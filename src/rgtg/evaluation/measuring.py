@@ -1,0 +1,178 @@
+"""What is measured of a row's completions, and what they cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rgtg.config import EvaluationSettings
+from rgtg.decoding.methods import METHODS
+from rgtg.evaluation.metrics import (
+    best_of_n_kl,
+    best_of_n_kl_estimate,
+    bootstrap_interval,
+    distinct_n,
+    self_rouge_l,
+)
+from rgtg.evaluation.parts import Part
+from rgtg.evaluation.runs import Row, takes
+from rgtg.types import Budget, Completion, Interval, MethodResult
+
+# How many prompts' completions of each row are kept in the results for reading side by side.
+SAMPLES = 5
+GOLD = "reward"  # the key of the held-out reward among a part's scores; proxies are under their names
+_SAME_COST = 0.01  # relative
+
+
+def measure(
+    runs: Sequence[Sequence[Completion]],
+    rewards: Sequence[Sequence[float]],
+    *,
+    proxies: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    reference: Sequence[Sequence[float]] | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict[str, Interval]:
+    """Every figure of one row, a mean with its 95 % bootstrap interval over prompts.
+
+    The seeds of a prompt are resampled together. KL is Monte Carlo from the completions: mean of log π̃(y) − log π(y),
+    in nats. A best-of-n row adds an estimate of what choosing moves (Beirami et al. 2024), and states the bound too.
+
+    Args:
+        runs: seeds × prompts completions, prompts in one order.
+        rewards: seeds × prompts, gold.
+        proxies: name → seeds × prompts.
+        reference: seeds × prompts log-probabilities of the completions under the policy that KL and perplexity are
+            measured with; None where the row was generated with it.
+        n: completions that best-of-n drew; None for other methods.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Returns:
+        ``reward``, ``proxy:NAME`` …, ``kl_nats``, ``kl_cut_nats`` (to the policy cut to the same candidates),
+        ``kl_bound_nats`` (best-of-n), ``perplexity``, ``distinct_1`` to ``distinct_3``, ``self_rouge_l`` (of several
+        seeds), ``length_tokens``.
+    """
+    prompts = list(range(len(runs[0]))) * len(runs)
+
+    def interval(values: Sequence[float]) -> Interval:
+        return bootstrap_interval(values, seed=seed, resamples=resamples, clusters=prompts)
+
+    done = _flat(runs)
+    under = _flat(reference) if reference is not None else [c.policy_log_prob for c in done]
+    per_token = interval([-log_prob / len(c.token_ids) for c, log_prob in zip(done, under, strict=True)])
+    figures = {"reward": interval(_flat(rewards))}
+    figures |= {f"proxy:{name}": interval(_flat(values)) for name, values in (proxies or {}).items()}
+    figures |= {name: interval(values) for name, values in _divergences(done, under, n, cut=reference is None).items()}
+    figures["perplexity"] = Interval(
+        mean=math.exp(per_token.mean), low=math.exp(per_token.low), high=math.exp(per_token.high), n=per_token.n
+    )
+    figures |= {f"distinct_{k}": interval([distinct_n([c.token_ids], k) for c in done]) for k in (1, 2, 3)}
+    if len(runs) > 1:
+        alike = [self_rouge_l([run[i].text for run in runs]) for i in range(len(runs[0]))]
+        figures["self_rouge_l"] = bootstrap_interval(alike, seed=seed, resamples=resamples)
+    figures["length_tokens"] = interval([float(len(c.token_ids)) for c in done])
+    return figures
+
+
+def row_result(
+    row: Row,
+    parts: Sequence[Part],
+    settings: EvaluationSettings,
+    *,
+    full: dict[str, Any],
+    proxies: Sequence[str] = (),
+    guided_by: Sequence[str] = (),
+) -> MethodResult:
+    """A row's parts, one per seed and already scored, as its result.
+
+    Args:
+        row: what was run.
+        parts: in the order of the seeds.
+        settings: of the comparison: bootstrap and its seed.
+        full: every decoding setting of the row.
+        proxies: names of the rewards beside gold.
+        guided_by: those of them that steered or selected.
+    """
+    done = [completion for part in parts for completion in part.completions]
+    gold = [part.scores[GOLD].values for part in parts]
+    others = {name: [part.scores[name].values for part in parts] for name in proxies}
+    known = [part.reference_log_probs for part in parts]
+    tokens, seconds = sum(len(c.token_ids) for c in done), sum(part.seconds for part in parts)
+    n = int(full["n"]) if METHODS[row.method].rule == "best" else None
+    return MethodResult(
+        label=row.label,
+        method=row.method,
+        beta=full["beta"] if takes(row.method, "beta") else None,
+        n=n,
+        curve=row.curve,
+        strength=row.strength,
+        settings=full,
+        seeds=[part.seed for part in parts],
+        metrics=measure(
+            [part.completions for part in parts], gold, proxies=others, n=n, seed=settings.seed,
+            reference=[k for k in known if k is not None] or None, resamples=settings.bootstrap,
+        ),
+        rewards=gold,
+        proxy_rewards=others,
+        guided_by=list(guided_by),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        policy_calls=sum(c.policy_calls for c in done),
+        scorer_calls=sum(c.scorer_calls for c in done),
+        samples=_samples(parts[0]),
+    )  # fmt: skip
+
+
+def budgets_of(results: Sequence[MethodResult]) -> tuple[list[Budget], str]:
+    """What a token of each row cost, and whether all paid the same, in words."""
+    budgets = [
+        Budget(
+            label=row.label,
+            policy_calls_per_token=row.policy_calls / row.tokens,
+            scorer_calls_per_token=row.scorer_calls / row.tokens,
+            tokens_per_completion=row.metrics["length_tokens"].mean,
+        )
+        for row in results
+        if row.tokens
+    ]
+    policy, scorer = [b.policy_calls_per_token for b in budgets], [b.scorer_calls_per_token for b in budgets]
+    if not budgets:
+        return [], ""
+    ranges = f"policy calls per token {_span(policy)}, scorer calls per token {_span(scorer)}"
+    same = all(max(calls) - min(calls) <= _SAME_COST * max(calls) for calls in (policy, scorer))
+    return (
+        budgets,
+        f"Budgets are {'equal' if same else 'not equal'}: {ranges}. Scoring a step's candidates is one call.",
+    )
+
+
+def _divergences(
+    done: Sequence[Completion], under: Sequence[float], n: int | None, *, cut: bool
+) -> dict[str, list[float]]:
+    """KL of each completion in nats: to the policy, to the policy cut to the same candidates, and its bound."""
+    chosen = [best_of_n_kl_estimate(n, c.guided_log_prob) if n else 0.0 for c in done]
+    drawn = [c.guided_log_prob for c in done]
+    found = {"kl_nats": [g - p + extra for g, p, extra in zip(drawn, under, chosen, strict=True)]}
+    if cut and all(c.candidates_log_prob is not None for c in done):
+        found["kl_cut_nats"] = [
+            g - (c.candidates_log_prob or 0.0) + extra for c, g, extra in zip(done, drawn, chosen, strict=True)
+        ]
+    if n:
+        found["kl_bound_nats"] = [g - p + best_of_n_kl(n) for g, p in zip(drawn, under, strict=True)]
+    return found
+
+
+def _samples(part: Part) -> list[dict[str, Any]]:
+    scored = zip(part.completions, part.scores[GOLD].values, strict=True)
+    return [c.model_dump(exclude={"trace"}) | {"reward": reward} for c, reward in list(scored)[:SAMPLES]]
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+
+def _flat(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    return [value for row in rows for value in row]

@@ -1,0 +1,76 @@
+"""``rgtg sweep``."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from naive import info
+from rgtg.cli import sweep
+from rgtg.models.checkpoint import write_info
+from rgtg.types import SweepResult
+
+app = typer.Typer()
+app.command()(sweep.command)
+
+
+@pytest.fixture
+def base(tmp_path, policy_folder, scorer_folder):
+    write_info(scorer_folder, info())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("Hello", "A day", "What now?")))
+    return [
+        "--policy", policy_folder, "--scorer", scorer_folder, "--prompts", prompts, "--output", tmp_path / "sweep",
+        "--max-new-tokens", 4, "--set", "bootstrap=100", "--set", "device=cpu", "--kl-to", "candidates",
+    ]  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_a_target_is_met_and_every_try_is_kept(base, tmp_path):
+    ran = run(*base, "--target-kl", 1, "--tolerance", 0.4, "--json")
+    assert ran.exit_code == 0, ran.output
+    result = SweepResult.model_validate_json((tmp_path / "sweep" / "sweep.json").read_bytes())
+    assert SweepResult.model_validate_json(ran.stdout) == result
+    assert result.reached
+    assert abs(result.value.mean - 1) <= 0.4
+    assert len(list((tmp_path / "sweep" / "parts").iterdir())) == len(result.tries)
+    shown = run(*base, "--target-kl", 1, "--tolerance", 0.4)
+    assert "within the tolerance" in shown.stdout
+
+
+def test_a_target_out_of_reach_is_told_with_what_was_tried(base, tmp_path):
+    ran = run(*base, "--target-kl", 900, "--set", "max_beta=8")
+    assert ran.exit_code == 1, ran.output
+    assert "not reached at the largest beta allowed" in ran.stdout
+    result = SweepResult.model_validate_json((tmp_path / "sweep" / "sweep.json").read_bytes())
+    assert (result.reached, result.beta) == (False, 8)
+
+
+def test_scorers_are_paired_with_betas():
+    assert sweep._steering(["a"], None) == {"scorer": "a"}
+    assert sweep._steering(["a", "b"], [2, 0.5]) == {
+        "scorers": [{"scorer": "a", "beta": 2}, {"scorer": "b", "beta": 0.5}]
+    }
+    assert sweep._steering(None, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one target"),
+        (["--target-kl", "1", "--target-reward", "1"], "give one target"),
+        (["--target-kl", "1", "--beta", "1", "--beta", "2"], "give one --beta for each --scorer"),
+        (["--target-kl", "1", "--kl-to", "reference"], "kl_to"),
+        (["--target-kl", "1", "--method", "best-of-n"], "best-of-n has no beta to find"),
+        (["--target-reward", "1"], "reward is required"),
+    ],
+)
+def test_wrong_use(base, arguments, message):
+    ran = run(*base, *arguments)
+    assert ran.exit_code == 2, ran.output
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
