@@ -5,6 +5,7 @@ import pytest
 from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
 from naive import EOS, info, next_log_probs, reward, tiny_scorer, write_head
 from rgtg.config import CompareRun, CompareSettings
+from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.evaluation import running
@@ -92,6 +93,10 @@ def test_seeds_are_kept_apart_and_what_is_greedy_runs_once(settings):
     lines = (settings.output / "completions.jsonl").read_text().splitlines()
     assert [json.loads(line)["run_seed"] for line in lines] == [3] * 3 + [5] * 3 + [3] * 3
     assert len({json.loads(line)["seed"] for line in lines[:6]}) == 6
+    guided = GuidedPolicy(load_policy(settings.policy), method="policy")
+    for line in map(json.loads, lines[:6]):  # what a line says is enough to make it again
+        (again,) = guided.generate([line["prompt"]], seed=[line["seed"]], max_new_tokens=6)
+        assert again.token_ids == line["token_ids"]
 
 
 def test_best_of_n_draws_n_distinct_completions_and_pays_for_them(settings, monkeypatch):

@@ -56,7 +56,7 @@ def test_pairing_sees_what_the_intervals_do_not():
 
 
 def test_more_rows_make_the_correction_stricter():
-    rows = [row("policy", 0.0, method="policy"), row("a", 1.0), row("b", 0.0), row("c", 0.0), row("d", 0.0)]
+    rows = [row("policy", 0.0, method="policy"), row("a", 1.6), row("b", 0.0), row("c", 0.0), row("d", 0.0)]
     alone = differences(rows[:2], "policy")[0]
     family = [d for d in differences(rows, "policy") if d.family == "baseline"]
     among = next(d for d in family if d.a == "a")
