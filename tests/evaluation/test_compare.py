@@ -58,7 +58,7 @@ def test_heads_on_the_policys_states_are_compared_too(settings, tmp_path, policy
     assert guided.metrics["reward"] != policy.metrics["reward"]
     assert (guided.scorer_calls, best.scorer_calls) == (guided.policy_calls, 6)
     weights = result.provenance.models
-    assert len({weights[head], weights["policy"], weights["reward"]}) == 3
+    assert len({weights["head"], weights["policy"], weights["reward"]}) == 3
 
 
 @pytest.mark.parametrize("append_eos", [True, False])
@@ -124,7 +124,10 @@ def test_best_of_n_draws_n_distinct_completions_and_pays_for_them(settings, monk
 
 def test_every_baseline_that_samples_gives_other_completions_with_other_seeds(settings):
     settings.seeds = [0, 1, 2]
-    sampled = [m for m in METHODS.values() if m.rule != "greedy"]
+    # of those that the fixture's scorer can serve
+    objectives = (None, "prefix-bt", "full-bt", "value")
+    sampled = [m for m in METHODS.values() if m.rule in ("sample", "best") and m.scorer in objectives]
+    assert len(sampled) > 3
     settings.methods = [CompareRun(method=m.name) for m in sampled]
     compare(settings, reward=by_length)
     lines = [json.loads(line) for line in (settings.output / "completions.jsonl").read_text().splitlines()]
@@ -168,7 +171,7 @@ def test_a_row_may_have_a_policy_of_its_own(settings, tmp_path):
     result = compare(settings)
     row, plain = result.methods
     assert result.baseline == "policy"
-    assert row.settings["policy"] == str(tuned)
+    assert row.settings["policy"] == "tuned"
     totals = []
     for sample in row.samples:
         ids, total = tiny_tokenizer()(sample["prompt"]).input_ids, 0.0
@@ -281,3 +284,22 @@ def test_zero_is_a_value(settings):
     assert texts[0] != texts[4]
     greedy = settings.model_copy(update={"temperature": 0.0, "seed": 5, "methods": [CompareRun(method="policy")]})
     assert [sample["text"] for sample in compare(greedy).methods[0].samples] == texts[4]
+
+
+def test_a_reward_that_fails_does_not_cost_the_completions(settings, monkeypatch):
+    settings.methods = [CompareRun(method="policy")]
+    with pytest.raises(NonFiniteError):
+        compare(settings, reward=lambda done: [float("inf")] * len(done))
+    monkeypatch.setattr(running, "complete", lambda *_, **__: pytest.fail("completed again"))
+    assert len(compare(settings, reward=by_length).methods[0].rewards[0]) == 3
+
+
+def test_a_scorer_called_reward_is_not_taken_for_gold(settings, tmp_path):
+    named = tmp_path / "elsewhere" / "reward"
+    tiny_reward_model().save_pretrained(named)
+    tiny_tokenizer().save_pretrained(named)
+    settings.methods = [CompareRun(method="pargs", scorer=str(named), beta=2)]
+    (row,) = compare(settings, reward=by_length).methods
+    assert row.rewards == [[float(len(sample["text"])) for sample in row.samples]]
+    assert row.proxy_rewards["reward"] != row.rewards
+    assert row.settings["scorers"] == ["reward"]

@@ -37,14 +37,13 @@ def test_one_row_per_combination():
 
 def test_several_scorers_have_one_beta_each():
     run = CompareRun.model_validate(
-        {"method": "policy", "scorers": [{"scorer": "a", "beta": [1, 2]}, {"scorer": "b", "beta": 0.5}]}
+        {"method": "pargs", "scorers": [{"scorer": "a", "beta": [1, 2]}, {"scorer": "b", "beta": 0.5}]}
     )
-    scorers = run.scorers
-    assert scorers is not None
-    from rgtg.evaluation import runs
-
-    expanded = list(runs._betas(run, None, "base"))
-    assert expanded == [(("a", "b"), [1, 0.5]), (("a", "b"), [2, 0.5])]
+    expanded = expand_runs([run])
+    assert [(row.scorers, row.beta) for row in expanded] == [(("a", "b"), [1, 0.5]), (("a", "b"), [2, 0.5])]
+    assert [(row.label, row.curve) for row in expanded] == [
+        ("pargs β=1+0.5", "pargs β=*+0.5"), ("pargs β=2+0.5", "pargs β=*+0.5"),
+    ]  # fmt: skip
 
 
 def test_any_decoding_setting_may_be_given_and_a_list_of_stops_is_one_setting():
@@ -64,8 +63,10 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
     assert greedy.given == {"top_k": 3, "top_p": 0.8, "max_new_tokens": 9}
     assert (plain.scorers, greedy.scorers) == ((), ("s",))
     assert "top_k" not in settle(plain, shared()).given or plain.given["top_k"] == 3
-    with pytest.raises(UsageError, match="temperature"):
-        shared(temperature=1.0, decoding={"top_p": 2}) and expand_runs(runs, shared(decoding={"temperature": -1}))
+    with pytest.raises(UsageError, match="top_p"):
+        expand_runs(runs, shared(decoding={"top_p": 2}))
+    with pytest.raises(ValueError, match="give it in the rows"):
+        shared(decoding={"beta": 2})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
         ({"method": "best-of-n", "n": []}, "n of best-of-n is an empty list"),
         ({"method": "policy", "beta": 0}, "policy has no beta"),
         ({"method": "best-of-n", "beta": 1}, "best-of-n has no beta"),
-        ({"method": "pargs", "n": 3}, "n applies to best-of-n"),
+        ({"method": "pargs", "n": 3}, "n applies to .*best-of-n"),
         ({"method": "args", "temperature": 0.5}, "args takes the maximum and has no temperature"),
         ({"method": "prags"}, "unknown method 'prags'"),
         ({"method": "policy", "top_p": 2}, "top_p"),

@@ -150,6 +150,8 @@ class EvaluationSettings(ModelSettings):
     @field_validator("decoding")
     @classmethod
     def _decoding(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "beta" in values:
+            raise ValueError("beta belongs to a scorer: give it in the rows")
         return require_decoding(values)
 
     @field_validator("seeds")

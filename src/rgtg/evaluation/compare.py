@@ -11,7 +11,7 @@ from rgtg.decoding.join import AnyScorer
 from rgtg.errors import UsageError
 from rgtg.evaluation.contestants import Contestants, load_contestants
 from rgtg.evaluation.contrasts import Resampling, differences, find_baseline, over_optimised, recommend
-from rgtg.evaluation.measuring import GOLD, budgets_of, row_result
+from rgtg.evaluation.measuring import GOLD, budgets_of, proxy_key, row_result
 from rgtg.evaluation.parts import Part, Parts, fingerprint_texts
 from rgtg.evaluation.provenance import provenance
 from rgtg.evaluation.running import Reward, RewardFunction, full_settings, guide, run_part, score_part
@@ -61,7 +61,7 @@ def compare(
     baseline = settings.baseline
     if baseline is not None and baseline not in {row.label for row in rows}:
         raise UsageError(f"baseline {baseline!r} is no row; rows: {', '.join(row.label for row in rows)}")
-    texts = read_prompts(settings.prompts)[: settings.limit] if prompts is None else list(prompts)
+    texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
     models = load_contestants(settings, rows, policy=policy, scorers=scorers, reward=reward, proxies=proxies)
     bench = Bench(models, texts, settings, progress)
     bench.check(rows)
@@ -89,7 +89,7 @@ class Bench:
     def __post_init__(self) -> None:
         self._done = self._total = 0
         self.parts = Parts(self.settings.output / "parts", force=self.settings.force)
-        self._rewards = {GOLD: self.models.reward} | self.models.proxies
+        self._rewards = _keyed(self.models.reward, self.models.proxies)
 
     def seeds_of(self, row: Row) -> list[int]:
         """The seeds of a row; one, where another would give the same completions."""
@@ -113,8 +113,8 @@ class Bench:
             parts.append(self._part(guided, row, seed))
             self._done += 1
         return row_result(
-            row, parts, self.settings, full=full_settings(guided, row), proxies=list(self.models.proxies),
-            guided_by=self.models.guided_by(row),
+            row, parts, self.settings, full=full_settings(guided, row, self.models.names),
+            proxies=list(self.models.proxies), guided_by=self.models.guided_by(row),
         )  # fmt: skip
 
     def write_completions(self, rows: Iterable[Row]) -> None:
@@ -138,7 +138,9 @@ class Bench:
             guided, row, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
             reference=None if row.policy is None else self.models.policy,
         )  # fmt: skip
-        if score_part(part, self._rewards) or kept is None:
+        if kept is None:
+            self.parts.save(part)  # before any reward is asked: one that fails must not cost the completions
+        if score_part(part, self._rewards):
             self.parts.save(part)
         return part
 
@@ -148,7 +150,7 @@ class Bench:
             yield ComparedCompletion(
                 **completion.model_dump(), row=part.label, run_seed=part.seed, prompt_index=i,
                 reward=part.scores[GOLD].values[i],
-                proxy_rewards={name: part.scores[name].values[i] for name in proxies},
+                proxy_rewards={name: part.scores[proxy_key(name)].values[i] for name in proxies},
             )  # fmt: skip
 
     def _made_with(self, guided: GuidedPolicy, row: Row) -> dict[str, Any]:
@@ -199,9 +201,13 @@ def run_method(
     parts = []
     for seed in settings.run_seeds if is_random(row) else settings.run_seeds[:1]:
         part = run_part(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
-        score_part(part, {GOLD: gold} | named)
+        score_part(part, _keyed(gold, named))
         parts.append(part)
     return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named))
+
+
+def _keyed(reward: Reward, proxies: Mapping[str, Reward]) -> dict[str, Reward]:
+    return {GOLD: reward} | {proxy_key(name): proxy for name, proxy in proxies.items()}
 
 
 def assemble(

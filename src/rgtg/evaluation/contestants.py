@@ -27,7 +27,7 @@ class Contestants:
     """Everything a comparison runs with.
 
     ``scorers`` are keyed by the policy they steer, their name, and whether they are read token by token (an adapter
-    then joins the policy's pass). ``proxies`` are the rewards beside gold, ``names`` the scorers' names among them.
+    then joins the policy's pass). ``proxies`` are the rewards beside gold; ``names`` are short ones of models.
     """
 
     policy: Policy
@@ -54,9 +54,8 @@ class Contestants:
         """Role → module, for provenance."""
         gold = {} if self.gold_model is None else {"reward": self.gold_model}
         others = {name: policy.model for name, policy in self.policies.items()}
-        return (
-            {"policy": self.policy.model} | gold | others | {n: weights_of(s) for (_, n, _), s in self.scorers.items()}
-        )
+        others |= {name: weights_of(scorer) for (_, name, _), scorer in self.scorers.items()}
+        return {"policy": self.policy.model} | gold | {self.names[name]: module for name, module in others.items()}
 
 
 def load_contestants(
@@ -85,6 +84,7 @@ def load_contestants(
     found.policies = {name: _packed(load_policy(name, **where)) for name in _own_policies(rows)}
     for key in dict.fromkeys(key for row in rows for key in keys_of(row)):
         found.scorers[key] = _load_scorer(key, found, scorers or {}, where)
+    found.names = short_names(list(dict.fromkeys([*found.policies, *(name for _, name, _ in found.scorers)])))
     found.proxies, models = _proxies(settings, found, proxies or {}, where)
     if judge is not None:
         taught = {name: PrefixScorer.from_pretrained(name, **where) for row in rows for name in row.trained_with}
@@ -204,7 +204,6 @@ def _proxies(
     models: dict[str, Any] = {}
     for name, source in settings.proxies.items():
         models[name] = load_scorer(source, policy=found.policy, **where)
-    found.names = short_names(list(dict.fromkeys(name for _, name, _ in found.scorers)))
     own: dict[str, Any] = {}
     for (_, name, _), scorer in found.scorers.items():
         if not hasattr(scorer, "score") and Path(name).is_dir() and trunk_of(name) == "shared":

@@ -19,7 +19,7 @@ from rgtg.types import Budget, Completion, Interval, MethodResult
 
 # How many prompts' completions of each row are kept in the results for reading side by side.
 SAMPLES = 5
-GOLD = "reward"  # the key of the held-out reward among a part's scores; proxies are under their names
+GOLD = "reward"  # the key of the held-out reward among a part's scores
 _SAME_COST = 0.01  # relative
 
 
@@ -62,7 +62,7 @@ def measure(
     under = _flat(reference) if reference is not None else [c.policy_log_prob for c in done]
     per_token = interval([-log_prob / len(c.token_ids) for c, log_prob in zip(done, under, strict=True)])
     figures = {"reward": interval(_flat(rewards))}
-    figures |= {f"proxy:{name}": interval(_flat(values)) for name, values in (proxies or {}).items()}
+    figures |= {proxy_key(name): interval(_flat(values)) for name, values in (proxies or {}).items()}
     figures |= {name: interval(values) for name, values in _divergences(done, under, n, cut=reference is None).items()}
     figures["perplexity"] = Interval(
         mean=math.exp(per_token.mean), low=math.exp(per_token.low), high=math.exp(per_token.high), n=per_token.n
@@ -96,7 +96,7 @@ def row_result(
     """
     done = [completion for part in parts for completion in part.completions]
     gold = [part.scores[GOLD].values for part in parts]
-    others = {name: [part.scores[name].values for part in parts] for name in proxies}
+    others = {name: [part.scores[proxy_key(name)].values for part in parts] for name in proxies}
     known = [part.reference_log_probs for part in parts]
     tokens, seconds = sum(len(c.token_ids) for c in done), sum(part.seconds for part in parts)
     n = int(full["n"]) if METHODS[row.method].rule == "best" else None
@@ -123,6 +123,11 @@ def row_result(
         scorer_calls=sum(c.scorer_calls for c in done),
         samples=_samples(parts[0]),
     )  # fmt: skip
+
+
+def proxy_key(name: str) -> str:
+    """Where a proxy is found among a part's scores and a row's metrics."""
+    return f"proxy:{name}"
 
 
 def budgets_of(results: Sequence[MethodResult]) -> tuple[list[Budget], str]:

@@ -34,7 +34,7 @@ class Part(Record):
     reference_log_probs: list[float] | None = Field(
         default=None, description="nats, under the policy that KL is measured to; None where the row's own policy is it"
     )
-    scores: dict[str, Scores] = Field(default_factory=dict)
+    scores: dict[str, Scores] = Field(default_factory=dict, description="reward, proxy:NAME → values")
 
 
 class Parts:

@@ -56,11 +56,12 @@ def guide(policy: Policy, scorers: Sequence[AnyScorer], row: Row) -> GuidedPolic
     return GuidedPolicy(policy, scorer, method=row.method, beta=beta, **given)
 
 
-def full_settings(guided: GuidedPolicy, row: Row) -> dict[str, Any]:
-    """Every decoding setting of a row, those left at their defaults too."""
+def full_settings(guided: GuidedPolicy, row: Row, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Every decoding setting of a row, those left at their defaults too; models by their short names."""
+    short = names or {}
     resolved = validate(DecodingSettings, guided.defaults | row.decoding())
-    named = {"scorers": list(row.scorers)} if row.scorers else {}
-    own = {} if row.policy is None else {"policy": row.policy}
+    named = {"scorers": [short.get(name, name) for name in row.scorers]} if row.scorers else {}
+    own = {} if row.policy is None else {"policy": short.get(row.policy, row.policy)}
     return resolved.model_dump(mode="json", exclude={"seed"}) | named | own
 
 

@@ -62,12 +62,14 @@ def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = 
         UsageError: an unknown method, a setting that the method would have to ignore, or two rows of one label.
     """
     rows = [row for run in runs for row in _expand(run, shared.scorer if shared else None)]
+    if shared is not None:
+        rows = [settle(row, shared) for row in rows]
     for row in rows:
-        _require_usable(settle(row, shared) if shared else row)
+        _require_usable(row)
     twice = [label for label, count in Counter(row.label for row in rows).items() if count > 1]
     if twice:
         raise UsageError(f"two rows are called {twice[0]!r}: give one of them a label")
-    return [settle(row, shared) if shared else row for row in rows]
+    return rows
 
 
 def settle(row: Row, shared: EvaluationSettings) -> Row:
@@ -114,7 +116,10 @@ def _expand(run: CompareRun, scorer: str | None) -> Iterator[Row]:
         curve = " ".join([base, *(s for s, name in zip(shown, swept, strict=True) if not (by_n and name == "n"))])
         for names, beta in _betas(run, scorer, base):
             label = " ".join([base, *([] if beta is None else [f"β={_show(beta)}"]), *shown])
-            yield Row(label, curve, run.method, names, beta, run.policy, tuple(run.trained_with), mine)
+            others = [f"β=*+{_show(beta[1:])}"] if isinstance(beta, list) else []
+            yield Row(
+                label, " ".join([curve, *others]), run.method, names, beta, run.policy, tuple(run.trained_with), mine
+            )
 
 
 def _betas(run: CompareRun, scorer: str | None, base: str) -> Iterator[tuple[tuple[str, ...], Beta]]:
@@ -164,4 +169,4 @@ def with_betas(row: Row, factor: float, scorers: Sequence[GuidingScorer]) -> Row
     """The row with its scorers' betas (1 where none is given) times a factor."""
     betas = [factor * float(one.beta) for one in scorers if not isinstance(one.beta, list)] or [factor]
     beta: Beta = betas if len(betas) > 1 else betas[0]
-    return replace(row, beta=beta, label=f"{row.curve} β={_show(beta)}")
+    return replace(row, beta=beta, label=f"{row.method} β={_show(beta)}")

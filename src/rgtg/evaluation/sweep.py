@@ -44,7 +44,7 @@ def sweep(
         raise UsageError(f"{settings.method} has no beta to find")
     steering = {"scorers": settings.scorers} if settings.scorers else {"scorer": settings.scorer}
     (row,) = expand_runs([CompareRun.model_validate({"method": settings.method} | steering)], settings)
-    texts = read_prompts(settings.prompts)[: settings.limit] if prompts is None else list(prompts)
+    texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
     rewarded = settings.target_reward is not None or settings.reward is not None or reward is not None
     models = load_contestants(
         settings, [row], policy=policy, scorers=scorers, proxies=proxies, reward=reward if rewarded else _NO_REWARD
