@@ -30,11 +30,20 @@ def test_figures_by_hand():
 
 
 def test_best_of_n_states_an_estimate_and_the_bound():
-    found = means([[done(guided=-0.4)]], [[1.0]], n=4)
+    found = means([[done(guided=-0.4)]], [[1.0]], n=4, bounded=True)
     assert found["kl_nats"] == pytest.approx(-0.4 + 3 + best_of_n_kl_estimate(4, -0.4))
     assert found["kl_cut_nats"] == pytest.approx(-0.4 + 2 + best_of_n_kl_estimate(4, -0.4))
     assert found["kl_bound_nats"] == pytest.approx(-0.4 + 3 + best_of_n_kl(4))
     assert found["kl_nats"] < found["kl_bound_nats"]
+
+
+def test_what_choosing_among_drawn_texts_adds_is_counted():
+    drawn = done().model_copy(update={"selection_nats": 0.75})
+    assert means([[drawn]], [[1.0]])["kl_nats"] == 2.75
+    assert means([[drawn]], [[1.0]])["kl_cut_nats"] == 1.75
+    assert "kl_bound_nats" not in means([[drawn]], [[1.0]])
+    blockwise = means([[drawn]], [[1.0]], bounded=True)
+    assert blockwise["kl_bound_nats"] == blockwise["kl_nats"] == 2.75
 
 
 def test_another_policy_is_measured_against_the_reference():

@@ -83,6 +83,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
         ({"method": "best-of-n", "temperature": 0}, "would draw 10 times the same"),
         ({"method": "best-of-n", "top_k": 1}, "would draw 10 times the same"),
         ({"method": "pargs", "policy": "tuned"}, "needs a scorer of its own"),
+        ({"method": "cards"}, "cards needs reward_threshold"),
     ],
 )
 def test_what_a_method_would_ignore_is_refused(run, message):
@@ -130,7 +131,9 @@ def test_what_has_no_randomness_runs_once():
 
 def test_every_method_of_the_table_expands():
     for method in METHODS.values():
-        (row,) = expand_runs([CompareRun(method=method.name)], shared(scorer="s", temperature=0.9))
+        needed = {"reward_threshold": 1.0} if method.rule == "accept" else {}
+        run = CompareRun.model_validate({"method": method.name, **needed})
+        (row,) = expand_runs([run], shared(scorer="s", temperature=0.9))
         assert row.scorers == (("s",) if method.scorer else ())
         assert (row.strength is None) == (not takes(method.name, "beta") and not takes(method.name, "n"))
 

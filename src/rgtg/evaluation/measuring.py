@@ -30,13 +30,15 @@ def measure(
     proxies: Mapping[str, Sequence[Sequence[float]]] | None = None,
     reference: Sequence[Sequence[float]] | None = None,
     n: int | None = None,
+    bounded: bool = False,
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Interval]:
     """Every figure of one row, a mean with its 95 % bootstrap interval over prompts.
 
     The seeds of a prompt are resampled together. KL is Monte Carlo from the completions: mean of log π̃(y) − log π(y),
-    in nats. A best-of-n row adds an estimate of what choosing moves (Beirami et al. 2024), and states the bound too.
+    in nats. Methods that choose among drawn texts add ``selection_nats``, the bound or estimate that decoding recorded;
+    a best-of-n row adds an estimate in its place (Beirami et al. 2024), and states the bound too.
 
     Args:
         runs: seeds × prompts completions, prompts in one order.
@@ -45,13 +47,14 @@ def measure(
         reference: seeds × prompts log-probabilities of the completions under the policy that KL and perplexity are
             measured with; None where the row was generated with it.
         n: completions that best-of-n drew; None for other methods.
+        bounded: ``selection_nats`` is a bound.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Returns:
         ``reward``, ``proxy:NAME`` …, ``kl_nats``, ``kl_cut_nats`` (to the policy cut to the same candidates),
-        ``kl_bound_nats`` (best-of-n), ``perplexity``, ``distinct_1`` to ``distinct_3``, ``self_rouge_l`` (of several
-        seeds), ``length_tokens``.
+        ``kl_bound_nats`` (best-of-n and cd-blockwise), ``perplexity``, ``distinct_1`` to ``distinct_3``,
+        ``self_rouge_l`` (of several seeds), ``length_tokens``.
     """
     prompts = list(range(len(runs[0]))) * len(runs)
 
@@ -63,7 +66,8 @@ def measure(
     per_token = interval([-log_prob / len(c.token_ids) for c, log_prob in zip(done, under, strict=True)])
     figures = {"reward": interval(_flat(rewards))}
     figures |= {proxy_key(name): interval(_flat(values)) for name, values in (proxies or {}).items()}
-    figures |= {name: interval(values) for name, values in _divergences(done, under, n, cut=reference is None).items()}
+    nats = _divergences(done, under, n, cut=reference is None, bounded=bounded)
+    figures |= {name: interval(values) for name, values in nats.items()}
     figures["perplexity"] = Interval(
         mean=math.exp(per_token.mean), low=math.exp(per_token.low), high=math.exp(per_token.high), n=per_token.n
     )
@@ -99,18 +103,19 @@ def row_result(
     others = {name: [part.scores[proxy_key(name)].values for part in parts] for name in proxies}
     known = [part.reference_log_probs for part in parts]
     tokens, seconds = sum(len(c.token_ids) for c in done), sum(part.seconds for part in parts)
-    n = int(full["n"]) if METHODS[row.method].rule == "best" else None
+    method = METHODS[row.method]
     return MethodResult(
         label=row.label,
         method=row.method,
         beta=full["beta"] if takes(row.method, "beta") else None,
-        n=n,
+        n=int(full["n"]) if takes(row.method, "n") else None,
         curve=row.curve,
         strength=row.strength,
         settings=full,
         seeds=[part.seed for part in parts],
         metrics=measure(
-            [part.completions for part in parts], gold, proxies=others, n=n, seed=settings.seed,
+            [part.completions for part in parts], gold, proxies=others, seed=settings.seed,
+            n=int(full["n"]) if method.unit == "completion" else None, bounded=method.rule == "best",
             reference=[k for k in known if k is not None] or None, resamples=settings.bootstrap,
         ),
         rewards=gold,
@@ -154,18 +159,20 @@ def budgets_of(results: Sequence[MethodResult]) -> tuple[list[Budget], str]:
 
 
 def _divergences(
-    done: Sequence[Completion], under: Sequence[float], n: int | None, *, cut: bool
+    done: Sequence[Completion], under: Sequence[float], n: int | None, *, cut: bool, bounded: bool
 ) -> dict[str, list[float]]:
     """KL of each completion in nats: to the policy, to the policy cut to the same candidates, and its bound."""
-    chosen = [best_of_n_kl_estimate(n, c.guided_log_prob) if n else 0.0 for c in done]
+    chosen = [best_of_n_kl_estimate(n, c.guided_log_prob) if n else c.selection_nats for c in done]
     drawn = [c.guided_log_prob for c in done]
     found = {"kl_nats": [g - p + extra for g, p, extra in zip(drawn, under, chosen, strict=True)]}
     if cut and all(c.candidates_log_prob is not None for c in done):
         found["kl_cut_nats"] = [
             g - (c.candidates_log_prob or 0.0) + extra for c, g, extra in zip(done, drawn, chosen, strict=True)
         ]
-    if n:
-        found["kl_bound_nats"] = [g - p + best_of_n_kl(n) for g, p in zip(drawn, under, strict=True)]
+    if bounded:
+        found["kl_bound_nats"] = [
+            g - p + (best_of_n_kl(n) if n else c.selection_nats) for c, g, p in zip(done, drawn, under, strict=True)
+        ]
     return found
 
 

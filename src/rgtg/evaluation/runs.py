@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_origin
 
 from rgtg.config import CompareRun, DecodingSettings, EvaluationSettings, GuidingScorer, validate
-from rgtg.decoding.methods import METHODS, check_settings, find_method
+from rgtg.decoding.methods import METHODS, check_settings, find_method, require_complete
 from rgtg.errors import UsageError
 
 _SHORT = {"top_k": "k", "temperature": "T"}
@@ -156,6 +156,7 @@ def _require_usable(row: Row) -> None:
     method = METHODS[row.method]
     settings = validate(DecodingSettings, {"method": row.method} | row.decoding())
     check_settings(method, settings)
+    require_complete(method, settings)
     if takes(row.method, "n") and settings.n > 1 and (settings.temperature == 0 or settings.top_k == 1):
         raise UsageError(
             f"{row.label} would draw {settings.n} times the same: a baseline that samples needs a temperature above 0 "
