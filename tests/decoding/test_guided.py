@@ -252,3 +252,18 @@ def test_nan_weights_are_refused(part):
     (model.lm_head if part == "policy" else model.score).weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="policy gives no finite" if part == "policy" else "scorer returned NaN"):
         guided.generate("Hi")
+
+
+def test_any_language_model_can_be_genarms_scorer(policy_folder):
+    by_name = GuidedPolicy.from_pretrained(str(policy_folder), str(policy_folder), method="genarm", beta=1.0)
+    pair = (tiny_policy(), tiny_tokenizer())
+    loaded = GuidedPolicy.from_pretrained(pair, pair, method="genarm", beta=1.0)
+    settings = {"seed": 5, "max_new_tokens": 8}
+    # the policy against itself: π·π^1, which is temperature 1/2
+    cool = GuidedPolicy.from_pretrained(pair, method="policy", top_k=None).generate(TEXTS, temperature=0.5, **settings)
+    for guided in (by_name, loaded):
+        done = guided.generate(TEXTS, **settings)
+        assert [c.token_ids for c in done] == [c.token_ids for c in cool]
+        assert guided.scorers[0].name == str(policy_folder) or guided is loaded
+    with pytest.raises(UsageError, match="language model, not a reward model"):
+        GuidedPolicy.from_pretrained(str(policy_folder), str(policy_folder), method="pargs")

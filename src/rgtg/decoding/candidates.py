@@ -15,17 +15,21 @@ def propose(
 
     Args:
         policy_log_probs: (B, V) in nats; -inf for banned tokens.
-        top_k: candidates per row; None, or more than V, takes all V.
+        top_k: candidates per row; None, or at least V, takes all V, unsorted where nothing is cut.
         top_p: in (0, 1]; 1 keeps all k.
 
     Returns:
-        Token ids and policy log-probabilities (nats, over the whole vocabulary), both (B, K), likeliest first.
+        Token ids and policy log-probabilities (nats, over the whole vocabulary), both (B, K), likeliest first (all V
+        without a nucleus: in the order of their ids).
 
     >>> ids, log_probs = propose(torch.tensor([[0.1, 0.6, 0.3]]).log(), top_k=2)
     >>> ids.tolist()
     [[1, 2]]
     """
     k = policy_log_probs.shape[-1] if top_k is None else min(top_k, policy_log_probs.shape[-1])
+    if k == policy_log_probs.shape[-1] and top_p == 1:
+        ids = torch.arange(k, device=policy_log_probs.device).expand_as(policy_log_probs)
+        return ids, policy_log_probs
     log_probs, ids = policy_log_probs.topk(k, dim=-1)
     if top_p < 1:
         probabilities = torch.softmax(log_probs.float(), -1)

@@ -1,15 +1,18 @@
 """Models by name, or loaded: policy, scorers and drafter as decoding wants them."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rgtg.decoding.join import DRAFTS, AnyScorer
 from rgtg.decoding.methods import find_method
 from rgtg.errors import UsageError
+from rgtg.models.checkpoint import read_info
 from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer, trunk_of
+from rgtg.models.vocab_scorer import VocabularyScorer
 
 # A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
 Source = str | AnyScorer | tuple[Any, Any]
@@ -53,15 +56,25 @@ def listed(scorer: Any) -> list[Any]:
 
 
 def _load_scorer(source: Source, policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool) -> AnyScorer:
-    """A scorer by name; one that is not part of the policy is packed as the policy is."""
-    if isinstance(source, tuple):
-        return PrefixScorer.from_pretrained(source)
-    if not isinstance(source, str):
+    """A scorer by name; one that is not part of the policy is packed as the policy is.
+
+    Where a method reads a language model's log-probabilities (GenARM), a folder without rgtg.json holds one.
+    """
+    if not isinstance(source, str | tuple):
         return source
-    scorer = load_scorer(
-        source, policy=policy, dtype=dtype, device=device or policy.model.device,
-        join=find_method(method).unit == "token",
-    )  # fmt: skip
-    if pack and isinstance(scorer, PrefixScorer):
+    row = find_method(method)
+    kind: Literal["autoregressive"] | None = None
+    if row.scorer == "autoregressive" and _says_nothing(source):
+        kind = "autoregressive"
+    placed = {"dtype": dtype, "device": device or policy.model.device} if isinstance(source, str) else {}
+    scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)
+    if pack and isinstance(source, str) and isinstance(scorer, PrefixScorer | VocabularyScorer):
         scorer.model = pack_linears(scorer.model)
     return scorer
+
+
+def _says_nothing(source: Any) -> bool:
+    """Whether only the method can tell what a source holds: a loaded pair, or a folder or hub id without rgtg.json."""
+    if isinstance(source, tuple):
+        return True
+    return isinstance(source, str) and (not Path(source).is_dir() or read_info(source) is None)

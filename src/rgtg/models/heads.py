@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from rgtg.errors import DataError
 from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo
 
+# Beyond this share of the vocabulary, one product with all of it is cheaper than with rows that are gathered.
+MANY = 16
+
 
 class StateHead(nn.Module):
     """Q(h) = MLP(h), one score per state: w₂ · GELU(W₁ h̃ + b₁) + b₂ with h̃ = (h − mean) / std.
@@ -44,9 +47,12 @@ class VocabularyHead(nn.Module):
     def forward(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
     ) -> Float[Tensor, "batch candidates"]:
-        """Scores of each prefix's candidates in fp32; only their rows of the table are read."""
-        query = self.mlp(states)[..., None]  # (B, R, 1)
-        products: Tensor = self.table(candidate_ids) @ query  # (B, K, 1)
+        """Scores of each prefix's candidates in fp32; of a few, only their rows of the table are read."""
+        query = self.mlp(states)  # (B, R)
+        if candidate_ids.shape[1] > len(self.bias) // MANY:
+            every: Tensor = nn.functional.linear(query, self.table.weight, self.bias)  # (B, V)
+            return every.float().gather(1, candidate_ids)
+        products: Tensor = self.table(candidate_ids) @ query[..., None]  # (B, K, 1)
         return products[..., 0].float() + self.bias[candidate_ids]
 
     def positions(

@@ -11,6 +11,7 @@ from torch import Tensor
 from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.heads import MANY
 from rgtg.models.policy import (
     Policy,
     context_length,
@@ -81,12 +82,13 @@ class VocabularyScorer:
     def head(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
     ) -> Float[Tensor, "batch candidates"]:
-        """Scores, fp32, of candidates after prefixes with these final states; only their rows of W are read.
+        """Scores, fp32, of candidates after prefixes with these final states; of a few, only their rows of W are read.
 
         For an autoregressive scorer they are logits, which differ from log π_r(y_i | y_{<i}) by a term of the prefix
         alone: it cancels among the candidates.
         """
-        if not head_is_plain(self.model):  # a cap or a scale on the logits
+        # a cap or a scale on the logits; or so many that gathering their rows would copy most of W
+        if not head_is_plain(self.model) or candidate_ids.shape[1] > len(self.weight) // MANY:
             return policy_logits(self.model, states).gather(-1, candidate_ids).float()
         rows = torch.nn.functional.embedding(candidate_ids, self.weight)  # (B, K, H)
         scores = (rows @ states[..., None])[..., 0].float()
