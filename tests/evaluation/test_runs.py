@@ -83,6 +83,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
         ({"method": "best-of-n", "temperature": 0}, "would draw 10 times the same"),
         ({"method": "best-of-n", "top_k": 1}, "would draw 10 times the same"),
         ({"method": "pargs", "policy": "tuned"}, "needs a scorer of its own"),
+        ({"method": "policy", "scorer": "s"}, "no scorer steers policy"),
         ({"method": "cards"}, "cards needs reward_threshold"),
     ],
 )

@@ -162,6 +162,8 @@ def _require_usable(row: Row) -> None:
             f"{row.label} would draw {settings.n} times the same: a baseline that samples needs a temperature above 0 "
             "and more than one candidate"
         )
+    if method.scorer is None and row.scorers:
+        raise UsageError(f"{row.label}: no scorer steers {row.method}; leave it out, or choose a guided method")
     if row.policy is not None and method.scorer is not None and not row.scorers:
         raise UsageError(f"{row.label} has a policy of its own and needs a scorer of its own too")
 

@@ -135,10 +135,10 @@ def search(
 
 
 def _between(below: tuple[float, float], above: tuple[float, float]) -> float:
-    """Where the straight line in log beta meets 0, kept off both ends of the bracket."""
+    """Where the straight line in log beta meets 0, kept off both ends of the bracket; four digits, to be copied."""
     share = -below[1] / (above[1] - below[1])
     share = min(max(share, _MARGIN), 1 - _MARGIN)
-    return math.exp(math.log(below[0]) + share * (math.log(above[0]) - math.log(below[0])))
+    return float(f"{math.exp(math.log(below[0]) + share * (math.log(above[0]) - math.log(below[0]))):.4g}")
 
 
 def _top(tries: list[SweepTry]) -> float:
