@@ -10,7 +10,7 @@ from rgtg.decoding.methods import METHODS
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.evaluation import running
 from rgtg.evaluation.compare import assemble, compare, expand_runs, run_method
-from rgtg.evaluation.contestants import require_held_out, reward_of
+from rgtg.evaluation.contestants import keys_of, require_held_out, reward_of
 from rgtg.evaluation.provenance import provenance
 from rgtg.evaluation.running import reference_log_probs
 from rgtg.models.checkpoint import fingerprint_weights
@@ -303,3 +303,29 @@ def test_a_scorer_called_reward_is_not_taken_for_gold(settings, tmp_path):
     assert row.rewards == [[float(len(sample["text"])) for sample in row.samples]]
     assert row.proxy_rewards["reward"] != row.rewards
     assert row.settings["scorers"] == ["reward"]
+
+
+def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, tmp_path):
+    settings.reward = None
+    rows = expand_runs(
+        [CompareRun(method="pargs"), CompareRun(method="best-of-n"), CompareRun(method="genarm", scorer="policy")],
+        settings,
+    )
+    first, second, third = (keys_of(row)[0] for row in rows)
+    assert first == second
+    assert (third.name, third.language_model) == ("policy", True)
+
+
+def test_several_scorers_and_a_language_model_steer_through_compare(settings, policy_folder):
+    other = str(policy_folder)
+    mixed = {"method": "pargs", "label": "mix", "scorers": [{"scorer": settings.scorer, "beta": [1, 2]},
+                                                           {"scorer": settings.scorer, "beta": 0.5}]}  # fmt: skip
+    runs = [CompareRun(method="policy"), CompareRun.model_validate(mixed), CompareRun(method="pargs", beta=1.5),
+            CompareRun(method="genarm", scorer=other, beta=1.0), CompareRun(method="pargs", label="gated", beta=3,
+                                                                            entropy_gate=99.0)]  # fmt: skip
+    plain, mix, _, alone, lm, gated = compare(settings.model_copy(update={"methods": runs})).methods
+    assert (mix.label, mix.beta, mix.guided_by) == ("mix β=1+0.5", [1, 0.5], ["scorer"])
+    assert [s["text"] for s in mix.samples] == [s["text"] for s in alone.samples]  # β·r twice is (β + β')·r
+    assert lm.metrics["kl_cut_nats"].mean > 0
+    assert gated.scorer_calls == 0  # never unsure enough
+    assert gated.rewards == plain.rewards

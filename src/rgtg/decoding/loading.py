@@ -39,7 +39,7 @@ def load_models(
             loaded.model = group_linears(loaded.model, pack=False)
     if scorer_device is not None and not all(isinstance(one, str | tuple) for one in sources):
         raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
-    scorers = [_load_scorer(one, loaded, method, dtype, scorer_device or device, pack=pack) for one in sources]
+    scorers = [load_for_method(one, loaded, method, dtype, scorer_device or device, pack=pack) for one in sources]
     if scorer_device is not None and not (scorers and all(isinstance(one, PrefixScorer) for one in scorers)):
         raise UsageError("scorer_device applies to a scorer that is a model of its own")
     if isinstance(draft, str) and draft not in DRAFTS:
@@ -55,8 +55,8 @@ def listed(scorer: Any) -> list[Any]:
     return list(scorer) if isinstance(scorer, list) else [scorer]
 
 
-def _load_scorer(source: Source, policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool) -> AnyScorer:
-    """A scorer by name; one that is not part of the policy is packed as the policy is.
+def load_for_method(source: Source, policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool) -> AnyScorer:
+    """A scorer by name, as a method reads it; one that is not part of the policy is packed as the policy is.
 
     Where a method reads a language model's log-probabilities (GenARM), a folder without rgtg.json holds one.
     """

@@ -4,30 +4,37 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rgtg.config import EvaluationSettings
 from rgtg.decoding.join import AnyScorer
+from rgtg.decoding.loading import load_for_method
 from rgtg.decoding.methods import METHODS, find_method
 from rgtg.errors import UsageError
 from rgtg.evaluation.running import Reward, RewardFunction
 from rgtg.evaluation.runs import Row
 from rgtg.models.checkpoint import cast_fingerprints, fingerprint_weights
-from rgtg.models.packed import pack_linears
+from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer, trunk_of, weights_of
 from rgtg.types import Completion
 
-Key = tuple[str | None, str, bool]
+
+class Key(NamedTuple):
+    """A scorer as it is loaded; where the rest does not matter to it, two rows of one name share it."""
+
+    name: str
+    policy: str | None  # that a head or an adapter steers, where it is not the comparison's
+    joined: bool  # an adapter that is read in one pass with its policy
+    language_model: bool  # read by its log-probabilities, whatever it was trained for
 
 
 @dataclass
 class Contestants:
     """Everything a comparison runs with.
 
-    ``scorers`` are keyed by the policy they steer, their name, and whether they are read token by token (an adapter
-    then joins the policy's pass). ``proxies`` are the rewards beside gold; ``names`` are short ones of models.
+    ``proxies`` are the rewards beside gold; ``names`` are short ones of models.
     """
 
     policy: Policy
@@ -48,13 +55,14 @@ class Contestants:
 
     def guided_by(self, row: Row) -> list[str]:
         """The row's scorers by their names as proxies, those that can score finished completions."""
-        return [self.names[name] for name in row.scorers if self.names[name] in self.proxies]
+        named = dict.fromkeys(self.names[key.name] for key in keys_of(row))
+        return [name for name in named if name in self.proxies]
 
     def modules(self) -> dict[str, Any]:
         """Role → module, for provenance."""
         gold = {} if self.gold_model is None else {"reward": self.gold_model}
         others = {name: policy.model for name, policy in self.policies.items()}
-        others |= {name: weights_of(scorer) for (_, name, _), scorer in self.scorers.items()}
+        others |= {name: weights_of(scorer) for (name, *_), scorer in self.scorers.items()}
         return {"policy": self.policy.model} | gold | {self.names[name]: module for name, module in others.items()}
 
 
@@ -75,29 +83,39 @@ def load_contestants(
     """
     _require_scorers(rows, scorers or {})
     where = {"dtype": settings.dtype, "device": settings.device}
+    adapters = any(key.joined for row in rows for key in keys_of(row))
     if policy is None:
-        policy = _packed(load_policy(_name_of(settings.policy, "policy", "causal language model"), **where))
+        name = _name_of(settings.policy, "policy", "causal language model")
+        policy = _laid_out(load_policy(name, **where), grouped=adapters)
     judge = None
     if reward is None:
         judge = PrefixScorer.from_pretrained(_name_of(settings.reward, "reward", "held-out reward model"), **where)
     found = Contestants(policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None)
-    found.policies = {name: _packed(load_policy(name, **where)) for name in _own_policies(rows)}
-    for key in dict.fromkeys(key for row in rows for key in keys_of(row)):
-        found.scorers[key] = _load_scorer(key, found, scorers or {}, where)
-    found.names = short_names(list(dict.fromkeys([*found.policies, *(name for _, name, _ in found.scorers)])))
+    found.policies = {name: _laid_out(load_policy(name, **where), grouped=adapters) for name in _own_policies(rows)}
+    for row in rows:
+        for key in keys_of(row):
+            if key not in found.scorers:
+                found.scorers[key] = _load_scorer(key, row, found, scorers or {}, where)
+    found.names = short_names(list(dict.fromkeys([*found.policies, *(key.name for key in found.scorers)])))
     found.proxies, models = _proxies(settings, found, proxies or {}, where)
     if judge is not None:
         taught = {name: PrefixScorer.from_pretrained(name, **where) for row in rows for name in row.trained_with}
-        steering = {name: scorer for (_, name, _), scorer in found.scorers.items()}
-        require_held_out(judge, steering, models, taught)
+        for key, scorer in found.scorers.items():
+            require_held_out(judge, {key.name: scorer})
+        require_held_out(judge, {}, models, taught)
     return found
 
 
 def keys_of(row: Row) -> list[Key]:
-    """A row's scorers: the policy they steer, their names, and whether they are read token by token."""
-    if METHODS[row.method].scorer is None:
-        return []
-    return [(row.policy, name, METHODS[row.method].unit == "token") for name in row.scorers]
+    """A row's scorers, none where its method reads none."""
+    method = METHODS[row.method]
+    keys = []
+    for name in row.scorers if method.scorer else ():
+        trunk = trunk_of(name)
+        joined = trunk == "shared" and method.unit == "token"
+        own = None if trunk == "separate" else row.policy
+        keys.append(Key(name, own, joined, method.scorer == "autoregressive"))
+    return keys
 
 
 def reward_of(judge: Any) -> RewardFunction:
@@ -205,7 +223,7 @@ def _proxies(
     for name, source in settings.proxies.items():
         models[name] = load_scorer(source, policy=found.policy, **where)
     own: dict[str, Any] = {}
-    for (_, name, _), scorer in found.scorers.items():
+    for (name, *_), scorer in found.scorers.items():
         if not hasattr(scorer, "score") and Path(name).is_dir() and trunk_of(name) == "shared":
             scorer = load_scorer(name, **where)  # as a reward model of its own: joined, it reads candidates only
         if hasattr(scorer, "score"):
@@ -217,19 +235,19 @@ def _proxies(
     return rewards, models
 
 
-def _load_scorer(key: Key, found: Contestants, given: Mapping[str, AnyScorer], where: dict[str, Any]) -> AnyScorer:
-    own, name, join = key
-    if name in given:
-        return given[name]
-    policy = found.policy if own is None else found.policies[own]
-    scorer = load_scorer(name, policy=policy, join=join, **where)
-    if isinstance(scorer, PrefixScorer):
-        scorer.model = pack_linears(scorer.model)
-    return scorer
+def _load_scorer(
+    key: Key, row: Row, found: Contestants, given: Mapping[str, AnyScorer], where: dict[str, Any]
+) -> AnyScorer:
+    if key.name in given:
+        return given[key.name]
+    return load_for_method(key.name, found.policy_of(row), row.method, where["dtype"], where["device"], pack=True)
 
 
-def _packed(policy: Policy) -> Policy:
+def _laid_out(policy: Policy, *, grouped: bool) -> Policy:
+    """The policy as decoding wants it: packed on a CPU, and grouped where an adapter is stacked under its layers."""
     policy.model = pack_linears(policy.model)
+    if grouped and not groups_of(policy.model):
+        policy.model = group_linears(policy.model, pack=False)
     return policy
 
 
