@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -68,6 +68,11 @@ class TokenizedPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
 
+    @property
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt, completion) of both sides, the chosen one first."""
+        return [(self.prompt_ids, self.chosen_ids), (self.prompt_ids, self.rejected_ids)]
+
 
 def read_pairs(
     source: str | Path,
@@ -93,15 +98,15 @@ def read_pairs(
         OutputError: ``rejects`` cannot be written.
     """
     _check_arguments(source, tokenizer, max_length, on_bad, rejects)
-    reading = _Reading(str(source), tokenizer, max_length)
-    with _rejects_writer(rejects if on_bad == "skip" else None) as write:
+    reading = _Reading(str(source), tokenizer=tokenizer, max_length=max_length)
+    with rejects_writer(rejects if on_bad == "skip" else None) as write:
         for line, raw in iter_rows(source):
             reading.rows += 1
             try:
                 reading.add(line, parse_row(raw))
             except RowProblem as problem:
                 reading.refuse(line, problem)
-                write(_reject_line(source, line, problem, raw))
+                write(reject_line(source, line, problem, raw))
             except UsageError as error:  # chat messages, and no template to render them with
                 raise DataError(f"{source}:{line}: {error}") from error
     if reading.reasons and on_bad == "error":
@@ -133,9 +138,19 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def split_pairs(
-    pairs: list[PreferencePair], eval_fraction: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
+class Prompted(Protocol):
+    """Anything that belongs to a prompt: a pair, a completion with its reward."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+        ...
+
+
+PromptedT = TypeVar("PromptedT", bound=Prompted)
+
+
+def split_pairs(pairs: list[PromptedT], eval_fraction: float, seed: int) -> tuple[list[PromptedT], list[PromptedT]]:
     """Split into (train, eval) so that no prompt is on both sides.
 
     A prompt goes to eval where its hash with the seed, read as a number in [0, 1), is below ``eval_fraction``: its
@@ -203,32 +218,13 @@ def _place(prompt: str, seed: int) -> float:
 
 
 @dataclass
-class _Reading:
-    """What is known of a source so far: kept pairs, their lengths and hash, and the bad rows."""
+class RefusedRows:
+    """Bad rows of a source so far: how many, of which kinds, and the first few."""
 
     source: str
-    tokenizer: Any = None
-    max_length: int | None = None
     rows: int = 0
-    pairs: list[PreferencePair] = field(default_factory=list)
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)
-    seen: dict[bytes, int] = field(default_factory=dict)
-    digest: Any = field(default_factory=hashlib.sha256)
     reasons: Counter[str] = field(default_factory=Counter)
     first_bad: list[str] = field(default_factory=list)
-
-    def add(self, line: int, row: Any) -> None:
-        """Keep a row, or raise RowProblem."""
-        pair = to_pair(row, self.tokenizer)
-        content = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode()
-        key = hashlib.sha256(content).digest()[:16]
-        if key in self.seen:
-            raise RowProblem(Reason.DUPLICATE, f"the same as line {self.seen[key]}")
-        lengths = self._measure(pair)
-        self.seen[key] = line
-        self.digest.update(content + b"\n")
-        self.pairs.append(pair)
-        self.lengths.append(lengths)
 
     def refuse(self, line: int, problem: RowProblem) -> None:
         """Count a bad row, and remember the first few."""
@@ -246,6 +242,31 @@ class _Reading:
         more = self.reasons.total() - len(self.first_bad)
         lines = [f"{self.source}: cannot use {self.counts()}", *self.first_bad]
         return "\n".join([*lines, *([f"  and {more} more"] if more else []), advice])
+
+
+@dataclass
+class _Reading(RefusedRows):
+    """What is known of a source of pairs so far: kept pairs, their lengths and hash, and the bad rows."""
+
+    tokenizer: Any = None
+    max_length: int | None = None
+    pairs: list[PreferencePair] = field(default_factory=list)
+    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    seen: dict[bytes, int] = field(default_factory=dict)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, line: int, row: Any) -> None:
+        """Keep a row, or raise RowProblem."""
+        pair = to_pair(row, self.tokenizer)
+        content = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode()
+        key = hashlib.sha256(content).digest()[:16]
+        if key in self.seen:
+            raise RowProblem(Reason.DUPLICATE, f"the same as line {self.seen[key]}")
+        lengths = self._measure(pair)
+        self.seen[key] = line
+        self.digest.update(content + b"\n")
+        self.pairs.append(pair)
+        self.lengths.append(lengths)
 
     def summary(self) -> DataSummary:
         lengths = np.array(self.lengths)  # (rows, 3): prompt, chosen, rejected
@@ -297,13 +318,14 @@ def _check_arguments(
         raise UsageError(f"the rejects would overwrite the data {source}: choose another file with --rejects")
 
 
-def _reject_line(source: str | Path, line: int, problem: RowProblem, raw: RawRow) -> str:
+def reject_line(source: str | Path, line: int, problem: RowProblem, raw: RawRow) -> str:
+    """One line of the rejects file: where the row is, what is wrong with it, and its raw text."""
     found = {"file": str(source), "line": line, "reason": str(problem), "raw": raw_text(raw)}
     return json.dumps(found) + "\n"
 
 
 @contextmanager
-def _rejects_writer(path: Path | None) -> Iterator[Callable[[str], object]]:
+def rejects_writer(path: Path | None) -> Iterator[Callable[[str], object]]:
     """Yield a function that writes one line; the file takes its name only when the whole source has been read.
 
     It is written even if no row is bad, so that an earlier run's rejects are never taken for this one's.

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     CHAT_TEMPLATE = "chat template"
     TOO_LONG = "too long"
     DUPLICATE = "duplicate row"
+    BAD_REWARD = "bad reward"
 
 
 class RowProblem(Exception):

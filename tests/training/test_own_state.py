@@ -18,7 +18,8 @@ from rgtg.models.policy import load_policy
 from rgtg.models.scorer import load_scorer
 from rgtg.training import state_cache
 from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
-from rgtg.training.heads import HeadTrainer, StatePairs, collate, new_head, pair_scores, starting_table
+from rgtg.training.heads import HeadTrainer, StatePairs, collate, head_pair_scores
+from rgtg.training.new_head import new_head, starting_table
 from rgtg.training.own_state import RANK, TABLE_ENTRIES, _rank
 from rgtg.training.run import train_scorer
 from rgtg.training.state_cache import cache_states, moments
@@ -168,7 +169,7 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
     table = starting_table(model, 4, 0) if kind == "vocab" else None
     head = new_head(cache.states[2], 8, table, seed=0)
     batch = collate([StatePairs(cache, 2)[i] for i in range(3)])
-    scores = pair_scores(head, **batch)
+    scores = head_pair_scores(head, **batch)
     naive = []
     for c in (0, 2, 4, 1, 3, 5):
         states, ids = cache.completion(2, c)

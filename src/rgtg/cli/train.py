@@ -17,8 +17,16 @@ if TYPE_CHECKING:
 @verb
 def command(
     pairs: Annotated[str | None, typer.Option(help="Preference pairs: a file or a hub id.")] = None,
+    rollouts: Annotated[
+        str | None, typer.Option(help="Completions with rewards, of rgtg generate and score: value, cumulative-mse.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Model to start from: usually the policy itself.")] = None,
-    objective: Annotated[str | None, typer.Option(help="prefix-bt (token-wise guidance) or full-bt.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="prefix-bt (token-wise guidance), full-bt, farma, autoregressive, value, cumulative-mse or tcrm."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="New folder for the scorer.")] = None,
     trunk: Annotated[
         str | None,
@@ -26,6 +34,10 @@ def command(
     ] = None,
     head: Annotated[str | None, typer.Option(help="With --trunk own: state or vocab.")] = None,
     eval_pairs: Annotated[str | None, typer.Option(help="Held-out pairs; default: a part of --pairs.")] = None,
+    eval_rollouts: Annotated[str | None, typer.Option(help="Held-out rollouts; default: a part of --rollouts.")] = None,
+    reference_scorer: Annotated[
+        str | None, typer.Option(help="With prefix-bt: trust pairs as far as this full-sequence scorer agrees.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
     on_bad: Annotated[str | None, typer.Option(help="error or skip unusable rows.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Save checkpoints, and go on from the newest.")] = False,
@@ -35,11 +47,12 @@ def command(
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Train a scorer on preference pairs; training arguments keep their names: --set train.num_train_epochs=3."""
+    """Train a scorer on preference pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""
     flags = {
         "pairs": pairs, "base": base, "objective": objective, "output": output, "eval_pairs": eval_pairs,
         "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "seed": seed,
-        "trunk": trunk, "head": head,
+        "trunk": trunk, "head": head, "rollouts": rollouts, "eval_rollouts": eval_rollouts,
+        "reference_scorer": reference_scorer,
     }  # fmt: skip
     settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
@@ -62,14 +75,18 @@ def _show(report: "TrainReport") -> None:
     if len(report.choices) > 1:
         console.print(_choices(report))
     table = Table(title=f"{report.objective} scorer in {report.output}")
-    table.add_column("held-out pairs" if report.evaluation else "training")
+    kind = "rollouts" if report.rollouts else "pairs"
+    trained, held_out = (
+        (report.rollouts, report.eval_rollouts) if report.rollouts else (report.pairs, report.eval_pairs)
+    )
+    table.add_column(f"held-out {kind}" if report.evaluation else "training")
     table.add_column("value", justify="right")
     for name, value in report.evaluation.items():
         table.add_row(_label(name), f"{value:.3f}")
     table.add_row("training loss (mean)", f"{report.loss:.3f}")
-    table.add_row("pairs trained on, held out", f"{report.pairs}, {report.eval_pairs}")
+    table.add_row(f"{kind} trained on, held out", f"{trained}, {held_out}")
     table.add_row("steps", str(report.steps))
-    table.add_row("pairs per second", f"{report.pairs_per_second:.1f}")
+    table.add_row(f"{kind} per second", f"{report.pairs_per_second:.1f}")
     if report.states_seconds is not None:
         table.add_row("layer, width", f"{report.layer}, {report.width}")
         table.add_row("seconds, of which for states", f"{report.seconds:.1f}, {report.states_seconds:.1f}")
@@ -80,12 +97,13 @@ def _choices(report: "TrainReport") -> "Table":
     """Heads that were tried, by what decides between them."""
     from rich.table import Table
 
-    table = Table(title="heads tried, on held-out pairs")
-    for column in ("layer", "width", "loss", "prefix accuracy", "seconds"):
+    figure = "explained_50" if report.rollouts else "prefix_accuracy"
+    table = Table(title=f"heads tried, on held-out {'rollouts' if report.rollouts else 'pairs'}")
+    for column in ("layer", "width", "loss", _label(figure), "seconds"):
         table.add_column(column, justify="right")
     for choice in report.choices:
         kept = (choice.layer, choice.width) == (report.layer, report.width)
-        figures = [f"{choice.evaluation.get(name, float('nan')):.4f}" for name in ("loss", "prefix_accuracy")]
+        figures = [f"{choice.evaluation.get(name, float('nan')):.4f}" for name in ("loss", figure)]
         row = (str(choice.layer), str(choice.width), *figures, f"{choice.seconds:.1f}")
         table.add_row(*row, style="bold" if kept else None)
     return table
@@ -93,4 +111,5 @@ def _choices(report: "TrainReport") -> "Table":
 
 def _label(name: str) -> str:
     label, _, percent = name.partition("_")
+    label = {"mse": "squared error", "explained": "share of variance explained"}.get(label, label)
     return f"{label} at {percent} % of the completion" if percent.isdigit() else name.replace("_", " ")

@@ -55,6 +55,14 @@ class VocabularyHead(nn.Module):
         products: Tensor = self.table(candidate_ids) @ query[..., None]  # (B, K, 1)
         return products[..., 0].float() + self.bias[candidate_ids]
 
+    @torch.no_grad()
+    def best(self, states: Float[Tensor, "rows hidden"], vocabulary: int | None = None) -> Float[Tensor, " rows"]:
+        """max_v Q(h)[v] over the first ``vocabulary`` tokens, without a gradient; few rows at a time."""
+        table, bias = self.table.weight[:vocabulary], self.bias[:vocabulary]
+        rows = max(1, 2**24 // len(table))  # 64 MB of scores
+        parts = [(part @ table.T + bias).amax(-1) for part in torch.split(self.mlp(states), rows)]
+        return torch.cat(parts).float()
+
     def positions(
         self, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length"]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": False,  # trl's default trades time for memory that small scorers do not need
 }
 
-_FIT_FOR_HEADS = {
+FIT_FOR_HEADS = {
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "max_steps",
     "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "tf32",
@@ -37,7 +36,7 @@ _FIT_FOR_HEADS = {
     "dataloader_prefetch_factor", "model_init_kwargs",
 }  # fmt: skip
 
-HEAD_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if name in _FIT_FOR_HEADS} | {
+HEAD_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if name in FIT_FOR_HEADS} | {
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 64,
@@ -58,9 +57,9 @@ _OWNED = {
     "pad_token": "set it in the base model's tokenizer",
     "chat_template_path": "set the chat template in the base model's tokenizer",
     "logging_nan_inf_filter": "a non-finite loss always stops the run",
-    "dataset_num_proc": "pairs are tokenised in this process",
+    "dataset_num_proc": "the data is tokenised in this process",
     "remove_unused_columns": "rgtg makes the columns itself",
-    "label_names": "pairs have no labels",
+    "label_names": "labels come from the data",
     "do_train": "rgtg train always trains",
     "do_eval": "give --eval-pairs or --set eval_fraction",
     "do_predict": "use rgtg score",
@@ -111,52 +110,6 @@ def require_known(train: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, known - set(_OWNED), n=1)
             hint = f"did you mean train.{near[0]}?" if near else "expected an argument of trl's RewardConfig"
             raise UsageError(f"unknown setting train.{name}; {hint}")
-
-
-def require_fit_for_trunk(settings: TrainSettings) -> None:
-    """Refuse what a run cannot carry out: settings of heads without one, or of whole models for a head.
-
-    Raises:
-        UsageError: naming the setting and what to do.
-    """
-    if settings.trunk != "own":
-        given = [name for name in ("head", "layer", "width", "rank") if getattr(settings, name) is not None]
-        if given:
-            raise UsageError(
-                f"{given[0]} belongs to a head on the policy's own states: add --trunk own, or leave it out"
-            )
-        return
-    for wrong, why in _unfit_for_heads(settings):
-        if wrong:
-            raise UsageError(why)
-    for name in settings.train:
-        if name not in _FIT_FOR_HEADS:
-            raise UsageError(
-                f"train.{name} does not apply to a head on the policy's states, which is small, is trained by one "
-                "process on states that are computed once, and is saved once"
-            )
-
-
-def _unfit_for_heads(settings: TrainSettings) -> list[tuple[bool, str]]:
-    vocab = settings.head == "vocab"
-    sizes = [v for v in (settings.width, settings.rank) if isinstance(v, int)]
-    loading = set(settings.train.get("model_init_kwargs") or {}) - {"dtype"}
-    return [
-        (settings.head is None, "--trunk own needs --head state (read at each candidate) or --head vocab (read once)"),
-        (settings.lora is not None, "lora adapts a model; a head on the policy's own states leaves it as it is"),
-        (settings.resume, "--resume: a head trains in seconds to minutes and has no checkpoints; start it again"),
-        (
-            vocab and settings.objective == "full-bt",
-            "full-bt would train a vocabulary head on closing tokens only; use prefix-bt, or --head state",
-        ),
-        (settings.rank is not None and not vocab, "rank is of the token table of a vocabulary head (--head vocab)"),
-        (any(v < 1 for v in sizes), "width and rank must be at least 1"),
-        (bool(loading), f"train.model_init_kwargs: a policy takes dtype only, not {', '.join(sorted(loading))}"),
-        (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            "a head is trained by one process: run rgtg train without torchrun",
-        ),
-    ]
 
 
 def require_output(output: Path, resume: bool) -> None:

@@ -1,12 +1,16 @@
 """The model a scorer starts from: a language model with a new scalar head, or a reward model trained further."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rgtg.config import LoraSettings
 from rgtg.errors import MissingExtraError, UsageError
+from rgtg.models.adapter import load_merged
+from rgtg.models.checkpoint import read_info
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.prefix_scorer import PrefixScorer, position_scores, scalar_head
@@ -40,6 +44,52 @@ def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any) -> tuple[Any, Any]:
+    """A causal language model, in fp32 unless ``dtype`` says otherwise, and its tokenizer; LoRA adapters are merged.
+
+    Args:
+        source: a language model, or a scorer of next tokens that is trained further.
+        output_scale: what its output layer starts as, times this; other than 1 gives it weights of its own where they
+            are tied to the input embedding.
+        kwargs: of ``from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: nothing loadable at ``source``.
+        UsageError: a reward model, which has no output layer over the vocabulary.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
+    info = read_info(source) if Path(source).is_dir() else None
+    if info is not None and info.head != "vocab":
+        raise UsageError(
+            f"{source} is a scorer with a {info.head} head; start from a language model, such as the policy"
+        )
+    tokenizer = load_tokenizer(source, "base model")
+    if (Path(source) / "adapter_config.json").is_file():
+        return load_merged(AutoModelForCausalLM, source, "base model", dtype=dtype).requires_grad_(True), tokenizer
+    model, report = load_pretrained(
+        AutoModelForCausalLM, source, "base model",
+        dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs,
+    )  # fmt: skip
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(f"{source} is no whole language model ({missing} not in its weights): start from the policy")
+    if output_scale != 1:
+        scale_output(model, output_scale)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def scale_output(model: Any, scale: float) -> None:
+    """Give a language model an output layer of its own weights, the old ones times ``scale``."""
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight * scale)
+    if getattr(head, "bias", None) is not None:
+        head.bias = torch.nn.Parameter(head.bias * scale)
+
+
 def init_head(model: Any, seed: int) -> None:
     """Draw the scalar head from N(0, initializer_range²) with a generator of its own: same seed, same head."""
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
@@ -49,9 +99,8 @@ def init_head(model: Any, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-@torch.no_grad()
 def require_causal(model: Any) -> None:
-    """Refuse a model whose score of a prefix depends on what follows it, by trying: one forward cannot train it.
+    """Refuse a reward model whose score of a prefix depends on what follows it, by trying.
 
     Raises:
         UsageError: the model pools before its head, or attends to later tokens.
@@ -61,11 +110,26 @@ def require_causal(model: Any) -> None:
             f"{type(model).__name__} pools before its head, so it cannot score every prefix in one pass; start from a "
             "causal (decoder) model, such as the policy itself"
         )
+    _require_blind(model, lambda ids: position_scores(model, ids, torch.ones_like(ids)))
+
+
+def require_causal_language_model(model: Any) -> None:
+    """Refuse a language model whose logits depend on what follows, by trying.
+
+    Raises:
+        UsageError: the model attends to later tokens.
+    """
+    _require_blind(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def _require_blind(model: Any, read: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a model that looks ahead: one forward cannot train it."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=device) % model.config.get_text_config().vocab_size
-    one, other = position_scores(model, ids, torch.ones_like(ids))[:, :3].float()
+    one, other = read(ids)[:, :3].float()
     model.train(was_training)
     if not torch.allclose(one, other, atol=1e-2, rtol=1e-2, equal_nan=True):
         raise UsageError(
@@ -74,8 +138,16 @@ def require_causal(model: Any) -> None:
         )
 
 
-def lora_config(model: Any, settings: LoraSettings) -> Any:
+def require_padding(tokenizer: Any) -> None:
+    """Give a language model's tokenizer some padding token, without growing its vocabulary: masks say what is read."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False) -> Any:
     """Configuration for peft of a scorer: LoRA on the trunk, the reward head trained in full.
+
+    A language model keeps its output layer as it is; with ``own_output`` (`scale_output`) it is trained in full.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -87,9 +159,16 @@ def lora_config(model: Any, settings: LoraSettings) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     stored_transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    return LoraConfig(
-        task_type="SEQ_CLS", modules_to_save=["score"], fan_in_fan_out=stored_transposed, **settings.model_dump()
-    )
+    what: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    if scalar_head(model) is None:
+        what = {"task_type": "CAUSAL_LM", "modules_to_save": _output_name(model) if own_output else None}
+    return LoraConfig(**what, fan_in_fan_out=stored_transposed, **settings.model_dump())
+
+
+def _output_name(model: Any) -> list[str]:
+    """Name of a language model's output layer among its parent's modules."""
+    head = model.get_output_embeddings()
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module is head]
 
 
 def _require_one_label(source: str) -> None:

@@ -45,18 +45,21 @@ class DropPickledArguments(TrainerCallback):  # type: ignore[misc]
 
 
 def progress_line(logs: dict[str, Any]) -> str:
-    """What a person watches: loss, and accuracy at the middle and the end.
+    """What a person watches: loss, and accuracy (or squared error) at the middle and the end.
 
     Example:
         >>> progress_line({"loss": 0.5, "accuracy_50": 0.75, "accuracy_100": 1.0})
         'loss 0.500  accuracy at 50 % 0.750, at 100 % 1.000'
+        >>> progress_line({"loss": 0.5, "mse_50": 0.75, "mse_100": 0.25})
+        'loss 0.500  squared error at 50 % 0.750, at 100 % 0.250'
     """
     for prefix in ("", "eval_"):
         if f"{prefix}loss" in logs:
-            middle, end = (float(logs.get(f"{prefix}accuracy_{p}", float("nan"))) for p in (50, 100))
+            name, said = ("mse", "squared error") if f"{prefix}mse_100" in logs else ("accuracy", "accuracy")
+            middle, end = (float(logs.get(f"{prefix}{name}_{p}", float("nan"))) for p in (50, 100))
             return (
                 f"{prefix.replace('_', ' ')}loss {float(logs[f'{prefix}loss']):.3f}  "
-                f"accuracy at 50 % {middle:.3f}, at 100 % {end:.3f}"
+                f"{said} at 50 % {middle:.3f}, at 100 % {end:.3f}"
             )
     return ""
 
@@ -85,7 +88,7 @@ def require_same_run(folder: Path, facts: dict[str, Any], *, write: bool) -> Non
         if changed:
             raise UsageError(
                 f"cannot resume: {', '.join(changed)} changed since the checkpoints in {folder} were made; "
-                "use the same pairs, base, objective and seed, or choose another --output"
+                "use the same data, base, objective, options and seed, or choose another --output"
             )
     elif write:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,12 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 
 from rgtg.config import TrainSettings
-from rgtg.data import TokenizedPair, read_pairs, split_pairs, tokenize_pairs
+from rgtg.data import read_pairs, split_pairs, tokenize_pairs
+from rgtg.data_rollouts import read_rollouts, tokenize_rollouts
 from rgtg.errors import DataError, UsageError
 from rgtg.models.policy import context_length
 from rgtg.training.arguments import CHECKPOINTS
+from rgtg.training.objectives import Data
 from rgtg.types import Record
 
 
@@ -32,13 +34,18 @@ class TrainReport(Record):
     output: str
     objective: str
     base: str
-    pairs: int
+    pairs: int = Field(description="trained on; 0 where the objective reads rollouts")
     eval_pairs: int
+    rollouts: int = Field(0, description="completions with rewards trained on; 0 where the objective reads pairs")
+    eval_rollouts: int = 0
     steps: int
     seconds: float
-    pairs_per_second: float
+    pairs_per_second: float = Field(description="or completions with rewards per second")
     loss: float = Field(description="mean training loss, nats")
-    evaluation: dict[str, float] = Field(description="held-out loss, accuracy at 10 … 100 %, margin; empty without")
+    evaluation: dict[str, float] = Field(
+        description="held-out loss; of pairs accuracy at 10 … 100 % and margin, of rollouts squared error and share of "
+        "variance explained; empty without"
+    )
     data_fingerprint: str
     device: str
     processes: int
@@ -49,14 +56,25 @@ class TrainReport(Record):
     states_seconds: float | None = Field(None, description="of ``seconds``, for the policy's pass over all pairs")
     choices: list[HeadChoice] = Field(default_factory=list, description="heads tried; the best one was kept")
 
+    def counts(self) -> dict[str, int]:
+        """Pairs and rollouts, trained on and held out."""
+        return self.model_dump(include={"pairs", "eval_pairs", "rollouts", "eval_rollouts"})
+
 
 @dataclass
-class PairData:
-    """Tokenised pairs of a run; ``held_out`` may be empty."""
+class TrainData:
+    """Tokenised pairs or rollouts of a run; ``held_out`` may be empty."""
 
-    train: list[TokenizedPair]
-    held_out: list[TokenizedPair]
+    kind: Data
+    train: list[Any]
+    held_out: list[Any]
     fingerprint: str
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of the report."""
+        sizes, none = (len(self.train), len(self.held_out)), (0, 0)
+        pairs, rollouts = (sizes, none) if self.kind == "pairs" else (none, sizes)
+        return {"pairs": pairs[0], "eval_pairs": pairs[1], "rollouts": rollouts[0], "eval_rollouts": rollouts[1]}
 
 
 def longest(settings: TrainSettings, model: Any) -> int | None:
@@ -69,36 +87,56 @@ def longest(settings: TrainSettings, model: Any) -> int | None:
 
 def read_data(
     settings: TrainSettings, config: Any, tokenizer: Any, max_length: int | None, *, is_main: bool = True
-) -> PairData:
-    """Training and held-out pairs.
+) -> TrainData:
+    """Training and held-out pairs, or rollouts.
 
     Raises:
         DataError: unusable rows, or none to train on.
         UsageError: evaluation is asked for during training, and nothing is held out.
     """
 
-    def read(source: str, rejects: str) -> Any:
+    def read(source: str, rejects: str) -> tuple[list[Any], str]:
         where = settings.output / rejects if is_main and settings.on_bad == "skip" else None
         with warnings.catch_warnings():
             if not is_main:  # one process of a torchrun says it for all
                 warnings.simplefilter("ignore")
-            return read_pairs(source, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=where)
+            return _read(settings, source, tokenizer, max_length, where)
 
-    pairs = read(settings.pairs, "rejects.jsonl")
-    if settings.eval_pairs:
-        train, held_out = list(pairs.pairs), list(read(settings.eval_pairs, "eval-rejects.jsonl").pairs)
-        shared = {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
+    kind: Data = "pairs" if settings.rollouts is None else "rollouts"
+    source = settings.pairs or settings.rollouts
+    assert source is not None, "checked with the settings"
+    everything, fingerprint = read(source, "rejects.jsonl")
+    if apart := settings.eval_pairs or settings.eval_rollouts:
+        train, held_out = everything, read(apart, "eval-rejects.jsonl")[0]
+        shared = {unit.prompt for unit in train} & {unit.prompt for unit in held_out}
         if shared and is_main:
             warnings.warn(
-                f"{len(shared)} prompts are in --pairs and --eval-pairs: evaluation is optimistic", stacklevel=2
+                f"{len(shared)} prompts are in --{kind} and --eval-{kind}: evaluation is optimistic", stacklevel=2
             )
     else:
-        train, held_out = split_pairs(pairs.pairs, settings.eval_fraction, settings.seed)
+        train, held_out = split_pairs(everything, settings.eval_fraction, settings.seed)
     if not train:
-        raise DataError(f"{settings.pairs} leaves no pair to train on; add pairs or lower eval_fraction")
+        raise DataError(f"{source} leaves nothing to train on; add {kind} or lower eval_fraction")
     if config.eval_strategy != "no" and not held_out:
-        raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out pairs; give --eval-pairs")
-    return PairData(tokenize_pairs(train, tokenizer), tokenize_pairs(held_out, tokenizer), pairs.fingerprint)
+        raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out {kind}; give --eval-{kind}")
+    tokenize: Any = tokenize_pairs if kind == "pairs" else tokenize_rollouts
+    return TrainData(kind, tokenize(train, tokenizer), tokenize(held_out, tokenizer), fingerprint)
+
+
+def _read(
+    settings: TrainSettings, source: str, tokenizer: Any, max_length: int | None, rejects: Path | None
+) -> tuple[list[Any], str]:
+    """Pairs or rollouts of one file, and their fingerprint."""
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer, "max_length": max_length, "on_bad": settings.on_bad, "rejects": rejects,
+    }  # fmt: skip
+    if settings.rollouts is None:
+        pairs = read_pairs(source, **common)
+        return pairs.pairs, pairs.fingerprint
+    labels = settings.objective == "cumulative-mse"
+    scale = settings.options.reward_range if labels else None
+    rollouts = read_rollouts(source, labels=labels, reward_range=scale, **common)
+    return rollouts.rows, rollouts.fingerprint
 
 
 def keep_quiet(trainer: Any) -> None:
@@ -109,7 +147,7 @@ def keep_quiet(trainer: Any) -> None:
 
 def figures_of(metrics: dict[str, float]) -> dict[str, float]:
     """The figures of an evaluation that say how good the scorer is."""
-    wanted = ("loss", "accuracy", "margin", "prefix_accuracy")
+    wanted = ("loss", "accuracy", "margin", "prefix_accuracy", "mse", "explained")
     short = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     return {name: float(value) for name, value in short.items() if name.startswith(wanted)}
 

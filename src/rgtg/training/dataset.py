@@ -31,24 +31,38 @@ class PrefixCollator(DataCollatorMixin):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One batch: input_ids and attention_mask (2B, L), prompt_lengths (B,)."""
         rows = [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples]
-        ids, mask = pad_right(rows, self.pad_token_id, "cpu")
-        if self.pad_to_multiple_of and (extra := -ids.shape[1] % self.pad_to_multiple_of):
-            ids = torch.nn.functional.pad(ids, (0, extra), value=self.pad_token_id)
-            mask = torch.nn.functional.pad(mask, (0, extra))
+        ids, mask = pad_rows(rows, self.pad_token_id, self.pad_to_multiple_of)
         lengths = torch.tensor([row["prompt_length"] for row in examples])
-        return {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        if examples[0].get("trust") is not None:
+            trust = [torch.tensor(row["trust"]) for row in examples]
+            batch["trust"] = torch.nn.utils.rnn.pad_sequence(trust, batch_first=True)
+        return batch
 
 
-def pairs_dataset(pairs: Sequence[Any]) -> Dataset:
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, L) and mask of rows padded on the right, to a multiple of some length where that is asked for."""
+    ids, mask = pad_right(rows, pad_token_id, "cpu")
+    if pad_to_multiple_of and (extra := -ids.shape[1] % pad_to_multiple_of):
+        ids = torch.nn.functional.pad(ids, (0, extra), value=pad_token_id)
+        mask = torch.nn.functional.pad(mask, (0, extra))
+    return ids, mask
+
+
+def pairs_dataset(pairs: Sequence[Any], trust: Sequence[Sequence[float]] | None = None) -> Dataset:
     """A dataset of tokenised pairs in trl's columns: prompt and completion together, plus the prompt's length.
 
     Args:
         pairs: anything with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (completions only).
+        trust: how far each pair's judgement is trusted at each prefix, as many as the longer completion has tokens.
     """
     return Dataset.from_dict({
         "chosen_ids": [[*pair.prompt_ids, *pair.chosen_ids] for pair in pairs],
         "rejected_ids": [[*pair.prompt_ids, *pair.rejected_ids] for pair in pairs],
         "prompt_length": [len(pair.prompt_ids) for pair in pairs],
+        **({} if trust is None else {"trust": [list(row) for row in trust]}),
     })  # fmt: skip
 
 

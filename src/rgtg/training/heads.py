@@ -1,217 +1,248 @@
-"""Train a head on cached states: a thin transformers.Trainer, its batches, its figures."""
+"""Train a head on cached states: thin transformers.Trainers, their batches, their figures."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import softplus
 from transformers import Trainer
 
+from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError
-from rgtg.losses import mean_of_counted, prefix_bradley_terry_pair_losses, prefix_margins, prefixes_differ
-from rgtg.models.heads import Head, StateHead, VocabularyHead
-from rgtg.training.pairwise import PERCENTS, PairScores, pair_figures
-from rgtg.training.state_cache import StateCache, moments
-
-FIGURES = ("loss", *(f"accuracy_{percent}" for percent in PERCENTS), "margin", "prefix_accuracy")
+from rgtg.losses import mean_of_counted, mean_over, prefix_margins
+from rgtg.models.heads import Head, VocabularyHead
+from rgtg.training.objectives import pair_losses, reads_best_next, rollout_losses
+from rgtg.training.scores import (
+    PAIR_FIGURES,
+    ROLLOUT_FIGURES,
+    PairScores,
+    RolloutScores,
+    explained,
+    pair_figures,
+    pair_scores,
+    rollout_figures,
+)
+from rgtg.training.state_cache import StateCache
 
 
 class StatePairs(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Pairs of one layer's states; an item is (states, token ids) of the chosen and of the rejected completion."""
+    """Pairs of one layer's states; an item is (states, token ids) of the chosen and of the rejected completion.
 
-    def __init__(self, cache: StateCache, layer: int) -> None:
+    ``trust`` holds how far each pair's judgement is trusted at each prefix, where a reference scorer was asked.
+    """
+
+    def __init__(self, cache: StateCache, layer: int, trust: Sequence[Sequence[float]] | None = None) -> None:
         self.cache = cache
         self.layer = layer
+        self.trust = trust
 
     def __len__(self) -> int:
-        return self.cache.pairs
+        return self.cache.completions // 2
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         chosen, chosen_ids = self.cache.completion(self.layer, 2 * i)
         rejected, rejected_ids = self.cache.completion(self.layer, 2 * i + 1)
-        return {"chosen": chosen, "chosen_ids": chosen_ids, "rejected": rejected, "rejected_ids": rejected_ids}
+        item = {"chosen": chosen, "chosen_ids": chosen_ids, "rejected": rejected, "rejected_ids": rejected_ids}
+        return item if self.trust is None else item | {"trust": torch.tensor(self.trust[i])}
+
+
+class StateRollouts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Completions of one layer's states, with their rewards."""
+
+    def __init__(self, cache: StateCache, layer: int, rewards: Sequence[float]) -> None:
+        self.cache = cache
+        self.layer = layer
+        self.rewards = rewards
+
+    def __len__(self) -> int:
+        return self.cache.completions
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        states, ids = self.cache.completion(self.layer, i)
+        return {"states": states, "token_ids": ids, "reward": torch.tensor(self.rewards[i])}
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """States (P, H) and token ids (P,) of completions [chosen …; rejected …] end to end, and their lengths (2B,)."""
     states = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+    batch = _end_to_end(states, ids)
+    if "trust" in rows[0]:
+        batch["trust"] = torch.nn.utils.rnn.pad_sequence([row["trust"] for row in rows], batch_first=True)
+    return batch
+
+
+def collate_rollouts(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """States (P, H) and token ids (P,) of completions end to end, their lengths (B,) and rewards (B,)."""
+    batch = _end_to_end([row["states"] for row in rows], [row["token_ids"] for row in rows])
+    return batch | {"rewards": torch.stack([row["reward"] for row in rows])}
+
+
+def _end_to_end(states: list[Tensor], ids: list[Tensor]) -> dict[str, Tensor]:
     lengths = torch.tensor([len(completion) for completion in ids])
     return {"states": torch.cat(states), "token_ids": torch.cat(ids), "lengths": lengths}
 
 
 class HeadTrainer(Trainer):  # type: ignore[misc]
-    """Minimises ``prefix-bt`` or ``full-bt`` over cached states.
+    """Minimises an objective of pairs over cached states (`StatePairs`).
 
     A step of a tiny head takes a few milliseconds, of which the Trainer's own work is one or two; it stays, for its
     settings, schedules, optimisers and callbacks are those of the other scorers.
     """
 
     control: Any
+    figure_names: ClassVar[tuple[str, ...]] = ("loss", *PAIR_FIGURES, "prefix_accuracy")
+    columns: ClassVar[tuple[str, ...]] = ("chosen", "chosen_ids", "rejected", "rejected_ids", "trust")
+    collate: ClassVar[Any] = staticmethod(collate)
 
-    def __init__(self, head: Head, args: Any, *, objective: str, about: dict[str, Any], **kwargs: Any) -> None:
-        """As ``transformers.Trainer``, over `StatePairs`.
+    def __init__(
+        self, head: Head, args: Any, *, objective: str, about: dict[str, Any], options: Any = None,
+        vocabulary: int | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As ``transformers.Trainer``.
 
         Args:
             head: what is trained.
             args: TrainingArguments.
-            objective: ``prefix-bt``, or ``full-bt`` (state heads).
+            objective: a name of `rgtg.training.objectives.OBJECTIVES` that can train this head.
             about: written with every logged line, to tell the heads of a search apart.
+            options: the objective's own settings; its defaults without.
+            vocabulary: tokens that ``farma`` takes the best of; None for all rows of the table.
             kwargs: the Trainer's other arguments.
         """
-        super().__init__(head, args, data_collator=collate, **kwargs)
-        self.objective = objective
+        super().__init__(head, args, data_collator=type(self).collate, **kwargs)
+        self.objective, self.vocabulary = objective, vocabulary
+        self.options: Any = options_of(objective, options)
         self.about = about
         self._seen: list[Tensor] = []
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over the pairs of one batch.
+        """Mean over the units of one batch.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; names the step.
         """
-        losses, counted, scores = self.pair_losses(model, inputs)
+        losses, counted, scores = self.losses(model, inputs)
         loss = mean_of_counted(losses, counted)
         if not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.learning_rate or set "
                 "train.max_grad_norm"
             )
-        self._seen.append(figure_rows(losses.detach(), counted, scores))
+        with torch.no_grad():
+            shown = losses.masked_fill(~counted, torch.nan)
+            self._seen.append(torch.cat([shown[:, None], self.figures(scores)], dim=-1).cpu())
         return (loss, scores) if return_outputs else loss
 
-    def pair_losses(
+    def losses(
         self, model: Any, inputs: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], PairScores]:
+    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
         """Loss of each pair, which pairs count, and the scores they come from."""
-        scores = pair_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
-        held = scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask
-        if self.objective == "prefix-bt":
-            losses, counted = prefix_bradley_terry_pair_losses(*held, scores.differs)
-            return losses, counted, scores
-        losses = softplus(-prefix_margins(*held)[:, -1])
-        return losses, torch.ones_like(losses, dtype=torch.bool), scores
+        step = int(self.state.global_step) if self.model.training else None
+        scores = head_pair_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
+        scores.trust = inputs.get("trust")
+        if reads_best_next(self.objective, step):
+            scores.best_next = best_next(model, inputs["states"], scores.chosen_mask, self.vocabulary)
+        return *pair_losses(self.objective, scores, self.options, step), scores
+
+    def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:
+        """One row of ``figure_names`` less the loss per pair, NaN where a figure has no meaning for it."""
+        return torch.cat([pair_figures(scores), prefix_accuracy(scores)[:, None]], dim=-1)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Exact means over the held-out pairs, whatever the batches."""
+        """Exact means over the held-out units, whatever the batches."""
         model = self.model.eval()
         seen, self._seen = self._seen, []
         for inputs in self.get_eval_dataloader(eval_dataset):
             with self.compute_loss_context_manager():
                 self.compute_loss(model, self._prepare_inputs(inputs))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means(self._seen).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means().items()}
         self._seen = seen
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def means(self) -> dict[str, float]:
+        """Mean of each figure over the units seen that have it; a figure that none has is left out."""
+        if not self._seen:
+            return {}
+        values = torch.cat(self._seen).nanmean(0).tolist()
+        return {name: value for name, value in zip(self.figure_names, values, strict=True) if value == value}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the pairs seen since the last line, and what head this is."""
+        """Add the figures of the units seen since the last line, and what head this is."""
         if "loss" in logs:
-            logs = means(self._seen) | logs  # the Trainer's own mean of the training loss stays
+            logs = self.means() | logs  # the Trainer's own mean of the training loss stays
             self._seen.clear()
         super().log(self.about | logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen", "chosen_ids", "rejected", "rejected_ids"]
+        self._signature_columns = list(self.columns)
 
 
-def pair_scores(
-    model: Any,
-    states: Float[Tensor, "positions hidden"],
-    token_ids: Tensor,
-    lengths: Tensor,
-) -> PairScores:
-    """Scores of every prefix of a batch that `collate` made: the head sees no padding."""
+class RolloutHeadTrainer(HeadTrainer):
+    """Minimises ``value`` or ``cumulative-mse`` over cached states of completions with rewards (`StateRollouts`)."""
+
+    figure_names = ("loss", *ROLLOUT_FIGURES)
+    columns = ("states", "token_ids", "reward")
+    collate = staticmethod(collate_rollouts)
+
+    def losses(
+        self, model: Any, inputs: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
+        """Loss of each completion; all count."""
+        values, _, mask = head_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
+        scores = RolloutScores(values, mask, inputs["rewards"])
+        return *rollout_losses(scores, self.options), scores
+
+    def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:
+        """Squared errors, and the reward."""
+        return rollout_figures(scores)
+
+    def means(self) -> dict[str, float]:
+        """Errors also as shares of the rewards' variance."""
+        return explained(super().means())
+
+
+def head_scores(
+    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
+) -> tuple[Float[Tensor, "rows length"], Tensor, Bool[Tensor, "rows length"]]:
+    """Scores, token ids and mask of completions laid end to end, a row each: the head sees no padding."""
     reads_tokens = isinstance(model, VocabularyHead)
     flat = model(states, token_ids[:, None])[:, 0] if reads_tokens else model(states)
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # (2B, T)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-    ids = token_ids.new_zeros(mask.shape).masked_scatter(mask, token_ids)
-    (chosen, rejected), (chosen_mask, rejected_mask) = scores.chunk(2), mask.chunk(2)
-    chosen_ids, rejected_ids = ids.chunk(2)
-    differs = prefixes_differ(chosen_ids, rejected_ids, chosen_mask, rejected_mask)
-    return PairScores(chosen, rejected, chosen_mask, rejected_mask, differs)
+    return scores, token_ids.new_zeros(mask.shape).masked_scatter(mask, token_ids), mask
+
+
+def head_pair_scores(
+    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
+) -> PairScores:
+    """Scores of every prefix of a batch that `collate` made."""
+    return pair_scores(*head_scores(model, states, token_ids, lengths))
+
+
+def best_next(
+    head: VocabularyHead, states: Float[Tensor, "positions hidden"], mask: Bool[Tensor, "batch length"],
+    vocabulary: int | None,
+) -> Float[Tensor, "batch length"]:  # fmt: skip
+    """max_v Q(h_i)[v] of every prefix y_{1:i} of the first rows; h_i is cached with the token after it.
+
+    The last prefix of a row has no state of its own here, and gets a number that `farma_consistency_losses` leaves out.
+    """
+    best = head.best(states[: int(mask.sum())], vocabulary)
+    return best.new_zeros(mask.shape).masked_scatter(mask, best).roll(-1, -1)
 
 
 @torch.no_grad()
-def figure_rows(losses: Tensor, counted: Tensor, scores: PairScores) -> Float[Tensor, "batch figures"]:
-    """One row of ``FIGURES`` per pair, NaN where a figure has no meaning for it.
-
-    ``prefix_accuracy`` is the share of a pair's differing prefixes at which the chosen one is ahead; a tie counts half.
-    """
+def prefix_accuracy(scores: PairScores) -> Float[Tensor, " batch"]:
+    """Share of each pair's differing prefixes at which the chosen one is ahead; a tie counts half."""
     margins = prefix_margins(scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask)
     where = scores.differs & (scores.chosen_mask | scores.rejected_mask)
-    ahead = torch.where(where, (margins.sign() + 1) / 2, 0.0).sum(-1) / where.sum(-1)  # 0 / 0 where nothing differs
-    shown = losses.masked_fill(~counted, torch.nan)
-    return torch.cat([shown[:, None], pair_figures(scores), ahead[:, None]], dim=-1).cpu()
-
-
-def means(rows: Sequence[Tensor]) -> dict[str, float]:
-    """Mean of each figure over the pairs that have it; a figure that none has is left out."""
-    if not rows:
-        return {}
-    values = torch.cat(list(rows)).nanmean(0).tolist()
-    return {name: value for name, value in zip(FIGURES, values, strict=True) if value == value}
-
-
-def new_head(states: Float[Tensor, "positions hidden"], width: int, table: Tensor | None, seed: int) -> Head:
-    """A fresh head that standardises ``states``, drawn from ``seed`` alone.
-
-    Args:
-        states: of training, whose moments are stored in the head.
-        width: of the hidden layer.
-        table: where a vocabulary head's token table starts (V, rank); None makes a state head.
-        seed: of the weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = StateHead(states.shape[-1], width) if table is None else _vocabulary_head(states, width, table)
-    head.mlp.mean, head.mlp.std = moments(states)
-    return head
-
-
-def _vocabulary_head(states: Tensor, width: int, table: Tensor) -> VocabularyHead:
-    head = VocabularyHead(states.shape[-1], width, table.shape[1], len(table))
-    with torch.no_grad():
-        head.table.weight.copy_(table)
-    return head
-
-
-def vocabulary_size(model: Any) -> int:
-    """Rows of the policy's output embedding: every token it can propose."""
-    return len(_output_embedding(model))
-
-
-@torch.no_grad()
-def starting_table(model: Any, rank: int, seed: int) -> Float[Tensor, "vocabulary rank"]:
-    """The policy's output embedding along its ``rank`` principal directions, scaled to a deviation of 0.1.
-
-    Tokens that the policy treats alike start alike, so that one which the pairs hardly show is scored like its kin;
-    from a random start the held-out loss was higher. Directions come from a few steps of subspace iteration.
-    """
-    weight = _output_embedding(model)
-    parts = torch.split(weight, 16384)  # so that a large table is never held in fp32 as a whole
-    mean = torch.stack([rows.float().sum(0) for rows in parts]).sum(0) / len(weight)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(weight.shape[1], rank, generator=generator).to(weight.device)
-    for _ in range(8):
-        product = torch.zeros_like(basis)
-        for rows in parts:
-            centred = rows.float() - mean
-            product += centred.T @ (centred @ basis)
-        basis = torch.linalg.qr(product).Q
-    table = torch.cat([(rows.float() - mean) @ basis for rows in parts]).cpu()
-    return 0.1 * table / table.std().clamp(min=1e-12)
-
-
-def _output_embedding(model: Any) -> Tensor:
-    weight: Tensor = (model.get_output_embeddings() or model.get_input_embeddings()).weight
-    return weight
+    return mean_over((margins.sign() + 1) / 2, where).masked_fill(~where.any(-1), torch.nan)

@@ -18,9 +18,10 @@ from rgtg.models.policy import Policy, load_policy
 from rgtg.outputs import make_folder
 from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
 from rgtg.training.callbacks import LOG_FILE, TrainLog
+from rgtg.training.card import model_card
 from rgtg.training.common import (
     HeadChoice,
-    PairData,
+    TrainData,
     TrainReport,
     drop_empty_checkpoints,
     figures_of,
@@ -29,9 +30,11 @@ from rgtg.training.common import (
     read_data,
     shown,
 )
-from rgtg.training.heads import HeadTrainer, StatePairs, new_head, starting_table, vocabulary_size
-from rgtg.training.save import model_card, save_own_state
+from rgtg.training.heads import HeadTrainer, RolloutHeadTrainer, StatePairs, StateRollouts
+from rgtg.training.new_head import new_head, starting_table, vocabulary_size
+from rgtg.training.save import save_own_state
 from rgtg.training.state_cache import StateCache, cache_states
+from rgtg.training.trust import trust_of
 
 WIDTHS = (64, 256)  # of an automatic choice
 RANK = 16  # of the token table: more learn the training pairs by heart (docs/training.md)
@@ -44,10 +47,23 @@ class _Job:
 
     settings: TrainSettings
     config: Any
+    data: TrainData
     train: StateCache
     held_out: StateCache | None
+    trust: list[list[float]] | None
     table: Any  # where the token table starts (V, rank); None for a state head
+    vocabulary: int  # tokens that the tokenizer has
     show: bool
+
+    def dataset(self, layer: int, *, held_out: bool = False) -> Any:
+        """The states of one layer as the trainer reads them; None where nothing is held out."""
+        cache = self.held_out if held_out else self.train
+        if cache is None:
+            return None
+        if self.data.kind == "pairs":
+            return StatePairs(cache, layer, None if held_out else self.trust)
+        units = self.data.held_out if held_out else self.data.train
+        return StateRollouts(cache, layer, [unit.reward for unit in units])
 
 
 @dataclass
@@ -85,10 +101,11 @@ def train_head(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     data = read_data(settings, config, policy.tokenizer, max_length)
     if len(layers) * len(widths) > 1 and not data.held_out:
         raise UsageError(
-            "layer and width are chosen by held-out pairs: give --eval-pairs, or say --set layer=N --set width=N"
+            f"layer and width are chosen by held-out {data.kind}: give --eval-{data.kind}, or say --set layer=N "
+            "--set width=N"
         )
     # 2. states, once; the policy is not needed after this
-    job = _compute_states(settings, config, policy.model, data, layers, rank, show)
+    job = _compute_states(settings, config, policy, data, layers, rank, show)
     info, tokenizer = _info(job, policy, data.fingerprint, max_length), policy.tokenizer
     del policy
     states_seconds = time.perf_counter() - start
@@ -99,7 +116,7 @@ def train_head(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     info = info.model_copy(update={"layer": best.choice.layer, "width": best.choice.width})
     report = TrainReport(
         output=str(settings.output), objective=settings.objective, base=settings.base,
-        pairs=len(data.train), eval_pairs=len(data.held_out), steps=best.steps, seconds=time.perf_counter() - start,
+        **data.counts(), steps=best.steps, seconds=time.perf_counter() - start,
         pairs_per_second=best.epochs * len(data.train) / best.choice.seconds, loss=best.loss,
         evaluation=best.choice.evaluation, data_fingerprint=data.fingerprint, device=str(config.device), processes=1,
         layer=info.layer, width=info.width, rank=info.rank, states_seconds=states_seconds,
@@ -129,9 +146,10 @@ def _rank(settings: TrainSettings, model: Any) -> int:
 
 
 def _compute_states(
-    settings: TrainSettings, config: Any, model: Any, data: PairData, layers: list[int], rank: int | None, show: bool
-) -> _Job:
-    kind = str(settings.head)
+    settings: TrainSettings, config: Any, policy: Policy, data: TrainData, layers: list[int], rank: int | None,
+    show: bool,
+) -> _Job:  # fmt: skip
+    kind, model = str(settings.head), policy.model
     train = cache_states(model, data.train, layers, kind, progress=_progress("", show))
     held_out = None
     if data.held_out:
@@ -139,7 +157,8 @@ def _compute_states(
     if show and train.on_disk:
         sys.stderr.write(f"states of {train.bytes / 1e9:.1f} GB are kept in a temporary file\n")
     table = starting_table(model, rank, settings.seed) if rank is not None else None
-    return _Job(settings, config, train, held_out, table, show)
+    trust = trust_of(settings, data, policy.tokenizer)
+    return _Job(settings, config, data, train, held_out, trust, table, len(policy.tokenizer), show)
 
 
 def _progress(what: str, show: bool) -> Callable[[int, int], None]:
@@ -159,13 +178,16 @@ def _progress(what: str, show: bool) -> Callable[[int, int], None]:
 def _fit(job: _Job, layer: int, width: int) -> _Fitted:
     """Train one head from a start that depends on the seed alone, and evaluate what would be saved."""
     head = new_head(job.train.states[layer], width, job.table, job.settings.seed)
-    trainer = HeadTrainer(
+    kind = HeadTrainer if job.data.kind == "pairs" else RolloutHeadTrainer
+    trainer = kind(
         head,
         job.config,
         objective=job.settings.objective,
+        options=job.settings.options,
         about={"layer": layer, "width": width},
-        train_dataset=StatePairs(job.train, layer),
-        eval_dataset=StatePairs(job.held_out, layer) if job.held_out else None,
+        vocabulary=job.vocabulary,
+        train_dataset=job.dataset(layer),
+        eval_dataset=job.dataset(layer, held_out=True),
         callbacks=[TrainLog(job.settings.output / LOG_FILE, show=job.show)],
     )
     keep_quiet(trainer)
@@ -201,7 +223,7 @@ def _info(job: _Job, policy: Policy, fingerprint: str, max_length: int | None) -
 def _save(job: _Job, head: Head, tokenizer: Any, info: ScorerInfo, report: TrainReport) -> None:
     settings = job.settings
     resolved = settings.model_dump(mode="json", exclude_none=True) | {"train": shown(job.config)}
-    card = model_card(settings.output, info, resolved, report.evaluation, (report.pairs, report.eval_pairs))
+    card = model_card(settings.output, info, resolved, report.evaluation, report.counts())
     given = settings.model_dump(mode="json") | {"train": HEAD_DEFAULTS | settings.train}  # --config reads it back
     save_own_state(settings.output, head, tokenizer, info, card, settings=given)
     drop_empty_checkpoints(settings.output)

@@ -15,18 +15,12 @@ from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_we
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import load_policy
 from rgtg.outputs import make_folder
-from rgtg.training.arguments import (
-    CHECKPOINTS,
-    DEFAULTS,
-    require_fit_for_trunk,
-    require_known,
-    require_output,
-    reward_config,
-)
-from rgtg.training.base_model import load_base, lora_config
+from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
+from rgtg.training.base_model import load_base, load_language_base, lora_config
 from rgtg.training.callbacks import LOG_FILE, DropPickledArguments, TrainLog, latest_checkpoint, require_same_run
+from rgtg.training.card import model_card
 from rgtg.training.common import (
-    PairData,
+    TrainData,
     TrainReport,
     drop_empty_checkpoints,
     figures_of,
@@ -36,18 +30,32 @@ from rgtg.training.common import (
     shown,
 )
 from rgtg.training.dataset import pairs_dataset
-from rgtg.training.full_reward import FullRewardTrainer
-from rgtg.training.pairwise import PairwiseRewardTrainer
+from rgtg.training.fit import require_fit
+from rgtg.training.full_reward import CoherentRewardTrainer, FullRewardTrainer
+from rgtg.training.language_model import AutoregressiveTrainer, FarmaTrainer
+from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.prefix_reward import PrefixRewardTrainer
-from rgtg.training.save import model_card, save_scorer
+from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
+from rgtg.training.save import save_scorer
+from rgtg.training.trainer import PrefixTrainer
+from rgtg.training.trust import trust_of
 
 # peft's own recipes for LoRA on every linear layer use ten times a whole model's rate.
 LORA_LEARNING_RATE = 5e-4
-TRAINERS: dict[str, type[PairwiseRewardTrainer]] = {"prefix-bt": PrefixRewardTrainer, "full-bt": FullRewardTrainer}
+TRAINERS: dict[tuple[str, str], type[PrefixTrainer]] = {
+    ("prefix-bt", "pairs"): PrefixRewardTrainer,
+    ("full-bt", "pairs"): FullRewardTrainer,
+    ("tcrm", "pairs"): CoherentRewardTrainer,
+    ("farma", "pairs"): FarmaTrainer,
+    ("autoregressive", "pairs"): AutoregressiveTrainer,
+    ("value", "rollouts"): ValueTrainer,
+    ("cumulative-mse", "rollouts"): CumulativeTrainer,
+    ("cumulative-mse", "pairs"): CumulativePairTrainer,
+}
 
 
 def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
-    """Read pairs, train a scorer, evaluate it on the held-out part and save it.
+    """Read pairs or rollouts, train a scorer, evaluate it on the held-out part and save it.
 
     Under ``torchrun`` every process calls this; only the main one writes and shows anything.
 
@@ -61,7 +69,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         OutputError: the scorer cannot be written.
     """
     require_known(settings.train)
-    require_fit_for_trunk(settings)
+    require_fit(settings)
     require_output(settings.output, settings.resume)
     if settings.trunk == "own":
         from rgtg.training.own_state import train_head
@@ -70,7 +78,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     about: dict[str, Any] = {}
     if settings.trunk == "shared":
         settings, about = _with_adapter(settings)
-    model, tokenizer = load_base(settings.base, settings.seed, **settings.train.get("model_init_kwargs") or {})
+    model, tokenizer = _base(settings)
     max_length = longest(settings, model)
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
@@ -118,6 +126,15 @@ def _with_adapter(settings: TrainSettings) -> tuple[TrainSettings, dict[str, Any
     return settings.model_copy(update={"lora": settings.lora or LoraSettings(), "train": train}), about
 
 
+def _base(settings: TrainSettings) -> tuple[Any, Any]:
+    """The model that is trained, and its tokenizer."""
+    given = settings.train.get("model_init_kwargs") or {}
+    if not OBJECTIVES[settings.objective].language_model:
+        return load_base(settings.base, settings.seed, **given)
+    scale = settings.options.output_scale if settings.objective == "farma" else 1.0
+    return load_language_base(settings.base, output_scale=scale, **given)
+
+
 def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str, max_length: int | None) -> ScorerInfo:
     return ScorerInfo(
         rgtg_version=rgtg.__version__,
@@ -128,19 +145,27 @@ def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str,
         data_fingerprint=fingerprint,
         append_eos=tokenizer.eos_token_id is not None,
         max_length=max_length,
+        head="vocab" if OBJECTIVES[settings.objective].language_model else "scalar",
     )
 
 
-def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: PairData, show: bool) -> Any:
+def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: TrainData, show: bool) -> Any:
     if settings.lora is not None and Path(settings.base).is_dir():
         model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
-    trainer = TRAINERS[settings.objective](
+    if data.kind == "pairs":
+        train = pairs_dataset(data.train, trust_of(settings, data, tokenizer))
+    else:
+        train = rollouts_dataset(data.train)
+    make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
+    scaled = settings.objective == "farma" and settings.options.output_scale != 1
+    trainer = TRAINERS[settings.objective, data.kind](
         model,
         config,
-        train_dataset=pairs_dataset(data.train),
-        eval_dataset=pairs_dataset(data.held_out) if data.held_out else None,
+        options=settings.options,
+        train_dataset=train,
+        eval_dataset=make(data.held_out) if data.held_out else None,
         processing_class=tokenizer,
-        peft_config=lora_config(model, settings.lora) if settings.lora is not None else None,
+        peft_config=lora_config(model, settings.lora, own_output=scaled) if settings.lora is not None else None,
         callbacks=[TrainLog(settings.output / LOG_FILE, show=show), DropPickledArguments()],
     )
     keep_quiet(trainer)
@@ -150,21 +175,23 @@ def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, d
 def _resume_point(settings: TrainSettings, info: ScorerInfo, is_main: bool) -> Path | None:
     folder = settings.output / CHECKPOINTS
     facts = {"objective": info.objective, "data": info.data_fingerprint, "base": info.base_fingerprint,
-             "seed": settings.seed, "lora": settings.lora.model_dump() if settings.lora else None}  # fmt: skip
+             "seed": settings.seed, "lora": settings.lora.model_dump() if settings.lora else None,
+             "options": settings.options and settings.options.model_dump(mode="json"),
+             "reference_scorer": settings.reference_scorer}  # fmt: skip
     saves = settings.resume or settings.train.get("save_strategy", "no") != "no"
     require_same_run(folder, facts, write=saves and is_main)
     return latest_checkpoint(folder) if settings.resume else None
 
 
 def _report(
-    settings: TrainSettings, config: Any, data: PairData, trainer: Any, done: Any, seconds: float,
+    settings: TrainSettings, config: Any, data: TrainData, trainer: Any, done: Any, seconds: float,
     figures: dict[str, float], checkpoint: Path | None,
 ) -> TrainReport:  # fmt: skip
     epochs = trainer.state.epoch or 0.0
     return TrainReport(
         output=str(settings.output), objective=settings.objective, base=settings.base,
-        pairs=len(data.train), eval_pairs=len(data.held_out),
-        steps=trainer.state.global_step, seconds=seconds, pairs_per_second=epochs * len(data.train) / seconds,
+        **data.counts(), steps=trainer.state.global_step, seconds=seconds,
+        pairs_per_second=epochs * len(data.train) / seconds,
         loss=done.training_loss, evaluation=figures, data_fingerprint=data.fingerprint, device=str(config.device),
         processes=config.world_size, resumed_from=str(checkpoint) if checkpoint else None,
     )  # fmt: skip
@@ -173,7 +200,7 @@ def _report(
 def _save(settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInfo, report: TrainReport) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     resolved = settings.model_dump(mode="json", exclude_none=True) | {"train": shown(trainer.args)}
-    card = model_card(settings.output, info, resolved, report.evaluation, (report.pairs, report.eval_pairs))
+    card = model_card(settings.output, info, resolved, report.evaluation, report.counts())
     given = settings.model_dump(mode="json") | {"train": DEFAULTS | settings.train}  # --config reads it back
     save_scorer(settings.output, model, tokenizer, info, card, settings=given)
     drop_empty_checkpoints(settings.output)

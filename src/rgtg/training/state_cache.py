@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgtg.data import TokenizedPair
+from rgtg.data_rollouts import TokenizedRollout
 from rgtg.errors import OutputError
 from rgtg.models.own_state import positions_of, read_states
 from rgtg.models.prefix_scorer import pad_right
@@ -26,9 +27,10 @@ TOKENS = 8192  # padded tokens that the policy reads at once
 
 @dataclass
 class StateCache:
-    """States (P, H) by layer, and token ids (P,), of completions one after another: chosen₀, rejected₀, chosen₁, …
+    """States (P, H) by layer, and token ids (P,), of completions one after another.
 
-    Completion c is rows ``starts[c]`` to ``starts[c + 1]``; row i of it is the state at which y_{1:i} is scored.
+    Of pairs they are chosen₀, rejected₀, chosen₁, … Completion c is rows ``starts[c]`` to ``starts[c + 1]``; row i of
+    it is the state at which y_{1:i} is scored.
     """
 
     token_ids: Tensor
@@ -37,9 +39,9 @@ class StateCache:
     on_disk: bool = False
 
     @property
-    def pairs(self) -> int:
-        """Number of pairs."""
-        return (len(self.starts) - 1) // 2
+    def completions(self) -> int:
+        """Number of completions."""
+        return len(self.starts) - 1
 
     @property
     def bytes(self) -> int:
@@ -54,7 +56,7 @@ class StateCache:
 
 def cache_states(
     model: Any,
-    pairs: Sequence[TokenizedPair],
+    units: Sequence[TokenizedPair | TokenizedRollout],
     layers: Sequence[int],
     kind: str,
     *,
@@ -65,7 +67,7 @@ def cache_states(
 
     Args:
         model: the policy's causal LM.
-        pairs: token ids.
+        units: token ids of pairs, or of single completions.
         layers: whose states are kept; no others are.
         kind: ``state`` (read at each token) or ``vocab`` (read one token earlier).
         memory_limit: bytes, beyond which the states of all layers lie on disk.
@@ -74,7 +76,7 @@ def cache_states(
     Raises:
         OutputError: no room in the temporary folder.
     """
-    rows = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    rows = [row for unit in units for row in unit.rows]
     starts = [0, *np.cumsum([len(completion) for _, completion in rows]).tolist()]
     cache = StateCache(torch.tensor([token for _, completion in rows for token in completion]), starts)
     done = 0

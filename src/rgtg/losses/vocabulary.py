@@ -1,0 +1,74 @@
+"""Objectives of scorers that say of every next token at once how good it is: FaRMA and GenARM."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rgtg.losses.positions import mean_over
+
+
+def farma_consistency_losses(
+    values: Float[Tensor, "batch length"],
+    best_next: Float[Tensor, "batch length"],
+    mask: Bool[Tensor, "batch length"],
+) -> Float[Tensor, " batch"]:
+    """FaRMA's constraint (arXiv 2502.04517): a prefix is worth what its best continuation is worth.
+
+        L = 1/(T−1) · Σ_{i<T} ½ · ( V(y_{1:i}) − sg[ max_v V(y_{1:i}⊕v) ] )²
+
+    With a vocabulary head, V(y_{1:i}) = Q(h_{i−1})[y_i] and max_v V(y_{1:i}⊕v) = max_v Q(h_i)[v]: one forward gives
+    both. v ranges over EOS too (ending here). The last token is left out: nothing follows EOS, and the value of a
+    finished text is what full-bt says of it; so it is where a text was cut off. sg stops the gradient, so that values
+    are drawn towards what follows and not the reverse (the authors' code lets it through).
+
+    Args:
+        values: V of every prefix of the chosen completions.
+        best_next: max_v V(y_{1:i}⊕v) of every prefix; the last one's is not read.
+        mask: true on the tokens of the completions.
+
+    Returns:
+        Of each completion; zero where it has one token.
+
+    Example:
+        >>> mask = torch.tensor([[True, True]])
+        >>> farma_consistency_losses(torch.tensor([[1.0, 9.0]]), torch.tensor([[3.0, 0.0]]), mask)
+        tensor([2.])
+    """
+    before_last = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
+    return mean_over(0.5 * (values.float() - best_next.float().detach()).square(), before_last)
+
+
+def autoregressive_pair_losses(
+    chosen_log_probs: Float[Tensor, " batch"], rejected_log_probs: Float[Tensor, " batch"], beta_r: float
+) -> Float[Tensor, " batch"]:
+    """GenARM's objective (arXiv 2410.08193): the reward of a text is its log-probability under the scorer.
+
+        L = −log σ( β_r · [ log π_r(y^w | x) − log π_r(y^l | x) ] ),   log π_r(y | x) = Σ_j log π_r(y_j | x, y_{<j})
+
+    No reference and no length normalisation. At the optimum log π_r(y^w) − log π_r(y^l) is the log-odds of the
+    preference divided by β_r: a smaller β_r makes larger margins.
+
+    Args:
+        chosen_log_probs: log π_r of the preferred completions, nats.
+        rejected_log_probs: of the others.
+        beta_r: β_r > 0.
+
+    Example:
+        >>> autoregressive_pair_losses(torch.tensor([-2.0]), torch.tensor([-12.0]), beta_r=0.1)  # −log σ(1)
+        tensor([0.3133])
+    """
+    return softplus(-beta_r * (chosen_log_probs.float() - rejected_log_probs.float()))
+
+
+def token_log_probs(
+    logits: Float[Tensor, "batch length vocabulary"], ids: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch length"]:
+    """Log π(id) in nats of the token that follows each position, in fp32.
+
+    Example:
+        >>> token_log_probs(torch.zeros(1, 1, 4), torch.tensor([[3]]))  # −ln 4
+        tensor([[-1.3863]])
+    """
+    logits = logits.float()
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
