@@ -47,7 +47,7 @@ def command(
     quiet: Quiet = False,
     seed: Seed = None,
 ) -> None:
-    """Train a scorer on preference pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""
+    """Train a scorer on pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""
     flags = {
         "pairs": pairs, "base": base, "objective": objective, "output": output, "eval_pairs": eval_pairs,
         "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "seed": seed,
@@ -76,15 +76,13 @@ def _show(report: "TrainReport") -> None:
         console.print(_choices(report))
     table = Table(title=f"{report.objective} scorer in {report.output}")
     kind = "rollouts" if report.rollouts else "pairs"
-    trained, held_out = (
-        (report.rollouts, report.eval_rollouts) if report.rollouts else (report.pairs, report.eval_pairs)
-    )
+    counts = report.counts()
     table.add_column(f"held-out {kind}" if report.evaluation else "training")
     table.add_column("value", justify="right")
     for name, value in report.evaluation.items():
         table.add_row(_label(name), f"{value:.3f}")
     table.add_row("training loss (mean)", f"{report.loss:.3f}")
-    table.add_row(f"{kind} trained on, held out", f"{trained}, {held_out}")
+    table.add_row(f"{kind} trained on, held out", f"{counts[kind]}, {counts[f'eval_{kind}']}")
     table.add_row("steps", str(report.steps))
     table.add_row(f"{kind} per second", f"{report.pairs_per_second:.1f}")
     if report.states_seconds is not None:

@@ -20,8 +20,9 @@ def coherence_losses(
         1/(T−1) · Σ_{i<T}  w_l · ( r(y_{1:i}) − sg[ r(y) ] )²  +  w_s · ( r(y_{1:i}) − sg[ r(y_{1:i+1}) ] )²
 
     The first (look-ahead) is Monte Carlo regression on the model's own final score, the second (smoothness) is one
-    step of TD. sg stops the gradient: a prefix moves towards what follows, never the reverse, so that the optimum is
-    E[ r(y) | y_{1:i} ] over the completions of the data. With a gradient into both sides it would be shrunk.
+    step of TD. sg stops the gradient: a prefix moves towards what follows, never the reverse, so that the optimum of a
+    table is E[ r(y) | y_{1:i} ] over the completions of the data, each weighing 1/(T−1). With a gradient into both
+    sides it would be shrunk.
 
     Args:
         scores: of every prefix.

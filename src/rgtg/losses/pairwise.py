@@ -83,9 +83,9 @@ def prefix_bradley_terry_pair_losses(
 
         L = |I| / |S| · Σ_{i ∈ S} a_i · c_i · −log σ(margin_i)  /  Σ_{i ∈ I} a_i
 
-    S drawn uniformly leaves the expectation as it is with S = I. Weights change which errors matter where one scorer
-    cannot fit every prefix; the optimum of a scorer that can (a table) they leave alone. A pair that is trusted less
-    (c < 1) counts less.
+    S drawn uniformly leaves the expectation as it is with S = I. Weights change which errors matter where a scorer
+    cannot fit every prefix; where it can (a table, and preferences that follow Bradley–Terry), they leave the optimum
+    alone. A pair that is trusted less (c < 1) counts less.
 
     Args:
         chosen_scores: scores of every prefix of the preferred completions.

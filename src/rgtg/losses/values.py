@@ -4,17 +4,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rgtg.losses.positions import mean_over
-
 
 def fudge_losses(
     values: Float[Tensor, "batch length"], rewards: Float[Tensor, " batch"], mask: Bool[Tensor, "batch length"]
 ) -> Float[Tensor, " batch"]:
     """CD-FUDGE (arXiv 2310.17022, after FUDGE, 2104.05218): every prefix predicts its own completion's reward.
 
-        L = 1/T · Σ_i ( V(x, y_{1:i}) − r(x, y) )²
+        L = Σ_i ( V(x, y_{1:i}) − r(x, y) )²
 
-    Over the policy's own completions the minimum is the value function V(y_{1:i}) = E_π[ r(y) | y_{1:i} ].
+    Over the policy's own completions the minimum is the value function V(y_{1:i}) = E_π[ r(y) | y_{1:i} ]. That needs
+    the sum over positions: a mean would count a completion's reward by the inverse of its length.
 
     Args:
         values: V of every prefix.
@@ -23,9 +22,10 @@ def fudge_losses(
 
     Example:
         >>> fudge_losses(torch.tensor([[0.0, 2.0]]), torch.tensor([1.0]), torch.tensor([[True, True]]))
-        tensor([1.])
+        tensor([2.])
     """
-    return mean_over((values.float() - rewards.float()[:, None]).square(), mask)
+    errors = (values.float() - rewards.float()[:, None]).square()
+    return torch.where(mask, errors, 0.0).sum(-1)
 
 
 def bellman_losses(
@@ -36,7 +36,7 @@ def bellman_losses(
 ) -> Float[Tensor, " batch"]:
     """CD-Q (arXiv 2310.17022): every prefix predicts the value one token on, the last one the reward.
 
-        L = 1/T · Σ_i ( V(y_{1:i}) − sg[ v_i ] )²,   v_T = r(y),   v_i = Σ_z π(z | y_{1:i}) · V(y_{1:i}⊕z)  for i < T
+        L = Σ_i ( V(y_{1:i}) − sg[ v_i ] )²,   v_T = r(y),   v_i = Σ_z π(z | y_{1:i}) · V(y_{1:i}⊕z)  for i < T
 
     sg stops the gradient. The sum over z is one value per token of the vocabulary, which a scorer that reads its
     candidate cannot give cheaply; on completions that π itself drew, V(y_{1:i+1}) is an unbiased sample of it, and is
@@ -51,13 +51,13 @@ def bellman_losses(
 
     Example:
         >>> bellman_losses(torch.tensor([[0.0, 2.0]]), torch.tensor([3.0]), torch.tensor([[True, True]]))
-        tensor([2.5000])
+        tensor([5.])
     """
     values = values.float()
     ahead = values.roll(-1, -1) if next_values is None else next_values.float()
     is_last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
     targets = torch.where(is_last, rewards.float()[:, None], ahead).detach()
-    return mean_over((values - targets).square(), mask)
+    return torch.where(mask, (values - targets).square(), 0.0).sum(-1)
 
 
 def cumulative_mse_losses(

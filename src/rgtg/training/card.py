@@ -120,8 +120,8 @@ _PAIR_FIGURES = """Accuracy at p % is the share of pairs whose chosen completion
 T being the longer completion's length; ties count half, and pairs whose prefixes are still identical there are left
 out."""
 _ROLLOUT_FIGURES = """mse_p is the mean squared difference between the score after ⌈p/100 · T⌉ of a completion's T
-tokens and its reward (scaled to [0, 1] for cumulative-mse); explained_p is the share of the rewards' variance that the score
-explains there."""
+tokens and its reward (scaled to [0, 1] for cumulative-mse); explained_p is the share of the rewards' variance that the
+score explains there."""
 
 
 def model_card(

@@ -198,7 +198,9 @@ class RolloutHeadTrainer(HeadTrainer):
     ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
         """Loss of each completion; all count."""
         values, _, mask = head_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
-        scores = RolloutScores(values, mask, inputs["rewards"])
+        cache = self.train_dataset.cache
+        mean_length = len(cache.token_ids) / cache.completions
+        scores = RolloutScores(values, mask, inputs["rewards"], mean_length)
         return *rollout_losses(scores, self.options), scores
 
     def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:

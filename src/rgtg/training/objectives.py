@@ -93,7 +93,8 @@ def rollout_losses(scores: RolloutScores, options: Any) -> Losses:
     every = torch.ones_like(scores.rewards, dtype=torch.bool)
     if not isinstance(options, ValueSettings):
         return cumulative_mse_losses(*arguments), every
-    return (bellman_losses(*arguments) if options.target == "q" else fudge_losses(*arguments)), every
+    summed = bellman_losses(*arguments) if options.target == "q" else fudge_losses(*arguments)
+    return summed / scores.mean_length, every
 
 
 def _prefix_losses(scores: PairScores, options: PrefixBtSettings, *, training: bool) -> Losses:

@@ -57,6 +57,7 @@ class RolloutTrainer(PrefixTrainer):
 
     columns = COLUMNS
     figure_names = ROLLOUT_FIGURES
+    mean_length = 1.0  # tokens of a training completion; unknown of a dataset that is streamed
 
     def make_collator(self, pad_token_id: int, pad_to_multiple_of: int | None) -> Any:
         """One row per completion."""
@@ -67,7 +68,7 @@ class RolloutTrainer(PrefixTrainer):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         every, outputs = read_positions(model, self.accelerator.unwrap_model(model), ids, mask)
         columns, inside = completion_window(mask, inputs["prompt_lengths"])
-        scores = RolloutScores(every.gather(-1, columns), inside, inputs["rewards"])
+        scores = RolloutScores(every.gather(-1, columns), inside, inputs["rewards"], self.mean_length)
         losses, counted = rollout_losses(scores, self.options)
         with torch.no_grad():
             return losses, counted, 0.0, rollout_figures(scores), outputs
@@ -90,6 +91,9 @@ class RolloutTrainer(PrefixTrainer):
                 raise DataError(f"row {i} of the {dataset_name} dataset has an empty prompt or an empty completion")
             if args.max_length is not None and length > args.max_length:
                 raise DataError(f"row {i} of the {dataset_name} dataset exceeds max_length {args.max_length}: {length}")
+        if dataset_name == "train":
+            tokens = sum(len(row["completion_ids"]) - row["prompt_length"] for row in dataset)
+            self.mean_length = tokens / len(dataset)
         return dataset
 
 

@@ -30,11 +30,16 @@ class PairScores:
 
 @dataclass
 class RolloutScores:
-    """Scores of every prefix of a batch of completions, and the completions' rewards (or labels)."""
+    """Scores of every prefix of a batch of completions, and the completions' rewards (or labels).
+
+    ``mean_length`` is that of the training completions: losses that are sums over positions are divided by it, so that
+    their size does not depend on the data's.
+    """
 
     values: Float[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length"]
     rewards: Float[Tensor, " batch"]
+    mean_length: float = 1.0
 
 
 PAIR_FIGURES = (*(f"accuracy_{percent}" for percent in PERCENTS), "margin")
