@@ -126,3 +126,55 @@ def test_unfit_heads_are_one_message(policy_folder, pairs, tmp_path, change, mes
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_rollouts_in_value_function_out(policy_folder, tmp_path):
+    rows = [
+        {"prompt": row["prompt"], "text": row[side], "reward": reward, "finish_reason": "stop"}
+        for row in synthetic_rows(40)
+        for side, reward in (("chosen", 2.0), ("rejected", -1.0))
+    ]
+    rollouts, output = write_rows(tmp_path / "rollouts.jsonl", rows), tmp_path / "value"
+    given = ["--rollouts", rollouts, "--base", policy_folder, "--objective", "value", "--output", output, *SETTINGS]
+    result = run(*given)
+    assert result.exit_code == 0, result.stderr
+    assert "share of variance explained at 50 % of" in result.stdout
+    assert "rollouts trained on, held out" in result.stdout
+    assert "squared error at 50 %" in result.stderr
+    again = run(
+        "--config", output / "settings.json", "--output", tmp_path / "again", "--json", "--set", "value.target=q"
+    )
+    assert again.exit_code == 0, again.stderr
+    report = json.loads(again.stdout)
+    assert (report["pairs"], report["rollouts"] + report["eval_rollouts"]) == (0, 80)
+    assert report["evaluation"]["explained_100"] > 0.3
+
+
+def test_options_of_objectives_by_name(policy_folder, pairs, tmp_path):
+    given = ["--pairs", pairs, "--base", policy_folder, "--set", "train.max_steps=2"]
+    first = run(*given, "--output", tmp_path / "full", "--objective", "full-bt")
+    assert first.exit_code == 0, first.stderr
+    options = ["--set", "prefix_bt.position_weights=linear", "--set", "prefix_bt.consistency=prefix"]
+    done = run(*given, "--output", tmp_path / "s", "--reference-scorer", tmp_path / "full", *options)
+    assert done.exit_code == 0, done.stderr
+    kept = json.loads((tmp_path / "s" / "settings.json").read_text())
+    assert kept["reference_scorer"] == str(tmp_path / "full")
+    assert kept["prefix_bt"] == {"position_weights": "linear", "prefixes": None, "consistency": "prefix"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--objective", "value"], "which pairs do not have"),
+        (["--objective", "tcrm", "--set", "prefix_bt.prefixes=2"], "prefix_bt belongs to another objective than tcrm"),
+        (["--set", "prefix_bt.position_weight=linear"], "position_weight"),
+        (["--objective", "autoregressive", "--set", "autoregressive.beta_r=0"], "greater than 0"),
+        (["--objective", "autoregressive", "--trunk", "shared"], "lora.r=16"),
+        (["--objective", "cumulative-mse", "--set", "cumulative_mse.reward_range=[1, 1]"], "must not be empty"),
+    ],
+)
+def test_unfit_objectives_are_one_message(policy_folder, pairs, tmp_path, change, message):
+    result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", *change)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

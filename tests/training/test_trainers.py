@@ -155,14 +155,16 @@ from rgtg.cli.common import hush_libraries
 from rgtg.config import TrainSettings
 hush_libraries()
 from rgtg.training.run import train_scorer
-pairs, base, output, size = sys.argv[1:]
+pairs, base, output, size, objective = sys.argv[1:]
 train = {"per_device_train_batch_size": int(size), "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
-report = train_scorer(TrainSettings(pairs=pairs, base=base, output=output, eval_fraction=0.3, train=train))
+report = train_scorer(TrainSettings(pairs=pairs, base=base, output=output, objective=objective,
+                                    eval_fraction=0.3, train=train))
 print(report.model_dump_json())
 """
 
 
-def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("objective", ["prefix-bt", "farma"])
+def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path, objective):
     tiny_policy().save_pretrained(tmp_path / "policy")
     tiny_tokenizer().save_pretrained(tmp_path / "policy")
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(41))
@@ -171,7 +173,7 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = [
         subprocess.Popen(
-            [*launcher, str(tmp_path / "script.py"), str(pairs), str(tmp_path / "policy"), str(tmp_path / name), size],
+            [*launcher, str(tmp_path / "script.py"), str(pairs), str(tmp_path / "policy"), str(tmp_path / name), size, objective],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for launcher, name, size in (([sys.executable], "one", "8"), (torchrun, "two", "4"))

@@ -71,7 +71,9 @@ def _set_dotted(target: dict[str, Any], item: str) -> None:
         raise UsageError(f"--set {item!r} is not of the form name=value (for example train.num_train_epochs=3)")
     *parents, last = dotted.split(".")
     for parent in parents:
-        child = target.setdefault(parent, {})
+        if target.get(parent) is None:  # a settings file writes null for a group that was not given
+            target[parent] = {}
+        child = target[parent]
         if not isinstance(child, dict):
             raise UsageError(f"--set {item!r}: {parent} is a single value and has no {last}")
         target = child

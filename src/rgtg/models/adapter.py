@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rgtg.errors import MissingExtraError, ModelNotFoundError
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_pretrained
@@ -27,7 +29,8 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
-    base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    config = PeftConfig.from_pretrained(source)
+    base = config.base_model_name_or_path
     try:
         model = load_pretrained(auto_class, base, f"{role}'s base", use_safetensors=True, **kwargs)
     except ModelNotFoundError as error:
@@ -37,7 +40,25 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
         ) from error
     if tokenizer is not None:
         ensure_pad_token(tokenizer, model)
+    if output_name(model) in (getattr(config, "modules_to_save", None) or []):
+        untie_output(model)
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing a user could act on
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()
+
+
+def output_name(model: Any) -> str | None:
+    """Name of a language model's output layer among its parent's modules; None of a model without one."""
+    head = model.get_output_embeddings()
+    return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is head), None)
+
+
+@torch.no_grad()
+def untie_output(model: Any, scale: float = 1.0) -> None:
+    """Give a language model an output layer of its own weights, the old ones times ``scale``, in place."""
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight * scale)
+    if getattr(head, "bias", None) is not None:
+        head.bias = torch.nn.Parameter(head.bias * scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgtg.config import LoraSettings
 from rgtg.errors import MissingExtraError, UsageError
-from rgtg.models.adapter import load_merged
+from rgtg.models.adapter import load_merged, output_name, untie_output
 from rgtg.models.checkpoint import read_info
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_pretrained, load_tokenizer, resolve_dtype
@@ -76,18 +76,8 @@ def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any)
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UsageError(f"{source} is no whole language model ({missing} not in its weights): start from the policy")
     if output_scale != 1:
-        scale_output(model, output_scale)
+        untie_output(model, output_scale)
     return model, tokenizer
-
-
-@torch.no_grad()
-def scale_output(model: Any, scale: float) -> None:
-    """Give a language model an output layer of its own weights, the old ones times ``scale``."""
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight * scale)
-    if getattr(head, "bias", None) is not None:
-        head.bias = torch.nn.Parameter(head.bias * scale)
 
 
 def init_head(model: Any, seed: int) -> None:
@@ -147,7 +137,7 @@ def require_padding(tokenizer: Any) -> None:
 def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False) -> Any:
     """Configuration for peft of a scorer: LoRA on the trunk, the reward head trained in full.
 
-    A language model keeps its output layer as it is; with ``own_output`` (`scale_output`) it is trained in full.
+    A language model keeps its output layer as it is; with ``own_output`` (`untie_output`) it is trained in full.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -161,14 +151,8 @@ def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False)
     stored_transposed = any(isinstance(module, Conv1D) for module in model.modules())
     what: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     if scalar_head(model) is None:
-        what = {"task_type": "CAUSAL_LM", "modules_to_save": _output_name(model) if own_output else None}
+        what = {"task_type": "CAUSAL_LM", "modules_to_save": [output_name(model)] if own_output else None}
     return LoraConfig(**what, fan_in_fan_out=stored_transposed, **settings.model_dump())
-
-
-def _output_name(model: Any) -> list[str]:
-    """Name of a language model's output layer among its parent's modules."""
-    head = model.get_output_embeddings()
-    return [name.rpartition(".")[2] for name, module in model.named_modules() if module is head]
 
 
 def _require_one_label(source: str) -> None:
