@@ -173,7 +173,7 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path, ob
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = [
         subprocess.Popen(
-            [*launcher, str(tmp_path / "script.py"), str(pairs), str(tmp_path / "policy"), str(tmp_path / name), size, objective],
+            [*launcher, *map(str, (tmp_path / "script.py", pairs, tmp_path / "policy", tmp_path / name)), size, objective],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for launcher, name, size in (([sys.executable], "one", "8"), (torchrun, "two", "4"))
