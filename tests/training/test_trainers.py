@@ -171,9 +171,10 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path, ob
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fixed = (tmp_path / "script.py", pairs, tmp_path / "policy")
     runs = [
         subprocess.Popen(
-            [*launcher, *map(str, (tmp_path / "script.py", pairs, tmp_path / "policy", tmp_path / name)), size, objective],
+            [*launcher, *map(str, fixed), str(tmp_path / name), size, objective],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for launcher, name, size in (([sys.executable], "one", "8"), (torchrun, "two", "4"))
