@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from rgtg.config.training import Objective as Objective
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.types import FORMAT_VERSION, Record
 
 INFO_FILE = "rgtg.json"
 HEAD_FILE = "head.safetensors"
-Objective = Literal["prefix-bt", "full-bt", "farma", "autoregressive", "value", "cumulative-mse", "tcrm"]
 
 
 class ScorerInfo(Record):

@@ -1,6 +1,7 @@
 """What a run cannot carry out, found before anything is loaded: objectives, data, trunks and heads that do not fit."""
 
 import os
+from pathlib import Path
 
 from rgtg.config import TrainSettings
 from rgtg.config.training import OPTIONS
@@ -78,7 +79,13 @@ def _unfit_options(settings: TrainSettings) -> list[tuple[bool, str]]:
 def _unfit_trunk(settings: TrainSettings) -> list[tuple[bool, str]]:
     row = OBJECTIVES[settings.objective]
     own, shared = settings.trunk == "own", settings.trunk == "shared"
+    adapter = (Path(settings.base) / "adapter_config.json").is_file()
     return [
+        (
+            adapter and (shared or settings.lora is not None),
+            f"{settings.base} is an adapter itself, and an adapter of an adapter could not be loaded: train it further "
+            "without lora, or start from its base",
+        ),
         (
             own and row.name == "autoregressive",
             "autoregressive trains a language model, whose log-probabilities are the scores: leave --trunk out "

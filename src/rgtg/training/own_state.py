@@ -157,7 +157,7 @@ def _compute_states(
     if show and train.on_disk:
         sys.stderr.write(f"states of {train.bytes / 1e9:.1f} GB are kept in a temporary file\n")
     table = starting_table(model, rank, settings.seed) if rank is not None else None
-    trust = trust_of(settings, data, policy.tokenizer)
+    trust = trust_of(settings, data, policy.tokenizer, config.device)
     return _Job(settings, config, data, train, held_out, trust, table, len(policy.tokenizer), show)
 
 

@@ -11,7 +11,8 @@ import torch
 
 import rgtg
 from rgtg.config import LoraSettings, TrainSettings
-from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights
+from rgtg.errors import UsageError
+from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import load_policy
 from rgtg.outputs import make_folder
@@ -131,8 +132,21 @@ def _base(settings: TrainSettings) -> tuple[Any, Any]:
     given = settings.train.get("model_init_kwargs") or {}
     if not OBJECTIVES[settings.objective].language_model:
         return load_base(settings.base, settings.seed, **given)
-    scale = settings.options.output_scale if settings.objective == "farma" else 1.0
-    return load_language_base(settings.base, output_scale=scale, **given)
+    return load_language_base(settings.base, output_scale=_output_scale(settings), **given)
+
+
+def _output_scale(settings: TrainSettings) -> float:
+    """What the output layer of a language model is multiplied by at the start; 1 leaves it as it is."""
+    if settings.objective != "farma":
+        return 1.0
+    info = read_info(settings.base) if Path(settings.base).is_dir() else None
+    if info is None:
+        return float(settings.options.output_scale)
+    if "output_scale" in settings.options.model_fields_set:
+        raise UsageError(
+            f"{settings.base} is trained further with the output layer it has: leave farma.output_scale out"
+        )
+    return 1.0
 
 
 def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str, max_length: int | None) -> ScorerInfo:
@@ -153,11 +167,11 @@ def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, d
     if settings.lora is not None and Path(settings.base).is_dir():
         model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
     if data.kind == "pairs":
-        train = pairs_dataset(data.train, trust_of(settings, data, tokenizer))
+        train = pairs_dataset(data.train, trust_of(settings, data, tokenizer, config.device))
     else:
         train = rollouts_dataset(data.train)
     make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
-    scaled = settings.objective == "farma" and settings.options.output_scale != 1
+    scaled = _output_scale(settings) != 1
     trainer = TRAINERS[settings.objective, data.kind](
         model,
         config,

@@ -14,7 +14,7 @@ from rgtg.models.scorer import load_named_scorer
 from rgtg.training.common import TrainData
 
 
-def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any) -> list[list[float]] | None:
+def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: Any) -> list[list[float]] | None:
     """C of `rgtg.losses.prefix_bradley_terry_pair_losses` for every training pair; None without a reference scorer.
 
     Held-out pairs are trusted as they are: their labels are the truth that the scorer is measured by.
@@ -25,7 +25,7 @@ def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any) -> list[l
     """
     if settings.reference_scorer is None:
         return None
-    reference = load_named_scorer(settings.reference_scorer)
+    reference = load_named_scorer(settings.reference_scorer, device=str(device))
     if tokenizer_hash(reference.tokenizer) != tokenizer_hash(tokenizer):
         raise UsageError(
             f"the reference scorer {settings.reference_scorer} reads text with another tokenizer than "
