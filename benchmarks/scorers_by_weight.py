@@ -26,12 +26,13 @@ import stories
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
 from rgtg.decoding.join import make_stepper
 from rgtg.evaluation.compare import expand_runs, run_method
-from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.figures import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.provenance import provenance
 from rgtg.evaluation.speed import seconds_per_token
 from rgtg.models.policy import load_policy
 from rgtg.models.scorer import load_scorer
 from rgtg.training.run import train_scorer
+from rgtg.types import Interval
 
 KINDS = {
     "separate scorer": {"trunk": "separate", "train": {"num_train_epochs": 3, "learning_rate": 1e-3}},
@@ -121,22 +122,14 @@ def step_time(policy, scorer, prompts, args):
 def plot(results, path):
     """Gold against KL, and gold against time, one curve per kind; one row of panels per gold."""
     golds = list(dict.fromkeys(r["gold"] for r in results))
-    figure, _ = new_figure(9.6, 4.2 * len(golds))
-    figure.clear()
-    for line, gold in enumerate(golds):
-        left, right = (figure.add_subplot(len(golds), 2, 2 * line + i) for i in (1, 2))
+    figure, axes = new_figure(9.6, 4.2 * len(golds), rows=len(golds), columns=2)
+    for (left, right), gold in zip(axes.reshape(-1, 2), golds, strict=True):
         first = next(r for r in results if r["gold"] == gold)
         for colour, kind in zip(COLOURS, ["policy", *KINDS], strict=False):
             rows = [m for m in first["methods"] if m["label"].split(" β=")[0] == kind]
-            y = [m["metrics"]["reward"] for m in rows]
-            bars = [[v["mean"] - v["low"] for v in y], [v["high"] - v["mean"] for v in y]]
-            x = [m["metrics"]["kl_nats"]["mean"] for m in rows]
-            left.errorbar(x, [v["mean"] for v in y], yerr=bars, color=colour, marker="o", capsize=2, label=kind)
-            best = max(y, key=lambda v: v["mean"])
-            right.errorbar(
-                [first["ms_per_token"][kind]], [best["mean"]],
-                yerr=[[best["mean"] - best["low"]], [best["high"] - best["mean"]]], color=colour, marker="o", capsize=2,
-            )  # fmt: skip
+            y = [Interval.model_validate(m["metrics"]["reward"]) for m in rows]
+            draw_intervals(left, [m["metrics"]["kl_nats"]["mean"] for m in rows], y, color=colour, label=kind)
+            draw_intervals(right, [first["ms_per_token"][kind]], [max(y, key=lambda v: v.mean)], color=colour)
         left.set(xlabel="KL to the policy (nats)", ylabel=f"gold reward ({gold})", xscale="log")
         left.minorticks_off()
         left.set_xticks([5, 10, 20, 50], labels=["5", "10", "20", "50"])

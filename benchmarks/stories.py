@@ -25,7 +25,7 @@ import torch
 from rgtg import GuidedPolicy
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
 from rgtg.evaluation.compare import expand_runs, run_method
-from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.figures import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.prefix_audit import audit_prefixes
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.policy import load_policy
@@ -106,8 +106,7 @@ def plot(results, path):
         families.setdefault(row.label.split(" β=")[0], []).append(row)
     for colour, (label, rows) in zip(COLOURS, families.items(), strict=False):
         x, y = [r.metrics["kl_nats"].mean for r in rows], [r.metrics["reward"] for r in rows]
-        low, high = [v.mean - v.low for v in y], [v.high - v.mean for v in y]
-        axes.errorbar(x, [v.mean for v in y], yerr=[low, high], color=colour, marker="o", capsize=2, label=label)
+        draw_intervals(axes, x, y, color=colour, label=label)
     axes.set(xlabel="KL to the policy (nats)", ylabel="gold reward of whole stories")
     axes.legend()
     figure.savefig(path, dpi=150, metadata={"Software": ""})

@@ -299,7 +299,7 @@ class ComparisonResult(Record):
     recommended: list[Recommendation] = Field(default_factory=list)
     budgets: list[Budget] = Field(default_factory=list)
     budget_statement: str = Field(default="", description="whether the rows paid the same, in words")
-    win_rates: WinRates | None = Field(default=None, description="what rgtg judge adds")
+    win_rates: WinRates | None = Field(default=None, description="of a judge; rgtg report --judge reads judge.json")
     provenance: Provenance
 
 

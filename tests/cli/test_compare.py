@@ -51,7 +51,7 @@ def test_results_settings_and_report(config, tmp_path):
     assert [row.label for row in result.methods] == ["policy", "pargs β=0", "pargs β=2"]
     assert (out / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
     written = {path.name for path in out.iterdir()}
-    assert {"completions.jsonl", "parts", "report.html", "results.json", "settings.json"} <= written
+    assert {"completions.jsonl", "parts", "report.html", "report.md", "results.json", "settings.json"} <= written
     assert len(list((out / "parts").iterdir())) == 3
     lines = [
         ComparedCompletion.model_validate_json(line) for line in (out / "completions.jsonl").read_text().splitlines()

@@ -24,7 +24,7 @@ def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
     printed = json.loads(done.stdout)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.endswith("</html>\n")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3  # reward against KL and against cost, audits
     result = ComparisonResult.model_validate_json((folder / "results.json").read_bytes())
     assert [row.method for row in result.methods] == [
         "policy", "policy", "args", "args-sample", "pargs", "pargs-greedy", "best-of-n",

@@ -9,7 +9,7 @@ import pytest
 
 import rgtg
 from rgtg.errors import MissingExtraError
-from rgtg.evaluation.figures import new_figure, plot_audit
+from rgtg.evaluation.figures import draw_intervals, new_figure, plot_audit
 from rgtg.types import AuditPoint, AuditResult, Interval, Provenance
 
 
@@ -34,6 +34,21 @@ def result(accuracies):
 def test_an_audit_is_drawn_with_its_undecided_points_left_out(tmp_path):
     plot_audit({"a": result([math.nan, 0.5, 0.7]), "b": result([0.6, 0.6, 0.6])}, tmp_path / "audit.png")
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_are_bars_from_low_to_high_and_none_where_there_is_no_number():
+    _, axes = new_figure()
+    values = [Interval(mean=1, low=0.5, high=2, n=9), Interval(mean=3, low=math.nan, high=math.inf, n=1)]
+    draw_intervals(axes, [10, 20], values, label="m", color="red")
+    (bars,) = axes.collections
+    assert [path.vertices[:, 1].tolist() for path in bars.get_paths()] == [[0.5, 2.0], [3.0, 3.0]]
+    assert axes.lines[0].get_xydata().tolist() == [[10, 1], [20, 3]]
+    assert axes.get_legend_handles_labels()[1] == ["m"]
+
+
+def test_several_panels_come_as_an_array():
+    _, axes = new_figure(8, 4, rows=2, columns=2)
+    assert axes.shape == (2, 2)
 
 
 def test_no_global_state_is_touched():

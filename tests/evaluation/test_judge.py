@@ -113,6 +113,27 @@ def test_a_single_failed_call_is_listed_and_the_rest_counts(tmp_path, sides):
         assert server.calls == 1
 
 
+def test_texts_that_are_refused_never_stop_a_run_that_is_answered_otherwise(tmp_path, sides):
+    def choosy(shown, number):
+        return prefers_good(shown, number) if "3" in shown[0] else (400, {"error": {"message": "too long"}})
+
+    with serve(lambda *_: "[[C]]") as server:  # some answers are there
+        judge(settings(tmp_path, server, sides, limit=1))
+    for calls in (6, 4):  # in the first run, prompt 3 is answered too
+        with serve(choosy) as server:
+            found = judge(settings(tmp_path, server, sides))
+            assert server.calls == calls
+        assert len(found.result.failures) == 4
+        assert found.result.matches[0].failed == 2
+
+
+def test_a_parameter_that_is_always_refused_stops_the_run(tmp_path, sides):
+    refusal = (400, {"error": {"message": "unknown parameter seed"}})
+    with serve(lambda *_: refusal) as server, pytest.raises(EndpointError, match=r"3 calls failed.*unknown parameter"):
+        judge(settings(tmp_path, server, sides, concurrency=1))
+    assert server.calls <= 5
+
+
 def test_an_answer_without_a_verdict_is_asked_for_again_then_listed(tmp_path, sides):
     said = "They differ."
 

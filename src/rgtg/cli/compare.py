@@ -18,7 +18,6 @@ from rgtg.cli.common import (
     save_settings,
     verb,
     write_json,
-    write_text,
 )
 from rgtg.config import CompareSettings
 from rgtg.types import ComparisonResult
@@ -29,7 +28,7 @@ def command(
     policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}.')] = None,
     reward: Annotated[str | None, typer.Option(help="Held-out reward model that scores everyone.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results.json, report.html and the rest.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results.json, the report and the rest.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Row to compare with. Default: the unguided policy.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Make anew what other settings or models made.")] = False,
@@ -58,14 +57,10 @@ def command(
         result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
     write_json(settings.output / "results.json", result)
     save_settings(settings.output, settings)
-    _write_report(result, settings.output / "report.html")
+    from rgtg.report import write_report
+
+    write_report(result, settings.output / "report.html")
     emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result, settings.output))
-
-
-def _write_report(result: ComparisonResult, path: Path) -> None:
-    from rgtg.report import html_report
-
-    write_text(path, html_report(result, {}, title="Comparison"))
 
 
 def show(result: ComparisonResult, output: Path | None = None) -> None:

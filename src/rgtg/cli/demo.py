@@ -17,7 +17,6 @@ from rgtg.cli.common import (
     emit,
     hush_libraries,
     verb,
-    write_text,
 )
 from rgtg.config import DemoSettings
 from rgtg.errors import MissingExtraError
@@ -73,12 +72,11 @@ def _require_extras() -> None:
 
 
 def _write_report(settings: DemoSettings, demo: "Demo") -> Path:
-    from rgtg.report import html_report
+    from rgtg.report import write_report
 
-    page = html_report(demo.result, demo.audits, title="rgtg demo: a support desk", intro=INTRO)
-    report = settings.output / "report.html"
-    write_text(report, page)
-    return report
+    page = settings.output / "report.html"
+    write_report(demo.result, page, audits=demo.audits, title="rgtg demo: a support desk", intro=INTRO)
+    return page
 
 
 def _stages(show: bool) -> Callable[[str, int], AbstractContextManager[Callable[[], None]]]:

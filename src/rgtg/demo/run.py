@@ -30,8 +30,8 @@ SCORER_TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1, "warmup_steps": 0.1,
 }  # fmt: skip
 OWN_FILES = (
-    "corpus.jsonl", "pairs.jsonl", "audit-pairs.jsonl", "prompts.jsonl", "results.json", "report.html", "settings.json",
-    "policy", "completions", *SCORERS, *(f"audit-{name}" for name in SCORERS),
+    "corpus.jsonl", "pairs.jsonl", "audit-pairs.jsonl", "prompts.jsonl", "results.json", "report.html", "report.md",
+    "report-figures", "settings.json", "policy", "completions", *SCORERS, *(f"audit-{name}" for name in SCORERS),
 )  # fmt: skip
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]

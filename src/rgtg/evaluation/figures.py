@@ -1,19 +1,20 @@
 """Figures of audits and comparisons; matplotlib is loaded here and nowhere else at run time."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rgtg.errors import MissingExtraError
-from rgtg.types import AuditResult
+from rgtg.types import AuditResult, Interval
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
-    """A figure and its axes, without touching matplotlib's global state.
+def new_figure(width: float = 6.4, height: float = 4.0, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes (an array of them where there are several), without touching matplotlib's global state.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -23,7 +24,14 @@ def new_figure(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib: pip install 'rgtg[report]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns)
+
+
+def draw_intervals(axes: Any, x: Sequence[float], y: Sequence[Interval], **style: Any) -> None:
+    """Points, joined in the order given, with their intervals as bars; an end that is no number draws none."""
+    below = [max(0.0, value.mean - value.low) if math.isfinite(value.low) else 0.0 for value in y]
+    above = [max(0.0, value.high - value.mean) if math.isfinite(value.high) else 0.0 for value in y]
+    axes.errorbar(x, [value.mean for value in y], yerr=[below, above], **{"marker": "o", "capsize": 2} | style)
 
 
 def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **options: Any) -> None:

@@ -14,6 +14,7 @@ from rgtg.config import JudgeSettings
 from rgtg.evaluation.judge_endpoint import (
     AnswerCache,
     CallFailedError,
+    CallRefusedError,
     Endpoint,
     cost,
     endpoint_url,
@@ -63,7 +64,7 @@ class _Reply:
     verdict: Verdict | None = None
     answers: list[str] = field(default_factory=list)
     problem: str = ""
-    call_failed: bool = False
+    fault: Literal["", "refused", "failed"] = ""
 
 
 def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgement:
@@ -149,7 +150,7 @@ def _ask_all(
         EndpointError: as ``judge`` says. Whatever stops the work, calls under way are waited for: they are paid.
     """
     replies: dict[tuple[str, str, str], _Reply] = {}
-    failed_in_a_row = 0
+    answered, failed_in_a_row = False, 0
     pool = ThreadPoolExecutor(endpoint.settings.concurrency, thread_name_prefix="judge")
     try:
         asked: dict[Future[_Reply], tuple[str, str, str]] = {
@@ -157,7 +158,12 @@ def _ask_all(
         }
         for future in as_completed(asked):
             reply = replies[asked[future]] = future.result()
-            failed_in_a_row = failed_in_a_row + 1 if reply.call_failed else 0
+            answered = answered or not reply.fault
+            # Refusals are the fault of their texts, unless nothing else ever came.
+            if reply.fault == "failed" or (reply.fault and not answered):
+                failed_in_a_row += 1
+            elif not reply.fault:
+                failed_in_a_row = 0
             if failed_in_a_row >= _FAILURES_IN_A_ROW:
                 raise endpoint.failure(f"{failed_in_a_row} calls failed in a row, the last one with: {reply.problem}")
             if progress:
@@ -173,7 +179,7 @@ def _ask_all(
 
 def _require_some_reply(replies: dict[tuple[str, str, str], _Reply], endpoint: Endpoint) -> None:
     """Refuse to make figures where not one call got through."""
-    if replies and all(reply.call_failed for reply in replies.values()):
+    if replies and all(reply.fault for reply in replies.values()):
         raise endpoint.failure(f"every call failed, the last one with: {[*replies.values()][-1].problem}")
 
 
@@ -184,7 +190,8 @@ def _ask(messages: list[Message], endpoint: Endpoint, prompt: JudgePrompt) -> _R
         try:
             answer = endpoint.ask(messages)
         except CallFailedError as error:
-            reply.problem, reply.call_failed = str(error), True
+            reply.problem = str(error)
+            reply.fault = "refused" if isinstance(error, CallRefusedError) else "failed"
             return reply
         reply.answers.append(answer.text)
         try:

@@ -26,6 +26,10 @@ class CallFailedError(Exception):
     """One call failed after its retries, in a way that the next call need not share."""
 
 
+class CallRefusedError(CallFailedError):
+    """The endpoint works and will not take this call: its text is too long, say, or a parameter is unknown to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a judge said, and the tokens it took."""
@@ -144,7 +148,7 @@ class Endpoint:
 
         Raises:
             EndpointError: no call can succeed: unreachable, wrong key, unknown model.
-            CallFailedError: this call failed after its retries.
+            CallFailedError: this call failed after its retries; a CallRefusedError without any.
         """
         key = request_key(self.settings, messages)
         if (kept := self.cache.get(key)) is not None:
@@ -196,6 +200,8 @@ class Endpoint:
             raise self.failure(f"cannot be reached ({error.__cause__ or error}); is it running?") from error
         except ValueError as error:
             raise CallFailedError("the response is not JSON") from error
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise CallRefusedError(self._without_key(_said(error))) from error
         except openai.OpenAIError as error:
             raise CallFailedError(self._without_key(_said(error))) from error
         with self._lock:

@@ -1,7 +1,7 @@
 """The figure of an audit by roll-outs."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | P
     figure.savefig(path, dpi=150, **options)
 
 
-def draw_rollout_audits(left: Any, right: Any, results: Mapping[str, RolloutAuditResult]) -> None:
+def draw_rollout_audits(
+    left: Any, right: Any, results: Mapping[str, RolloutAuditResult], colours: Sequence[str] = COLOURS
+) -> None:
     """Spearman within a prefix (left) and gain of one guided token (right), by position, with 95 % bands."""
-    for colour, (label, result) in zip(itertools.cycle(COLOURS), results.items(), strict=False):
+    for colour, (label, result) in zip(itertools.cycle(colours), results.items(), strict=False):
         points = result.by_position
         _curve(left, points, [p.spearman for p in points], colour, label)
         _curve(right, points, [p.guided.gain for p in points], colour, label)

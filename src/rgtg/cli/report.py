@@ -1,0 +1,33 @@
+"""``rgtg report``: what the other commands wrote, as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rgtg.cli.common import AsJson, Quiet, emit, verb
+
+
+@verb
+def command(
+    source: Annotated[Path, typer.Argument(help="Output folder of rgtg compare, or its results.json.")],
+    audit: Annotated[
+        list[str] | None, typer.Option(help="audit.json or rollout-audit.json, as FILE or NAME=FILE; repeatable.")
+    ] = None,
+    judge: Annotated[Path | None, typer.Option(help="judge.json of the same rows, or its folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html beside the results.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Comparison",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a self-contained page, and the same in Markdown beside it, from files alone: no model is loaded."""
+    from rgtg.report import write_report
+    from rgtg.report.read import read_audits, read_comparison, read_judged
+
+    result = read_comparison(source)
+    audits, rollouts = read_audits(audit or [])
+    page = output or (source if source.is_dir() else source.parent) / "report.html"
+    judged = read_judged(judge) if judge else None
+    written = write_report(result, page, audits=audits, rollouts=rollouts, judged=judged, title=title)
+    names = [str(path) for path in written]
+    emit({"written": names}, as_json=as_json, quiet=quiet, show=lambda: typer.echo(f"written: {', '.join(names)}"))

@@ -1,0 +1,123 @@
+"""From results, audits and verdicts to the report: which parts there are, and the files they become."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgtg.outputs import atomic_write, write_text
+from rgtg.report import comparison
+from rgtg.report.audits import audits as audit_section
+from rgtg.report.audits import rollout_audits as rollout_section
+from rgtg.report.blocks import Facts, Section
+from rgtg.report.drawing import write_png
+from rgtg.report.html import render_html
+from rgtg.report.markdown import figures_of, render_markdown
+from rgtg.report.samples import samples
+from rgtg.report.wins import wins
+from rgtg.types import AuditResult, ComparisonResult, JudgeResult, Provenance
+from rgtg.types_rollouts import RolloutAuditResult
+
+
+def report_sections(
+    result: ComparisonResult,
+    audits: Mapping[str, AuditResult] | None = None,
+    *,
+    rollouts: Mapping[str, RolloutAuditResult] | None = None,
+    judged: JudgeResult | None = None,
+) -> list[Section]:
+    """Every part there is something to say in, in reading order; of a judge's win rates instead of gold's if given."""
+    parts = [
+        comparison.glance(result),
+        comparison.rewards(result),
+        comparison.frontier(result),
+        comparison.cost(result),
+        comparison.differences(result),
+        comparison.strengths(result),
+        wins(result, judged),
+        audit_section(audits or {}),
+        rollout_section(rollouts or {}),
+        samples(result),
+        _made(result.provenance, (audits or {}, rollouts or {}), judged),
+    ]
+    return [part for part in parts if part.blocks]
+
+
+def html_report(
+    result: ComparisonResult,
+    audits: Mapping[str, AuditResult] | None = None,
+    *,
+    rollouts: Mapping[str, RolloutAuditResult] | None = None,
+    judged: JudgeResult | None = None,
+    title: str,
+    intro: str = "",
+) -> str:
+    """One HTML page: rewards, reward against KL and cost, differences, win rates, audits, samples, provenance.
+
+    Nothing outside the page is loaded; every text in it is escaped.
+
+    Args:
+        result: of ``rgtg compare`` or ``rgtg demo``.
+        audits: name of a scorer → its audit on pairs; none leaves that part out.
+        rollouts: name of a scorer → its audit by roll-outs.
+        judged: of ``rgtg judge`` on the same rows; without it win rates are by gold reward.
+        title: heading of the page.
+        intro: plain text; each line becomes a paragraph.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    return render_html(title, intro, report_sections(result, audits, rollouts=rollouts, judged=judged))
+
+
+def write_report(
+    result: ComparisonResult,
+    output: Path,
+    *,
+    audits: Mapping[str, AuditResult] | None = None,
+    rollouts: Mapping[str, RolloutAuditResult] | None = None,
+    judged: JudgeResult | None = None,
+    title: str = "Comparison",
+    intro: str = "",
+) -> list[Path]:
+    """Write the page, and beside it the same in Markdown with its figures in a folder; each file whole or not at all.
+
+    Returns:
+        The page and the Markdown file: ``report.html`` and ``report.md``, whose figures are in ``report-figures``.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    sections = report_sections(result, audits, rollouts=rollouts, judged=judged)
+    folder, markdown = output.with_name(f"{output.stem}-figures"), output.with_suffix(".md")
+    page = render_html(title, intro, sections)
+    for figure in figures_of(sections):
+        with atomic_write(folder / f"{figure.name}.png") as partial:
+            write_png(figure, partial)
+    write_text(markdown, render_markdown(title, intro, sections, folder.name))
+    write_text(output, page)  # last: where it is, all is
+    return [output, markdown]
+
+
+def _made(
+    of: Provenance,
+    audits: tuple[Mapping[str, AuditResult], Mapping[str, RolloutAuditResult]],
+    judged: JudgeResult | None,
+) -> Section:
+    """Where everything in the report comes from."""
+    facts: dict[str, Any] = {
+        "command": of.command, "rgtg": of.version, "git commit": of.git_commit, "seed": of.seed, "dtype": of.dtype,
+        "device": of.device, "models": _pairs(of.models), "data": _pairs(of.data), "settings": _pairs(of.settings),
+    }  # fmt: skip
+    facts |= {f"audit of {name}": f"{a.pairs} pairs, {_pairs(a.provenance.data)}" for name, a in audits[0].items()}
+    facts |= {f"roll-outs for {name}": f"{a.prefixes} prefixes, reward {a.reward}" for name, a in audits[1].items()}
+    if judged:
+        facts["judge"] = (
+            f"{judged.model} at {judged.base_url}, prompt {judged.prompt_fingerprint}, {_pairs(judged.provenance.data)}"
+        )
+    known = [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+    return Section("made", "Where this comes from", [Facts(known)])
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,180 @@
+"""The report's figures on matplotlib axes: curves through strengths, with intervals, marks and one legend below."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rgtg.evaluation.figures import COLOURS, draw_audits, draw_intervals, new_figure
+from rgtg.evaluation.rollout_figures import draw_rollout_audits
+from rgtg.report.blocks import Figure
+from rgtg.types import AuditResult, MethodResult
+from rgtg.types_rollouts import RolloutAuditResult
+
+# Matplotlib wants a real colour; in the page's SVG it becomes the text colour, which follows light and dark.
+INK = "#010203"
+PALETTE = (*COLOURS[:-1], INK)  # for black, which a dark page would hide
+_WARNING = "#c1121f"
+_MARKERS, _LINES = "os^Dv*P", ("-", "--", ":")
+_WIDTH = 10.0
+_LEGEND_COLUMNS = 4
+_RANGE = 15  # beyond this ratio an axis is logarithmic
+
+CurveOf = Callable[[MethodResult], str]
+Marks = Mapping[str, set[str]]
+
+
+def legend_height(entries: int) -> float:
+    """Inches that a legend of so many entries takes below the axes."""
+    return 0.24 * math.ceil(entries / _LEGEND_COLUMNS)
+
+
+def as_svg(of: Figure) -> str:
+    """An SVG whose ink is the text colour of the page around it, without XML head.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _drawn(of)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(_WARNING, "var(--bad)")
+
+
+def write_png(of: Figure, path: Path) -> None:
+    """The same figure as a picture on white, which any reader of Markdown shows.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    _drawn(of).savefig(path, format="png", dpi=130, facecolor="white", metadata={"Software": ""})
+
+
+def draw_frontier(
+    figure: Any, axes: Any, rows: Sequence[MethodResult], reward: str, curve_of: CurveOf, marks: Marks
+) -> None:
+    """Reward against KL to the policy and, where it is known, to the policy cut to the same candidates."""
+    panels = {"kl_nats": "KL to the policy (nats)", "kl_cut_nats": "KL over the same candidates (nats)"}
+    for panel, (metric, label) in zip(_flat(axes), panels.items(), strict=False):
+        some = [row for row in rows if metric in row.metrics and math.isfinite(row.metrics[metric].mean)]
+        at = {row.label: row.metrics[metric].mean for row in some}
+        _curves(panel, rows, some, curve_of, at)
+        _mark(panel, some, at, marks)
+        _scale(panel, list(at.values()), label)
+    _finish(figure, axes, reward)
+
+
+def draw_costs(
+    figure: Any, axes: Any, rows: Sequence[MethodResult], reward: str, curve_of: CurveOf, calls: Mapping[str, float]
+) -> None:
+    """Reward against calls of policy and scorer per token, and against milliseconds per token."""
+    times = {row.label: 1000 / row.tokens_per_second for row in rows}
+    labels = ("policy and scorer calls per token", "milliseconds per token")
+    for panel, at, label in zip(_flat(axes), (calls, times), labels, strict=True):
+        _curves(panel, rows, rows, curve_of, at)
+        _scale(panel, list(at.values()), label)
+    _finish(figure, axes, reward)
+
+
+def draw_prefix_audits(figure: Any, axes: Any, audits: Mapping[str, AuditResult]) -> None:
+    """Pairwise accuracy by share of the completion read."""
+    draw_audits(axes, audits, PALETTE)
+    _finish(figure, axes, "pairs ordered rightly")
+
+
+def draw_choices(figure: Any, axes: Any, audits: Mapping[str, RolloutAuditResult]) -> None:
+    """The two panels of an audit by roll-outs."""
+    left, right = _flat(axes)
+    draw_rollout_audits(left, right, audits, PALETTE)
+    _finish(figure, axes, left.get_ylabel())
+
+
+def _drawn(of: Figure) -> Any:
+    figure, axes = new_figure(_WIDTH if of.columns > 1 else 0.72 * _WIDTH, of.height, columns=of.columns)
+    of.draw(figure, axes)
+    return figure
+
+
+def _curves(
+    axes: Any,
+    everyone: Sequence[MethodResult],
+    rows: Sequence[MethodResult],
+    curve_of: CurveOf,
+    at: Mapping[str, float],
+) -> None:
+    """One curve per method through its strengths; a method keeps its look in every panel."""
+    names = dict.fromkeys(map(curve_of, everyone))
+    for i, name in enumerate(names):
+        colour, marker = PALETTE[i % len(PALETTE)], _MARKERS[(i + i // len(PALETTE)) % len(_MARKERS)]
+        line = _LINES[i // len(PALETTE) % len(_LINES)]
+        mine = sorted((row for row in rows if curve_of(row) == name), key=lambda r: (r.strength or 0.0, at[r.label]))
+        draw_intervals(
+            axes, [at[row.label] for row in mine], [row.metrics["reward"] for row in mine], label=_shown(name),
+            color=colour, marker=marker, linestyle=line, linewidth=1.4, markersize=5,
+        )  # fmt: skip
+
+
+def _mark(axes: Any, rows: Sequence[MethodResult], at: Mapping[str, float], marks: Marks) -> None:
+    """Rings and crosses on the rows that the marks name."""
+    ring = {"marker": "o", "markersize": 13, "fillstyle": "none", "color": INK}
+    cross = {"marker": "x", "markersize": 11, "markeredgewidth": 2, "color": _WARNING}
+    for (name, labels), look in zip(marks.items(), (ring, cross), strict=True):
+        some = [row for row in rows if row.label in labels]
+        if some:
+            x, y = [at[row.label] for row in some], [row.metrics["reward"].mean for row in some]
+            axes.plot(x, y, label=name, linestyle="", zorder=5, **look)
+
+
+def _scale(axes: Any, values: Sequence[float], label: str) -> None:
+    """A logarithmic axis where the values span decades (steered hard, a method lies hundreds of nats away)."""
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > _RANGE * max(min(positive), 1.0):
+        axes.set_xscale("symlog", linthresh=1)
+        ticks = [0.0, *(step * 10.0**power for power in range(6) for step in (1, 2, 5))]
+        low, high = min(values), 1.2 * max(values)
+        axes.set_xticks([tick for tick in ticks if low <= 1.5 * tick <= 1.5 * high or (tick == 0 and low < 0.5)])
+        axes.set_xticks([], minor=True)
+        label += ", logarithmic"
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(label)
+
+
+def _finish(figure: Any, axes: Any, ylabel: str) -> None:
+    """One legend for all panels, ink that follows the page, a light grid."""
+    panels = _flat(axes)
+    panels[0].set_ylabel(_plain(ylabel))
+    found = [panel.get_legend_handles_labels() for panel in panels]
+    entries = {_plain(label): handle for panel in found for handle, label in zip(*panel, strict=True)}
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(entries)),
+        frameon=False, fontsize="small", labelcolor=INK,
+    )  # fmt: skip
+    for panel in panels:
+        _use_ink(panel)
+
+
+def _use_ink(axes: Any) -> None:
+    axes.tick_params(colors=INK, which="both")
+    axes.grid(visible=True, color=INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color(INK)
+    for side, spine in axes.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+def _flat(axes: Any) -> list[Any]:
+    return list(axes.flat) if hasattr(axes, "flat") else [axes]
+
+
+def _plain(text: str) -> str:
+    """A dollar sign would open mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _shown(label: str) -> str:
+    """A leading underscore would keep a curve out of the legend."""
+    return f"\u200b{label}" if label.startswith("_") else label

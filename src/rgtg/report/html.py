@@ -1,0 +1,97 @@
+"""Sections as one HTML page that loads nothing from outside; every text in it is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+
+from rgtg.report.blocks import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
+from rgtg.report.drawing import as_svg
+
+_WORDY = 40  # characters from which a column holds prose, and reads from the left
+
+
+def render_html(title: str, intro: str, sections: Sequence[Section]) -> str:
+    """The page.
+
+    Raises:
+        MissingExtraError: there is a figure, and matplotlib is not installed.
+    """
+    style = (resources.files("rgtg.report") / "style.css").read_text(encoding="utf-8")
+    links = "".join(f'<a href="#{section.key}">{_text(section.title)}</a>' for section in sections)
+    lead = "".join(f"<p>{_text(line)}</p>" for line in intro.splitlines() if line.strip())
+    body = "\n".join(_section(section) for section in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>\n{style}</style></head>\n"
+        f"<body><h1>{_text(title)}</h1>{lead}<nav>{links}</nav>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    blocks = "\n".join(_block(block) for block in section.blocks)
+    return f'<section id="{section.key}"><h2>{_text(section.title)}</h2>\n{blocks}</section>'
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Paragraph():
+            lead = f"<b>{_text(block.lead)}</b> " if block.lead else ""
+            soft = ' class="soft"' if block.soft else ""
+            return f"<p{soft}>{lead}{_text(block.text)}</p>"
+        case Points():
+            items = "".join(f"<li><b>{_text(lead)}:</b> {_text(text)}</li>" for lead, text in block.items)
+            return f'<ul class="points">{items}</ul>'
+        case Table():
+            return _table(block)
+        case Figure():
+            return _figure(block)
+        case Sample():
+            cards = "".join(_card(card) for card in block.cards)
+            return f'<blockquote class="text">{_text(block.prompt)}</blockquote><div class="cards">{cards}</div>'
+        case Facts():
+            return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in block.items)}</dl>"
+
+
+def _table(table: Table) -> str:
+    wordy = [any(len(row[i].text) > _WORDY for row in table.rows) for i in range(len(table.headings))]
+    looks = [' class="words"' if words else "" for words in wordy]
+    head = "".join(f"<th{look}>{_text(heading)}</th>" for heading, look in zip(table.headings, looks, strict=True))
+    body = "".join(
+        ('<tr class="strong">' if i in table.strong else "<tr>")
+        + "".join(_cell(cell, look) for cell, look in zip(row, looks, strict=True))
+        + "</tr>"
+        for i, row in enumerate(table.rows)
+    )
+    whole = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    if not table.summary:
+        return whole
+    return f"<details><summary>{_text(table.summary)}</summary>{whole}</details>"
+
+
+def _cell(cell: Cell, look: str) -> str:
+    marks = "".join(f'<span class="mark {_text(mark)}">{_text(mark)}</span>' for mark in cell.marks)
+    detail = f"<small>{_text(cell.detail)}</small>" if cell.detail else ""
+    return f"<td{look if cell.shade is None else _shaded(cell.shade)}>{_text(cell.text)}{marks}{detail}</td>"
+
+
+def _shaded(shade: float) -> str:
+    """Green above one half, red below it, and the more so the farther."""
+    colour, strength = ("good" if shade >= 0.5 else "bad"), 90 * abs(shade - 0.5)
+    return f' class="shaded" style="background: color-mix(in srgb, var(--{colour}) {strength:.0f}%, transparent)"'
+
+
+def _figure(figure: Figure) -> str:
+    svg = as_svg(figure).replace("<svg", f'<svg role="img" aria-label="{_text(figure.caption)}"', 1)
+    return f"<figure>{svg}<figcaption>{_text(figure.caption)}</figcaption></figure>"
+
+
+def _card(card: Card) -> str:
+    words = "".join(f"<mark>{_text(text)}</mark>" if new else _text(text) for text, new in card.words)
+    notes = "".join(f" <small>({_text(note)})</small>" for note in card.notes)
+    head = f"<header><span>{_text(card.label)}</span><span>{_text(card.reward)}</span></header>"
+    return f'<div class="card">{head}<div class="text">{words}{notes}</div></div>'
+
+
+def _text(value: str) -> str:
+    return escape(value, quote=True)

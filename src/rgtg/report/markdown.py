@@ -1,0 +1,90 @@
+"""Sections as Markdown, with figures as pictures in a folder beside it; every text in it is escaped."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from rgtg.report.blocks import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
+_LINE_START = re.compile(r"^(\s*)([-+](?=[-\s]|$)|[>=]|\d+[.)](?=\s|$))", re.MULTILINE)
+
+
+def render_markdown(title: str, intro: str, sections: Sequence[Section], pictures: str) -> str:
+    """The report; ``pictures`` is the folder of its figures, relative to it."""
+    lead = [_text(line) for line in intro.splitlines() if line.strip()]
+    parts = [f"# {_line(title)}", *lead]
+    for section in sections:
+        parts += [f"## {_line(section.title)}", *(_block(block, pictures) for block in section.blocks)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures_of(sections: Sequence[Section]) -> list[Figure]:
+    """All figures of a report, in order."""
+    return [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+
+
+def _block(block: Block, pictures: str) -> str:
+    match block:
+        case Paragraph():
+            return " ".join(
+                part for part in (f"**{_line(block.lead)}**" if block.lead else "", _text(block.text)) if part
+            )
+        case Points():
+            return "\n".join(f"- **{_line(lead)}:** {_line(text)}" for lead, text in block.items)
+        case Table():
+            return _table(block)
+        case Figure():
+            return f"![{_line(block.caption)}]({pictures}/{block.name}.png)"
+        case Sample():
+            return "\n\n".join([f"> {_quoted(block.prompt)}", "\n".join(map(_card, block.cards))])
+        case Facts():
+            return "\n".join(f"- {_line(name)}: {_line(value)}" for name, value in block.items)
+
+
+def _table(table: Table) -> str:
+    rules = [":--", *("--:" for _ in table.headings[1:])]
+    rows = [[_cell(cell, strong=i in table.strong) for cell in row] for i, row in enumerate(table.rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in ([_line(h) for h in table.headings], rules, *rows)]
+    return "\n".join([f"{_line(table.summary)}:", "", *lines] if table.summary else lines)
+
+
+def _cell(cell: Cell, *, strong: bool) -> str:
+    text = _line(cell.text)
+    if strong and text:
+        text = f"**{text}**"
+    detail = f"({_line(cell.detail)})" if cell.detail else ""
+    return " ".join(part for part in (text, *(f"*{mark}*" for mark in cell.marks), detail) if part)
+
+
+def _card(card: Card) -> str:
+    """A bullet; words that the baseline lacks are bold, and white space stays outside the asterisks."""
+    words = "".join(_bold(text) if new else _line(text) for text, new in card.words)
+    notes = "".join(f" *({_line(note)})*" for note in card.notes)
+    return f"- **{_line(card.label)}** {_line(card.reward)}: {words}{notes}"
+
+
+def _bold(text: str) -> str:
+    core = text.strip()
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{_line(before)}**{_line(core)}**{_line(after)}" if core else _line(text)
+
+
+def _quoted(text: str) -> str:
+    return "<br>".join(_text(line) for line in text.strip().splitlines())
+
+
+def _line(text: str) -> str:
+    """One line, whatever is in the text."""
+    return re.sub(r"\s*\n\s*", "<br>", _text(text))
+
+
+def _text(text: str) -> str:
+    """No mark of Markdown or HTML in a text is one in the report."""
+    plain = _SPECIAL.sub(r"\\\1", escape(text, quote=False))
+    return _LINE_START.sub(lambda found: f"{found[1]}\\{found[2]}" if len(found[2]) == 1 else _listed(found), plain)
+
+
+def _listed(found: re.Match[str]) -> str:
+    """A number that would begin a list: the escape goes before its point."""
+    return f"{found[1]}{found[2][:-1]}\\{found[2][-1]}"

@@ -1,0 +1,74 @@
+"""Completions of the same prompt side by side, with the words that the baseline's lacks marked."""
+
+import difflib
+import re
+from typing import Any
+
+from rgtg.report.blocks import Card, Paragraph, Sample, Section
+from rgtg.report.comparison import by_reward, representatives
+from rgtg.report.numbers import number
+from rgtg.types import ComparisonResult, MethodResult
+
+_WORD = re.compile(r"\s+|\S+")
+
+
+def samples(result: ComparisonResult) -> Section:
+    """The first completions of every method shown; those of the baseline come first, unmarked."""
+    shown = [row for row in representatives(result) if row.samples]
+    count = min((len(row.samples) for row in shown), default=0)
+    if not count:
+        return Section("samples", "", [])
+    base = next((row for row in shown if row.label == result.baseline), None)
+    ordered = [base] * (base is not None) + [row for row in by_reward(shown) if row is not base]
+    note = f"Marked: words that the completion of {base.label} lacks at that place." if base else ""
+    left_out = len(result.methods) - len(shown)
+    if left_out:
+        note += f" {left_out} rows of other strengths are left out; a comparison's completions.jsonl holds them all."
+    blocks = [_sample([row for row in ordered if row], base, i) for i in range(count)]
+    return Section("samples", "Completions side by side", [Paragraph(note.strip(), soft=True), *blocks])
+
+
+def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
+    """Words and the white space between them, each with whether it is new against the baseline.
+
+    The longest common subsequences of words are found by difflib; space is never marked between a new word and an old.
+
+    >>> marked_words("The red dog", "The dog")
+    [('The ', False), ('red', True), (' dog', False)]
+    """
+    mine, theirs = text.split(), baseline.split()
+    matcher = difflib.SequenceMatcher(None, theirs, mine, autojunk=False)
+    new = [True] * len(mine)
+    for match in matcher.get_matching_blocks():
+        new[match.b : match.b + match.size] = [False] * match.size
+    runs: list[tuple[str, bool]] = []
+    word, pieces = -1, _WORD.findall(text)
+    for piece in pieces:
+        space = piece.isspace()
+        word += not space
+        inside = space and 0 <= word < len(new) - 1 and new[word] and new[word + 1]
+        flag = inside or (not space and new[word])
+        if runs and runs[-1][1] == flag:
+            runs[-1] = (runs[-1][0] + piece, flag)
+        else:
+            runs.append((piece, flag))
+    return runs
+
+
+def _sample(ordered: list[MethodResult], base: MethodResult | None, index: int) -> Sample:
+    baseline = _text(base.samples[index]) if base else None
+    cards = [_card(row.label, row.samples[index], baseline if row is not base else None) for row in ordered]
+    return Sample(str(ordered[0].samples[index].get("prompt", "")), cards)
+
+
+def _card(label: str, sample: dict[str, Any], baseline: str | None) -> Card:
+    text, reward = _text(sample), sample.get("reward")
+    notes = [] if sample.get("finish_reason", "stop") == "stop" else ["cut off"]
+    if not text:
+        notes.append("empty")
+    words = [(text, False)] if baseline is None else marked_words(text, baseline)
+    return Card(label, number(reward) if isinstance(reward, int | float) else "", words, notes)
+
+
+def _text(sample: dict[str, Any]) -> str:
+    return str(sample.get("text", "")).strip()
