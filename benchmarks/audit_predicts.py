@@ -167,6 +167,7 @@ def one_gold(name, args, policy, prompts, rollouts):
         part = folder / f"{scorer}.json"
         record = cached(part, lambda s=scorer: examine(s, args, folder, prompts, pairs, scored, gold, policy))
         golds = record.pop("golds")
+        record["rollouts"].pop("by_position")
         gain = paired_difference(golds, unguided, seed=args.seed).model_dump()
         # the KL that was reached is not quite --kl: to first order the gain grows with its square root
         scale = math.sqrt(args.kl / record["kl_nats"])
@@ -218,7 +219,7 @@ def tabulate(results, seed, without=()):
         parts = {result["gold"]: [group] for result, group in zip(results, groups, strict=True)}
         table[name] = {part: correlate(some, seed) for part, some in (parts | {"mean of golds": groups}).items()}
     found = {name: {part: described(*of) for part, of in row.items()} for name, row in table.items()}
-    for name, row in table.items():
+    for name, row in ((n, r) for n, r in table.items() if n != PLAIN):
         (here, drawn, count), (other, others, _) = row["mean of golds"], table[PLAIN]["mean of golds"]
         found[name][f"less that of {PLAIN}"] = described(here - other, drawn - others, count)
     return found
