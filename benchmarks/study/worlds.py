@@ -1,0 +1,105 @@
+"""What a track gives to every method alike: a policy, prompts to tune and to test on, pairs, and a gold reward."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgtg import GuidedPolicy
+from rgtg.models.policy import load_policy
+from rgtg.outputs import write_text
+
+from .golds import GOLDS
+
+OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
+
+
+@dataclass
+class World:
+    """One cell of the study: everything that depends on the track, the gold and the seed but not on a method."""
+
+    track: str
+    gold_name: str
+    seed: int
+    policy: str  # folder
+    folder: Path  # of this cell's parts
+    tune: list[str]
+    test: list[str]
+    pairs: list[dict[str, str]]
+    gold: Callable[[list[Any]], list[float]]
+    max_new_tokens: int
+    batch_size: int
+    sources: list[str] | None = None  # of the test prompts
+
+
+def write_rows(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def once(path, make):
+    """Rows of a part file, made where there is none."""
+    if not path.exists():
+        write_rows(path, make())
+    return read_rows(path)
+
+
+def story_prompts(policy, count):
+    """Distinct openings of stories: a fixed start continued by eight sampled tokens."""
+    guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
+    starts = [OPENINGS[i % len(OPENINGS)] for i in range(int(1.5 * count))]
+    done = guided.generate(starts, max_new_tokens=8, seed=0, batch_size=500)
+    texts = [c.prompt + c.text.rstrip() for c in done if c.finish_reason == "length"]
+    return [{"prompt": text} for text in list(dict.fromkeys(texts))[:count]]
+
+
+def sample_twice(policy, prompts, tokens):
+    """Two completions of every prompt, sampled from the policy's whole vocabulary."""
+    guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
+    done = guided.generate([p for p in prompts for _ in range(2)], max_new_tokens=tokens, seed=1, batch_size=500)
+    rows = []
+    for a, b in zip(done[::2], done[1::2], strict=True):
+        if a.text.strip() and b.text.strip() and a.text != b.text:
+            reasons = [a.finish_reason, b.finish_reason]
+            rows.append({"prompt": a.prompt, "texts": [a.text, b.text], "finish_reasons": reasons})
+    return rows
+
+
+def label(rows, reward, seed):
+    """Pairs with Bradley–Terry noise: the first wins with probability σ(its reward less the other's)."""
+    noise = random.Random(seed)
+    pairs = []
+    for row in rows:
+        first, second = row["texts"]
+        p = 1 / (1 + math.exp(reward(row["prompt"], second) - reward(row["prompt"], first)))
+        won, lost = (first, second) if noise.random() < p else (second, first)
+        pairs.append({"prompt": row["prompt"], "chosen": won, "rejected": lost})
+    return pairs
+
+
+def stories(args, gold_name, seed):
+    """A cell of track A: seed s takes the s-th slice of the sampled pairs, so seeds share no pair."""
+    size, work = args.pairs + 200, args.work / "stories"
+    seeds = max(3, seed + 1)
+    everything = once(
+        work / "prompts.jsonl", lambda: story_prompts(args.policy, args.tune + args.test + seeds * size)
+    )
+    prompts = [row["prompt"] for row in everything]
+    tune, test = prompts[: args.tune], prompts[args.tune : args.tune + args.test]
+    mine = prompts[args.tune + args.test :][seed * size : (seed + 1) * size]
+    rows = once(work / f"samples-s{seed}.jsonl", lambda: sample_twice(args.policy, mine, args.tokens))
+    reward = GOLDS[gold_name]
+    folder = work / f"{gold_name}-s{seed}"
+    pairs = label(rows, reward, seed)[: args.pairs]
+    once(folder / "pairs.jsonl", lambda: pairs)
+    return World(
+        track="stories", gold_name=gold_name, seed=seed, policy=args.policy, folder=folder, tune=tune, test=test,
+        pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done], max_new_tokens=args.tokens,
+        batch_size=args.batch,
+    )  # fmt: skip
