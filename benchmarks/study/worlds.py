@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class World:
     gold_name: str
     seed: int
     policy: str  # folder
+    original: str  # the same weights, for TRL
     folder: Path  # of this cell's parts
     tune: list[str]
     test: list[str]
@@ -83,23 +85,35 @@ def label(rows, reward, seed):
     return pairs
 
 
+def without_eos(source, folder):
+    """A copy of the policy whose tokenizer names no EOS: stories are cut at a length, and none is closed."""
+    if not (folder / "tokenizer_config.json").exists():
+        shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        folder.chmod(0o755)
+        config = json.loads((Path(source) / "tokenizer_config.json").read_text())
+        config.pop("eos_token")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    return str(folder)
+
+
 def stories(args, gold_name, seed):
     """A cell of track A: seed s takes the s-th slice of the sampled pairs, so seeds share no pair."""
     size, work = args.pairs + 200, args.work / "stories"
-    seeds = max(3, seed + 1)
-    everything = once(
-        work / "prompts.jsonl", lambda: story_prompts(args.policy, args.tune + args.test + seeds * size)
-    )
+    policy = without_eos(args.policy, work / "policy")
+    count = args.tune + args.test + 3 * size  # three seeds
+    everything = once(work / "prompts.jsonl", lambda: story_prompts(policy, count))
     prompts = [row["prompt"] for row in everything]
     tune, test = prompts[: args.tune], prompts[args.tune : args.tune + args.test]
     mine = prompts[args.tune + args.test :][seed * size : (seed + 1) * size]
-    rows = once(work / f"samples-s{seed}.jsonl", lambda: sample_twice(args.policy, mine, args.tokens))
+    rows = once(work / f"samples-s{seed}.jsonl", lambda: sample_twice(policy, mine, args.tokens))
     reward = GOLDS[gold_name]
     folder = work / f"{gold_name}-s{seed}"
     pairs = label(rows, reward, seed)[: args.pairs]
     once(folder / "pairs.jsonl", lambda: pairs)
     return World(
-        track="stories", gold_name=gold_name, seed=seed, policy=args.policy, folder=folder, tune=tune, test=test,
-        pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done], max_new_tokens=args.tokens,
+        track="stories", gold_name=gold_name, seed=seed, policy=policy, original=args.policy, folder=folder,
+        tune=tune, test=test, pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done], max_new_tokens=args.tokens,
         batch_size=args.batch,
     )  # fmt: skip
+
+GOLD_NAMES = {"stories": list(GOLDS), "human": ["judge"], "demo": ["letter"]}

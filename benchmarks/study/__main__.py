@@ -1,0 +1,89 @@
+"""The study: every objective, method and fine-tuned baseline on the same prompts, pairs and held-out rewards.
+
+    python -m benchmarks.study stories --policy STORIES260K --work WORK [--golds lexicon --seeds 0 1 2]
+    python -m benchmarks.study human --policy POLICY --data DATA --work WORK
+    python -m benchmarks.study demo --work WORK [--only "pargs β=2"]
+    python -m benchmarks.study tables --work WORK --track stories
+
+A run is resumable: every trained folder and every measured row is a part in WORK, and a run that was killed goes on
+where it stopped. ``--only ROW`` measures one row of the committed JSON again and compares it with that to the digit.
+"""
+
+import argparse
+import os
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from . import again, tables, worlds
+from .measure import Models, measured
+from .rows import BY_NAME, CORE, ROWS
+
+
+def best_value(world, row, models):
+    """The value of the knob with the best mean gold reward on the tuning prompts; every method has its four tries."""
+    if len(row.grid) == 1:
+        return row.grid[0]
+    scores = {}
+    for value in row.grid:
+        part = measured(world, row, value, "tune", models)
+        scores[value] = sum(part["rewards"]) / len(part["rewards"])
+    return max(scores, key=scores.__getitem__)
+
+
+def run_cell(world, names, passes, models):
+    """Tune every row and measure it on the test prompts; then, in a second pass, its whole grid."""
+    for stage in passes:
+        for name in names:
+            row = BY_NAME[name]
+            try:
+                start = time.perf_counter()
+                values = [best_value(world, row, models)] if stage == "tuned" else row.grid
+                for value in values:
+                    part = measured(world, row, value, "test", models)
+                    mean, kl = (sum(part[k]) / len(part[k]) for k in ("rewards", "kl"))
+                    took = time.perf_counter() - start
+                    print(f"{time.strftime('%H:%M:%S')} {world.gold_name} s{world.seed} {part['key']}: {mean:.3f} at "
+                          f"{kl:.1f} nats  {took:.0f} s", flush=True)  # fmt: skip
+            except Exception:  # one row that fails must not cost the others; it is tried again by the next run
+                print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", choices=["stories", "human", "demo", "tables"])
+    parser.add_argument("--policy")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--golds", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=CORE)
+    parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier"], default=["tuned"])
+    parser.add_argument("--only", help="a row of the committed JSON, measured again")
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--tune", type=int, default=100)
+    parser.add_argument("--test", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=250)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.track == "tables":
+        return tables.write(args.work, args.of, args.output)
+    make = {"stories": worlds.stories, "human": worlds.human, "demo": worlds.demo}[args.track]
+    models = Models()
+    for seed in args.seeds:
+        for gold in args.golds or worlds.GOLD_NAMES[args.track]:
+            world = make(args, gold, seed)
+            if args.only:
+                return again.compare(world, args.only, args.output, models)
+            run_cell(world, args.rows, args.passes, models)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    raise SystemExit(main())
