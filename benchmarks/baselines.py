@@ -30,7 +30,7 @@ DEFAULTS = {
     "sft": {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 32, "max_length": 256},
     "dpo": {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 32, "max_length": 256,
             "beta": 0.1, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 64},
-    "rloo": {"learning_rate": 3e-4, "max_steps": 60, "per_device_train_batch_size": 128, "num_generations": 4,
+    "rloo": {"learning_rate": 1e-3, "max_steps": 30, "per_device_train_batch_size": 64, "num_generations": 4,
              "max_completion_length": 64, "beta": 0.05},
 }  # fmt: skip
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from . import again, tables, worlds
+from . import worlds
 from .measure import Models, measured
 from .rows import BY_NAME, CORE, ROWS
 
 
 def best_value(world, row, models):
     """The value of the knob with the best mean gold reward on the tuning prompts; every method has its four tries."""
-    if len(row.grid) == 1:
-        return row.grid[0]
+    if len(row.grid) == 1 or row.knob == "n" and row.group == "best-of-n":
+        return row.grid[-1]  # more samples are not tuned, they are paid for
     scores = {}
     for value in row.grid:
         part = measured(world, row, value, "tune", models)
@@ -51,6 +51,16 @@ def run_cell(world, names, passes, models):
                 print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
 
 
+def quiet():
+    """Progress bars of the libraries would bury the study's own lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("track", choices=["stories", "human", "demo", "tables"])
@@ -64,21 +74,26 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=CORE)
     parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier"], default=["tuned"])
     parser.add_argument("--only", help="a row of the committed JSON, measured again")
-    parser.add_argument("--pairs", type=int, default=2000)
-    parser.add_argument("--tune", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=1200)
+    parser.add_argument("--tune", type=int, default=64)
     parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=250)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    quiet()
     if args.track == "tables":
+        from . import tables
+
         return tables.write(args.work, args.of, args.output)
-    make = {"stories": worlds.stories, "human": worlds.human, "demo": worlds.demo}[args.track]
+    make = worlds.MAKERS[args.track]
     models = Models()
     for seed in args.seeds:
         for gold in args.golds or worlds.GOLD_NAMES[args.track]:
             world = make(args, gold, seed)
             if args.only:
+                from . import again
+
                 return again.compare(world, args.only, args.output, models)
             run_cell(world, args.rows, args.passes, models)
     return 0

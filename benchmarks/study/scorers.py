@@ -40,14 +40,14 @@ SCORERS = {
 }
 TUNED = {
     "sft": ("sft", {}),
-    **{f"dpo β={b}": ("dpo", {"beta": b}) for b in (0.03, 0.1, 0.3)},
-    **{f"rloo β={b}": ("rloo", {"beta": b}) for b in (0.02, 0.1)},
+    **{f"dpo β={b}": ("dpo", {"beta": b}) for b in (0.05, 0.3)},
+    **{f"rloo β={b}": ("rloo", {"beta": b}) for b in (0.05,)},
 }
 TUNED_TRACK = {
-    "stories": {"rloo": {"max_completion_length": 64}},
+    "stories": {},
     "human": {"sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
               "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
-              "rloo": {"max_completion_length": 64, "max_steps": 25}},
+              "rloo": {"max_steps": 20}},
     "demo": {"rloo": {"max_completion_length": 96, "max_steps": 5}, "dpo": {"num_train_epochs": 1}},
 }  # fmt: skip
 

@@ -117,3 +117,4 @@ def stories(args, gold_name, seed):
     )  # fmt: skip
 
 GOLD_NAMES = {"stories": list(GOLDS), "human": ["judge"], "demo": ["letter"]}
+MAKERS = {"stories": stories}
