@@ -116,5 +116,73 @@ def stories(args, gold_name, seed):
         batch_size=args.batch,
     )  # fmt: skip
 
+def human(args, gold_name, seed):
+    """Track B: the judge is a full-bt model of the other half of the pairs, which nothing else reads."""
+    from .human_data import all_pairs
+
+    parts, work = all_pairs(args.data), args.work / "human"
+    pairs = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in parts["scorers"]][: args.pairs]
+    sources = {p["prompt"]: p["source"] for p in parts["prompts"]}
+    prompts = list(sources)
+    test = prompts[args.tune : args.tune + args.test]
+    judge = train_judge(args.policy, parts, work / "judge")
+    return World(
+        track="human", gold_name=gold_name, seed=seed, policy=args.policy, original=args.policy,
+        folder=work / f"{gold_name}-s{seed}", tune=prompts[: args.tune], test=test, pairs=pairs, gold=judge,
+        max_new_tokens=args.tokens, batch_size=args.batch, sources=[sources[p] for p in test],
+    )  # fmt: skip
+
+
+def train_judge(policy, parts, folder):
+    """A reward function; the judge starts from the policy's weights and is trained once, with seed 1000."""
+    from rgtg.config import TrainSettings
+    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.training.run import train_scorer
+
+    fields = ("prompt", "chosen", "rejected")
+    for name, part in (("pairs", "judge"), ("held", "prompts")):
+        once(folder / f"{name}.jsonl", lambda part=part: [{k: p[k] for k in fields} for p in parts[part]])
+    if not (folder / "train.json").exists():
+        settings = TrainSettings(
+            pairs=str(folder / "pairs.jsonl"), eval_pairs=str(folder / "held.jsonl"), base=policy, seed=1000,
+            objective="full-bt", output=folder / "model", on_bad="skip",
+            train={"num_train_epochs": 1, "learning_rate": 5e-4, "per_device_train_batch_size": 16},
+        )  # fmt: skip
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        report = train_scorer(settings)
+        write_text(folder / "train.json", report.model_dump_json(exclude={"output", "base"}) + "\n")
+    judge = PrefixScorer.from_pretrained(str(folder / "model"), dtype="float32", device="cpu")
+
+    def gold(done):
+        texts = [c.text if c.text.strip() else " ." for c in done]  # closed like every text the judge has read
+        return judge.score([c.prompt for c in done], texts, finished=True, batch_size=64)
+
+    return gold
+
+
+def demo(args, gold_name, seed):
+    """The demo's customer letters: a policy trained here in a minute, and a rule that reads a finished reply."""
+    from rgtg.config import DemoSettings
+    from rgtg.demo.gold import gold_reward
+    from rgtg.demo.run import make_world
+    from rgtg.demo.train import train_policy
+
+    world = make_world(DemoSettings(seed=seed, prompts=args.tune + args.test))
+    folder = args.work / "demo" / f"{gold_name}-s{seed}"
+    policy = folder / "policy"
+    if not (policy / "model.safetensors").exists():
+        train_policy(policy, world.corpus, steps=600, seed=seed)
+    customers = {c.prompt: c for c in world.unseen}
+    prompts = [c.prompt for c in world.unseen]
+    pairs = [p.model_dump(include={"prompt", "chosen", "rejected"}) for p in world.pairs]
+    return World(
+        track="demo", gold_name=gold_name, seed=seed, policy=str(policy), original=str(policy), folder=folder,
+        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs, max_new_tokens=96, batch_size=args.batch,
+        gold=lambda done: [
+            gold_reward(customers[c.prompt], c.text, finished=c.finish_reason == "stop") for c in done
+        ],
+    )  # fmt: skip
+
+
+MAKERS = {"stories": stories, "human": human, "demo": demo}
 GOLD_NAMES = {"stories": list(GOLDS), "human": ["judge"], "demo": ["letter"]}
-MAKERS = {"stories": stories}
