@@ -24,7 +24,8 @@ from rgtg.models.prefix_scorer import PrefixScorer
 
 COMMON = {
     "report_to": "none", "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "logging_steps": 20,
-    "bf16": False, "use_cpu": True, "warmup_steps": 0.05, "gradient_checkpointing": False, "dataloader_pin_memory": False,
+    "bf16": False, "use_cpu": True, "warmup_steps": 0.05, "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
 }  # fmt: skip
 DEFAULTS = {
     "sft": {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 32, "max_length": 256},

@@ -10,21 +10,26 @@ where it stopped. ``--only ROW`` measures one row of the committed JSON again an
 """
 
 import argparse
+import json
 import os
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from benchmarks.baselines import DEFAULTS
+
+from rgtg.outputs import write_text
 
 from . import worlds
 from .measure import Models, measured
 from .rows import BY_NAME, CORE, ROWS
+from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 
 
 def best_value(world, row, models):
     """The value of the knob with the best mean gold reward on the tuning prompts; every method has its four tries."""
-    if len(row.grid) == 1 or row.knob == "n" and row.group == "best-of-n":
+    if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
         return row.grid[-1]  # more samples are not tuned, they are paid for
     scores = {}
     for value in row.grid:
@@ -49,6 +54,17 @@ def run_cell(world, names, passes, models):
                           f"{kl:.1f} nats  {took:.0f} s", flush=True)  # fmt: skip
             except Exception:  # one row that fails must not cost the others; it is tried again by the next run
                 print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
+
+
+def note(world, args):
+    """What all cells of a track share, for the tables: prompts and settings."""
+    setup = {
+        "policy": world.policy, "tune": world.tune, "test": world.test, "sources": world.sources,
+        "max_new_tokens": world.max_new_tokens, "batch_size": world.batch_size, "pairs": args.pairs,
+        "scorers": SCORERS, "separate": SEPARATE[world.track], "fine_tuned": DEFAULTS,
+        "of_track": TUNED_TRACK[world.track],
+    }  # fmt: skip
+    write_text(args.work / world.track / "setup.json", json.dumps(setup, indent=1) + "\n")
 
 
 def quiet():
@@ -91,6 +107,7 @@ def main():
     for seed in args.seeds:
         for gold in args.golds or worlds.GOLD_NAMES[args.track]:
             world = make(args, gold, seed)
+            note(world, args)
             if args.only:
                 from . import again
 

@@ -20,6 +20,7 @@ def compare(world, key, output, models):
         return 2
     committed = found[0]
     made = json.loads(json.dumps(measure(world, BY_NAME[committed["row"]], committed["value"], world.test, models)))
+    made["rewards"], made["kl"] = ([round(v, 3) for v in made[name]] for name in ("rewards", "kl"))
     different = [name for name in SAME if made[name] != committed[name]]
     for name in different:
         print(f"{name} differs: committed {str(committed[name])[:200]}, now {str(made[name])[:200]}")

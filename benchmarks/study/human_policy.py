@@ -1,6 +1,6 @@
 """Track B's policy: a small Llama with its own tokenizer, trained from nothing on the text of human_data.
 
-    python -m benchmarks.study.human_policy --data DATA --output FOLDER [--minutes 25]
+python -m benchmarks.study.human_policy --data DATA --output FOLDER [--minutes 25]
 """
 
 import argparse

@@ -67,9 +67,7 @@ def measure(world, row, value, prompts, models):
         )
         seconds = time.perf_counter() - start
     extra = best_of_n_kl(value) if row.method == "best-of-n" else 0.0
-    original = (
-        original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
-    )
+    original = original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
     bytes_of = models.bytes_of(world, row)
     return {
         "format": FORMAT, "row": row.name, "key": key_of(row, value), "value": value, "settings": settings,

@@ -1,4 +1,4 @@
-"""The table of what is compared: one line per row. ``grid`` holds the four tries every method gets on tuning prompts."""
+"""The table of what is compared: one line per row. ``grid`` holds the tries a method gets on tuning prompts."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -9,6 +9,7 @@ import shutil
 import time
 
 from benchmarks.baselines import tune
+
 from rgtg.config import TrainSettings
 from rgtg.config.base import validate
 from rgtg.models.policy import load_policy

@@ -116,6 +116,7 @@ def stories(args, gold_name, seed):
         batch_size=args.batch,
     )  # fmt: skip
 
+
 def human(args, gold_name, seed):
     """Track B: the judge is a full-bt model of the other half of the pairs, which nothing else reads."""
     from .human_data import all_pairs
