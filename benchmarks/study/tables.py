@@ -72,7 +72,8 @@ def summarise(cells, gold, targets):
         tokens = sum(sum(p["tokens"]) for p in chosen)
         line = {
             "row": row.name, "group": row.group, "seeds": seeds, "values": [tuned[row.name][s] for s in seeds],
-            "reward": interval(rewards), "kl": interval(kl), "seed_rewards": [round(float(r.mean()), 3) for r in rewards],
+            "reward": interval(rewards), "kl": interval(kl),
+            "seed_rewards": [round(float(r.mean()), 3) for r in rewards],
             "policy_calls_per_token": round(sum(p["policy_calls"] for p in chosen) / tokens, 3),
             "scorer_calls_per_token": round(sum(p["scorer_calls"] for p in chosen) / tokens, 3),
             "megabytes_per_token": round(sum(megabytes(p) for p in chosen) / tokens, 3),
@@ -194,7 +195,7 @@ def write(work, track, output):
         settings={k: v for k, v in setup.items() if k not in ("tune", "test", "sources", "policy")},
     )  # fmt: skip
     record = {
-        "what": __doc__.splitlines()[0] and f"The study, track {track}", "format": 1, "command": COMMANDS[track],
+        "what": f"The study, track {track}: see docs/study.md", "format": 1, "command": COMMANDS[track],
         "tables": tables, "sources": setup.get("sources"), "prompts": prompts,
         "cells": [c | {"rows": [slim(p, private) for p in c["rows"]]} for c in cells], "provenance": made.model_dump(),
     }  # fmt: skip

@@ -112,8 +112,8 @@ def stories(args, gold_name, seed):
     once(folder / "pairs.jsonl", lambda: pairs)
     return World(
         track="stories", gold_name=gold_name, seed=seed, policy=policy, original=args.policy, folder=folder,
-        tune=tune, test=test, pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done], max_new_tokens=args.tokens,
-        batch_size=args.batch,
+        tune=tune, test=test, pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done],
+        max_new_tokens=args.tokens, batch_size=args.batch,
     )  # fmt: skip
 
 
