@@ -130,12 +130,12 @@ def test_row_seeds_in_the_file_are_those_of_the_completions(world: worlds.World)
 
 
 def test_the_best_try_on_tuning_prompts_is_used(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
-    means = {1.0: 0.1, 2.0: 0.5, 4.0: 0.4, 8.0: 0.0}
+    means = {1.0: 0.1, 2.0: 0.5, 4.0: 0.4, 8.0: 9.0}  # the last is 40 nats away: too far
     asked = []
 
     def fake(world: Any, row: Any, value: float, split: str, models: Any) -> dict[str, list[float]]:
         asked.append(split)
-        return {"rewards": [means[value]]}
+        return {"rewards": [means[value]], "kl": [5.0 * value]}
 
     monkeypatch.setattr("benchmarks.study.__main__.measured", fake)
     assert best_value(world, rows.BY_NAME["pargs"], None) == 2.0

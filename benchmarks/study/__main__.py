@@ -23,19 +23,15 @@ from rgtg.outputs import write_text
 
 from . import worlds
 from .measure import Models, measured
-from .rows import BY_NAME, CORE, ROWS
+from .rows import BY_NAME, CORE, ROWS, chosen
 from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 
 
 def best_value(world, row, models):
-    """The value of the knob with the best mean gold reward on the tuning prompts; every method has its four tries."""
+    """The value of the knob that `chosen` takes from its tries on the tuning prompts."""
     if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
         return row.grid[-1]  # more samples are not tuned, they are paid for
-    scores = {}
-    for value in row.grid:
-        part = measured(world, row, value, "tune", models)
-        scores[value] = sum(part["rewards"]) / len(part["rewards"])
-    return max(scores, key=scores.__getitem__)
+    return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid})
 
 
 def run_cell(world, names, passes, models):

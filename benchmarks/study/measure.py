@@ -8,7 +8,7 @@ import torch
 
 from rgtg import GuidedPolicy
 from rgtg.decoding.methods import find_method
-from rgtg.evaluation.metrics import best_of_n_kl, distinct_n
+from rgtg.evaluation.metrics import distinct_n
 from rgtg.models.policy import load_policy
 from rgtg.models.prefix_scorer import PrefixScorer, pad_right
 from rgtg.outputs import write_text
@@ -57,7 +57,7 @@ def measure(world, row, value, prompts, models):
         given["reward_threshold"] = settings["reward_threshold"] = models.threshold(world)
     made = {k: given.pop(k) for k in ("method", "beta", "top_k", "n") if k in given}
     sampled = {k: settings[k] for k in ("temperature",) if k in settings}
-    batch = world.batch_size if find_method(row.method).unit == "token" else max(1, world.batch_size // 10)
+    batch = world.batch_size if find_method(row.method).unit == "token" else max(1, world.batch_size // 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # full-sequence scorers guide token by token on purpose here
         guided = GuidedPolicy(policy, scorer, **made)
@@ -66,15 +66,14 @@ def measure(world, row, value, prompts, models):
             prompts, seed=world.seed, batch_size=batch, max_new_tokens=world.max_new_tokens, **sampled, **given
         )
         seconds = time.perf_counter() - start
-    extra = best_of_n_kl(value) if row.method == "best-of-n" else 0.0
     original = original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
     bytes_of = models.bytes_of(world, row)
     return {
         "format": FORMAT, "row": row.name, "key": key_of(row, value), "value": value, "settings": settings,
         "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
-        "kl": rounded([c.guided_log_prob - p + extra for c, p in zip(done, original, strict=True)]),
+        "kl": rounded([c.guided_log_prob - p + c.selection_nats for c, p in zip(done, original, strict=True)]),
         "kl_cut": None if row.tuned else rounded(
-            [c.guided_log_prob - c.candidates_log_prob + extra for c in done if c.candidates_log_prob is not None]),
+            [c.guided_log_prob - c.candidates_log_prob + c.selection_nats for c in done if c.candidates_log_prob is not None]),
         "tokens": [len(c.token_ids) for c in done], "stopped": sum(c.finish_reason == "stop" for c in done),
         "distinct_2": round(sum(distinct_n([c.token_ids], 2) for c in done) / len(done), 4),
         "policy_calls": sum(c.policy_calls for c in done), "scorer_calls": sum(c.scorer_calls for c in done),

@@ -12,7 +12,7 @@ from rgtg.models.policy import load_policy
 from rgtg.outputs import write_text
 
 from .figures_of import at_kl, holm, interval, paired, reward_at_kl
-from .rows import BY_NAME, ROWS
+from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
@@ -41,7 +41,7 @@ def arrays(cells, gold):
         scores = {}
         for part in cell["rows"]:
             if part["split"] == "tune":
-                scores.setdefault(part["row"], {})[part["value"]] = float(np.mean(part["rewards"]))
+                scores.setdefault(part["row"], {})[part["value"]] = part
             else:
                 parts.setdefault(part["row"], {}).setdefault(part["value"], {})[cell["seed"]] = part
         for name in parts:
@@ -49,7 +49,7 @@ def arrays(cells, gold):
             if len(row.grid) == 1 or row.group == "best-of-n":
                 tuned.setdefault(name, {})[cell["seed"]] = row.grid[-1]
             elif name in scores:
-                tuned.setdefault(name, {})[cell["seed"]] = max(scores[name], key=scores[name].__getitem__)
+                tuned.setdefault(name, {})[cell["seed"]] = chosen(row, scores[name])
     return parts, tuned
 
 
@@ -68,19 +68,19 @@ def summarise(cells, gold, targets):
         if not seeds:
             continue
         rewards, kl = (stack(parts, tuned, row.name, f, seeds) for f in ("rewards", "kl"))
-        chosen = [parts[row.name][tuned[row.name][s]][s] for s in seeds]
-        tokens = sum(sum(p["tokens"]) for p in chosen)
+        taken = [parts[row.name][tuned[row.name][s]][s] for s in seeds]
+        tokens = sum(sum(p["tokens"]) for p in taken)
         line = {
             "row": row.name, "group": row.group, "seeds": seeds, "values": [tuned[row.name][s] for s in seeds],
             "reward": interval(rewards), "kl": interval(kl),
             "seed_rewards": [round(float(r.mean()), 3) for r in rewards],
-            "policy_calls_per_token": round(sum(p["policy_calls"] for p in chosen) / tokens, 3),
-            "scorer_calls_per_token": round(sum(p["scorer_calls"] for p in chosen) / tokens, 3),
-            "megabytes_per_token": round(sum(megabytes(p) for p in chosen) / tokens, 3),
-            "seconds": round(float(np.mean([p["seconds"] for p in chosen])), 1),
-            "proxy": round(float(np.mean([np.mean(p["proxy"]) for p in chosen])), 3),
-            "distinct_2": round(float(np.mean([p["distinct_2"] for p in chosen])), 3),
-            "length": round(float(np.mean([np.mean(p["tokens"]) for p in chosen])), 1),
+            "policy_calls_per_token": round(sum(p["policy_calls"] for p in taken) / tokens, 3),
+            "scorer_calls_per_token": round(sum(p["scorer_calls"] for p in taken) / tokens, 3),
+            "megabytes_per_token": round(sum(megabytes(p) for p in taken) / tokens, 3),
+            "seconds": round(float(np.mean([p["seconds"] for p in taken])), 1),
+            "proxy": round(float(np.mean([np.mean(p["proxy"]) for p in taken])), 3),
+            "distinct_2": round(float(np.mean([p["distinct_2"] for p in taken])), 3),
+            "length": round(float(np.mean([np.mean(p["tokens"]) for p in taken])), 1),
             "at_kl": {str(t): curve_at(parts, row.name, t) for t in targets},
         }  # fmt: skip
         base = stack(parts, tuned, "pargs", "rewards", seeds)
