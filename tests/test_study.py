@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from benchmarks.study import again, figures_of, golds, human_data, rows, tables, worlds
 from benchmarks.study.__main__ import best_value
 from benchmarks.study.measure import Models, measured, settings_of
+
 from rgtg import GuidedPolicy
-from rgtg.decoding.methods import METHODS, check_settings
 from rgtg.config import DecodingSettings
 from rgtg.config.base import validate
+from rgtg.decoding.methods import METHODS, check_settings
 from rgtg.models.policy import load_policy
 
 PROMPTS = ["the cat", "a dog ran", "one day", "the end"]
@@ -53,7 +53,8 @@ def test_labels_follow_the_reward_with_bradley_terry_noise() -> None:
 def test_human_parts_share_no_prompt(shared_data: Path) -> None:
     parts = human_data.all_pairs(shared_data)
     prompts = {name: {row["prompt"] for row in part} for name, part in parts.items()}
-    assert not prompts["scorers"] & prompts["judge"] and not prompts["scorers"] & prompts["prompts"]
+    assert not prompts["scorers"] & prompts["judge"]
+    assert not prompts["scorers"] & prompts["prompts"]
     assert not prompts["judge"] & prompts["prompts"]
     sources = {row["source"] for row in parts["scorers"]}
     assert sources == {"dialogue", "instruction", "summary"}
@@ -101,7 +102,8 @@ def test_paired_difference_is_sharper_than_two_intervals() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(scale=5, size=(1, 300))
     found = figures_of.paired(a + 0.2 + rng.normal(scale=0.1, size=a.shape), a)
-    assert found["p"] < 0.001 and 0.15 < found["low"] < 0.2 < found["high"] < 0.25
+    assert found["p"] < 0.001
+    assert 0.15 < found["low"] < 0.2 < found["high"] < 0.25
     assert figures_of.paired(a, a)["p"] == 1.0
 
 
@@ -157,7 +159,8 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
     ]}  # fmt: skip
     policy, pargs = tables.summarise([cell], "g", (6.0,))
     assert (pargs["values"], pargs["reward"]["mean"], pargs["at_kl"]["6.0"]["mean"]) == ([2.0], 2.5, 1.5)
-    assert pargs["megabytes_per_token"] == 2.0 and pargs["scorer_calls_per_token"] == 1.0
+    assert pargs["megabytes_per_token"] == 2.0
+    assert pargs["scorer_calls_per_token"] == 1.0
     assert policy["less_pargs"]["mean"] == -2.0
     assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
 

@@ -73,7 +73,8 @@ def measure(world, row, value, prompts, models):
         "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
         "kl": rounded([c.guided_log_prob - p + c.selection_nats for c, p in zip(done, original, strict=True)]),
         "kl_cut": None if row.tuned else rounded(
-            [c.guided_log_prob - c.candidates_log_prob + c.selection_nats for c in done if c.candidates_log_prob is not None]),
+            [c.guided_log_prob - c.candidates_log_prob + c.selection_nats
+             for c in done if c.candidates_log_prob is not None]),
         "tokens": [len(c.token_ids) for c in done], "stopped": sum(c.finish_reason == "stop" for c in done),
         "distinct_2": round(sum(distinct_n([c.token_ids], 2) for c in done) / len(done), 4),
         "policy_calls": sum(c.policy_calls for c in done), "scorer_calls": sum(c.scorer_calls for c in done),
