@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from benchmarks.study import again, figures_of, golds, human_data, rows, tables, worlds
 from benchmarks.study.__main__ import best_value
-from benchmarks.study.measure import Models, measured, settings_of
+from benchmarks.study.measure import measured, settings_of
 
 from rgtg import GuidedPolicy
 from rgtg.config import DecodingSettings
@@ -108,7 +108,7 @@ def test_paired_difference_is_sharper_than_two_intervals() -> None:
 
 
 def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
-    models = _NoProxy()
+    models = again.WithoutProxy()
     row = rows.BY_NAME["policy"]
     part = measured(world, row, None, "test", models)
     path = world.folder / "rows" / "test" / "policy.json"
@@ -117,12 +117,12 @@ def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, 
     assert measured(world, row, None, "test", models)["rewards"] == "kept", "a finished part is not measured again"
     record = {"cells": [{"gold": "letters", "seed": 0, "rows": [tables.slim(part, private=False)]}]}
     (tmp_path / "study-stories.json").write_text(json.dumps(record))
-    assert again.compare(world, "policy", tmp_path, models) == 0
+    assert again.compare(world, "policy", tmp_path) == 0
     assert "to the digit" in capsys.readouterr().out
     record["cells"][0]["rows"][0]["rewards"][0] += 0.001
     (tmp_path / "study-stories.json").write_text(json.dumps(record))
-    assert again.compare(world, "policy", tmp_path, models) == 1
-    assert again.compare(world, "no such row", tmp_path, models) == 2
+    assert again.compare(world, "policy", tmp_path) == 1
+    assert again.compare(world, "no such row", tmp_path) == 2
 
 
 def test_row_seeds_in_the_file_are_those_of_the_completions(world: worlds.World) -> None:
@@ -163,10 +163,3 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
     assert pargs["scorer_calls_per_token"] == 1.0
     assert policy["less_pargs"]["mean"] == -2.0
     assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
-
-
-class _NoProxy(Models):
-    """The policy alone: nothing is trained."""
-
-    def proxy(self, world: worlds.World, done: list[Any]) -> list[float]:
-        return [0.0] * len(done)

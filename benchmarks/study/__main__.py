@@ -27,6 +27,14 @@ from .rows import BY_NAME, CORE, ROWS, chosen
 from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 
 
+# Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
+SIZES = {
+    "stories": {"pairs": 1200, "tune": 64, "test": 500, "tokens": 64},
+    "human": {"pairs": 1500, "tune": 40, "test": 200, "tokens": 48},
+    "demo": {"pairs": 2000, "tune": 32, "test": 100, "tokens": 96},
+}
+
+
 def best_value(world, row, models):
     """The value of the knob that `chosen` takes from its tries on the tuning prompts."""
     if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
@@ -86,10 +94,8 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=CORE)
     parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier"], default=["tuned"])
     parser.add_argument("--only", help="a row of the committed JSON, measured again")
-    parser.add_argument("--pairs", type=int, default=1200)
-    parser.add_argument("--tune", type=int, default=64)
-    parser.add_argument("--test", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=64)
+    for name in SIZES["stories"]:
+        parser.add_argument(f"--{name}", type=int, help="default: the committed study's")
     parser.add_argument("--batch", type=int, default=250)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,6 +104,7 @@ def main():
         from . import tables
 
         return tables.write(args.work, args.of, args.output)
+    vars(args).update({name: size for name, size in SIZES[args.track].items() if getattr(args, name) is None})
     make = worlds.MAKERS[args.track]
     models = Models()
     for seed in args.seeds:
@@ -107,7 +114,7 @@ def main():
             if args.only:
                 from . import again
 
-                return again.compare(world, args.only, args.output, models)
+                return again.compare(world, args.only, args.output)
             run_cell(world, args.rows, args.passes, models)
     return 0
 

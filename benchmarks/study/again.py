@@ -2,13 +2,20 @@
 
 import json
 
-from .measure import measure
+from .measure import Models, measure
 from .rows import BY_NAME
 
 SAME = ("settings", "seed", "rewards", "kl", "tokens", "policy_calls", "scorer_calls")
 
 
-def compare(world, key, output, models):
+class WithoutProxy(Models):
+    """The full-bt scorer's view of a row is no part of what is compared: it need not be trained."""
+
+    def proxy(self, world, done):
+        return [0.0] * len(done)
+
+
+def compare(world, key, output):
     """0 where the row comes out as it was committed, 1 where it does not (each difference is printed)."""
     path = output / f"study-{world.track}.json"
     record = json.loads(path.read_text())
@@ -19,7 +26,9 @@ def compare(world, key, output, models):
         print(f"{path} has no row {key!r}; choose one of {known}")
         return 2
     committed = found[0]
-    made = json.loads(json.dumps(measure(world, BY_NAME[committed["row"]], committed["value"], world.test, models)))
+    made = json.loads(
+        json.dumps(measure(world, BY_NAME[committed["row"]], committed["value"], world.test, WithoutProxy()))
+    )
     made["rewards"], made["kl"] = ([round(v, 3) for v in made[name]] for name in ("rewards", "kl"))
     different = [name for name in SAME if made[name] != committed[name]]
     for name in different:

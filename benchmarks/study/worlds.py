@@ -175,10 +175,10 @@ def demo(args, gold_name, seed):
         train_policy(policy, world.corpus, steps=600, seed=seed)
     customers = {c.prompt: c for c in world.unseen}
     prompts = [c.prompt for c in world.unseen]
-    pairs = [p.model_dump(include={"prompt", "chosen", "rejected"}) for p in world.pairs]
+    pairs = [p.model_dump(include={"prompt", "chosen", "rejected"}) for p in world.pairs[: args.pairs]]
     return World(
         track="demo", gold_name=gold_name, seed=seed, policy=str(policy), original=str(policy), folder=folder,
-        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs, max_new_tokens=96, batch_size=args.batch,
+        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs, max_new_tokens=args.tokens, batch_size=args.batch,
         gold=lambda done: [
             gold_reward(customers[c.prompt], c.text, finished=c.finish_reason == "stop") for c in done
         ],
