@@ -26,7 +26,6 @@ from .measure import Models, measured
 from .rows import BY_NAME, CORE, ROWS, chosen
 from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 
-
 # Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
 SIZES = {
     "stories": {"pairs": 1200, "tune": 64, "test": 500, "tokens": 64},
@@ -43,15 +42,16 @@ def best_value(world, row, models):
 
 
 def run_cell(world, names, passes, models):
-    """Tune every row and measure it on the test prompts; then, in a second pass, its whole grid."""
+    """Tune every row and measure it on the test prompts; then, in a second pass, the other tries on some of them."""
     for stage in passes:
         for name in names:
             row = BY_NAME[name]
             try:
                 start = time.perf_counter()
-                values = [best_value(world, row, models)] if stage == "tuned" else row.grid
+                best = best_value(world, row, models)
+                values = [best] if stage == "tuned" else [v for v in row.grid if v != best]
                 for value in values:
-                    part = measured(world, row, value, "test", models)
+                    part = measured(world, row, value, "test" if stage == "tuned" else "frontier", models)
                     mean, kl = (sum(part[k]) / len(part[k]) for k in ("rewards", "kl"))
                     took = time.perf_counter() - start
                     print(f"{time.strftime('%H:%M:%S')} {world.gold_name} s{world.seed} {part['key']}: {mean:.3f} at "

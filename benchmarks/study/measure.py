@@ -17,6 +17,7 @@ from . import scorers
 from .rows import key_of
 
 FORMAT = 1
+FRONTIER = 200  # of the test prompts: where the tries that were not chosen are measured too
 
 
 def settings_of(world, row, value):
@@ -41,7 +42,8 @@ def measured(world, row, value, split, models):
     path = part_of(world, row, value, split)
     if path.exists():
         return json.loads(path.read_text())
-    part = measure(world, row, value, getattr(world, split), models)
+    prompts = {"tune": world.tune, "test": world.test, "frontier": world.test[:FRONTIER]}[split]
+    part = measure(world, row, value, prompts, models)
     part["split"] = split
     write_text(path, json.dumps(part) + "\n")
     return part

@@ -12,6 +12,7 @@ from rgtg.models.policy import load_policy
 from rgtg.outputs import write_text
 
 from .figures_of import at_kl, holm, interval, paired, reward_at_kl
+from .measure import FRONTIER
 from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
@@ -35,7 +36,10 @@ def read_cell(folder):
 
 
 def arrays(cells, gold):
-    """{row name: {value: {seed: part}}} of the test prompts, and {row name: {seed: tuned value}}."""
+    """{row name: {value: {seed: part}}} of the test prompts, and {row name: {seed: tuned value}}.
+
+    Values that were not chosen were measured on the first ``FRONTIER`` of them.
+    """
     parts, tuned = {}, {}
     for cell in (c for c in cells if c["gold"] == gold):
         scores = {}
@@ -104,7 +108,7 @@ def curve_of(parts, name, seed):
     start = "policy, whole vocabulary" if row.settings.get("top_k", 10) is None else "policy"
     found = [parts[start][None][seed]] if seed in parts.get(start, {}).get(None, {}) else []
     found += [by_seed[seed] for by_seed in parts.get(name, {}).values() if seed in by_seed]
-    return [(np.array(p["kl"]), np.array(p["rewards"])) for p in found]
+    return [(np.array(p["kl"][:FRONTIER]), np.array(p["rewards"][:FRONTIER])) for p in found]
 
 
 def curve_at(parts, name, target):
@@ -144,7 +148,8 @@ def plot(cells, golds, path, names):
         for index, name in enumerate(n for n in names if n in parts):
             points = []
             for by_seed in parts[name].values():
-                points.append(tuple(np.mean([np.mean(p[f]) for p in by_seed.values()]) for f in ("kl", "rewards")))
+                cut = [{f: np.mean(p[f][:FRONTIER]) for f in ("kl", "rewards")} for p in by_seed.values()]
+                points.append(tuple(np.mean([p[f] for p in cut]) for f in ("kl", "rewards")))
             x, y = zip(*sorted(points), strict=True)
             marker = "ox^sD*"[index // len(COLOURS)]
             axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=4, label=name)

@@ -178,7 +178,8 @@ def demo(args, gold_name, seed):
     pairs = [p.model_dump(include={"prompt", "chosen", "rejected"}) for p in world.pairs[: args.pairs]]
     return World(
         track="demo", gold_name=gold_name, seed=seed, policy=str(policy), original=str(policy), folder=folder,
-        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs, max_new_tokens=args.tokens, batch_size=args.batch,
+        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs,
+        max_new_tokens=args.tokens, batch_size=args.batch,
         gold=lambda done: [
             gold_reward(customers[c.prompt], c.text, finished=c.finish_reason == "stop") for c in done
         ],
