@@ -8,6 +8,8 @@ import itertools
 
 import numpy as np
 
+from rgtg.evaluation.metrics import sign_flip_p_values
+
 RESAMPLES = 1000
 
 
@@ -65,29 +67,12 @@ def reward_at_kl(curves, kl):
     return {"mean": round(float(np.mean(exact)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-def paired(a, b, flips=4000):
+def paired(a, b):
     """Mean of a − b over prompts (averaged over seeds first), its interval, and a sign-flip test's p.
 
     >>> paired(np.ones((1, 4)), np.ones((1, 4)))["p"]
     1.0
     """
     difference = a - b
-    each = difference.mean(0)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(flips, len(each)))
-    flipped = np.abs((signs * each).mean(1))
-    p = (1 + int((flipped >= abs(each.mean()) - 1e-12).sum())) / (1 + flips)
+    (p,) = sign_flip_p_values([difference.mean(0).tolist()])
     return interval(difference) | {"p": round(p, 5), "seeds": [round(float(d.mean()), 4) for d in difference]}
-
-
-def holm(values):
-    """Holm's adjusted p-values, in the order given.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = np.argsort(values)
-    adjusted, highest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
-        adjusted[index] = round(highest, 5)
-    return adjusted

@@ -7,11 +7,12 @@ import numpy as np
 
 from rgtg import GuidedPolicy
 from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.metrics import holm
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.policy import load_policy
 from rgtg.outputs import write_text
 
-from .figures_of import at_kl, holm, interval, paired, reward_at_kl
+from .figures_of import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
 from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
@@ -93,7 +94,7 @@ def summarise(cells, gold, targets):
             tests.append(line)
         lines.append(line)
     for line, p in zip(tests, holm([t["less_pargs"]["p"] for t in tests]), strict=True):
-        line["less_pargs"]["p_holm"] = p
+        line["less_pargs"]["p_holm"] = round(p, 5)
     return lines
 
 
