@@ -42,7 +42,7 @@ ROWS = [
     Row("farma", "farma", "farma", BETAS, group="newer"),
     Row("genarm", "genarm", "autoregressive", (0.5, 1.0, 2.0, 4.0), settings=FULL, group="newer"),
     Row("cd", "cd", "value", BETAS, group="newer"),
-    Row("cd-blockwise", "cd-blockwise", "value", (2, 4, 6, 10), "n", group="newer"),
+    Row("cd-blockwise", "cd-blockwise", "value", (4,), "n", group="newer"),
     Row("rad", "rad", "cumulative-mse", (5.0, 10.0, 20.0, 40.0), settings={"top_k": 20}, group="newer"),
     Row("cards", "cards", "full-bt", (0.25, 0.5, 1.0, 2.0), "beta", {"reward_threshold": "best-of-n"}, group="newer"),
     Row("pargs, entropy gate", "pargs", "prefix-bt", BETAS, settings={"entropy_gate": 1.0}, group="options"),

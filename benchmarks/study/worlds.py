@@ -15,6 +15,7 @@ from rgtg.outputs import write_text
 
 from .golds import GOLDS
 
+JUDGED = 2000  # pairs of the judge; training time, not data, was what there was too little of
 OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
 
 
@@ -142,7 +143,7 @@ def train_judge(policy, parts, folder):
 
     fields = ("prompt", "chosen", "rejected")
     for name, part in (("pairs", "judge"), ("held", "prompts")):
-        once(folder / f"{name}.jsonl", lambda part=part: [{k: p[k] for k in fields} for p in parts[part]])
+        once(folder / f"{name}.jsonl", lambda part=part: [{k: p[k] for k in fields} for p in parts[part][:JUDGED]])
     if not (folder / "train.json").exists():
         settings = TrainSettings(
             pairs=str(folder / "pairs.jsonl"), eval_pairs=str(folder / "held.jsonl"), base=policy, seed=1000,
