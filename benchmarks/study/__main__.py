@@ -29,7 +29,7 @@ from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 # Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
 SIZES = {
     "stories": {"pairs": 1200, "tune": 64, "test": 500, "tokens": 64},
-    "human": {"pairs": 1000, "tune": 24, "test": 120, "tokens": 48},
+    "human": {"pairs": 800, "tune": 24, "test": 100, "tokens": 48},
     "demo": {"pairs": 2000, "tune": 32, "test": 100, "tokens": 96},
 }
 

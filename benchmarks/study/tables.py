@@ -17,6 +17,7 @@ from .measure import FRONTIER
 from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
+GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
 COMMANDS = {
     "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2",
@@ -88,6 +89,8 @@ def summarise(cells, gold, targets):
             "length": round(float(np.mean([np.mean(p["tokens"]) for p in taken])), 1),
             "at_kl": {str(t): curve_at(parts, row.name, t) for t in targets},
         }  # fmt: skip
+        if row.group == "fine-tuned":
+            line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
         base = stack(parts, tuned, "pargs", "rewards", seeds)
         if base is not None and row.name != "pargs":
             line["less_pargs"] = paired(rewards, base)
@@ -126,7 +129,7 @@ def markdown(gold, lines, targets):
     """The table that docs/study.md shows."""
     show = lambda i: f"{i['mean']:.2f} ({i['low']:.2f} to {i['high']:.2f})" if i else "–"  # noqa: E731
     head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
-            "less pargs (95 %; p)"]  # fmt: skip
+            "MB per token", "less pargs (95 %; p)"]  # fmt: skip
     text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         value = "/".join(f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"])
@@ -134,6 +137,7 @@ def markdown(gold, lines, targets):
         cells = [line["row"] + ("" if len(line["seeds"]) == 3 else f" ({len(line['seeds'])} seed)"), value,
                  show(line["reward"]), f"{line['kl']['mean']:.1f}", *(show(line["at_kl"][str(t)]) for t in targets),
                  f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
+                 f"{line['megabytes_per_token']:.3g}",
                  f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"

@@ -15,7 +15,7 @@ from rgtg.outputs import write_text
 
 from .golds import GOLDS
 
-JUDGED = 2000  # pairs of the judge; training time, not data, was what there was too little of
+JUDGED = 1500  # pairs of the judge; training time, not data, was what there was too little of
 OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
 
 
