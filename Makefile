@@ -8,7 +8,7 @@ STAMP := $(VENV)/.rgtg-setup
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench demo clean
+.PHONY: help setup check test bench study demo clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,8 +46,11 @@ bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train.py
 
+study: setup  ## one row of docs/results/study-demo.json measured again, to the digit (minutes: it trains a policy and a scorer)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study demo --work study-output --only "pargs β=2"
+
 demo: setup  ## train, audit, generate and compare in a small world; writes demo-output/report.html
 	$(BIN)/rgtg demo
 
 clean:  ## remove everything that setup and the commands made
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output study-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,124 @@
+"""The study: every objective, method and fine-tuned baseline on the same prompts, pairs and held-out rewards.
+
+    python -m benchmarks.study stories --policy STORIES260K --work WORK [--golds lexicon --seeds 0 1 2]
+    python -m benchmarks.study human --policy POLICY --data DATA --work WORK
+    python -m benchmarks.study demo --work WORK [--only "pargs β=2"]
+    python -m benchmarks.study tables --work WORK --track stories
+
+A run is resumable: every trained folder and every measured row is a part in WORK, and a run that was killed goes on
+where it stopped. ``--only ROW`` measures one row of the committed JSON again and compares it with that to the digit.
+"""
+
+import argparse
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from benchmarks.baselines import DEFAULTS
+
+from rgtg.outputs import write_text
+
+from . import worlds
+from .measure import Models, measured
+from .rows import BY_NAME, CORE, ROWS, chosen
+from .scorers import SCORERS, SEPARATE, TUNED_TRACK
+
+# Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
+SIZES = {
+    "stories": {"pairs": 1200, "tune": 64, "test": 500, "tokens": 64},
+    "human": {"pairs": 800, "tune": 24, "test": 100, "tokens": 48},
+    "demo": {"pairs": 2000, "tune": 32, "test": 100, "tokens": 96},
+}
+
+
+def best_value(world, row, models):
+    """The value of the knob that `chosen` takes from its tries on the tuning prompts."""
+    if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
+        return row.grid[-1]  # more samples are not tuned, they are paid for
+    return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid})
+
+
+def run_cell(world, names, passes, models):
+    """Tune every row and measure it on the test prompts; then, in a second pass, the other tries on some of them."""
+    for stage in passes:
+        for name in names:
+            row = BY_NAME[name]
+            try:
+                start = time.perf_counter()
+                best = best_value(world, row, models)
+                values = [best] if stage == "tuned" else [v for v in row.grid if v != best]
+                for value in values:
+                    part = measured(world, row, value, "test" if stage == "tuned" else "frontier", models)
+                    mean, kl = (sum(part[k]) / len(part[k]) for k in ("rewards", "kl"))
+                    took = time.perf_counter() - start
+                    print(f"{time.strftime('%H:%M:%S')} {world.gold_name} s{world.seed} {part['key']}: {mean:.3f} at "
+                          f"{kl:.1f} nats  {took:.0f} s", flush=True)  # fmt: skip
+            except Exception:  # one row that fails must not cost the others; it is tried again by the next run
+                print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
+
+
+def note(world, args):
+    """What all cells of a track share, for the tables: prompts and settings."""
+    setup = {
+        "policy": world.policy, "tune": world.tune, "test": world.test, "sources": world.sources,
+        "max_new_tokens": world.max_new_tokens, "batch_size": world.batch_size, "pairs": args.pairs,
+        "scorers": SCORERS, "separate": SEPARATE[world.track], "fine_tuned": DEFAULTS,
+        "of_track": TUNED_TRACK[world.track],
+    }  # fmt: skip
+    write_text(args.work / world.track / "setup.json", json.dumps(setup, indent=1) + "\n")
+
+
+def quiet():
+    """Progress bars of the libraries would bury the study's own lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", choices=["stories", "human", "demo", "tables"])
+    parser.add_argument("--policy")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--golds", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=CORE)
+    parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier"], default=["tuned"])
+    parser.add_argument("--only", help="a row of the committed JSON, measured again")
+    for name in SIZES["stories"]:
+        parser.add_argument(f"--{name}", type=int, help="default: the committed study's")
+    parser.add_argument("--batch", type=int, default=250)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet()
+    if args.track == "tables":
+        from . import tables
+
+        return tables.write(args.work, args.of, args.output)
+    vars(args).update({name: size for name, size in SIZES[args.track].items() if getattr(args, name) is None})
+    make = worlds.MAKERS[args.track]
+    models = Models()
+    for seed in args.seeds:
+        for gold in args.golds or worlds.GOLD_NAMES[args.track]:
+            world = make(args, gold, seed)
+            note(world, args)
+            if args.only:
+                from . import again
+
+                return again.compare(world, args.only, args.output)
+            run_cell(world, args.rows, args.passes, models)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""Measure one row of the committed JSON again, and compare every figure that is not a time to the digit."""
+
+import json
+
+from .measure import Models, measure
+from .rows import BY_NAME
+
+SAME = ("settings", "seed", "rewards", "kl", "tokens", "policy_calls", "scorer_calls")
+
+
+class WithoutProxy(Models):
+    """The full-bt scorer's view of a row is no part of what is compared: it need not be trained."""
+
+    def proxy(self, world, done):
+        return [0.0] * len(done)
+
+
+def compare(world, key, output):
+    """0 where the row comes out as it was committed, 1 where it does not (each difference is printed)."""
+    path = output / f"study-{world.track}.json"
+    record = json.loads(path.read_text())
+    cell = next(c for c in record["cells"] if (c["gold"], c["seed"]) == (world.gold_name, world.seed))
+    found = [row for row in cell["rows"] if row["key"] == key and row["split"] == "test"]
+    if not found:
+        known = ", ".join(row["key"] for row in cell["rows"] if row["split"] == "test")
+        print(f"{path} has no row {key!r}; choose one of {known}")
+        return 2
+    committed = found[0]
+    made = json.loads(
+        json.dumps(measure(world, BY_NAME[committed["row"]], committed["value"], world.test, WithoutProxy()))
+    )
+    made["rewards"], made["kl"] = ([round(v, 3) for v in made[name]] for name in ("rewards", "kl"))
+    different = [name for name in SAME if made[name] != committed[name]]
+    for name in different:
+        print(f"{name} differs: committed {str(committed[name])[:200]}, now {str(made[name])[:200]}")
+    mean = sum(made["rewards"]) / len(made["rewards"])
+    if not different:
+        print(f"{key}: {len(made['rewards'])} completions, mean reward {mean:.4f}: the same as committed, to the digit")
+    return 1 if different else 0

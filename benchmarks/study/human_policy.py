@@ -1,0 +1,99 @@
+"""Track B's policy: a small Llama with its own tokenizer, trained from nothing on the text of human_data.
+
+python -m benchmarks.study.human_policy --data DATA --output FOLDER [--minutes 25]
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .human_data import all_pairs, policy_texts
+
+
+def train_tokenizer(texts, vocabulary):
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>"]
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet,
+                                   show_progress=False),
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def new_model(args):
+    torch.manual_seed(args.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=args.vocab, hidden_size=args.width, num_hidden_layers=args.layers,
+            num_attention_heads=args.width // 32, num_key_value_heads=args.width // 32,
+            intermediate_size=args.width * 8 // 3, max_position_embeddings=512, tie_word_embeddings=True,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.05,
+        )
+    )  # fmt: skip
+
+
+def train(args):
+    """Train for a number of minutes: the rate falls with the time that is left, so the end is always a finished run."""
+    parts = all_pairs(args.data)
+    texts = policy_texts(args.data, parts)
+    print({k: len(v) for k, v in parts.items()}, len(texts), "texts", flush=True)
+    tokenizer = train_tokenizer(texts[:20_000], args.vocab)
+    ids = [i for text in tokenizer(texts).input_ids for i in [*text, tokenizer.eos_token_id]]
+    blocks = torch.tensor(ids[: len(ids) // args.context * args.context]).view(-1, args.context)
+    print(f"{len(ids)} tokens", flush=True)
+    model = new_model(args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    generator = torch.Generator().manual_seed(args.seed)
+    order, start, step, losses = torch.randperm(len(blocks), generator=generator), time.time(), 0, []
+    while (spent := (time.time() - start) / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
+        rows = order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]
+        batch = blocks[rows]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+        step += 1
+    model.eval().save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    facts = {
+        "parameters": model.num_parameters(), "steps": step, "tokens": step * args.batch * args.context,
+        "corpus_tokens": len(ids), "final_loss_nats": sum(losses[-20:]) / len(losses[-20:]),
+        "minutes": args.minutes, "seed": args.seed, "vocab": args.vocab, "layers": args.layers, "width": args.width,
+    }  # fmt: skip
+    (args.output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(facts, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    for name, value in {"seed": 0, "layers": 4, "width": 192, "vocab": 4096, "context": 256, "batch": 16}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

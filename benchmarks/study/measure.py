@@ -1,0 +1,152 @@
+"""One row of the study: complete prompts with a method, and write every prompt's reward, KL and cost as a part file."""
+
+import json
+import time
+import warnings
+
+import torch
+
+from rgtg import GuidedPolicy
+from rgtg.decoding.methods import find_method
+from rgtg.evaluation.metrics import distinct_n
+from rgtg.models.policy import load_policy
+from rgtg.models.prefix_scorer import PrefixScorer, pad_right
+from rgtg.outputs import write_text
+
+from . import scorers
+from .rows import key_of
+
+FORMAT = 1
+FRONTIER = 200  # of the test prompts: where the tries that were not chosen are measured too
+
+
+def settings_of(world, row, value):
+    """Everything that decides the completions but prompts and seeds."""
+    settings = {"method": row.method, "top_k": 10} | row.settings
+    if row.tuned:
+        settings["tuned_policy"] = value
+    elif row.knob == "n":
+        settings["n"] = value
+    elif value is not None:
+        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,)
+        settings["beta"] = value if len(names) == 1 else [value] + [2 * value] * (len(names) - 1)
+    return settings | {"scorer": row.scorer, "max_new_tokens": world.max_new_tokens}
+
+
+def part_of(world, row, value, split):
+    return world.folder / "rows" / split / f"{key_of(row, value).replace(' ', '_').replace('/', '-')}.json"
+
+
+def measured(world, row, value, split, models):
+    """The row's figures on the ``tune`` or ``test`` prompts; measured where there is no part file yet."""
+    path = part_of(world, row, value, split)
+    if path.exists():
+        return json.loads(path.read_text())
+    prompts = {"tune": world.tune, "test": world.test, "frontier": world.test[:FRONTIER]}[split]
+    part = measure(world, row, value, prompts, models)
+    part["split"] = split
+    write_text(path, json.dumps(part) + "\n")
+    return part
+
+
+def measure(world, row, value, prompts, models):
+    """Complete the prompts and measure: lists have one figure per prompt."""
+    settings = settings_of(world, row, value)
+    policy = models.policy(world, value if row.tuned else None)
+    scorer = models.scorers(world, row, policy)
+    given = {k: v for k, v in settings.items() if k not in ("scorer", "max_new_tokens", "temperature", "tuned_policy")}
+    if given.get("reward_threshold") == "best-of-n":
+        given["reward_threshold"] = settings["reward_threshold"] = models.threshold(world)
+    made = {k: given.pop(k) for k in ("method", "beta", "top_k", "n") if k in given}
+    sampled = {k: settings[k] for k in ("temperature",) if k in settings}
+    batch = world.batch_size if find_method(row.method).unit == "token" else max(1, world.batch_size // 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # full-sequence scorers guide token by token on purpose here
+        guided = GuidedPolicy(policy, scorer, **made)
+        start = time.perf_counter()
+        done = guided.generate(
+            prompts, seed=world.seed, batch_size=batch, max_new_tokens=world.max_new_tokens, **sampled, **given
+        )
+        seconds = time.perf_counter() - start
+    original = original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
+    bytes_of = models.bytes_of(world, row)
+    return {
+        "format": FORMAT, "row": row.name, "key": key_of(row, value), "value": value, "settings": settings,
+        "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
+        "kl": rounded([c.guided_log_prob - p + c.selection_nats for c, p in zip(done, original, strict=True)]),
+        "kl_cut": None if row.tuned else rounded(
+            [c.guided_log_prob - c.candidates_log_prob + c.selection_nats
+             for c in done if c.candidates_log_prob is not None]),
+        "tokens": [len(c.token_ids) for c in done], "stopped": sum(c.finish_reason == "stop" for c in done),
+        "distinct_2": round(sum(distinct_n([c.token_ids], 2) for c in done) / len(done), 4),
+        "policy_calls": sum(c.policy_calls for c in done), "scorer_calls": sum(c.scorer_calls for c in done),
+        "policy_bytes": bytes_of[0], "scorer_bytes": bytes_of[1], "seconds": round(seconds, 2),
+        "samples": [{"prompt": c.prompt, "text": c.text} for c in done[:2]],
+    }  # fmt: skip
+
+
+def rounded(values):
+    return [round(float(v), 4) for v in values]
+
+
+@torch.inference_mode()
+def original_log_probs(policy, done, batch=64):
+    """Log-probability, in nats, of each completion's tokens under the original policy (whole vocabulary, T = 1)."""
+    found = []
+    encoded = [(GuidedPolicy(policy, method="policy")._encode(c.prompt)[1], c.token_ids) for c in done]
+    for start in range(0, len(encoded), batch):
+        rows = encoded[start : start + batch]
+        ids, mask = pad_right([prompt + tokens for prompt, tokens in rows], 0, "cpu")
+        logits = policy.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        each = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+        for i, (prompt, tokens) in enumerate(rows):
+            found.append(float(each[i, len(prompt) - 1 : len(prompt) - 1 + len(tokens)].sum()))
+    return found
+
+
+class Models:
+    """What is loaded, each once; a cell's scorers leave when the next cell comes."""
+
+    def __init__(self):
+        self.loaded, self.cell = {}, None
+
+    def _once(self, world, key, make):
+        if self.cell != world.folder:
+            self.loaded, self.cell = {}, world.folder
+        if key not in self.loaded:
+            self.loaded[key] = make()
+        return self.loaded[key]
+
+    def policy(self, world, tuned):
+        folder = world.policy if tuned is None else str(scorers.fine_tune(world, tuned))
+        return self._once(world, f"policy {tuned}", lambda: load_policy(folder, dtype="float32", device="cpu"))
+
+    def scorers(self, world, row, policy):
+        if row.scorer is None:
+            return None
+        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,)
+        found = [self._once(world, name, lambda name=name: scorers.load(world, policy, name)) for name in names]
+        return found[0] if len(found) == 1 else found
+
+    def proxy(self, world, done):
+        """The full-bt scorer's reward: what best-of-n, ARGS and RLOO maximise."""
+        scorer = self._once(
+            world, "proxy", lambda: PrefixScorer.from_pretrained(str(scorers.train(world, "full-bt")), device="cpu")
+        )
+        texts = [c.text if c.text.strip() else " ." for c in done]
+        finished = [c.finish_reason == "stop" for c in done]
+        return scorer.score([c.prompt for c in done], texts, finished=finished, batch_size=64)
+
+    def threshold(self, world):
+        """CARDS' reward to reach: the mean reward, on tuning prompts, that best-of-4's choices have (full-bt)."""
+        from .rows import BY_NAME
+
+        part = measured(world, BY_NAME["best-of-n"], 4, "tune", self)
+        return round(sum(part["proxy"]) / len(part["proxy"]), 3)
+
+    def bytes_of(self, world, row):
+        """Weights read by one call of the policy, and by one of the scorer."""
+        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,) if row.scorer else ()
+        read = [sum(p.stat().st_size for p in scorers.train(world, n).glob("*.safetensors")) for n in names]
+        model = self.policy(world, None).model
+        return sum(p.numel() * p.element_size() for p in model.parameters()), sum(read)

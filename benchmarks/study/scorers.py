@@ -1,0 +1,118 @@
+"""Every scorer and fine-tuned policy of a cell, trained once: a finished folder is a part that a later run keeps.
+
+All see the same pairs. ``value`` and ``cumulative-mse`` also see the policy's samples that the pairs were made of,
+with the rewards that this cell's own full-bt scorer gives them: no gold reward reaches a method.
+"""
+
+import json
+import shutil
+import time
+
+from benchmarks.baselines import tune
+
+from rgtg.config import TrainSettings
+from rgtg.config.base import validate
+from rgtg.models.policy import load_policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorer import load_scorer
+from rgtg.training.run import train_scorer
+
+from .worlds import once
+
+# The same epochs for every scorer of one kind; written down before the first run.
+SEPARATE = {
+    "stories": {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 32},
+    "human": {"num_train_epochs": 1, "learning_rate": 5e-4, "per_device_train_batch_size": 16},
+    "demo": {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
+}
+HEAD = {"trunk": "own", "layer": "final", "width": 256}
+SCORERS = {
+    "full-bt": {"objective": "full-bt"},
+    "prefix-bt": {"objective": "prefix-bt"},
+    "state-head": {"objective": "prefix-bt", "head": "state", **HEAD},
+    "vocab-head": {"objective": "prefix-bt", "head": "vocab", **HEAD},
+    "full-bt-head": {"objective": "full-bt", "head": "state", **HEAD},
+    "adapter": {"objective": "prefix-bt", "trunk": "shared", "train": {"learning_rate": 3e-3}},
+    "farma": {"objective": "farma"},
+    "autoregressive": {"objective": "autoregressive", "train": {"learning_rate": 3e-4}},
+    "value": {"objective": "value", "rollouts": True},
+    "cumulative-mse": {"objective": "cumulative-mse", "rollouts": True},
+    "tcrm": {"objective": "tcrm"},
+}
+TUNED = {
+    "sft": ("sft", {}),
+    **{f"dpo β={b}": ("dpo", {"beta": b}) for b in (0.05, 0.3)},
+    **{f"rloo β={b}": ("rloo", {"beta": b}) for b in (0.05,)},
+}
+TUNED_TRACK = {
+    "stories": {},
+    "human": {"sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
+              "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
+              "rloo": {"max_steps": 20}},
+    "demo": {"rloo": {"max_completion_length": 96, "max_steps": 5}, "dpo": {"num_train_epochs": 1}},
+}  # fmt: skip
+
+
+def train(world, name):
+    """Folder of a scorer; trains it where there is none. Its facts are in train.json beside it."""
+    folder = world.folder / "scorers" / name
+    if (folder / "train.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # cut off half-way
+    recipe = dict(SCORERS[name])
+    own = recipe.get("trunk") == "own"
+    if recipe.get("layer") == "final":
+        recipe["layer"] = load_policy(world.policy, dtype="float32", device="cpu").model.config.num_hidden_layers
+    values = {
+        "base": world.policy, "output": folder, "seed": world.seed, "eval_fraction": 0.05, "on_bad": "skip",
+        "train": ({} if own else SEPARATE[world.track]) | recipe.pop("train", {}),
+    }  # fmt: skip
+    source = {"rollouts": str(rollouts(world))} if recipe.pop("rollouts", False) else {"pairs": str(pairs_file(world))}
+    start = time.perf_counter()
+    report = train_scorer(validate(TrainSettings, values | source | recipe))
+    facts = report.model_dump(mode="json", exclude={"output", "base", "choices"})
+    facts |= {"settings": recipe | {"train": values["train"]}, "wall_seconds": round(time.perf_counter() - start, 1)}
+    facts["weights_bytes"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    (folder / "train.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    return folder
+
+
+def pairs_file(world):
+    path = world.folder / "pairs.jsonl"
+    once(path, lambda: world.pairs)
+    return path
+
+
+def rollouts(world):
+    """The pairs' completions with the full-bt scorer's rewards."""
+    path = world.folder / "rollouts.jsonl"
+
+    def make():
+        scorer = PrefixScorer.from_pretrained(str(train(world, "full-bt")), dtype="float32", device="cpu")
+        rows = [(p["prompt"], p[side]) for p in world.pairs for side in ("chosen", "rejected")]
+        rewards = scorer.score([p for p, _ in rows], [t for _, t in rows], batch_size=64)
+        return [
+            {"prompt": p, "text": t, "reward": r, "finish_reason": "stop"}
+            for (p, t), r in zip(rows, rewards, strict=True)
+        ]
+
+    once(path, make)
+    return path
+
+
+def fine_tune(world, name):
+    """Folder of a fine-tuned policy, with baseline.json in it."""
+    folder = world.folder / "tuned" / name.replace(" β=", "-")
+    if (folder / "baseline.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    kind, settings = TUNED[name]
+    scorer = train(world, "full-bt") if kind == "rloo" else None
+    settings = TUNED_TRACK[world.track].get(kind, {}) | settings
+    tune(kind, world.original, world.pairs, folder, seed=world.seed, scorer=scorer, **settings)
+    return folder
+
+
+def load(world, policy, name):
+    """A scorer beside a loaded policy."""
+    return load_scorer(str(train(world, name)), policy=policy, dtype="float32", device="cpu", join=True)

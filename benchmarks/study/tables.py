@@ -1,0 +1,219 @@
+"""From part files to the committed JSON, its tables in Markdown, and the figure."""
+
+import json
+from hashlib import sha256
+
+import numpy as np
+
+from rgtg import GuidedPolicy
+from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.metrics import holm
+from rgtg.evaluation.provenance import provenance
+from rgtg.models.policy import load_policy
+from rgtg.outputs import write_text
+
+from .figures_of import at_kl, interval, paired, reward_at_kl
+from .measure import FRONTIER
+from .rows import BY_NAME, ROWS, chosen
+from .worlds import read_rows
+
+GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
+EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
+COMMANDS = {
+    "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2",
+    "human": "python -m benchmarks.study human --policy HUMAN_POLICY --data DATA --work WORK",
+    "demo": "python -m benchmarks.study demo --work WORK",
+}
+
+
+def read_cell(folder):
+    """One gold and seed: what was trained, and every measured row."""
+    gold, seed = folder.name.rsplit("-s", 1)
+    facts = lambda pattern: {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob(pattern))}  # noqa: E731
+    rows = [json.loads(p.read_text()) for p in sorted((folder / "rows").glob("*/*.json"))]
+    return {
+        "gold": gold, "seed": int(seed), "training": facts("scorers/*/train.json"),
+        "fine_tuned": facts("tuned/*/baseline.json"), "rows": rows, "pairs": len(read_rows(folder / "pairs.jsonl")),
+    }  # fmt: skip
+
+
+def arrays(cells, gold):
+    """{row name: {value: {seed: part}}} of the test prompts, and {row name: {seed: tuned value}}.
+
+    Values that were not chosen were measured on the first ``FRONTIER`` of them.
+    """
+    parts, tuned = {}, {}
+    for cell in (c for c in cells if c["gold"] == gold):
+        scores = {}
+        for part in cell["rows"]:
+            if part["split"] == "tune":
+                scores.setdefault(part["row"], {})[part["value"]] = part
+            else:
+                parts.setdefault(part["row"], {}).setdefault(part["value"], {})[cell["seed"]] = part
+        for name in parts:
+            row = BY_NAME[name]
+            if len(row.grid) == 1 or row.group == "best-of-n":
+                tuned.setdefault(name, {})[cell["seed"]] = row.grid[-1]
+            elif name in scores:
+                tuned.setdefault(name, {})[cell["seed"]] = chosen(row, scores[name])
+    return parts, tuned
+
+
+def stack(parts, tuned, name, field, seeds):
+    """(seeds, prompts) of a row at each seed's tuned value; None where one is missing."""
+    found = [parts.get(name, {}).get(tuned.get(name, {}).get(s), {}).get(s) for s in seeds]
+    return None if any(p is None for p in found) else np.array([p[field] for p in found], dtype=float)
+
+
+def summarise(cells, gold, targets):
+    """The table of one gold: one line per row at its tuned value, reward at equal KL, and differences to pargs."""
+    parts, tuned = arrays(cells, gold)
+    lines, tests = [], []
+    for row in ROWS:
+        seeds = sorted(s for s, value in tuned.get(row.name, {}).items() if s in parts[row.name].get(value, {}))
+        if not seeds:
+            continue
+        rewards, kl = (stack(parts, tuned, row.name, f, seeds) for f in ("rewards", "kl"))
+        taken = [parts[row.name][tuned[row.name][s]][s] for s in seeds]
+        tokens = sum(sum(p["tokens"]) for p in taken)
+        line = {
+            "row": row.name, "group": row.group, "seeds": seeds, "values": [tuned[row.name][s] for s in seeds],
+            "reward": interval(rewards), "kl": interval(kl),
+            "seed_rewards": [round(float(r.mean()), 3) for r in rewards],
+            "policy_calls_per_token": round(sum(p["policy_calls"] for p in taken) / tokens, 3),
+            "scorer_calls_per_token": round(sum(p["scorer_calls"] for p in taken) / tokens, 3),
+            "megabytes_per_token": round(sum(megabytes(p) for p in taken) / tokens, 3),
+            "seconds": round(float(np.mean([p["seconds"] for p in taken])), 1),
+            "proxy": round(float(np.mean([np.mean(p["proxy"]) for p in taken])), 3),
+            "distinct_2": round(float(np.mean([p["distinct_2"] for p in taken])), 3),
+            "length": round(float(np.mean([np.mean(p["tokens"]) for p in taken])), 1),
+            "at_kl": {str(t): curve_at(parts, row.name, t) for t in targets},
+        }  # fmt: skip
+        if row.group == "fine-tuned":
+            line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
+        base = stack(parts, tuned, "pargs", "rewards", seeds)
+        if base is not None and row.name != "pargs":
+            line["less_pargs"] = paired(rewards, base)
+            tests.append(line)
+        lines.append(line)
+    for line, p in zip(tests, holm([t["less_pargs"]["p"] for t in tests]), strict=True):
+        line["less_pargs"]["p_holm"] = round(p, 5)
+    return lines
+
+
+def megabytes(part):
+    """Weights that one prompt at a time would read: calls × bytes, in MB."""
+    return (part["policy_calls"] * part["policy_bytes"] + part["scorer_calls"] * part["scorer_bytes"]) / 1e6
+
+
+def curve_of(parts, name, seed):
+    """(kl, reward) per strength of one seed, the unguided policy with the same candidates as strength 0."""
+    row = BY_NAME[name]
+    start = "policy, whole vocabulary" if row.settings.get("top_k", 10) is None else "policy"
+    found = [parts[start][None][seed]] if seed in parts.get(start, {}).get(None, {}) else []
+    found += [by_seed[seed] for by_seed in parts.get(name, {}).values() if seed in by_seed]
+    return [(np.array(p["kl"][:FRONTIER]), np.array(p["rewards"][:FRONTIER])) for p in found]
+
+
+def curve_at(parts, name, target):
+    if BY_NAME[name].group in ("policy", "greedy", "fine-tuned"):
+        return None
+    seeds = sorted({s for by_seed in parts[name].values() for s in by_seed})
+    curves = [curve_of(parts, name, s) for s in seeds]
+    curves = [c for c in curves if len(c) > 1 and at_kl([(k.mean(), r.mean()) for k, r in c], target) is not None]
+    found = reward_at_kl(curves, target) if curves else None
+    return found and found | {"seeds": len(curves)}
+
+
+def markdown(gold, lines, targets):
+    """The table that docs/study.md shows."""
+    show = lambda i: f"{i['mean']:.2f} ({i['low']:.2f} to {i['high']:.2f})" if i else "–"  # noqa: E731
+    head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
+            "MB per token", "less pargs (95 %; p)"]  # fmt: skip
+    text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        value = "/".join(f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"])
+        less = line.get("less_pargs")
+        cells = [line["row"] + ("" if len(line["seeds"]) == 3 else f" ({len(line['seeds'])} seed)"), value,
+                 show(line["reward"]), f"{line['kl']['mean']:.1f}", *(show(line["at_kl"][str(t)]) for t in targets),
+                 f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
+                 f"{line['megabytes_per_token']:.3g}",
+                 f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def plot(cells, golds, path, names):
+    """Reward against KL: one panel per gold, means over seeds."""
+    figure, _ = new_figure(4.6 * len(golds), 4.4)
+    figure.clear()
+    for column, gold in enumerate(golds):
+        axes = figure.add_subplot(1, len(golds), column + 1)
+        parts, _ = arrays(cells, gold)
+        for index, name in enumerate(n for n in names if n in parts):
+            points = []
+            for by_seed in parts[name].values():
+                cut = [{f: np.mean(p[f][:FRONTIER]) for f in ("kl", "rewards")} for p in by_seed.values()]
+                points.append(tuple(np.mean([p[f] for p in cut]) for f in ("kl", "rewards")))
+            x, y = zip(*sorted(points), strict=True)
+            marker = "ox^sD*"[index // len(COLOURS)]
+            axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=4, label=name)
+        axes.set(xlabel="KL to the policy (nats)", ylabel="held-out reward", title=gold, xlim=(None, 45))
+        if column == 0:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=140, metadata={"Software": ""})
+
+
+def slim(part, private):
+    """A row as the JSON keeps it; text from data that is not ours to publish stays out."""
+    part = dict(part)
+    if private:
+        part.pop("samples", None)
+    if part["split"] == "tune":  # chosen by these means; single figures are of the test prompts
+        for name in ("kl", "kl_cut", "proxy", "rewards", "tokens"):
+            part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
+        part.pop("samples", None)
+    else:
+        part["kl"], part["rewards"], part["proxy"] = (
+            [round(v, 3) for v in part[k]] for k in ("kl", "rewards", "proxy")
+        )
+        part["kl_cut"] = round(float(np.mean(part["kl_cut"])), 4) if part.get("kl_cut") else None
+    return part
+
+
+def write(work, track, output):
+    """study-TRACK.json, .png and the tables on stdout."""
+    folders = sorted(p for p in (work / track).iterdir() if (p / "rows" / "test").is_dir())
+    cells = [read_cell(f) for f in folders]
+    golds = list(dict.fromkeys(c["gold"] for c in cells))
+    targets = EQUAL_KL[track]
+    tables = {gold: summarise(cells, gold, targets) for gold in golds}
+    setup = json.loads((work / track / "setup.json").read_text())
+    policy = load_policy(setup["policy"], dtype="float32", device="cpu")
+    guided, private = GuidedPolicy(policy, method="policy"), track == "human"
+    seeds = sorted({c["seed"] for c in cells})
+    named = lambda p: sha256(p.encode()).hexdigest()[:16] if private else p  # noqa: E731
+    prompts = {
+        split: {
+            "prompts": [named(p) for p in setup[split]],
+            "row_seeds": {str(s): guided.row_seeds(setup[split], s) for s in seeds},
+        }
+        for split in ("tune", "test")
+    }
+    made = provenance(
+        command=COMMANDS[track], seed=None, data={}, models={"policy": policy.model},
+        settings={k: v for k, v in setup.items() if k not in ("tune", "test", "sources", "policy")},
+    )  # fmt: skip
+    record = {
+        "what": f"The study, track {track}: see docs/study.md", "format": 1, "command": COMMANDS[track],
+        "tables": tables, "sources": setup.get("sources"), "prompts": prompts,
+        "cells": [c | {"rows": [slim(p, private) for p in c["rows"]]} for c in cells], "provenance": made.model_dump(),
+    }  # fmt: skip
+    if track == "human":
+        record["policy"] = json.loads((work / "human-policy" / "facts.json").read_text())
+        record["judge"] = json.loads((work / "human" / "judge" / "train.json").read_text())
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / f"study-{track}.json", json.dumps(record, separators=(",", ":"), default=str) + "\n")
+    plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group != "options"])
+    print("\n".join(markdown(gold, lines, targets) for gold, lines in tables.items()))
+    return 0

@@ -1,0 +1,191 @@
+"""What a track gives to every method alike: a policy, prompts to tune and to test on, pairs, and a gold reward."""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgtg import GuidedPolicy
+from rgtg.models.policy import load_policy
+from rgtg.outputs import write_text
+
+from .golds import GOLDS
+
+JUDGED = 1500  # pairs of the judge; training time, not data, was what there was too little of
+OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
+
+
+@dataclass
+class World:
+    """One cell of the study: everything that depends on the track, the gold and the seed but not on a method."""
+
+    track: str
+    gold_name: str
+    seed: int
+    policy: str  # folder
+    original: str  # the same weights, for TRL
+    folder: Path  # of this cell's parts
+    tune: list[str]
+    test: list[str]
+    pairs: list[dict[str, str]]
+    gold: Callable[[list[Any]], list[float]]
+    max_new_tokens: int
+    batch_size: int
+    sources: list[str] | None = None  # of the test prompts
+
+
+def write_rows(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def once(path, make):
+    """Rows of a part file, made where there is none."""
+    if not path.exists():
+        write_rows(path, make())
+    return read_rows(path)
+
+
+def story_prompts(policy, count):
+    """Distinct openings of stories: a fixed start continued by eight sampled tokens."""
+    guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
+    starts = [OPENINGS[i % len(OPENINGS)] for i in range(int(1.5 * count))]
+    done = guided.generate(starts, max_new_tokens=8, seed=0, batch_size=500)
+    texts = [c.prompt + c.text.rstrip() for c in done if c.finish_reason == "length"]
+    return [{"prompt": text} for text in list(dict.fromkeys(texts))[:count]]
+
+
+def sample_twice(policy, prompts, tokens):
+    """Two completions of every prompt, sampled from the policy's whole vocabulary."""
+    guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
+    done = guided.generate([p for p in prompts for _ in range(2)], max_new_tokens=tokens, seed=1, batch_size=500)
+    rows = []
+    for a, b in zip(done[::2], done[1::2], strict=True):
+        if a.text.strip() and b.text.strip() and a.text != b.text:
+            reasons = [a.finish_reason, b.finish_reason]
+            rows.append({"prompt": a.prompt, "texts": [a.text, b.text], "finish_reasons": reasons})
+    return rows
+
+
+def label(rows, reward, seed):
+    """Pairs with Bradley–Terry noise: the first wins with probability σ(its reward less the other's)."""
+    noise = random.Random(seed)
+    pairs = []
+    for row in rows:
+        first, second = row["texts"]
+        p = 1 / (1 + math.exp(reward(row["prompt"], second) - reward(row["prompt"], first)))
+        won, lost = (first, second) if noise.random() < p else (second, first)
+        pairs.append({"prompt": row["prompt"], "chosen": won, "rejected": lost})
+    return pairs
+
+
+def without_eos(source, folder):
+    """A copy of the policy whose tokenizer names no EOS: stories are cut at a length, and none is closed."""
+    if not (folder / "tokenizer_config.json").exists():
+        shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        folder.chmod(0o755)
+        config = json.loads((Path(source) / "tokenizer_config.json").read_text())
+        config.pop("eos_token")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    return str(folder)
+
+
+def stories(args, gold_name, seed):
+    """A cell of track A: seed s takes the s-th slice of the sampled pairs, so seeds share no pair."""
+    size, work = args.pairs + 200, args.work / "stories"
+    policy = without_eos(args.policy, work / "policy")
+    count = args.tune + args.test + 3 * size  # three seeds
+    everything = once(work / "prompts.jsonl", lambda: story_prompts(policy, count))
+    prompts = [row["prompt"] for row in everything]
+    tune, test = prompts[: args.tune], prompts[args.tune : args.tune + args.test]
+    mine = prompts[args.tune + args.test :][seed * size : (seed + 1) * size]
+    rows = once(work / f"samples-s{seed}.jsonl", lambda: sample_twice(policy, mine, args.tokens))
+    reward = GOLDS[gold_name]
+    folder = work / f"{gold_name}-s{seed}"
+    pairs = label(rows, reward, seed)[: args.pairs]
+    once(folder / "pairs.jsonl", lambda: pairs)
+    return World(
+        track="stories", gold_name=gold_name, seed=seed, policy=policy, original=args.policy, folder=folder,
+        tune=tune, test=test, pairs=pairs, gold=lambda done: [reward(c.prompt, c.text) for c in done],
+        max_new_tokens=args.tokens, batch_size=args.batch,
+    )  # fmt: skip
+
+
+def human(args, gold_name, seed):
+    """Track B: the judge is a full-bt model of the other half of the pairs, which nothing else reads."""
+    from .human_data import all_pairs
+
+    parts, work = all_pairs(args.data), args.work / "human"
+    pairs = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in parts["scorers"]][: args.pairs]
+    sources = {p["prompt"]: p["source"] for p in parts["prompts"]}
+    prompts = list(sources)
+    test = prompts[args.tune : args.tune + args.test]
+    judge = train_judge(args.policy, parts, work / "judge")
+    return World(
+        track="human", gold_name=gold_name, seed=seed, policy=args.policy, original=args.policy,
+        folder=work / f"{gold_name}-s{seed}", tune=prompts[: args.tune], test=test, pairs=pairs, gold=judge,
+        max_new_tokens=args.tokens, batch_size=args.batch, sources=[sources[p] for p in test],
+    )  # fmt: skip
+
+
+def train_judge(policy, parts, folder):
+    """A reward function; the judge starts from the policy's weights and is trained once, with seed 1000."""
+    from rgtg.config import TrainSettings
+    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.training.run import train_scorer
+
+    fields = ("prompt", "chosen", "rejected")
+    for name, part in (("pairs", "judge"), ("held", "prompts")):
+        once(folder / f"{name}.jsonl", lambda part=part: [{k: p[k] for k in fields} for p in parts[part][:JUDGED]])
+    if not (folder / "train.json").exists():
+        settings = TrainSettings(
+            pairs=str(folder / "pairs.jsonl"), eval_pairs=str(folder / "held.jsonl"), base=policy, seed=1000,
+            objective="full-bt", output=folder / "model", on_bad="skip",
+            train={"num_train_epochs": 1, "learning_rate": 5e-4, "per_device_train_batch_size": 16},
+        )  # fmt: skip
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        report = train_scorer(settings)
+        write_text(folder / "train.json", report.model_dump_json(exclude={"output", "base"}) + "\n")
+    judge = PrefixScorer.from_pretrained(str(folder / "model"), dtype="float32", device="cpu")
+
+    def gold(done):
+        texts = [c.text if c.text.strip() else " ." for c in done]  # closed like every text the judge has read
+        return judge.score([c.prompt for c in done], texts, finished=True, batch_size=64)
+
+    return gold
+
+
+def demo(args, gold_name, seed):
+    """The demo's customer letters: a policy trained here in a minute, and a rule that reads a finished reply."""
+    from rgtg.config import DemoSettings
+    from rgtg.demo.gold import gold_reward
+    from rgtg.demo.run import make_world
+    from rgtg.demo.train import train_policy
+
+    world = make_world(DemoSettings(seed=seed, prompts=args.tune + args.test))
+    folder = args.work / "demo" / f"{gold_name}-s{seed}"
+    policy = folder / "policy"
+    if not (policy / "model.safetensors").exists():
+        train_policy(policy, world.corpus, steps=600, seed=seed)
+    customers = {c.prompt: c for c in world.unseen}
+    prompts = [c.prompt for c in world.unseen]
+    pairs = [p.model_dump(include={"prompt", "chosen", "rejected"}) for p in world.pairs[: args.pairs]]
+    return World(
+        track="demo", gold_name=gold_name, seed=seed, policy=str(policy), original=str(policy), folder=folder,
+        tune=prompts[: args.tune], test=prompts[args.tune :], pairs=pairs,
+        max_new_tokens=args.tokens, batch_size=args.batch,
+        gold=lambda done: [
+            gold_reward(customers[c.prompt], c.text, finished=c.finish_reason == "stop") for c in done
+        ],
+    )  # fmt: skip
+
+
+MAKERS = {"stories": stories, "human": human, "demo": demo}
+GOLD_NAMES = {"stories": list(GOLDS), "human": ["judge"], "demo": ["letter"]}

@@ -1,0 +1,165 @@
+"""The study's golds, splits, tables and resumption do what their descriptions say; no models but tiny ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.study import again, figures_of, golds, human_data, rows, tables, worlds
+from benchmarks.study.__main__ import best_value
+from benchmarks.study.measure import measured, settings_of
+
+from rgtg import GuidedPolicy
+from rgtg.config import DecodingSettings
+from rgtg.config.base import validate
+from rgtg.decoding.methods import METHODS, check_settings
+from rgtg.models.policy import load_policy
+
+PROMPTS = ["the cat", "a dog ran", "one day", "the end"]
+
+
+@pytest.fixture
+def world(tmp_path: Path, policy_folder: Path) -> worlds.World:
+    """A cell with the tests' tiny policy: three prompts to test on, and a gold that counts letters."""
+    return worlds.World(
+        track="stories", gold_name="letters", seed=0, policy=str(policy_folder), original=str(policy_folder),
+        folder=tmp_path / "cell", tune=PROMPTS[:1], test=PROMPTS[1:],
+        pairs=[{"prompt": p, "chosen": " is good", "rejected": " is bad"} for p in PROMPTS],
+        gold=lambda done: [float(len(c.text)) for c in done], max_new_tokens=4, batch_size=8,
+    )  # fmt: skip
+
+
+def test_lexicon_adds_up_and_distinct_depends_on_what_came_before() -> None:
+    assert golds.lexicon("a happy", " sad nice friend.") == 2.0
+    assert golds.distinct("the cat", " saw the cat") == 3 / 4
+
+
+def test_one_name_rewards_the_hero_and_pays_for_strangers() -> None:
+    assert golds.one_name("Once there was Tim.", " Tim ran. Then Tim sat.") == 1.0
+    assert golds.one_name("Once there was Tim.", " Tim saw Sue and Ben.") == 0.5 - 1.0
+    assert golds.one_name("Tim", " Tim Tim Tim Tim Tim Tim") == 2.0, "at most four mentions count"
+    assert golds.one_name("Once upon a time", " She ran. The end.") == 0.0
+
+
+def test_labels_follow_the_reward_with_bradley_terry_noise() -> None:
+    sampled = [{"prompt": str(i), "texts": ["good", "bad"]} for i in range(2000)]
+    gap = worlds.label(sampled, lambda _, text: 1.0 if text == "good" else 0.0, seed=0)
+    share = sum(p["chosen"] == "good" for p in gap) / len(gap)
+    assert share == pytest.approx(1 / (1 + np.exp(-1)), abs=0.03)
+    assert gap == worlds.label(sampled, lambda _, text: 1.0 if text == "good" else 0.0, seed=0)
+
+
+def test_human_parts_share_no_prompt(shared_data: Path) -> None:
+    parts = human_data.all_pairs(shared_data)
+    prompts = {name: {row["prompt"] for row in part} for name, part in parts.items()}
+    assert not prompts["scorers"] & prompts["judge"]
+    assert not prompts["scorers"] & prompts["prompts"]
+    assert not prompts["judge"] & prompts["prompts"]
+    sources = {row["source"] for row in parts["scorers"]}
+    assert sources == {"dialogue", "instruction", "summary"}
+
+
+def test_a_prompt_is_in_one_part_whatever_else_there_is() -> None:
+    parts = [human_data.part_of(f"prompt {i}") for i in range(3000)]
+    assert parts.count("scorers") / 3000 == pytest.approx(0.45, abs=0.03)
+    assert parts.count("judge") / 3000 == pytest.approx(0.45, abs=0.03)
+
+
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
+def test_every_row_is_one_that_its_method_accepts(row: rows.Row, world: worlds.World) -> None:
+    for value in row.grid:
+        settings = settings_of(world, row, value)
+        given = {k: v for k, v in settings.items() if k not in ("scorer", "tuned_policy", "method")}
+        if given.get("reward_threshold") == "best-of-n":
+            given["reward_threshold"] = 1.0
+        if "beta" in given and isinstance(row.scorer, tuple):
+            assert len(given["beta"]) == len(row.scorer)
+        check_settings(METHODS[row.method], validate(DecodingSettings, given))
+
+
+def test_rows_have_names_of_their_own_and_cover_every_method() -> None:
+    assert len(rows.BY_NAME) == len(rows.ROWS)
+    assert {row.method for row in rows.ROWS} == set(METHODS)
+
+
+def test_reward_at_equal_kl_is_read_off_the_line_between_two_strengths() -> None:
+    assert figures_of.at_kl([(4, 1.0), (8, 3.0), (20, 5.0)], 14) == 4.0
+    assert figures_of.at_kl([(4, 1.0), (8, 3.0)], 9) is None
+    flat = [(np.full(5, k), np.full(5, r)) for k, r in ((4.0, 1.0), (8.0, 3.0))]
+    assert figures_of.reward_at_kl([flat, flat], 6.0) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_intervals_widen_with_seeds_that_disagree() -> None:
+    rng = np.random.default_rng(0)
+    same = np.tile(rng.normal(size=200), (3, 1))
+    apart = same + np.array([[-1.0], [0.0], [1.0]])
+    width = [i["high"] - i["low"] for i in (figures_of.interval(same), figures_of.interval(apart))]
+    assert width[1] > 3 * width[0]
+
+
+def test_paired_difference_is_sharper_than_two_intervals() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(scale=5, size=(1, 300))
+    found = figures_of.paired(a + 0.2 + rng.normal(scale=0.1, size=a.shape), a)
+    assert found["p"] < 0.001
+    assert 0.15 < found["low"] < 0.2 < found["high"] < 0.25
+    assert figures_of.paired(a, a)["p"] == 1.0
+
+
+def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
+    models = again.WithoutProxy()
+    row = rows.BY_NAME["policy"]
+    part = measured(world, row, None, "test", models)
+    path = world.folder / "rows" / "test" / "policy.json"
+    assert json.loads(path.read_text()) == part
+    path.write_text(json.dumps(part | {"rewards": "kept"}))
+    assert measured(world, row, None, "test", models)["rewards"] == "kept", "a finished part is not measured again"
+    record = {"cells": [{"gold": "letters", "seed": 0, "rows": [tables.slim(part, private=False)]}]}
+    (tmp_path / "study-stories.json").write_text(json.dumps(record))
+    assert again.compare(world, "policy", tmp_path) == 0
+    assert "to the digit" in capsys.readouterr().out
+    record["cells"][0]["rows"][0]["rewards"][0] += 0.001
+    (tmp_path / "study-stories.json").write_text(json.dumps(record))
+    assert again.compare(world, "policy", tmp_path) == 1
+    assert again.compare(world, "no such row", tmp_path) == 2
+
+
+def test_row_seeds_in_the_file_are_those_of_the_completions(world: worlds.World) -> None:
+    guided = GuidedPolicy(load_policy(world.policy, dtype="float32", device="cpu"), method="policy")
+    done = guided.generate(world.test, seed=0, max_new_tokens=2)
+    assert [c.seed for c in done] == guided.row_seeds(world.test, 0)
+
+
+def test_the_best_try_on_tuning_prompts_is_used(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = {1.0: 0.1, 2.0: 0.5, 4.0: 0.4, 8.0: 9.0}  # the last is 40 nats away: too far
+    asked = []
+
+    def fake(world: Any, row: Any, value: float, split: str, models: Any) -> dict[str, list[float]]:
+        asked.append(split)
+        return {"rewards": [means[value]], "kl": [5.0 * value]}
+
+    monkeypatch.setattr("benchmarks.study.__main__.measured", fake)
+    assert best_value(world, rows.BY_NAME["pargs"], None) == 2.0
+    assert asked == ["tune"] * 4
+
+
+def test_tables_compare_rows_at_their_tuned_values() -> None:
+    def part(row: str, value: Any, split: str, reward: float, kl: float) -> dict[str, Any]:
+        return {
+            "row": row, "value": value, "split": split, "rewards": [reward, reward + 1], "kl": [kl, kl],
+            "tokens": [4, 4], "policy_calls": 8, "scorer_calls": 8, "policy_bytes": 10**6, "scorer_bytes": 10**6,
+            "seconds": 1.0, "proxy": [0.0, 0.0], "distinct_2": 1.0,
+        }  # fmt: skip
+
+    cell = {"gold": "g", "seed": 0, "rows": [
+        part("policy", None, "test", 0.0, 4.0),
+        part("pargs", 1.0, "tune", 1.0, 6.0), part("pargs", 2.0, "tune", 3.0, 9.0),
+        part("pargs", 2.0, "test", 2.0, 8.0),
+    ]}  # fmt: skip
+    policy, pargs = tables.summarise([cell], "g", (6.0,))
+    assert (pargs["values"], pargs["reward"]["mean"], pargs["at_kl"]["6.0"]["mean"]) == ([2.0], 2.5, 1.5)
+    assert pargs["megabytes_per_token"] == 2.0
+    assert pargs["scorer_calls_per_token"] == 1.0
+    assert policy["less_pargs"]["mean"] == -2.0
+    assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
