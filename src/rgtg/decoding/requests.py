@@ -17,7 +17,11 @@ from rgtg.types import Completion, StepTrace
 
 @dataclass
 class Request:
-    """State of one row while it is decoded; nothing of it depends on its neighbours."""
+    """State of one row while it is decoded; nothing of it depends on its neighbours.
+
+    ``source`` is the prompt for scorers with a tokenizer of their own: chat messages, text, or None for what its tokens
+    say.
+    """
 
     prompt: str
     prompt_ids: list[int]
@@ -33,6 +37,10 @@ class Request:
     drafted: int = 0
     accepted: int = 0
     selection_nats: float = 0.0
+    candidates: int = 0
+    retokenised: int = 0
+    unscored: int = 0
+    source: str | list[dict[str, Any]] | None = None
     finish_reason: str | None = None
     text: str = ""
     trace: list[StepTrace] = field(default_factory=list)
@@ -182,5 +190,8 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         selection_nats=request.selection_nats,
         drafted=request.drafted,
         accepted=request.accepted,
+        candidates=request.candidates,
+        retokenised=request.retokenised,
+        unscored=request.unscored,
         trace=request.trace if trace else None,
     )
