@@ -38,9 +38,7 @@ from rgtg.models.text_scorer import TextScorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UNGUIDED, SAME, OTHER = "unguided", "scorer with the policy's tokenizer", "scorer with another tokenizer"
 SAME_AS_TEXT = "scorer with the policy's tokenizer, read as text"
 
@@ -72,7 +70,9 @@ class Bigrams:
         alone = torch.full((size,), 1e-3)
         alone[list(counts)] = torch.tensor([float(n) for n in counts.values()])
         self.alone = alone / alone.sum()
-        self.pairs = {a: (torch.tensor(list(b)), torch.tensor([float(n) for n in b.values()])) for a, b in pairs.items()}
+        self.pairs = {
+            a: (torch.tensor(list(b)), torch.tensor([float(n) for n in b.values()])) for a, b in pairs.items()
+        }
 
     def __call__(self, newest):
         rows = 0.1 * self.alone.repeat(len(newest), 1)

@@ -23,9 +23,7 @@ CORPUS = [
     "Ελληνικά русский язык עברית العربية 中文字符 日本語テキスト 한국어 हिन्दी ภาษาไทย 🙂 👩‍👩‍👧‍👦 🇫🇷 ✨ e\u0301 n\u0303",
 ]
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _wrap(raw, **special):
@@ -79,9 +77,7 @@ def llama_like(size=300):
     tokens = [*SPECIAL, *bytes_, *state["vocab"]]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     merges = [tuple(pair) for pair in state["merges"]]
-    raw.model = models.BPE(
-        vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"
-    )
+    raw.model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -69,7 +69,7 @@ class Completion(Record):
     accepted: int = Field(default=0, description="of those, how many were accepted")
     candidates: int = Field(default=0, description="next tokens that a scorer with another tokenizer scored, EOS aside")
     retokenised: int = Field(default=0, description="of those, how many were not exactly one token of the scorer's")
-    unscored: int = Field(default=0, description="tokens drawn unsteered, since that scorer's context was full")
+    unscored: int = Field(default=0, description="tokens that such a scorer did not read, since its context was full")
     trace: list[StepTrace] | None = None
 
 

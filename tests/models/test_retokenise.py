@@ -11,10 +11,48 @@ from rgtg.models.retokenise import Detokeniser, Retokeniser
 from rgtg.models.space_cuts import SpaceCuts
 
 ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-WORDS = ["the", " the", " then", "re", "s", " ", "  ", "\n", "\n\n", ".", ", and", " 12", "345", "'s", " isn't", "\t", "</s>"]
-ODD = [" é", "e\u0301", "\u0301", " 🙂", "👩‍👩‍👧", "🇫🇷", "中文", "한국", " हिन्दी", "שלום", "\u00a0", "ﬁ", "\u2028", "<s>", "İ", "ß", "�"]
+WORDS = [
+    "the",
+    " the",
+    " then",
+    "re",
+    "s",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    ".",
+    ", and",
+    " 12",
+    "345",
+    "'s",
+    " isn't",
+    "\t",
+    "</s>",
+]
+ODD = [
+    " é",
+    "e\u0301",
+    "\u0301",
+    " 🙂",
+    "👩‍👩‍👧",
+    "🇫🇷",
+    "中文",
+    "한국",
+    " हिन्दी",
+    "שלום",
+    "\u00a0",
+    "ﬁ",
+    "\u2028",
+    "<s>",
+    "İ",
+    "ß",
+    "�",
+]
 pieces = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), min_size=1, max_size=12)
-starts = st.sampled_from(["Once upon a time, there was a", CORPUS[1], CORPUS[4], "a", "so the dog", "x  y   z the end of it"])
+starts = st.sampled_from(
+    ["Once upon a time, there was a", CORPUS[1], CORPUS[4], "a", "so the dog", "x  y   z the end of it"]
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -134,9 +134,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         """Forget the last ``counts[b]`` kept columns of row b (drafts that were rejected)."""
         self.keep_first([-n for n in counts])
 
-    def keep_path(
-        self, nodes: Tensor, counts: Sequence[int] | None = None, stays: Sequence[int] | None = None
-    ) -> None:
+    def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None, stays: Sequence[int] | None = None) -> None:
         """Keep one path per row: ``nodes[b, :counts[b]]`` (B, D), in order; the other nodes are overwritten next.
 
         Without ``counts`` all D nodes are kept. With ``stays``, the path follows the first ``stays[b]`` kept columns, and

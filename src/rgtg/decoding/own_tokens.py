@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgtg.decoding.branches import BranchBatch, Branches
 from rgtg.decoding.readers import MAX_WIDTH
-from rgtg.decoding.requests import Request
+from rgtg.decoding.requests import Request, source_of
 from rgtg.decoding.runner import TreeRunner
 from rgtg.models.policy import Policy
 from rgtg.models.retokenise import Detokeniser, Reading, Spoken, Tail
@@ -84,21 +84,12 @@ class TextReader:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Note the prompts, and read them where there is a cache."""
         requests = self.requests or [Request("", list(prompt), 0, []) for prompt in prompts]
-        turns = [self.scorer.turn(self._source(request)) for request in requests]
+        turns = [self.scorer.turn(source_of(request, self.policy_tokenizer)) for request in requests]
         readings = self.scorer.retokeniser.read([self.scorer.text(turn, "", finished=False) for turn in turns])
         self.rows = [
             Row(turn, self.detokeniser.start(prompt), reading, request)
             for turn, prompt, reading, request in zip(turns, prompts, readings, requests, strict=True)
         ]
-
-    def _source(self, request: Request) -> "str | list[dict[str, object]]":
-        """What the scorer takes for the prompt: chat messages, its text, or what its tokens say."""
-        if request.source is not None:
-            return request.source
-        text: str = self.policy_tokenizer.decode(
-            request.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K) of the candidates, fp32, on their device."""

@@ -59,6 +59,13 @@ class Request:
         return processed[0]
 
 
+def source_of(request: Request, tokenizer: Any) -> str | list[dict[str, Any]]:
+    """What a scorer with a tokenizer of its own takes for the prompt: chat messages, text, or what the tokens say."""
+    if request.source is not None:
+        return request.source
+    return str(tokenizer.decode(request.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def process(rows: Sequence[Request], logits: Tensor, whole: Tensor, ahead: list[list[int]] | None = None) -> Tensor:
     """Policy log-probabilities (B, V) after each row's own processors, which also see its tokens ``ahead``."""
     if not any(row.processors for row in rows):
