@@ -64,6 +64,8 @@ FIGURES = {
     "1 − normalised regret, argmax": lambda r: 1 - r["rollouts"]["overall"]["scorer"]["normalised_regret"]["mean"],
     "gain per token at equal KL": lambda r: r["rollouts"]["overall"]["guided"]["gain"]["mean"],
 }
+PLAIN = "pair accuracy, first half"
+CONTROLS = ("shuffled labels", "untrained")
 SHOWN = ("pair accuracy, first half", "pair accuracy, whole", "Spearman of candidates", "gain per token at equal KL")
 
 
@@ -175,9 +177,9 @@ def pearson(x, y):
 
 
 def correlate(groups, seed, resamples=2000):
-    """Spearman and Pearson over the scorers of each gold, averaged over golds; scorers are resampled for intervals.
+    """Spearman and Pearson over the scorers of each gold, averaged over golds, and the same of resampled scorers.
 
-    ``groups`` holds one (figures, gains) per gold. The same scorers are drawn for every gold.
+    ``groups`` holds one (figures, gains) per gold. The same scorers are drawn for every gold, and for every figure.
     """
     draw = torch.Generator().manual_seed(seed)
     count = len(groups[0][0])
@@ -187,27 +189,35 @@ def correlate(groups, seed, resamples=2000):
         for x, y in groups:
             x, y = torch.tensor(x, dtype=torch.float64)[chosen], torch.tensor(y, dtype=torch.float64)[chosen]
             found.append((pearson(mid_ranks(x[None])[0], mid_ranks(y[None])[0]), pearson(x, y)))
-        return torch.tensor(found).mean(0)
+        return torch.tensor(found, dtype=torch.float64).mean(0)
 
-    found = both(torch.arange(count))
-    drawn = torch.stack([both(torch.randint(count, (count,), generator=draw)) for _ in range(resamples)])
-    bounds = torch.nanquantile(drawn.double(), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    drawn = [both(torch.randint(count, (count,), generator=draw)) for _ in range(resamples)]
+    return both(torch.arange(count)), torch.stack(drawn), count
+
+
+def described(found, drawn, count):
+    bounds = torch.nanquantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return {
         kind: {"mean": float(found[i]), "low": float(bounds[0, i]), "high": float(bounds[1, i]), "n": count}
         for i, kind in enumerate(("spearman", "pearson"))
     }
 
 
-def tabulate(results, seed):
-    """Correlation of every figure with the gain: by gold, and averaged."""
+def tabulate(results, seed, without=()):
+    """Correlation of every figure with the gain, by gold and averaged; and how much it exceeds that of PLAIN."""
     table = {}
     for name, read in FIGURES.items():
-        groups = [
-            ([read(r) for r in result["scorers"]], [r["gain"]["mean"] for r in result["scorers"]]) for result in results
-        ]
-        table[name] = {result["gold"]: correlate([group], seed) for result, group in zip(results, groups, strict=True)}
-        table[name]["both" if len(results) > 1 else "all"] = correlate(groups, seed)
-    return table
+        groups = []
+        for result in results:
+            kept = [r for r in result["scorers"] if r["scorer"] not in without]
+            groups.append(([read(r) for r in kept], [r["gain_at_kl"]["mean"] for r in kept]))
+        parts = {result["gold"]: [group] for result, group in zip(results, groups, strict=True)}
+        table[name] = {part: correlate(some, seed) for part, some in (parts | {"mean of golds": groups}).items()}
+    found = {name: {part: described(*of) for part, of in row.items()} for name, row in table.items()}
+    for name, row in table.items():
+        (here, drawn, count), (other, others, _) = row["mean of golds"], table[PLAIN]["mean of golds"]
+        found[name][f"less that of {PLAIN}"] = described(here - other, drawn - others, count)
+    return found
 
 
 def plot(results, path):
@@ -263,7 +273,8 @@ def main():
         models={"policy": policy.model},
     )  # fmt: skip
     record = {
-        "what": __doc__.splitlines()[0], "correlations": tabulate(results, args.seed), "results": results,
+        "what": __doc__.splitlines()[0], "correlations": tabulate(results, args.seed),
+        "correlations_without_controls": tabulate(results, args.seed, CONTROLS), "results": results,
         "provenance": made.model_dump(mode="json"),
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)

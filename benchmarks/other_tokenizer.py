@@ -2,12 +2,12 @@
 
     python benchmarks/other_tokenizer.py [--dtypes bf16 fp32] [--rounds 7] [--output FILE]
 
-Policy and scorers are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, all of one size. Two byte-level
-BPEs: the policy's is trained on posts, with GPT-2's rules for words, the scorer's on old novels, with those of cl100k.
-Candidates are of two kinds: ``likely``, words that might be said (the policy makes its pass, and its logits are then
-replaced by those of a bigram model of the posts), and ``random``, the policy's own: ten tokens of a random model, whose
-pieces of words hardly ever are tokens of the other kind, the worst case. All ways decode in turn, round after round;
-figures are medians, ratios are medians of paired ratios. The last line is one JSON object.
+Policy and scorers are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, all of one size. There are
+two byte-level BPEs: the policy's is trained on posts, with GPT-2's rules for words, the scorer's on old novels, with
+those of cl100k. Candidates are of two kinds: ``likely``, words that might be said (the policy makes its pass, and its
+logits are then replaced by those of a bigram model of the posts), and ``random``, the policy's own: ten tokens of a
+random model, whose pieces of words are seldom tokens of the other kind, the worst case. All ways decode in turn, round
+after round; figures are medians, ratios are medians of paired ratios. The last line is one JSON object.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ from rgtg.models.text_scorer import TextScorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 UNGUIDED, SAME, OTHER = "unguided", "scorer with the policy's tokenizer", "scorer with another tokenizer"
 SAME_AS_TEXT = "scorer with the policy's tokenizer, read as text"
 
@@ -64,7 +68,7 @@ class Bigrams:
         counts, pairs = Counter(), defaultdict(Counter)
         for mine in ids:
             counts.update(mine)
-            for a, b in zip(mine, mine[1:], strict=False):
+            for a, b in pairwise(mine):
                 pairs[a][b] += 1
         self.device = device
         alone = torch.full((size,), 1e-3)

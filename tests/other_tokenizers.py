@@ -20,10 +20,14 @@ CORPUS = [
     "The dog's name was Max. It's 12 years old, isn't it? They're going to the market, and they'd like 345 apples!",
     "the then they there thereby them themselves; a an and ant any; in inn inner; lower lowest slow slower",
     "def f(x):\n    return {'a': x ** 2}\n\nUne naïve café à Ünïcödé Straße, où l'été est là.",
-    "Ελληνικά русский язык עברית العربية 中文字符 日本語テキスト 한국어 हिन्दी ภาษาไทย 🙂 👩‍👩‍👧‍👦 🇫🇷 ✨ e\u0301 n\u0303",
+    "Ελληνικά русский язык עברית العربية 中文字符 日本語テキスト 한국어 हिन्दी ภาษาไทย 🙂 👩‍👩‍👧‍👦 🇫🇷 ✨",
+    "e\u0301 n\u0303",
 ]
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _wrap(raw, **special):
@@ -137,7 +141,8 @@ def tokenizer_of(kind):
 def _config(tokenizer, **more):
     return LlamaConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=more.pop("positions", 512), bos_token_id=0, eos_token_id=1, **more,
+        vocab_size=len(tokenizer), max_position_embeddings=more.pop("positions", 512), bos_token_id=0,
+        eos_token_id=1, **more,
     )  # fmt: skip
 
 

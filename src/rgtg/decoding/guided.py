@@ -28,6 +28,7 @@ from rgtg.decoding.requests import (
     make_processors,
     require_room,
     row_seeds,
+    settled,
     source_of,
     to_completion,
 )
@@ -224,7 +225,7 @@ class GuidedPolicy:
         for _ in steps:
             if self.method.unit != "completion" and request.finish_reason is None:
                 text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
-                safe = _settled(text, resolved.stop)
+                safe = settled(text, resolved.stop)
                 if len(safe) > len(shown) and safe.startswith(shown):
                     yield safe[len(shown) :]
                     shown = safe
@@ -393,10 +394,3 @@ def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
         return [prompts]
     many: list[Any] = list(prompts)
     return [many] if many and isinstance(many[0], dict) else many
-
-
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
-    text = text.rstrip("�")
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - held]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from rgtg.config import DecodingSettings
 from rgtg.decoding.drafting import MAX_DRAFT, Costs, Drafter, FromModel, FromPolicy, FromText
 from rgtg.decoding.mixture import Mixture, OwnPass
+from rgtg.decoding.own_tokens import BranchReader, TextReader
 from rgtg.decoding.readers import MAX_WIDTH, CandidateReader, PrefixReader, Reader
+from rgtg.decoding.requests import Request, end_tokens
 from rgtg.decoding.runner import Runner, TreeRunner, make_runner
 from rgtg.decoding.segment_scores import CachedSegments, OwnTexts, SegmentReader, WholeTexts
 from rgtg.decoding.steps import Alone, Apart, AtOnce, InOnePass, OnCandidates, OnPrefix, Stepper
-from rgtg.decoding.own_tokens import BranchReader, TextReader
-from rgtg.decoding.requests import Request, end_tokens
 from rgtg.errors import UsageError
 from rgtg.models.encoding import require_same_tokenizer, same_tokenizer
 from rgtg.models.own_state import OwnStateScorer

@@ -137,8 +137,8 @@ class TreeCache(Cache):  # type: ignore[misc]
     def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None, stays: Sequence[int] | None = None) -> None:
         """Keep one path per row: ``nodes[b, :counts[b]]`` (B, D), in order; the other nodes are overwritten next.
 
-        Without ``counts`` all D nodes are kept. With ``stays``, the path follows the first ``stays[b]`` kept columns, and
-        those after them are forgotten.
+        Without ``counts`` all D nodes are kept. With ``stays``, the path follows the first ``stays[b]`` kept columns,
+        and those after them are forgotten.
         """
         batch, depth = nodes.shape
         kept = list(counts) if counts is not None else [depth] * batch

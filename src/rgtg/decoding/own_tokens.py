@@ -1,7 +1,7 @@
 """A scorer with a tokenizer of its own beside the policy: candidates become text, and text the scorer's tokens.
 
-Each candidate's text is tokenised as the scorer's tokenizer would write it from scratch. A causal scorer keeps the tokens
-that stay as they were in its cache; only the tail that changes is read again, as a branch. An encoder reads whole texts.
+Each candidate's text is tokenised as the scorer's tokenizer would write it from scratch. A causal scorer keeps in its
+cache the tokens that stay as they were; only the tail that changes is read, as a branch. An encoder reads whole texts.
 """
 
 import warnings

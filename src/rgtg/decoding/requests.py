@@ -141,6 +141,13 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
+    text = text.rstrip("�")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]
+
+
 def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:
     """Transformers' own processors for one row; an empty list where nothing is asked for."""
     from transformers.generation.logits_process import (

@@ -58,8 +58,9 @@ def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None
             detail = f"{text!r} is {ours[:12]} to the policy and {theirs[:12]} to the scorer (first 12 ids)"
             break
     raise TokenizerMismatchError(
-        f"policy and scorer have different tokenizers: {detail}. What scores or drafts the policy's own tokens needs the "
-        "same one: train it from the policy's own base model (rgtg train --base POLICY). A reward model may have another."
+        f"policy and scorer have different tokenizers: {detail}. What scores or drafts the policy's own tokens needs "
+        "its tokenizer: train it from the policy's own base model (rgtg train --base POLICY). A reward model may have "
+        "another."
     )
 
 

@@ -1,4 +1,4 @@
-"""One tokenizer's tokens as text, and text as another's tokens, while the text grows: exact, at the cost of what is new.
+"""One tokenizer's tokens as text, and text as another's tokens, while the text grows: exact, for the price of the new.
 
 Both directions look at the newest few words only, and fall back to the whole text where that could differ.
 """

@@ -34,10 +34,10 @@ class Turn:
 class TextScorer:
     """Scores text: r(x, y) = R(tokenise(x ⊕ y)), with the scorer's own tokenizer and its own chat template.
 
-    A completion of plain text follows its prompt as it stands, between the special tokens that the tokenizer adds. After
-    chat messages, it is the assistant's next turn. A finished completion is closed as the scorer was trained: by EOS if
-    its rgtg.json says so, or by the chat template. Trailing U+FFFD of an *unfinished* completion are bytes of a character
-    that is not there yet, and no text; elsewhere U+FFFD is read as it stands.
+    A completion of plain text follows its prompt as it stands, between the special tokens that the tokenizer adds.
+    After chat messages, it is the assistant's next turn. A finished completion is closed as the scorer was trained: by
+    EOS if its rgtg.json says so, or by the chat template. Trailing U+FFFD of an *unfinished* completion are bytes of a
+    character that is not there yet, and no text; elsewhere U+FFFD is read as it stands.
 
     Attributes:
         causal: whether the model keeps a cache; an encoder reads whole texts.
@@ -167,8 +167,8 @@ class TextScorer:
         if None in rewards:
             at = rewards.index(None)
             raise DataError(
-                f"completion {at + 1} of {len(rewards)} exceeds, with its prompt, the context of {self.max_length} tokens "
-                f"of the scorer {self.name}; drop it, or use a scorer with a longer context"
+                f"completion {at + 1} of {len(rewards)} exceeds, with its prompt, the context of {self.max_length} "
+                f"tokens of the scorer {self.name}; drop it, or use a scorer with a longer context"
             )
         return [reward for reward in rewards if reward is not None]
 
