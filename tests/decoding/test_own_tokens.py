@@ -19,7 +19,7 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import scorer_scores
 from rgtg.models.text_scorer import TextScorer
 
-SOME = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 PROMPTS = ["Once upon a time, there was a", CORPUS[1], "中文 🙂"]
 
 
@@ -51,7 +51,7 @@ def naive(scorer, prompt, said, *, finished=False):
     return reward(scorer.model, ids)
 
 
-def walk(reader, requests, draw, steps=6, k=4, close=()):
+def walk(reader, requests, draw, steps=5, k=3):
     """Random candidates of all rows, step by step; the scores and what they must be."""
     tokenizer = reader.policy_tokenizer
     reader.prefill([request.prompt_ids for request in requests])
