@@ -67,6 +67,9 @@ class Completion(Record):
     scorer_calls: int = 0
     drafted: int = Field(default=0, description="tokens drafted ahead for verification (speculative decoding)")
     accepted: int = Field(default=0, description="of those, how many were accepted")
+    candidates: int = Field(default=0, description="next tokens that a scorer with another tokenizer scored, EOS aside")
+    retokenised: int = Field(default=0, description="of those, how many were not exactly one token of the scorer's")
+    unscored: int = Field(default=0, description="tokens that such a scorer did not read, since its context was full")
     trace: list[StepTrace] | None = None
 
 

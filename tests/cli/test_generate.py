@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from naive import info
+from other_tokenizers import reward_model_with, tokenizer_of
 from rgtg.cli import generate, score
 from rgtg.models.checkpoint import write_info
 from rgtg.models.prefix_scorer import PrefixScorer
@@ -123,3 +124,26 @@ def test_speculation_is_counted_in_the_completion(models):
     done = json.loads(result.stdout)
     assert done["drafted"] >= done["accepted"] > 0
     refused(run(*flags, "--draft-length", 3), 2, "say where drafts come from")
+
+
+@pytest.mark.filterwarnings("default:.*is not steered")
+def test_another_tokenizer_is_counted_and_shown(policy_folder, prompts, tmp_path):
+    other, output = tmp_path / "other", tmp_path / "out.jsonl"
+    reward_model_with(tokenizer_of("llama"), positions=20).save_pretrained(other)
+    tokenizer_of("llama").save_pretrained(other)
+    write_info(other, info())
+    flags = ["generate", "--policy", policy_folder, "--scorer", other, "--set", "device=cpu", "--prompts", prompts]
+    result = run(*flags, "--output", output, "--max-new-tokens", 30, "--min-new-tokens", 30)
+    assert result.exit_code == 0, result.output
+    assert "is not steered" in result.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    names = ("candidates", "retokenised", "unscored")
+    candidates, retokenised, unscored = (sum(row[name] for row in rows) for name in names)
+    assert 0 < retokenised < candidates
+    assert 0 < unscored < 90
+    assert f"{retokenised / candidates:.1%} of {candidates} candidates were not exactly one" in result.stdout
+    assert f"did not read {unscored} tokens" in result.stdout
+    again = run(*flags, "--output", output, "--max-new-tokens", 30, "--min-new-tokens", 30, "--json")
+    assert json.loads(again.stdout) == {
+        "rows": 3, "output": str(output), "candidates": candidates, "retokenised": retokenised, "unscored": unscored,
+    }  # fmt: skip

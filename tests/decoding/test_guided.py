@@ -11,6 +11,7 @@ from naive import EOS, info, make_guided, next_log_probs, tiny_scorer
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, TokenizerMismatchError, UsageError
+from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
 
 TEXTS = ["Once upon a time", "Hi", "What is it?"]
@@ -217,24 +218,23 @@ def test_a_scorer_is_needed():
         GuidedPolicy.from_pretrained(policy(), tiny_scorer(), method="policy")
 
 
-def test_mismatched_tokenizers_are_refused():
+def test_a_drafting_model_of_another_tokenizer_is_refused():
     other = tiny_tokenizer()
     other.add_tokens(["Once"])
-    scorer = PrefixScorer(tiny_reward_model(), other, info=info(), name="other")
+    draft = Policy(tiny_policy(), other)
     with pytest.raises(TokenizerMismatchError, match=r"'Once upon a time.* to the policy and .* to the scorer"):
-        GuidedPolicy.from_pretrained(policy(), scorer)
+        GuidedPolicy.from_pretrained(policy(), tiny_scorer(), draft=draft)
 
 
-def test_an_encoder_is_refused_token_wise_and_works_for_best_of_n():
+def test_an_encoder_steers_and_ranks():
     config = BertConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=64, num_labels=1,
         pad_token_id=1,
     )  # fmt: skip
-    encoder = PrefixScorer(BertForSequenceClassification(config), tiny_tokenizer(), name="encoder")
-    with pytest.raises(UsageError, match=r"encoder is an encoder, .*use best-of-n"):
-        GuidedPolicy.from_pretrained(policy(), encoder)
-    guided = GuidedPolicy.from_pretrained(policy(), encoder, method="best-of-n", n=2)
-    assert guided.generate("Hi", max_new_tokens=4)[0].score is not None
+    encoder = PrefixScorer(BertForSequenceClassification(config), tiny_tokenizer(), info=info(), name="encoder")
+    for method in ("pargs", "best-of-n"):
+        guided = GuidedPolicy.from_pretrained(policy(), encoder, method=method)
+        assert guided.generate("Hi", max_new_tokens=4)[0].score is not None
 
 
 @pytest.mark.parametrize("objective", ["full-bt", None])

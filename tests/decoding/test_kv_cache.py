@@ -74,3 +74,33 @@ def test_more_than_its_capacity_is_refused():
     with pytest.raises(ValueError, match="a cache for 3 tokens was asked to hold 4"):
         write(cache, [[1, 2, 3, 4]])
     assert cache.layers[0].get_max_length() == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_path_takes_the_place_of_kept_columns(rows):
+    cache = TreeCache(2, 8)
+    cache.start(rows)
+    write(cache, [[1, 2, 3], [4, 5, 6]][:rows])
+    cache.keep_first([3] * rows)
+    write(cache, [[7, 8, 9, 10], [11, 12, 13, 14]][:rows])
+    cache.keep_path(torch.tensor([[0, 2, 3], [1, 0, 0]][:rows]), [3, 1][:rows], stays=[1, 2][:rows])
+    assert kept(cache) == [[1, 7, 9, 10], [4, 5, 12]][:rows]
+
+
+def test_a_cache_grows_with_what_it_keeps():
+    cache = TreeCache(2, 4)
+    cache.start(2)
+    write(cache, [[1, 2], [3, 4]])
+    cache.keep_first([2, 1])
+    cache.grow(5)
+    assert cache.capacity == 5
+    assert kept(cache) == [[1, 2], [3]]
+    write(cache, [[5, 6, 7], [8, 9, 10]])
+    cache.keep_first([3, 3])
+    assert kept(cache) == [[1, 2, 5, 6, 7], [3, 8, 9, 10]]
+
+
+def test_a_cache_grows_by_a_quarter_at_least():
+    cache = TreeCache(2, 40)
+    cache.grow(41)
+    assert cache.capacity == 50

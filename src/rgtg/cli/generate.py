@@ -21,6 +21,9 @@ _DECODING = (
     "threshold_start", "retries",
 )  # fmt: skip
 
+# Counts of completions that are shown, for scorers with a tokenizer of their own.
+_COUNTED = ("candidates", "retokenised", "unscored")
+
 
 @verb
 def command(
@@ -148,20 +151,38 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
         guided = load_guided(settings)
         starts = range(0, len(texts), settings.batch_size)
         seeds = guided.row_seeds(texts, settings.seed)
+        counts = dict.fromkeys(_COUNTED, 0)
         with partial.open("w", encoding="utf-8") as file:
             console = Console(stderr=True)  # stdout is for results
             for start in track(starts, "generating", disable=quiet or as_json, transient=True, console=console):
                 part = slice(start, start + settings.batch_size)
                 done = guided.generate(texts[part], seed=seeds[part], trace=settings.trace, **_decoding(settings))
                 file.writelines(completion.model_dump_json() + "\n" for completion in done)
+                counts = {name: n + sum(getattr(each, name) for each in done) for name, n in counts.items()}
             file.flush()
             os.fsync(file.fileno())
         save_settings(settings.output, settings)
-    _say(len(texts), settings, as_json=as_json, quiet=quiet)
+    _say(len(texts), settings, counts, as_json=as_json, quiet=quiet)
 
 
-def _say(rows: int, settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+def _say(rows: int, settings: GenerateSettings, counts: dict[str, int], *, as_json: bool, quiet: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps({"rows": rows, "output": str(settings.output)}) + "\n")
+        said = {name: n for name, n in counts.items() if n or counts["candidates"]}
+        sys.stdout.write(json.dumps({"rows": rows, "output": str(settings.output)} | said) + "\n")
     elif not quiet:
         sys.stdout.write(f"{rows} completions in {settings.output}\n")
+        for line in _other_tokenizer(**counts):
+            sys.stdout.write(line + "\n")
+
+
+def _other_tokenizer(candidates: int, retokenised: int, unscored: int) -> list[str]:
+    """What is worth knowing of a scorer with a tokenizer of its own."""
+    lines = []
+    if candidates:
+        lines.append(
+            f"The scorer has a tokenizer of its own: {retokenised / candidates:.1%} of {candidates:,} candidates were "
+            "not exactly one of its tokens (they are read as text)."
+        )
+    if unscored:
+        lines.append(f"The scorer did not read {unscored:,} tokens, since its context was full: they are not steered.")
+    return lines

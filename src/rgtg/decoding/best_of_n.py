@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from rgtg.decoding.requests import Request, Stopping, derive_seed
+from rgtg.decoding.requests import Request, Stopping, derive_seed, source_of
 from rgtg.decoding.runner import Runner
 from rgtg.decoding.shared_prompt import fork
 from rgtg.decoding.steps import Alone
@@ -15,12 +15,13 @@ from rgtg.errors import NonFiniteError
 from rgtg.evaluation.metrics import best_of_n_kl
 from rgtg.models.encoding import decode_completion, encode_completion
 from rgtg.models.scorer import Scorer
+from rgtg.models.text_scorer import TextScorer
 
 
 def best_of_n(
     requests: list[Request],
     policy: Runner,
-    scorer: Scorer,
+    scorer: Scorer | TextScorer,
     n: int,
     rule: TokenRule,
     stopping: Stopping,
@@ -48,6 +49,7 @@ def best_of_n(
         best = max(group, key=rewards.__getitem__)
         # 4. commit
         adopt(request, drawn[best], rewards[best])
+        request.unscored = sum(drawn[j].unscored for j in group)
         request.selection_nats = best_of_n_kl(n)
         request.policy_calls = sum(drawn[j].policy_calls for j in group)
         request.scorer_calls = n
@@ -58,18 +60,40 @@ def _branch(request: Request, j: int) -> Request:
     return replace(request, seed=derive_seed(request.seed, j), token_ids=[], trace=[])
 
 
-def rewards_of(scorer: Scorer, drawn: Sequence[Request], stopping: Stopping) -> list[float]:
+def rewards_of(scorer: Scorer | TextScorer, drawn: Sequence[Request], stopping: Stopping) -> list[float]:
     """Reward of each ended completion: the one that ``rgtg score`` gives its text.
+
+    A text over the context of a scorer with a tokenizer of its own is worth −∞, and its tokens are counted as unscored.
 
     Raises:
         NonFiniteError: NaN or infinite.
     """
+    if isinstance(scorer, TextScorer):
+        sources = [source_of(row, stopping.tokenizer) for row in drawn]
+        ended = [row.finish_reason == "stop" for row in drawn]
+        return count_unscored(scorer.rewards(sources, [row.text for row in drawn], finished=ended), drawn)
     read = [_read(scorer, row, stopping) for row in drawn]
     scores = scorer.score_prefixes([prompt for prompt, _ in read], [completion for _, completion in read])
-    rewards = [float(mine[-1]) for mine in scores]
+    return require_finite_rewards([float(mine[-1]) for mine in scores])
+
+
+def require_finite_rewards(rewards: list[float]) -> list[float]:
+    """The rewards.
+
+    Raises:
+        NonFiniteError: NaN or infinite.
+    """
     if not all(map(math.isfinite, rewards)):
         raise NonFiniteError("the scorer returned NaN or infinite rewards; try dtype=float32, or check its training")
     return rewards
+
+
+def count_unscored(rewards: Sequence[float | None], drawn: Sequence[Request]) -> list[float]:
+    """Rewards of drawn texts, −∞ where there is none; the tokens of such a text are counted in its row."""
+    require_finite_rewards([reward for reward in rewards if reward is not None])
+    for row, reward in zip(drawn, rewards, strict=True):
+        row.unscored = len(row.token_ids) if reward is None else 0
+    return [-math.inf if reward is None else reward for reward in rewards]
 
 
 def _read(scorer: Scorer, row: Request, stopping: Stopping) -> tuple[list[int], list[int]]:
@@ -92,4 +116,4 @@ def adopt(request: Request, winner: Request, reward: float) -> None:
     request.finish_reason, request.trace = winner.finish_reason, winner.trace
     request.policy_log_prob, request.guided_log_prob = winner.policy_log_prob, winner.guided_log_prob
     request.candidates_log_prob = winner.candidates_log_prob
-    request.score = reward
+    request.score = reward if reward > -math.inf else None

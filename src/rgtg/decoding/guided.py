@@ -11,6 +11,7 @@ from rgtg.decoding.best_of_n import best_of_n
 from rgtg.decoding.join import (
     DRAFTS,
     AnyScorer,
+    as_read_beside,
     check_draft,
     check_overlap,
     make_mixture,
@@ -27,6 +28,8 @@ from rgtg.decoding.requests import (
     make_processors,
     require_room,
     row_seeds,
+    settled,
+    source_of,
     to_completion,
 )
 from rgtg.decoding.runner import Runner, make_runner
@@ -39,6 +42,7 @@ from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits
 from rgtg.models.scorer import Scorer
+from rgtg.models.text_scorer import TextScorer
 from rgtg.types import Completion
 
 Prompt = str | list[dict[str, Any]]
@@ -74,9 +78,9 @@ class GuidedPolicy:
         self.token_tree, self.overlap = token_tree, overlap
         self.draft = load_policy(draft) if isinstance(draft, str) and draft not in DRAFTS else draft
         check_scorers(self.method, self.scorers)
+        if self.method.scorer:
+            self.scorers = [as_read_beside(policy, one) for one in self.scorers]
         self._settings({})
-        for one in self._used:
-            require_same_tokenizer(policy.tokenizer, one.tokenizer)
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
         self.end_tokens = end_tokens(policy)
@@ -169,7 +173,7 @@ class GuidedPolicy:
                 text, prompt_ids = self._encode(prompt)
             ids.append(prompt_ids)
             texts.append(text)
-        return self._generate(ids, texts, seed, trace, batch_size, settings)
+        return self._generate(ids, texts, many, seed, trace, batch_size, settings)
 
     def row_seeds(self, prompts: Sequence[Prompt], seed: int) -> list[int]:
         """The seeds that ``generate(prompts, seed=seed)`` gives its rows, for callers who feed the prompts in parts."""
@@ -186,12 +190,13 @@ class GuidedPolicy:
     ) -> list[Completion]:
         """``generate`` for prompts that are token ids already."""
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
-        return self._generate(prompt_ids, texts, seed, trace, batch_size, settings)
+        return self._generate(prompt_ids, texts, [None] * len(texts), seed, trace, batch_size, settings)
 
     def _generate(
         self,
         prompt_ids: Sequence[Sequence[int]],
         texts: Sequence[str],
+        sources: Sequence[Prompt | None],
         seed: int | Sequence[int],
         trace: bool,
         batch_size: int,
@@ -200,7 +205,7 @@ class GuidedPolicy:
         resolved = self._settings(settings, complete=True)
         if batch_size < 1:
             raise UsageError(f"batch_size = {batch_size}: it must be at least 1")
-        requests = self._requests(prompt_ids, texts, seed, resolved)
+        requests = self._requests(prompt_ids, texts, sources, seed, resolved)
         for start in range(0, len(requests), batch_size):
             for _ in self._decode(requests[start : start + batch_size], resolved, trace=trace):
                 pass
@@ -214,13 +219,13 @@ class GuidedPolicy:
         """
         resolved = self._settings(settings, complete=True)
         text, ids = self._encode(prompt)
-        (request,) = self._requests([ids], [text], seed, resolved)
+        (request,) = self._requests([ids], [text], [prompt], seed, resolved)
         shown = ""
         steps = self._decode([request], resolved, trace=False)
         for _ in steps:
             if self.method.unit != "completion" and request.finish_reason is None:
                 text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
-                safe = _settled(text, resolved.stop)
+                safe = settled(text, resolved.stop)
                 if len(safe) > len(shown) and safe.startswith(shown):
                     yield safe[len(shown) :]
                     shown = safe
@@ -274,17 +279,21 @@ class GuidedPolicy:
         self,
         prompt_ids: Sequence[Sequence[int]],
         texts: Sequence[str],
+        sources: Sequence[Prompt | None],
         seed: int | Sequence[int],
         settings: DecodingSettings,
     ) -> list[Request]:
-        for i, ids in enumerate(prompt_ids):
-            with _naming_prompt(i, len(prompt_ids)):
-                self._require_room(ids, settings)
         device = self.policy.model.device
-        return [
-            Request(text, list(ids), row_seed, make_processors(settings, len(ids), self.end_tokens, device))
-            for text, ids, row_seed in zip(texts, prompt_ids, row_seeds(seed, prompt_ids), strict=True)
+        requests = [
+            Request(
+                text, list(ids), row_seed, make_processors(settings, len(ids), self.end_tokens, device), source=source
+            )
+            for text, ids, source, row_seed in zip(texts, prompt_ids, sources, row_seeds(seed, prompt_ids), strict=True)
         ]
+        for i, request in enumerate(requests):
+            with _naming_prompt(i, len(requests)):
+                self._require_room(request, settings)
+        return requests
 
     def _encode(self, prompt: Prompt) -> tuple[str, list[int]]:
         tokenizer = self.policy.tokenizer
@@ -293,10 +302,14 @@ class GuidedPolicy:
         text = render_chat(tokenizer, prompt, add_generation_prompt=True)
         return text, encode_prompt(tokenizer, text, templated=True)
 
-    def _require_room(self, prompt_ids: Sequence[int], settings: DecodingSettings) -> None:
+    def _require_room(self, request: Request, settings: DecodingSettings) -> None:
+        prompt_ids = request.prompt_ids
         require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
         for scorer in self._used:
-            require_room(prompt_ids, settings.max_new_tokens, scorer.max_length, "scorer")
+            if isinstance(scorer, TextScorer):  # how many of its tokens a completion takes is not known before
+                scorer.require_room(source_of(request, self.policy.tokenizer))
+            else:
+                require_room(prompt_ids, settings.max_new_tokens, scorer.max_length, "scorer")
         if isinstance(self.draft, Policy):
             require_room(prompt_ids, settings.max_new_tokens, self.draft.max_length, "drafting model")
 
@@ -309,17 +322,22 @@ class GuidedPolicy:
         if self.method.unit == "completion":
             columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
             return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
-        scorer, top_k, tree = self._token_scorer, None if rule.of_sum else settings.top_k, self.token_tree
+        scorer, top_k = self._token_scorer, None if rule.of_sum else settings.top_k
         if self.draft is not None:
             assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
-            run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=tree)
+            run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=self.token_tree)
             return speculate(
                 requests, run.policy, run.scorer, run.drafter, run.costs, rule, stopping, settings.draft_length
             )
         if len(self._used) > 1:
-            mixed = make_mixture(self.policy, self._used, betas_of(settings), longest, top_k=top_k, tree=tree)
+            mixed = make_mixture(
+                self.policy, self._used, betas_of(settings), longest, top_k=top_k, tree=self.token_tree,
+                requests=requests,
+            )  # fmt: skip
             return decode(requests, mixed, rule, stopping)
-        stepper = make_stepper(self.policy, scorer, longest, top_k=top_k, tree=tree, overlap=self.overlap)
+        stepper = make_stepper(
+            self.policy, scorer, longest, top_k=top_k, tree=self.token_tree, overlap=self.overlap, requests=requests
+        )
         return decode(requests, stepper, rule, stopping)
 
     def _decode_segments(
@@ -336,14 +354,17 @@ class GuidedPolicy:
             self.policy.tokenizer, self.end_tokens, settings, length=length,
             unsure=settings.entropy_threshold if accepts else None,
         )  # fmt: skip
-        reader = make_segment_reader(self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree)
+        reader = make_segment_reader(
+            self.policy, self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree,
+            requests=requests,
+        )  # fmt: skip
         policy = self._policy_runner(longest + (n + 1) * (length + 1))
         return decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
 
     @property
-    def _reward(self) -> Scorer:
+    def _reward(self) -> Scorer | TextScorer:
         """The scorer, as one that reads whole texts (checked when policy and scorer were joined)."""
-        return cast(Scorer, self.scorer)
+        return cast(Scorer | TextScorer, self.scorer)
 
     def _rule(self, settings: DecodingSettings, trace: bool) -> TokenRule:
         """How a token is drawn: with several scorers, their sum is weighted before the rule sees it."""
@@ -373,10 +394,3 @@ def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
         return [prompts]
     many: list[Any] = list(prompts)
     return [many] if many and isinstance(many[0], dict) else many
-
-
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
-    text = text.rstrip("�")
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - held]

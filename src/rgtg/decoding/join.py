@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from rgtg.config import DecodingSettings
 from rgtg.decoding.drafting import MAX_DRAFT, Costs, Drafter, FromModel, FromPolicy, FromText
 from rgtg.decoding.mixture import Mixture, OwnPass
+from rgtg.decoding.own_tokens import BranchReader, TextReader
 from rgtg.decoding.readers import MAX_WIDTH, CandidateReader, PrefixReader, Reader
-from rgtg.decoding.runner import Runner, make_runner
-from rgtg.decoding.segment_scores import CachedSegments, SegmentReader, WholeTexts
+from rgtg.decoding.requests import Request, end_tokens
+from rgtg.decoding.runner import Runner, TreeRunner, make_runner
+from rgtg.decoding.segment_scores import CachedSegments, OwnTexts, SegmentReader, WholeTexts
 from rgtg.decoding.steps import Alone, Apart, AtOnce, InOnePass, OnCandidates, OnPrefix, Stepper
 from rgtg.errors import UsageError
+from rgtg.models.encoding import require_same_tokenizer, same_tokenizer
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.packed import decode_bytes
 from rgtg.models.policy import Policy
@@ -18,12 +21,27 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits, scorer_scores
 from rgtg.models.scorer import Scorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
+from rgtg.models.text_scorer import TextScorer
 from rgtg.models.vocab_scorer import VocabularyScorer
 
 # Drafts that need no model of their own.
 DRAFTS = ("policy", "prompt-lookup")
 
-AnyScorer = PrefixScorer | OwnStateScorer | SharedTrunkScorer | VocabularyScorer
+AnyScorer = PrefixScorer | OwnStateScorer | SharedTrunkScorer | VocabularyScorer | TextScorer
+
+
+def as_read_beside(policy: Policy, scorer: AnyScorer) -> AnyScorer:
+    """A scorer as this policy can have it: a reward model with another tokenizer, or an encoder, reads text.
+
+    Raises:
+        TokenizerMismatchError: another tokenizer, and a scorer that scores the policy's tokens or reads its states.
+    """
+    if isinstance(scorer, TextScorer):
+        return scorer
+    if isinstance(scorer, PrefixScorer) and not (scorer.causal and same_tokenizer(policy.tokenizer, scorer.tokenizer)):
+        return TextScorer(scorer)
+    require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+    return scorer
 
 
 def make_stepper(
@@ -34,6 +52,7 @@ def make_stepper(
     top_k: int | None = None,
     tree: bool | None = None,
     overlap: bool | None = None,
+    requests: Sequence[Request] = (),
 ) -> Stepper:
     """The cheapest exact way to take a step with this policy and this scorer.
 
@@ -45,6 +64,7 @@ def make_stepper(
         tree: force the token tree (True) or the whole-text fallback (False); None finds out.
         overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
             different devices.
+        requests: whose prompts are read, in order: a scorer with a tokenizer of its own takes their texts from here.
     """
     width = min(top_k or MAX_WIDTH, MAX_WIDTH)
 
@@ -60,23 +80,43 @@ def make_stepper(
             return OnPrefix(runner(policy, 1, scorer.layer), scorer.head)
         case SharedTrunkScorer():
             return InOnePass(runner(scorer, width), scorer.head)
-    reader = make_reader(scorer, longest, top_k=top_k, tree=tree)
+    reader = make_reader(policy, scorer, longest, top_k=top_k, tree=tree, requests=requests)
     if overlap is None:
-        overlap = isinstance(scorer, PrefixScorer) and policy.model.device != scorer.model.device
+        overlap = not isinstance(scorer, VocabularyScorer) and policy.model.device != scorer.model.device
     if overlap and (top_k or MAX_WIDTH + 1) <= MAX_WIDTH:
         return AtOnce(runner(policy, width), reader)
     return Apart(runner(policy, 1), reader)
 
 
 def make_reader(
-    scorer: PrefixScorer | VocabularyScorer, longest: int, *, top_k: int | None = None, tree: bool | None = None
+    policy: Policy,
+    scorer: PrefixScorer | VocabularyScorer | TextScorer,
+    longest: int,
+    *,
+    top_k: int | None = None,
+    tree: bool | None = None,
+    requests: Sequence[Request] = (),
 ) -> Reader:
     """A scorer that is a model of its own, with a cache for ``longest`` tokens and the candidates behind them."""
+    if isinstance(scorer, TextScorer):
+        return make_text_reader(scorer, policy, requests, longest, tree=tree)
     if isinstance(scorer, VocabularyScorer):
         runner = make_runner(scorer.model, policy_logits, longest + 1, tree=tree, layer=scorer.layer)
         return PrefixReader(runner, scorer.head)
     width = min(top_k or MAX_WIDTH, MAX_WIDTH)
     return CandidateReader(make_runner(scorer.model, scorer_scores, longest + width, tree=tree))
+
+
+def make_text_reader(
+    scorer: TextScorer, policy: Policy, requests: Sequence[Request], longest: int, *, tree: bool | None = None
+) -> TextReader:
+    """A scorer with a tokenizer of its own: over a cache where its model can have one, else of whole texts."""
+    eos_ids = end_tokens(policy)
+    if scorer.causal and tree is not False:
+        runner = make_runner(scorer.model, scorer_scores, longest + MAX_WIDTH, tree=tree)
+        if isinstance(runner, TreeRunner):
+            return BranchReader(scorer, policy, eos_ids, requests, runner=runner)
+    return TextReader(scorer, policy, eos_ids, requests)
 
 
 def make_mixture(
@@ -87,6 +127,7 @@ def make_mixture(
     *,
     top_k: int | None = None,
     tree: bool | None = None,
+    requests: Sequence[Request] = (),
 ) -> Stepper:
     """Several scorers at once, with one beta each: the guided score is Σ_j β_j·r_j.
 
@@ -99,32 +140,45 @@ def make_mixture(
         longest: tokens of the longest prompt and its completion together.
         top_k: candidates per step; None for the whole vocabulary.
         tree: as ``make_stepper``.
+        requests: as ``make_stepper``.
     """
 
     def stepper(scorer: AnyScorer) -> Stepper:
-        return make_stepper(policy, scorer, longest, top_k=top_k, tree=tree, overlap=False)
+        return make_stepper(policy, scorer, longest, top_k=top_k, tree=tree, overlap=False, requests=requests)
 
     def reader(scorer: AnyScorer) -> Reader:
-        if isinstance(scorer, PrefixScorer | VocabularyScorer):
-            return make_reader(scorer, longest, top_k=top_k, tree=tree)
+        if isinstance(scorer, PrefixScorer | VocabularyScorer | TextScorer):
+            return make_reader(policy, scorer, longest, top_k=top_k, tree=tree, requests=requests)
         return OwnPass(stepper(scorer))
 
-    apart = [isinstance(scorer, PrefixScorer | VocabularyScorer) for scorer in scorers]
+    apart = [isinstance(scorer, PrefixScorer | VocabularyScorer | TextScorer) for scorer in scorers]
     first = apart.index(False) if False in apart else 0
     order = [first, *(i for i in range(len(scorers)) if i != first)]
     readers = [reader(scorers[i]) for i in order[1:]]
     return Mixture(stepper(scorers[first]), readers, [betas[i] for i in order], order)
 
 
-def make_segment_reader(scorer: Scorer, longest: int, length: int, *, tree: bool | None = None) -> SegmentReader:
+def make_segment_reader(
+    policy: Policy,
+    scorer: Scorer | TextScorer,
+    longest: int,
+    length: int,
+    *,
+    tree: bool | None = None,
+    requests: Sequence[Request] = (),
+) -> SegmentReader:
     """The cheapest exact way to score segments of at most ``length`` tokens behind completions.
 
     Args:
+        policy: the frozen policy.
         scorer: of finished completions or prefixes.
         longest: tokens of the longest prompt and its completion together.
         length: tokens of a segment.
         tree: as ``make_stepper``.
+        requests: as ``make_stepper``.
     """
+    if isinstance(scorer, TextScorer):
+        return OwnTexts(scorer, policy.tokenizer, requests)
     if isinstance(scorer, PrefixScorer) and scorer.causal:
         room = longest + max(length, MAX_WIDTH)
         return CachedSegments(make_runner(scorer.model, scorer_scores, room, tree=tree))
@@ -147,7 +201,7 @@ def check_overlap(scorer: AnyScorer | None, settings: DecodingSettings, *, draft
     Raises:
         UsageError: saying why.
     """
-    if not isinstance(scorer, PrefixScorer) or drafted:
+    if not isinstance(scorer, PrefixScorer | TextScorer) or drafted:
         raise UsageError("overlap runs the policy beside a scorer that is a model of its own, without a draft")
     if settings.top_k is None or settings.top_k > MAX_WIDTH:
         raise UsageError(f"overlap reads at most {MAX_WIDTH} candidates with the policy: set top_k (10 is usual)")
@@ -159,6 +213,11 @@ def check_draft(draft: "str | Policy", scorer: AnyScorer | None, settings: Decod
     Raises:
         UsageError: saying why, and what to do.
     """
+    if isinstance(scorer, TextScorer):
+        raise UsageError(
+            f"drafts are verified with a scorer that reads the policy's tokens; {scorer.name} reads text, with a "
+            "tokenizer of its own: leave the draft out"
+        )
     if scorer is not None and not isinstance(scorer, PrefixScorer):
         raise UsageError(
             f"drafts are verified with a scorer that is a model of its own; {scorer.name} reads the policy's states or "

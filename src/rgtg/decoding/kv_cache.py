@@ -134,26 +134,43 @@ class TreeCache(Cache):  # type: ignore[misc]
         """Forget the last ``counts[b]`` kept columns of row b (drafts that were rejected)."""
         self.keep_first([-n for n in counts])
 
-    def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+    def keep_path(self, nodes: Tensor, counts: Sequence[int] | None = None, stays: Sequence[int] | None = None) -> None:
         """Keep one path per row: ``nodes[b, :counts[b]]`` (B, D), in order; the other nodes are overwritten next.
 
-        Without ``counts`` all D nodes are kept.
+        Without ``counts`` all D nodes are kept. With ``stays``, the path follows the first ``stays[b]`` kept columns,
+        and those after them are forgotten.
         """
         batch, depth = nodes.shape
         kept = list(counts) if counts is not None else [depth] * batch
-        if batch == depth == 1 and nodes.device.type == "cpu":  # one row: plain columns, nothing to index with
-            here, node = self.lengths[0], int(nodes)
-            for pool in self.pools if node else ():
-                pool[:, :, :, here] = pool[:, :, :, here + node]
-            self.keep_first(kept)
-            return
-        for pool in self.pools:
-            starts = torch.tensor(self.lengths, device=pool.device)[:, None]
-            rows = torch.arange(batch, device=pool.device)[:, None]
-            steps = torch.arange(depth, device=pool.device)
-            source, target = starts + nodes.to(pool.device), starts + steps
-            pool[:, rows, :, target] = pool[:, rows, :, source]
+        after = list(stays) if stays is not None else self.lengths
+        if batch == 1 and nodes.device.type == "cpu":  # one row: plain columns, nothing to index with
+            self._move(self.lengths[0], after[0], nodes[0, : kept[0]].tolist())
+        else:
+            for pool in self.pools:
+                rows = torch.arange(batch, device=pool.device)[:, None]
+                source = torch.tensor(self.lengths, device=pool.device)[:, None] + nodes.to(pool.device)
+                target = torch.tensor(after, device=pool.device)[:, None] + torch.arange(depth, device=pool.device)
+                pool[:, rows, :, target] = pool[:, rows, :, source]
+        self.lengths = after
         self.keep_first(kept)
+
+    def _move(self, source: int, target: int, nodes: list[int]) -> None:
+        """Copy columns of the only row, from left to right: a node never lies before its place on the path."""
+        for step, node in enumerate(nodes):
+            if source + node != target + step:
+                for pool in self.pools:
+                    pool[:, :, :, target + step] = pool[:, :, :, source + node]
+
+    def grow(self, columns: int) -> None:
+        """Make room for so many columns; what is kept is copied."""
+        self.capacity = max(columns, self.capacity + self.capacity // 4)
+        for i, pool in enumerate(self.pools):
+            larger = pool.new_zeros((*pool.shape[:3], self.capacity, pool.shape[-1]))
+            larger[:, :, :, : pool.shape[3]] = pool
+            self.pools[i] = larger
+        self._where = None
+        for layer in self.layers:
+            layer.look_up()
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows of the batch."""

@@ -144,7 +144,7 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
     for scorer in scorers:
         if method.unit == "token":
             _check_token_scorer(method, scorer)
-        elif not hasattr(scorer, "score_prefixes"):
+        elif not hasattr(scorer, "score"):
             raise UsageError(
                 f"{scorer.name} scores next tokens, not finished completions: {method.name} needs a reward"
             )
@@ -156,11 +156,6 @@ def scores_vocabulary(scorer: Any) -> bool:
 
 
 def _check_token_scorer(method: Method, scorer: Any) -> None:
-    if not scorer.causal:
-        raise UsageError(
-            f"{scorer.name} is an encoder, which cannot score candidates over a cache: use best-of-n with it, or train "
-            "a causal scorer (rgtg train --base POLICY)"
-        )
     if method.vocabulary and not scores_vocabulary(scorer):
         raise UsageError(
             f"{method.name} asks for the scores of all next tokens in one call, and {scorer.name} scores one prefix at "

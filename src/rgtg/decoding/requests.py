@@ -17,7 +17,11 @@ from rgtg.types import Completion, StepTrace
 
 @dataclass
 class Request:
-    """State of one row while it is decoded; nothing of it depends on its neighbours."""
+    """State of one row while it is decoded; nothing of it depends on its neighbours.
+
+    ``source`` is the prompt for scorers with a tokenizer of their own: chat messages, text, or None for what its tokens
+    say.
+    """
 
     prompt: str
     prompt_ids: list[int]
@@ -33,6 +37,10 @@ class Request:
     drafted: int = 0
     accepted: int = 0
     selection_nats: float = 0.0
+    candidates: int = 0
+    retokenised: int = 0
+    unscored: int = 0
+    source: str | list[dict[str, Any]] | None = None
     finish_reason: str | None = None
     text: str = ""
     trace: list[StepTrace] = field(default_factory=list)
@@ -49,6 +57,13 @@ class Request:
         ids = torch.tensor([[*self.prompt_ids, *self.token_ids, *ahead]], device=logits.device)
         processed: Tensor = self.processors(ids, logits[None])
         return processed[0]
+
+
+def source_of(request: Request, tokenizer: Any) -> str | list[dict[str, Any]]:
+    """What a scorer with a tokenizer of its own takes for the prompt: chat messages, text, or what the tokens say."""
+    if request.source is not None:
+        return request.source
+    return str(tokenizer.decode(request.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def process(rows: Sequence[Request], logits: Tensor, whole: Tensor, ahead: list[list[int]] | None = None) -> Tensor:
@@ -126,6 +141,13 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
+    text = text.rstrip("�")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]
+
+
 def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:
     """Transformers' own processors for one row; an empty list where nothing is asked for."""
     from transformers.generation.logits_process import (
@@ -182,5 +204,8 @@ def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
         selection_nats=request.selection_nats,
         drafted=request.drafted,
         accepted=request.accepted,
+        candidates=request.candidates,
+        retokenised=request.retokenised,
+        unscored=request.unscored,
         trace=request.trace if trace else None,
     )

@@ -130,6 +130,12 @@ class TreeRunner:
         self.seen = seen[self.layer]
         return final
 
+    def reserve(self, columns: int) -> None:
+        """Make room for prefixes and nodes of so many tokens together."""
+        if columns > self.cache.capacity:
+            self.cache.grow(columns)
+            self._patterns.clear()  # they are as wide as the cache
+
     def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
         """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
         self.cache.keep_path(nodes, counts)

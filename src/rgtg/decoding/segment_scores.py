@@ -1,5 +1,6 @@
 """Rewards of segments behind a growing completion: over the scorer's own cache, or of whole texts."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.readers import MAX_WIDTH
+from rgtg.decoding.requests import Request, source_of
 from rgtg.decoding.runner import Runner, read
 from rgtg.decoding.token_tree import TokenTree
+from rgtg.models.encoding import decode_completion
 from rgtg.models.prefix_scorer import pad_right
 from rgtg.models.scorer import Scorer
+from rgtg.models.text_scorer import TextScorer
 
 # Segments of each row, as token ids: rows × segments × tokens; every row has as many segments, none is empty.
 Segments = Sequence[Sequence[Sequence[int]]]
@@ -103,6 +107,46 @@ class WholeTexts:
 
     def _rewards(self, prompts: list[Any], completions: list[Any]) -> Tensor:
         return torch.stack([scores[-1] for scores in self.scorer.score_prefixes(prompts, completions)]).float()
+
+
+class OwnTexts:
+    """A reward model with a tokenizer of its own: every segment's whole text, as that tokenizer writes it.
+
+    What does not fit its context is worth −∞.
+    """
+
+    def __init__(self, scorer: TextScorer, tokenizer: Any, requests: Sequence[Request]) -> None:
+        """Set up; ``tokenizer`` is the policy's, ``requests`` are those of the prompts."""
+        self.scorer, self.tokenizer, self.requests = scorer, tokenizer, list(requests)
+        self.kept: list[list[int]] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Note the prompts; their rewards (B,)."""
+        self.kept = [[] for _ in prompts]
+        return self._rewards([[[]] for _ in prompts])[:, 0]
+
+    def score(self, segments: Segments) -> Tensor:
+        """Rewards (B, n)."""
+        return self._rewards(segments)
+
+    def keep(self, segments: Sequence[Sequence[int]]) -> None:
+        """Keep one segment per row; an empty one keeps nothing."""
+        for kept, tokens in zip(self.kept, segments, strict=True):
+            kept.extend(tokens)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        chosen = rows.tolist()
+        self.kept, self.requests = [self.kept[i] for i in chosen], [self.requests[i] for i in chosen]
+
+    def _rewards(self, segments: Segments) -> Tensor:
+        sources, texts = [], []
+        for request, kept, mine in zip(self.requests, self.kept, segments, strict=True):
+            sources += [source_of(request, self.tokenizer)] * len(mine)
+            texts += [decode_completion(self.tokenizer, request.prompt_ids, [*kept, *tokens]) for tokens in mine]
+        rewards = self.scorer.rewards(sources, texts, finished=False)
+        scored = [-math.inf if reward is None else reward for reward in rewards]
+        return torch.tensor(scored).reshape(len(self.kept), -1)
 
 
 def read_ragged(runner: Runner, tokens: Sequence[Sequence[int]], before: Tensor | None = None) -> Tensor | None:

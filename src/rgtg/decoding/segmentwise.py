@@ -1,5 +1,6 @@
 """CARDS and blockwise CD: the same four words with the segment as unit."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import NonFiniteError
 from rgtg.evaluation.metrics import best_of_n_kl
 from rgtg.models.scorer import Scorer
+from rgtg.models.text_scorer import TextScorer
 
 PAUSED = "segment"
 
@@ -152,7 +154,7 @@ def decode_segments(
     requests: Sequence[Request],
     policy: Runner,
     reader: SegmentReader,
-    scorer: Scorer,
+    scorer: Scorer | TextScorer,
     rule: TokenRule,
     segments: SegmentRule,
     stopping: SegmentStopping,
@@ -229,7 +231,7 @@ def _branch(request: Request, j: int) -> Segment:
 
 
 def _score(
-    drawn: Sequence[Segment], reader: SegmentReader, scorer: Scorer, stopping: Stopping, n: int
+    drawn: Sequence[Segment], reader: SegmentReader, scorer: Scorer | TextScorer, stopping: Stopping, n: int
 ) -> list[list[float]]:
     """Reward of every segment: of the text so far, or of the completion that it ends."""
     lines = [[segment.new for segment in drawn[i : i + n]] for i in range(0, len(drawn), n)]
@@ -240,7 +242,7 @@ def _score(
     if ended:
         values = rewards_of(scorer, [drawn[i] for i in ended], stopping)
         rewards.view(-1)[ended] = torch.tensor(values, dtype=rewards.dtype)
-    if not bool(rewards.isfinite().all()):
+    if not bool((rewards.isfinite() | rewards.isneginf()).all()):  # −∞: too long for the scorer's context
         raise NonFiniteError("the scorer returned NaN or infinite rewards; try dtype=float32, or check its training")
     return rewards.tolist()
 
@@ -270,7 +272,9 @@ def _accepted(
     for i, row in enumerate(rows):
         row.tried.append((float(read[i]), drawn[i]))
         tries = len(row.tried)
-        if taken[i]:
+        if rewards[i][0] == -math.inf:  # no segment behind this prefix will be read either: the policy's is taken
+            chosen.append(_commit(row, drawn[i], -math.inf, 0.0))
+        elif taken[i]:
             # unbiased for the KL of sampling until accepted: log a + H_{tries − 1} (E of the sum is −log of the rate)
             log_accept = min(0.0, rule.beta * float(read[i] - thresholds[i]))
             nats = log_accept + sum(1 / t for t in range(1, tries))
@@ -285,6 +289,7 @@ def _accepted(
 
 def _commit(row: _Row, segment: Segment, reward: float, nats: float) -> Segment:
     """Write a segment into its row."""
+    row.request.unscored += len(segment.new) if reward == -math.inf else 0
     adopt(row.request, segment, reward)
     row.request.selection_nats += nats
     row.tried.clear()

@@ -38,13 +38,18 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers read text in the same way."""
+    return one is other or tokenizer_hash(one) == tokenizer_hash(other)
+
+
 def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None:
     """Refuse a policy and a scorer that read text differently.
 
     Raises:
         TokenizerMismatchError: naming the first probe text on which they differ.
     """
-    if tokenizer_hash(policy_tokenizer) == tokenizer_hash(scorer_tokenizer):
+    if same_tokenizer(policy_tokenizer, scorer_tokenizer):
         return
     detail = f"vocabularies of {len(policy_tokenizer)} and {len(scorer_tokenizer)} tokens"
     for text in _PROBES:
@@ -53,8 +58,9 @@ def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None
             detail = f"{text!r} is {ours[:12]} to the policy and {theirs[:12]} to the scorer (first 12 ids)"
             break
     raise TokenizerMismatchError(
-        f"policy and scorer have different tokenizers: {detail}. Token-wise guidance needs one tokenizer for both: "
-        "train the scorer from the policy's own base model (rgtg train --base POLICY)."
+        f"policy and scorer have different tokenizers: {detail}. What scores or drafts the policy's own tokens needs "
+        "its tokenizer: train it from the policy's own base model (rgtg train --base POLICY). A reward model may have "
+        "another."
     )
 
 
