@@ -271,7 +271,7 @@ def test_an_adapter_with_its_own_output_layer_comes_back_whole(data, tmp_path, f
     train_scorer(further)  # from the adapter, its output layer as it is
     again = load_scorer(str(tmp_path / "f"), device="cpu").model(input_ids=torch.tensor([[0, 5, 9, 30]])).logits
     torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UsageError, match="keeps the output layer"):
+    with pytest.raises(UsageError, match="trained further with the output layer it has"):
         train_scorer(settings(tmp_path / "s", data, tmp_path / "g", "farma", farma={"output_scale": 0.5}))
     with pytest.raises(UsageError, match="an adapter of an adapter"):
         train_scorer(settings(tmp_path / "s", data, tmp_path / "g", "farma", lora={"r": 4}))
