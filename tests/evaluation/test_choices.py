@@ -102,6 +102,16 @@ def test_the_true_best_is_between_the_two_estimates():
     assert choices.split_best(rewards).mean() + 0.05 < 0.4 < rewards.mean(-1).amax(-1).mean() - 0.05
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_the_same_rewards_in_another_order_tie_and_others_do_not(scale):
+    rewards = scale * torch.tensor([[[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.2, 0.1001]]]).double()
+    means = rewards.mean(-1)
+    found = choices.with_ties(means)
+    assert found[0, 0] == found[0, 1] != found[0, 2]
+    assert torch.allclose(found, means, rtol=1e-9, atol=0)
+    assert torch.equal(choices.with_ties(0 * means), torch.zeros(1, 3).double())
+
+
 def test_moments_by_hand():
     # π = ½, ½; s = 0, 2; Q̂ = 1, 3: covariance 1, variances 1 and 1, less ¼ of the summed squared errors 1² and 1²
     half = torch.tensor([[0.5, 0.5]]).log()

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,10 @@ def test_a_scorer_with_another_tokenizer_reads_texts(rollouts):
     ended = [end and ways[0] for end, ways in zip(row.ended, row.finished, strict=True)]
     expected = [len(row.prompt + t) + 0.5 * end for t, end in zip(row.candidate_texts, ended, strict=True)]
     assert found[0].tolist() == expected
+    only = SimpleNamespace(
+        tokenizer=tiny_tokenizer(), score=scorer.score
+    )  # no score_prefixes: texts, whatever it reads
+    assert torch.equal(candidate_scores(only, rollouts), found)
 
 
 def test_the_reward_itself_is_refused():

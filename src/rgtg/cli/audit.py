@@ -1,5 +1,6 @@
 """``rgtg audit``: is a scorer fit for token-wise guidance?"""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,8 @@ def command(
     results = [result for result in (by_pairs, by_rollouts) if result is not None]
     printed: Any = results[0]
     if by_pairs and by_rollouts:
-        printed = {"pairs": by_pairs.model_dump(mode="json"), "rollouts": by_rollouts.model_dump(mode="json")}
+        both = {"pairs": by_pairs, "rollouts": by_rollouts}
+        printed = {name: json.loads(result.model_dump_json()) for name, result in both.items()}  # NaN as text
     emit(printed, as_json=as_json, quiet=quiet, show=lambda: show(*results))
 
 

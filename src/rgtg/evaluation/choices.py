@@ -108,6 +108,16 @@ def beta_for_kl(log_probs: Tensor, scores: Tensor, kl_nats: float) -> float:
     return high
 
 
+def with_ties(values: Float[Tensor, "prefixes candidates"]) -> Float[Tensor, "prefixes candidates"]:
+    """Values rounded to 1e-10 of the largest: equal means of other sums differ in the last bit, and must tie.
+
+    >>> with_ties(torch.tensor([[0.1 + 0.2, 0.3]], dtype=torch.float64)).unique().numel()
+    1
+    """
+    scale = values.abs().max()
+    return values if scale == 0 else torch.round(values / scale, decimals=10) * scale
+
+
 def split_best(rewards: Float[Tensor, "prefixes candidates rollouts"]) -> Float[Tensor, " prefixes"]:
     """Value of the best candidate without the winner's curse: picked on one half of the roll-outs, read on the other.
 

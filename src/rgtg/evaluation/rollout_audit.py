@@ -64,7 +64,8 @@ def audit_rollouts(
     function of the prefix drop out.
 
     Args:
-        scorer: anything with ``score_prefixes``; a folder or hub id, or a (model, tokenizer) pair.
+        scorer: anything with ``score_prefixes``, or with ``score`` for whole texts; a folder or hub id, or a (model,
+            tokenizer) pair.
         rollouts: what ``make_rollouts`` made, or its file.
         beta: of the guided figures; None chooses the one that costs ``kl_nats`` per token.
         kl_nats: KL per token, to the policy cut to the candidates, at which guidance is judged (default 0.1).
@@ -109,13 +110,14 @@ def audit_rollouts(
 def candidate_scores(scorer: Any, rollouts: Rollouts, batch_size: int = 64) -> Tensor:
     """The scorer's score (N, K), fp32, of every candidate: of prompt ⊕ written ⊕ v, the last position alone.
 
-    A scorer with the policy's tokenizer reads the policy's ids, as guidance does; another one the decoded text.
+    A scorer with the policy's tokenizer reads the policy's ids, as guidance does; another one, or one that scores texts
+    only, the decoded text.
 
     Raises:
         NonFiniteError: NaN or infinite scores.
     """
     rows = rollouts.rows
-    same = tokenizer_hash(scorer.tokenizer) == rollouts.header.tokenizer
+    same = hasattr(scorer, "score_prefixes") and tokenizer_hash(scorer.tokenizer) == rollouts.header.tokenizer
     flat = _score_ids(scorer, rows, batch_size) if same else _score_texts(scorer, rows, batch_size)
     scores = torch.tensor(flat, dtype=torch.float32).reshape(len(rows), -1)
     if not bool(scores.isfinite().all()):
@@ -150,7 +152,7 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
 def _require_fit(model: Any, rollouts: Rollouts) -> None:
     """Refuse what cannot be read alone, a head on another policy, and a scorer that is what it would be judged by."""
     header = rollouts.header
-    if not hasattr(model, "score_prefixes"):
+    if not hasattr(model, "score_prefixes") and not hasattr(model, "score"):
         raise UsageError(
             f"{type(model).__name__} is joined with a policy and cannot be read alone: load it by its folder"
         )
@@ -215,8 +217,9 @@ def _figures(table: _Table, beta: float, options: dict[str, Any], position: floa
 
     rewards = table.rewards - table.rewards[:, :1].mean(-1, keepdim=True)  # only differences within a prefix matter
     q, policy = rewards.mean(-1), torch.softmax(table.log_probs, -1)
+    order = choices.with_ties(q)
     drawn, best, split = (policy * q).sum(-1), q.amax(-1), choices.split_best(rewards)
-    tied = (q == q[:, :1]).all(-1)
+    tied = (order == order[:, :1]).all(-1)
     reliability = _reliability(rewards)
 
     def choice(weights: Tensor) -> ChoiceFigures:
@@ -230,8 +233,8 @@ def _figures(table: _Table, beta: float, options: dict[str, Any], position: floa
 
     return CandidateFigures(
         position=position, tokens=float(table.tokens.mean()), prefixes=len(q), tied=int(tied.sum()),
-        spearman=interval(_ordered(choices.spearman, table.scores, q, tied)),
-        kendall=interval(_ordered(choices.kendall, table.scores, q, tied)),
+        spearman=interval(_ordered(choices.spearman, table.scores, order, tied)),
+        kendall=interval(_ordered(choices.kendall, table.scores, order, tied)),
         reliability=reliability, ceiling=math.sqrt(reliability) if reliability >= 0 else math.nan,
         steering=interval(choices.moments(table.log_probs, table.scores, rewards), choices.correlation),
         best_gain=interval(best - drawn), best_gain_low=interval(split - drawn),
@@ -251,5 +254,5 @@ def _reliability(rewards: Tensor) -> float:
     if rewards.shape[-1] < 2:
         return math.nan
     one, other = choices.halves(rewards)
-    r = float(choices.spearman(one, other).nanmean())
+    r = float(choices.spearman(choices.with_ties(one), choices.with_ties(other)).nanmean())
     return 2 * r / (1 + r) if r > -1 else -math.inf
