@@ -216,7 +216,7 @@ class BranchReader(TextReader):
 
     def _scores(self) -> Tensor:
         """One pass over all branches (several where they are more than ``MAX_WIDTH`` nodes)."""
-        if any(len(row.reading.ids) - len(row.held) > _MAY_WAIT for row in self.rows):
+        if any(not row.full and len(row.reading.ids) - len(row.held) > _MAY_WAIT for row in self.rows):
             self._catch_up()
         places = [self._leaves_at(row) for row in self.rows]
         parts: list[Tensor] = []
@@ -294,8 +294,8 @@ class BranchReader(TextReader):
             text = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
             place = _shared(row.held, text, 0)
             branches = Branches()
-            if place < len(text) and not row.full:
-                branches.add(place, text[place:])
+            if not row.full and (unread := text[place : self.scorer.max_length]):
+                branches.add(place, unread)
             read.append(branches)
         self._pass([(branches, [len(branches.tokens) - 1]) for branches in read])
         self._keep_nodes(read, [list(range(len(branches.tokens))) for branches in read])
