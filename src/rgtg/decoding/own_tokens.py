@@ -145,15 +145,12 @@ class TextReader:
 
     def _scores(self) -> Tensor:
         """Scores (B, K) of all candidates, on the CPU; those of full rows do not matter."""
-        ids = [[self._ids(row, c) for c in row.candidates] for row in self.rows if not row.full]
-        unique = {tuple(mine): i for i, mine in enumerate(dict.fromkeys(tuple(m) for mine in ids for m in mine))}
         self._calls += 1
-        scores = self.scorer.score_ids(list(unique))
-        found = iter(ids)
-        shape = [
-            [0] * len(row.candidates) if row.full else [unique[tuple(m)] for m in next(found)] for row in self.rows
-        ]
-        return scores[torch.tensor(shape)]
+        reading = [not row.full for row in self.rows]
+        ids = [self._ids(row, candidate) for row in self.rows if not row.full for candidate in row.candidates]
+        scores = torch.zeros(len(self.rows), len(self.rows[0].candidates))
+        scores[torch.tensor(reading)] = self.scorer.score_ids(ids).reshape(sum(reading), -1)
+        return scores
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Commit candidate ``choice[b]`` of row b, after ``score``."""
