@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from other_tokenizers import CORPUS, KINDS, byte_level, tokenizer_of, unigram
 from rgtg.models.encoding import decode_completion
@@ -148,6 +148,13 @@ def test_a_unigram_over_spaces_is_not_cut():
 
 def test_a_splitter_over_words_is_not_cut():
     assert not SpaceCuts(byte_level(300, r"\w+ \w+|.")).usable
+
+
+def test_added_tokens_that_are_found_in_normalized_text_are_not_cut_around():
+    late = unigram()
+    assert SpaceCuts(late).usable
+    late.add_tokens([AddedToken("file", normalized=True)])  # NFKC makes one of the ligature in "\ufb01le"
+    assert not SpaceCuts(late).usable
 
 
 def test_parts_written_in_python_are_not_cut():

@@ -128,3 +128,10 @@ def test_a_vocabulary_that_the_model_does_not_have():
 def test_another_number_of_endings():
     with pytest.raises(UsageError, match="of 1 completions whether they ended, and there are 2"):
         scorer_of().score(["a", "b"], ["c", "d"], finished=[True])
+
+
+def test_equal_texts_tie_whatever_stands_beside_them():
+    scorer = scorer_of("llama")
+    texts = [" was old", " was", " was old", " was old and slow in the woods"]
+    scores = scorer.score(["the dog"] * 4, texts, batch_size=2)
+    assert scores[0] == scores[2] != scores[1]

@@ -145,15 +145,12 @@ class TextReader:
 
     def _scores(self) -> Tensor:
         """Scores (B, K) of all candidates, on the CPU; those of full rows do not matter."""
-        ids = [[self._ids(row, c) for c in row.candidates] for row in self.rows if not row.full]
-        unique = {tuple(mine): i for i, mine in enumerate(dict.fromkeys(tuple(m) for mine in ids for m in mine))}
         self._calls += 1
-        scores = self.scorer.score_ids(list(unique))
-        found = iter(ids)
-        shape = [
-            [0] * len(row.candidates) if row.full else [unique[tuple(m)] for m in next(found)] for row in self.rows
-        ]
-        return scores[torch.tensor(shape)]
+        reading = [not row.full for row in self.rows]
+        ids = [self._ids(row, candidate) for row in self.rows if not row.full for candidate in row.candidates]
+        scores = torch.zeros(len(self.rows), len(self.rows[0].candidates))
+        scores[torch.tensor(reading)] = self.scorer.score_ids(ids).reshape(sum(reading), -1)
+        return scores
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Commit candidate ``choice[b]`` of row b, after ``score``."""
@@ -216,7 +213,7 @@ class BranchReader(TextReader):
 
     def _scores(self) -> Tensor:
         """One pass over all branches (several where they are more than ``MAX_WIDTH`` nodes)."""
-        if any(len(row.reading.ids) - len(row.held) > _MAY_WAIT for row in self.rows):
+        if any(not row.full and len(row.reading.ids) - len(row.held) > _MAY_WAIT for row in self.rows):
             self._catch_up()
         places = [self._leaves_at(row) for row in self.rows]
         parts: list[Tensor] = []
@@ -294,8 +291,8 @@ class BranchReader(TextReader):
             text = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
             place = _shared(row.held, text, 0)
             branches = Branches()
-            if place < len(text) and not row.full:
-                branches.add(place, text[place:])
+            if not row.full and (unread := text[place : self.scorer.max_length]):
+                branches.add(place, unread)
             read.append(branches)
         self._pass([(branches, [len(branches.tokens) - 1]) for branches in read])
         self._keep_nodes(read, [list(range(len(branches.tokens))) for branches in read])

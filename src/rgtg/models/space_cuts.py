@@ -12,7 +12,6 @@ looking back, and only at a space between a visible character and an ASCII lette
 
 import json
 import re
-import unicodedata
 from typing import Any
 
 _PLACES = 3
@@ -48,9 +47,7 @@ class SpaceCuts:
         if self._added is None:
             return True
         near = text[max(0, start - self._longest) :]
-        return not self._added.search(near) and (
-            near.isascii() or not self._added.search(unicodedata.normalize("NFKC", near))
-        )
+        return not self._added.search(near)
 
     def places(self, text: str) -> tuple[int, int, int] | None:
         """The last three places in a text where it may be cut, the earliest first."""
@@ -58,7 +55,7 @@ class SpaceCuts:
         place, first = len(text) - 1, max(1, len(text) - _REACH)
         while len(found) < _PLACES and (place := text.rfind(" ", first, place)) > 0:
             follows = text[place + 1]
-            if not text[place - 1].isspace() and follows.isascii() and follows.isalnum():
+            if text[place - 1].isprintable() and text[place - 1] != " " and follows.isascii() and follows.isalnum():
                 found.append(place)
         return (found[2], found[1], found[0]) if len(found) == _PLACES else None
 
@@ -73,7 +70,7 @@ def cuts_at_spaces(tokenizer: Any) -> bool:
     except Exception:  # a part written in Python cannot be looked into, and says so in its own way
         return False
     known = all(map(_known_normalizer, normalizers)) and all(map(_known_splitter, splitters))
-    if not known or getattr(backend.model, "dropout", None):
+    if not known or getattr(backend.model, "dropout", None) or _finds_added_tokens_late(tokenizer, normalizers):
         return False
     return _always_splits(tokenizer) or _merges_by_rank(backend.model, splitters)
 
@@ -99,6 +96,12 @@ def _known_splitter(part: dict[str, Any]) -> bool:
     if part["type"] != "Split" or "Regex" not in part["pattern"]:
         return part["type"] in _SPLITTERS
     return not _LOOKS_AROUND.search(_CLASS.sub("", part["pattern"]["Regex"].replace(r"(?!\S)", "")))
+
+
+def _finds_added_tokens_late(tokenizer: Any, normalizers: list[dict[str, Any]]) -> bool:
+    """Whether an added token may stand where the text does not show it: it is looked for in what normalizing leaves."""
+    changes = {part["type"] for part in normalizers} - {"Prepend", "Replace", "Sequence"}
+    return bool(changes) and any(token.normalized for token in tokenizer.added_tokens_decoder.values())
 
 
 def _always_splits(tokenizer: Any) -> bool:

@@ -194,15 +194,22 @@ class TextScorer:
 
     @torch.inference_mode()
     def score_ids(self, rows: Sequence[Sequence[int]], batch_size: int = 64) -> Float[Tensor, " rows"]:
-        """Scores (N,), fp32 on the CPU, of whole texts as tokens; texts of like length are read together."""
+        """Scores (N,), fp32 on the CPU, of whole texts as tokens; texts of like length are read together.
+
+        Equal texts are read once, so that they tie whatever stands beside them.
+        """
+        places: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(rows):
+            places.setdefault(tuple(row), []).append(i)
         scores = torch.zeros(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(places, key=len)
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            scores[part] = self._score_batch([rows[i] for i in part])
+            for row, score in zip(part, self._score_batch(part), strict=True):
+                scores[places[row]] = score
         return scores
 
-    def _score_batch(self, rows: list[Sequence[int]]) -> Tensor:
+    def _score_batch(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores of one padded batch. What pads is hidden by the mask, so a model without a padding token will do."""
         pad = self.tokenizer.pad_token_id
         ids, mask = pad_right(rows, pad if pad is not None and pad < self._rows else 0, self.model.device)
