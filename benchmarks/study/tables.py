@@ -136,8 +136,8 @@ def markdown(gold, lines, targets):
         value = "/".join(f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"])
         less = line.get("less_pargs")
         cells = [line["row"] + ("" if len(line["seeds"]) == 3 else f" ({len(line['seeds'])} seed)"), value,
-                 show(line["reward"]), f"{line['kl']['mean']:.1f}", *(show(i) + fewer(i, line) for i in (line["at_kl"][str(t)] for t in targets)),
-                
+                 show(line["reward"]), f"{line['kl']['mean']:.1f}",
+                 *(show(i) + fewer(i, line) for i in (line["at_kl"][str(t)] for t in targets)),
                  f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
                  f"{line['megabytes_per_token']:.3g}",
                  f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
