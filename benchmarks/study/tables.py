@@ -130,12 +130,14 @@ def markdown(gold, lines, targets):
     show = lambda i: f"{i['mean']:.2f} ({i['low']:.2f} to {i['high']:.2f})" if i else "–"  # noqa: E731
     head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
             "MB per token", "less pargs (95 %; p)"]  # fmt: skip
+    fewer = lambda i, line: f", {i['seeds']} seed" if i and i["seeds"] < len(line["seeds"]) else ""  # noqa: E731
     text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         value = "/".join(f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"])
         less = line.get("less_pargs")
         cells = [line["row"] + ("" if len(line["seeds"]) == 3 else f" ({len(line['seeds'])} seed)"), value,
-                 show(line["reward"]), f"{line['kl']['mean']:.1f}", *(show(line["at_kl"][str(t)]) for t in targets),
+                 show(line["reward"]), f"{line['kl']['mean']:.1f}",
+                 *(show(i) + fewer(i, line) for i in (line["at_kl"][str(t)] for t in targets)),
                  f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
                  f"{line['megabytes_per_token']:.3g}",
                  f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
