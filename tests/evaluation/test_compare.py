@@ -244,7 +244,7 @@ def test_a_reward_that_is_also_a_proxy_or_taught_a_policy_is_refused(settings, p
     with pytest.raises(UsageError, match="is also the proxy p"):
         compare(settings.model_copy(update={"proxies": {"p": settings.reward}}))
     tuned = CompareRun(method="policy", label="rl", policy=str(policy_folder), trained_with=[settings.reward])
-    with pytest.raises(UsageError, match="which a compared policy was trained with"):
+    with pytest.raises(UsageError, match="which a compared method was trained with"):
         compare(settings.model_copy(update={"methods": [tuned]}))
 
 
@@ -256,6 +256,9 @@ def test_a_reward_that_a_scorer_was_trained_from_is_refused():
     with pytest.raises(UsageError, match="judge was used to train the scorer s"):
         require_held_out(judge, {"s": scorer})
     scorer.info = info().model_copy(update={"base_fingerprint": "x", "base_casts": {"bfloat16": mine}})
+    with pytest.raises(UsageError, match="was used to train"):
+        require_held_out(judge, {"s": scorer})
+    scorer.info = info().model_copy(update={"reference_fingerprint": mine, "trunk": "own"})
     with pytest.raises(UsageError, match="was used to train"):
         require_held_out(judge, {"s": scorer})
     judge.info = scorer.info = info().model_copy(update={"data_fingerprint": "pairs"})

@@ -97,7 +97,6 @@ def test_what_a_method_would_ignore_is_refused(run, message):
     [
         ({"method": "pargs", "bta": 1}, "unknown setting bta; did you mean beta"),
         ({"method": "pargs", "scorer": "s", "scorers": [{"scorer": "t"}]}, "leave scorer and beta out"),
-        ({"method": "policy", "trained_with": ["r"]}, "row's own policy"),
     ],
 )
 def test_unusable_rows_are_refused_when_they_are_read(run, message):

@@ -14,7 +14,7 @@ from rgtg.config import TrainSettings
 from rgtg.data import TokenizedPair
 from rgtg.errors import DataError, UsageError
 from rgtg.losses import fudge_losses
-from rgtg.models.checkpoint import read_info
+from rgtg.models.checkpoint import fingerprint_weights, read_info
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer
 from rgtg.models.vocab_scorer import VocabularyScorer
@@ -359,6 +359,9 @@ def test_a_reference_scorer_decides_what_is_learnt(policy_folder, data, tmp_path
     helped = train_scorer(settings(policy_folder, mixed, tmp_path / "helped", "prefix-bt", **given))
     assert alone.evaluation["accuracy_50"] < 0.7
     assert helped.evaluation["accuracy_50"] > 0.8
+    reference = PrefixScorer.from_pretrained(str(tmp_path / "reference"))  # what rgtg compare refuses as gold
+    assert read_info(tmp_path / "helped").reference_fingerprint == fingerprint_weights(reference.model)
+    assert read_info(tmp_path / "alone").reference_fingerprint is None
 
 
 def test_a_reference_with_another_tokenizer_is_refused(policy_folder, scorer_folder, data, tmp_path):

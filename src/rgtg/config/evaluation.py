@@ -95,7 +95,7 @@ class CompareRun(BaseModel):
     method: str
     label: str | None = None
     policy: str | None = Field(None, description="its own policy, where it has one: a fine-tuned baseline")
-    trained_with: list[str] = Field(default_factory=list, description="reward models that this policy was trained with")
+    trained_with: list[str] = Field(default_factory=list, description="reward models used to train this row")
     scorer: str | None = None
     scorers: list[GuidingScorer] | None = Field(None, min_length=1, description="several, each with its beta")
     beta: float | list[float] | None = None
@@ -107,8 +107,6 @@ class CompareRun(BaseModel):
     def _known(self) -> Self:
         if self.scorers and (self.scorer is not None or self.beta is not None):
             raise ValueError("scorers names every scorer with its own beta; leave scorer and beta out")
-        if self.trained_with and self.policy is None:
-            raise ValueError("trained_with is about a row's own policy: give that as policy")
         require_decoding(self.model_extra or {})
         return self
 

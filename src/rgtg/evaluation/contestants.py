@@ -137,9 +137,9 @@ def require_held_out(
 ) -> None:
     """Refuse a gold reward model that guides or selects, that a scorer or policy was trained with, or that is a proxy.
 
-    Weights are compared, so another name or folder does not help. What a scorer was trained from is what its rgtg.json
-    says (``base_fingerprint``, and the reference that weighted or labelled its pairs). A reward model trained on the
-    very pairs of a scorer is warned of.
+    Weights are compared, so another name or folder does not help. What a scorer was trained with is what its rgtg.json
+    says: ``base_fingerprint``, and ``reference_fingerprint`` of what said how far its pairs were trusted. A reward
+    model trained on the very pairs of a scorer is warned of.
 
     Raises:
         UsageError: naming both.
@@ -165,18 +165,17 @@ def require_held_out(
     for name, teacher in (taught or {}).items():
         if fingerprint_weights(weights_of(teacher)) == verdict:
             raise UsageError(
-                f"the reward {judge.name} is {name}, which a compared policy was trained with: hold it out"
+                f"the reward {judge.name} is {name}, which a compared method was trained with: hold it out"
             )
 
 
 def _trained_with(scorer: Any) -> set[str]:
     """Fingerprints of the weights that a scorer's description names as its origin or reference."""
     info = getattr(scorer, "info", None)
-    if info is None or info.trunk != "separate":  # a head's base is the frozen policy itself
+    if info is None:
         return set()
-    described = info.model_dump()
-    references = {str(v) for k, v in described.items() if k.startswith("reference") and v}
-    return {info.base_fingerprint, *info.base_casts.values(), *references} - {""}
+    origin = {info.base_fingerprint, *info.base_casts.values()} if info.trunk == "separate" else set()
+    return (origin | {info.reference_fingerprint or ""}) - {""}  # a head's base is the frozen policy itself
 
 
 def _warn_of_shared_pairs(judge: Any, name: str, scorer: Any) -> None:

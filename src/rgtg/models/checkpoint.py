@@ -23,6 +23,7 @@ class ScorerInfo(Record):
     (``own``), or of the policy under an adapter (``shared``). The fields after it describe a head on them: which kind,
     which layer it reads, its sizes, and the fingerprints that the policy has when loaded in other dtypes. A ``vocab``
     head with a ``separate`` trunk is a causal language model whose output layer scores next tokens.
+    ``reference_fingerprint`` is of the scorer that said how far the training pairs were trusted, where one did.
     """
 
     version: int = FORMAT_VERSION
@@ -40,6 +41,7 @@ class ScorerInfo(Record):
     width: int | None = None
     rank: int | None = None
     base_casts: dict[str, str] = Field(default_factory=dict)
+    reference_fingerprint: str | None = None
 
 
 def read_info(folder: str | Path) -> ScorerInfo | None:

@@ -34,7 +34,7 @@ from rgtg.training.heads import HeadTrainer, RolloutHeadTrainer, StatePairs, Sta
 from rgtg.training.new_head import new_head, starting_table, vocabulary_size
 from rgtg.training.save import save_own_state
 from rgtg.training.state_cache import StateCache, cache_states
-from rgtg.training.trust import trust_of
+from rgtg.training.trust import reference_fingerprint, trust_of
 
 WIDTHS = (64, 256)  # of an automatic choice
 RANK = 16  # of the token table: more learn the training pairs by heart (docs/training.md)
@@ -217,6 +217,7 @@ def _info(job: _Job, policy: Policy, fingerprint: str, max_length: int | None) -
         trunk="own",
         head=job.settings.head or "state",
         rank=None if job.table is None else job.table.shape[1],
+        reference_fingerprint=reference_fingerprint(job.settings),
     )
 
 

@@ -39,7 +39,7 @@ from rgtg.training.prefix_reward import PrefixRewardTrainer
 from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
 from rgtg.training.save import save_scorer
 from rgtg.training.trainer import PrefixTrainer
-from rgtg.training.trust import trust_of
+from rgtg.training.trust import reference_fingerprint, trust_of
 
 # peft's own recipes for LoRA on every linear layer use ten times a whole model's rate.
 LORA_LEARNING_RATE = 5e-4
@@ -160,6 +160,7 @@ def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str,
         append_eos=tokenizer.eos_token_id is not None,
         max_length=max_length,
         head="vocab" if OBJECTIVES[settings.objective].language_model else "scalar",
+        reference_fingerprint=reference_fingerprint(settings),
     )
 
 

@@ -9,8 +9,9 @@ from rgtg.config import TrainSettings
 from rgtg.data import TokenizedPair
 from rgtg.errors import UsageError
 from rgtg.losses import agreement, prefix_margins
+from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
-from rgtg.models.scorer import load_named_scorer
+from rgtg.models.scorer import load_named_scorer, weights_of
 from rgtg.training.common import TrainData
 
 
@@ -32,6 +33,13 @@ def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: A
             f"{settings.base}: prefixes could not be aligned; train one from the same base (--objective full-bt)"
         )
     return pair_trust(reference, data.train, settings.options.consistency or "pair")
+
+
+def reference_fingerprint(settings: TrainSettings) -> str | None:
+    """Fingerprint of the reference scorer's weights, for rgtg.json; None without one."""
+    if settings.reference_scorer is None:
+        return None
+    return fingerprint_weights(weights_of(load_named_scorer(settings.reference_scorer, device="cpu")))
 
 
 def pair_trust(reference: Any, pairs: Sequence[TokenizedPair], consistency: str) -> list[list[float]]:
