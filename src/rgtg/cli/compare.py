@@ -49,6 +49,7 @@ def command(
 
     from rgtg.evaluation.compare import compare
     from rgtg.evaluation.figures import new_figure
+    from rgtg.report import write_report
 
     new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
     make_folder(settings.output)
@@ -57,8 +58,6 @@ def command(
         result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))
     write_json(settings.output / "results.json", result)
     save_settings(settings.output, settings)
-    from rgtg.report import write_report
-
     write_report(result, settings.output / "report.html")
     emit(result, as_json=as_json, quiet=quiet, show=lambda: show(result, settings.output))
 
