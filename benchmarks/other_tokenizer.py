@@ -102,6 +102,10 @@ class Saying:
         self.newest = candidate_ids.gather(1, choice[:, None])[:, 0].tolist()
         self.stepper.keep(candidate_ids, choice)
 
+    def skip(self, tokens):
+        self.newest = tokens[:, 0].tolist()
+        self.stepper.skip(tokens)
+
     def advance(self):
         self.stepper.advance()
         return self.bigrams(self.newest)
@@ -248,11 +252,14 @@ def main():
                 results[dtype][kind][f"batch {batch}"] = rows = measure(args, bench, kind, batch)
                 title = f"{dtype}, {kind} candidates, batch {batch}: prompt {args.prompt}, {args.tokens} tokens"
                 show(f"{title}, k = {args.top_k}", rows)
+                if args.output:  # after every part: a run that is stopped keeps what it has
+                    args.output.write_text(json.dumps(record_of(args, results), indent=1) + "\n")
+    print(json.dumps(record_of(args, results)))
+
+
+def record_of(args, results):
     settings = vars(args) | {"output": args.output and args.output.name}
-    record = {"benchmark": "other-tokenizer", "settings": settings, "torch": torch.__version__, "results": results}
-    if args.output:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    return {"benchmark": "other-tokenizer", "settings": settings, "torch": torch.__version__, "results": results}
 
 
 if __name__ == "__main__":
