@@ -27,7 +27,9 @@ from rgtg.models.vocab_scorer import VocabularyScorer
 # Drafts that need no model of their own.
 DRAFTS = ("policy", "prompt-lookup")
 
-AnyScorer = PrefixScorer | OwnStateScorer | SharedTrunkScorer | VocabularyScorer | TextScorer
+# Scorers that are models of their own; the others are part of the policy.
+Separate = PrefixScorer | VocabularyScorer | TextScorer
+AnyScorer = Separate | OwnStateScorer | SharedTrunkScorer
 
 
 def as_read_beside(policy: Policy, scorer: AnyScorer) -> AnyScorer:
@@ -90,7 +92,7 @@ def make_stepper(
 
 def make_reader(
     policy: Policy,
-    scorer: PrefixScorer | VocabularyScorer | TextScorer,
+    scorer: Separate,
     longest: int,
     *,
     top_k: int | None = None,
@@ -147,12 +149,11 @@ def make_mixture(
         return make_stepper(policy, scorer, longest, top_k=top_k, tree=tree, overlap=False, requests=requests)
 
     def reader(scorer: AnyScorer) -> Reader:
-        if isinstance(scorer, PrefixScorer | VocabularyScorer | TextScorer):
+        if isinstance(scorer, Separate):
             return make_reader(policy, scorer, longest, top_k=top_k, tree=tree, requests=requests)
         return OwnPass(stepper(scorer))
 
-    apart = [isinstance(scorer, PrefixScorer | VocabularyScorer | TextScorer) for scorer in scorers]
-    first = apart.index(False) if False in apart else 0
+    first = next((i for i, scorer in enumerate(scorers) if not isinstance(scorer, Separate)), 0)
     order = [first, *(i for i in range(len(scorers)) if i != first)]
     readers = [reader(scorers[i]) for i in order[1:]]
     return Mixture(stepper(scorers[first]), readers, [betas[i] for i in order], order)

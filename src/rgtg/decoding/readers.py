@@ -46,34 +46,12 @@ class Reader(Protocol):
         ...
 
 
-class Unread:
-    """Tokens that are committed and not yet read: (B, n)."""
-
-    def __init__(self) -> None:
-        self.tokens = torch.zeros(0, 0, dtype=torch.long)
-
-    def add(self, tokens: Tensor) -> None:
-        """Behind those that wait already."""
-        self.tokens = torch.cat([self.tokens, tokens], 1) if self.tokens.numel() else tokens
-
-    def take(self) -> Tensor:
-        """All of them; none waits afterwards."""
-        tokens, self.tokens = self.tokens, self.tokens[:, :0]
-        return tokens
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        if self.tokens.numel():
-            self.tokens = self.tokens[rows.to(self.tokens.device)]
-
-
-class CandidateReader:
-    """A reward model: all candidates in one pass over a token tree, one score at each."""
+class CachedReader:
+    """What readers share: a cache of every row, and committed tokens (B, n) that it has not read yet."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._unread = Unread()
-        self._behind = 0  # tokens read together with the last candidates, before them
+        self._unread = torch.zeros(0, 0, dtype=torch.long)
 
     @property
     def calls(self) -> int:
@@ -84,9 +62,30 @@ class CandidateReader:
         """Read the prompts."""
         self.runner.prefill(prompts)
 
+    def skip(self, tokens: Tensor) -> None:
+        """Note tokens (B, 1) to read later."""
+        self._unread = torch.cat([self._unread, tokens], 1) if self._unread.numel() else tokens
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only (or repeat) these rows."""
+        if self._unread.numel():
+            self._unread = self._unread[rows.to(self._unread.device)]
+        self.runner.select_rows(rows)
+
+    def _take(self) -> Tensor:
+        """All tokens that wait; none does afterwards."""
+        tokens, self._unread = self._unread, self._unread[:, :0]
+        return tokens
+
+
+class CandidateReader(CachedReader):
+    """A reward model: all candidates in one pass over a token tree, one score at each."""
+
+    _behind = 0  # tokens read together with the last candidates, before them
+
     def score(self, candidate_ids: Tensor) -> Tensor:
         """One tree pass (several where there are more candidates than ``MAX_WIDTH``)."""
-        waiting = self._unread.take()
+        waiting = self._take()
         self._behind = n = waiting.shape[1]
         if candidate_ids.shape[1] <= MAX_WIDTH:
             tree = chain_and_leaves(waiting, candidate_ids)
@@ -99,57 +98,30 @@ class CandidateReader:
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate, behind what was read with it; of several passes, only the token is noted."""
         if candidate_ids.shape[1] > MAX_WIDTH:
-            self._unread.add(candidate_ids.gather(1, choice[:, None]))
+            self.skip(candidate_ids.gather(1, choice[:, None]))
             return
         path = choice[:, None] + self._behind
         if self._behind:
             path = torch.cat([torch.arange(self._behind, device=path.device).expand(len(path), -1), path], 1)
         self.runner.keep(path)
 
-    def skip(self, tokens: Tensor) -> None:
-        """Note tokens to read later."""
-        self._unread.add(tokens)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        self._unread.select_rows(rows)
-        self.runner.select_rows(rows)
-
-
-class PrefixReader:
+class PrefixReader(CachedReader):
     """A vocabulary scorer: its state at the prefix scores every next token; only chosen tokens are ever read."""
 
     def __init__(self, runner: Runner, head: Any) -> None:
-        self.runner, self.head = runner, head
-        self._unread = Unread()
-
-    @property
-    def calls(self) -> int:
-        """Passes so far."""
-        return self.runner.calls
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts."""
-        self.runner.prefill(prompts)
+        super().__init__(runner)
+        self.head = head
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Read what is unread, one row of it, then the candidates' rows of the head at the newest state."""
-        if (waiting := self._unread.take()).numel():
+        if (waiting := self._take()).numel():
             read_chain(self.runner, waiting)
         return head_at_prefix(self.head, self.runner, candidate_ids)
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Note the chosen candidate, to read before the next score."""
-        self._unread.add(candidate_ids.gather(1, choice[:, None]))
-
-    def skip(self, tokens: Tensor) -> None:
-        """Note tokens to read later."""
-        self._unread.add(tokens)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        self._unread.select_rows(rows)
-        self.runner.select_rows(rows)
+        self.skip(candidate_ids.gather(1, choice[:, None]))
 
 
 def chain_and_leaves(chain: Tensor, leaves: Tensor) -> TokenTree:

@@ -28,9 +28,8 @@ def guided_log_probs(
     >>> guided_log_probs(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.0, 1.0]]), beta=1.0).exp()
     tensor([[0.2689, 0.7311]])
     """
-    out = candidate_log_probs == -torch.inf
     # float64, and the maximum at 0 before dividing: a huge beta or a tiny temperature must not overflow to NaN
-    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(out, 0.0)
+    combined = _sums(candidate_log_probs, scores, beta)
     if temperature == 0:
         best = combined.argmax(-1, keepdim=True)
         return torch.full_like(combined, -torch.inf, dtype=torch.float32).scatter(-1, best, 0.0)
@@ -49,9 +48,14 @@ def best_sums(
     >>> best_sums(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 0.0, 2.0]]), beta=1.0, k=2)
     tensor([[2, 0]])
     """
-    out = candidate_log_probs == -torch.inf
-    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(out, 0.0)
+    combined = _sums(candidate_log_probs, scores, beta)
     return combined.topk(min(k, combined.shape[-1]), -1).indices
+
+
+def _sums(candidate_log_probs: Tensor, scores: Tensor, beta: float | Tensor) -> Tensor:
+    """Log π(v) + β·r(v) in float64; what is excluded stays so whatever its score."""
+    excluded = candidate_log_probs == -torch.inf
+    return candidate_log_probs.double() + beta * scores.double().masked_fill(excluded, 0.0)
 
 
 def entropy(log_probs: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:

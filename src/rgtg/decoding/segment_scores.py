@@ -77,39 +77,46 @@ class CachedSegments:
         self.runner.select_rows(rows)
 
 
-class WholeTexts:
+class _Texts:
+    """What readers of whole texts share: the tokens kept of each row so far."""
+
+    kept: list[list[int]]
+
+    def keep(self, segments: Sequence[Sequence[int]]) -> None:
+        """Keep one segment per row; an empty one keeps nothing."""
+        for kept, tokens in zip(self.kept, segments, strict=True):
+            kept.extend(tokens)
+
+
+class WholeTexts(_Texts):
     """Any scorer of prefixes, of whatever make: every segment's whole text is read anew."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.rows: list[tuple[list[int], list[int]]] = []
+        self.prompts: list[list[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Note the prompts; their rewards (B,)."""
-        self.rows = [(list(prompt), []) for prompt in prompts]
+        self.prompts, self.kept = [list(prompt) for prompt in prompts], [[] for _ in prompts]
         # an empty completion is worth what its prompt is: the prompt's last token stands for it
-        return self._rewards([prompt[:-1] for prompt in map(list, prompts)], [list(prompt[-1:]) for prompt in prompts])
+        return self._rewards([prompt[:-1] for prompt in self.prompts], [prompt[-1:] for prompt in self.prompts])
 
     def score(self, segments: Segments) -> Tensor:
         """Rewards (B, n)."""
         n = len(segments[0])
-        texts = [[*kept, *tokens] for (_, kept), row in zip(self.rows, segments, strict=True) for tokens in row]
-        return self._rewards([prompt for prompt, _ in self.rows for _ in range(n)], texts).reshape(-1, n)
-
-    def keep(self, segments: Sequence[Sequence[int]]) -> None:
-        """Keep one segment per row; an empty one keeps nothing."""
-        for (_, kept), tokens in zip(self.rows, segments, strict=True):
-            kept.extend(tokens)
+        texts = [[*kept, *tokens] for kept, row in zip(self.kept, segments, strict=True) for tokens in row]
+        return self._rewards([prompt for prompt in self.prompts for _ in range(n)], texts).reshape(-1, n)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these rows."""
-        self.rows = [self.rows[i] for i in rows.tolist()]
+        chosen = rows.tolist()
+        self.kept, self.prompts = [self.kept[i] for i in chosen], [self.prompts[i] for i in chosen]
 
     def _rewards(self, prompts: list[Any], completions: list[Any]) -> Tensor:
         return torch.stack([scores[-1] for scores in self.scorer.score_prefixes(prompts, completions)]).float()
 
 
-class OwnTexts:
+class OwnTexts(_Texts):
     """A reward model with a tokenizer of its own: every segment's whole text, as that tokenizer writes it.
 
     What does not fit its context is worth −∞.
@@ -118,28 +125,19 @@ class OwnTexts:
     def __init__(self, scorer: TextScorer, tokenizer: Any, requests: Sequence[Request]) -> None:
         """Set up; ``tokenizer`` is the policy's, ``requests`` are those of the prompts."""
         self.scorer, self.tokenizer, self.requests = scorer, tokenizer, list(requests)
-        self.kept: list[list[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Note the prompts; their rewards (B,)."""
         self.kept = [[] for _ in prompts]
-        return self._rewards([[[]] for _ in prompts])[:, 0]
-
-    def score(self, segments: Segments) -> Tensor:
-        """Rewards (B, n)."""
-        return self._rewards(segments)
-
-    def keep(self, segments: Sequence[Sequence[int]]) -> None:
-        """Keep one segment per row; an empty one keeps nothing."""
-        for kept, tokens in zip(self.kept, segments, strict=True):
-            kept.extend(tokens)
+        return self.score([[[]] for _ in prompts])[:, 0]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these rows."""
         chosen = rows.tolist()
         self.kept, self.requests = [self.kept[i] for i in chosen], [self.requests[i] for i in chosen]
 
-    def _rewards(self, segments: Segments) -> Tensor:
+    def score(self, segments: Segments) -> Tensor:
+        """Rewards (B, n)."""
         sources, texts = [], []
         for request, kept, mine in zip(self.requests, self.kept, segments, strict=True):
             sources += [source_of(request, self.tokenizer)] * len(mine)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.best_of_n import adopt, rewards_of
+from rgtg.decoding.best_of_n import adopt, require_finite_rewards, rewards_of
 from rgtg.decoding.requests import Request, Stopping, derive_seed
 from rgtg.decoding.rules import accept_segment, entropy, segment_threshold
 from rgtg.decoding.runner import Runner
@@ -18,7 +18,6 @@ from rgtg.decoding.shared_prompt import SharedPromptRunner, fork
 from rgtg.decoding.steps import Alone
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.decoding.tokenwise import TokenRule, decode
-from rgtg.errors import NonFiniteError
 from rgtg.evaluation.metrics import best_of_n_kl
 from rgtg.models.scorer import Scorer
 from rgtg.models.text_scorer import TextScorer
@@ -131,10 +130,9 @@ class Lanes(Alone):
         tokens = torch.zeros(len(self.read), 1, dtype=torch.long, device=self.token.device)
         tokens[self._living] = self.token
         states = self.policy.states(TokenTree.chain(tokens))[:, 0]
-        for lane in living:
-            self.read[lane] += 1
         counts = [0] * len(self.read)
         for lane in living:
+            self.read[lane] += 1
             counts[lane] = 1
         self.policy.keep(torch.zeros(len(tokens), 1, dtype=torch.long), counts)
         return self.policy.readout(self.policy.model, states[living])
@@ -242,8 +240,7 @@ def _score(
     if ended:
         values = rewards_of(scorer, [drawn[i] for i in ended], stopping)
         rewards.view(-1)[ended] = torch.tensor(values, dtype=rewards.dtype)
-    if not bool((rewards.isfinite() | rewards.isneginf()).all()):  # −∞: too long for the scorer's context
-        raise NonFiniteError("the scorer returned NaN or infinite rewards; try dtype=float32, or check its training")
+    require_finite_rewards(rewards[~rewards.isneginf()].tolist())  # −∞: too long for the scorer's context
     return rewards.tolist()
 
 

@@ -117,9 +117,7 @@ class Apart(Alone):
 class Ahead(Alone):
     """The policy has read the candidates: its state at the chosen one is there before the next step begins."""
 
-    def __init__(self, policy: Runner) -> None:
-        super().__init__(policy)
-        self._ahead: Tensor | None = None
+    _ahead: Tensor | None = None
 
     def skip(self, tokens: Tensor) -> None:
         """Note the token, which no pass has read."""
@@ -139,21 +137,15 @@ class Ahead(Alone):
         return self.policy.readout(self.policy.model, self._ahead)
 
 
-class AtOnce(Ahead):
+class AtOnce(Ahead, Apart):
     """Policy and scorer on two devices: the policy reads all candidates while the scorer scores them.
 
     A step then takes as long as the slower of the two, not their sum. Needs K ≤ ``MAX_WIDTH``.
     """
 
     def __init__(self, policy: Runner, reader: Reader) -> None:
-        super().__init__(policy)
-        self.reader = reader
+        super().__init__(policy, reader)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rgtg-scorer")
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts with both models."""
-        self.reader.prefill(prompts)
-        return super().prefill(prompts)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """Both passes, in two threads."""
@@ -164,20 +156,9 @@ class AtOnce(Ahead):
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate in both caches, and the policy's state at it."""
         super().keep(candidate_ids, choice)
-        self.reader.keep(candidate_ids, choice)
         self.policy.keep(choice[:, None])
         assert self._ahead is not None, "keep() follows score()"
         self._ahead = take_nodes(self._ahead, choice)
-
-    def skip(self, tokens: Tensor) -> None:
-        """Commit tokens that the scorer need not read yet."""
-        super().skip(tokens)
-        self.reader.skip(tokens)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        super().select_rows(rows)
-        self.reader.select_rows(rows)
 
 
 class OnCandidates(Ahead):
@@ -222,15 +203,28 @@ class OnPrefix(Alone):
         return head_at_prefix(self.head, self.policy, candidate_ids)
 
 
-class InOnePass(OnCandidates):
-    """A scorer that is an adapter on the policy's own weights: one pass of two halves scores and looks ahead.
-
-    The runner holds 2B rows, the policy's first; ``head`` reads the adapted half.
-    """
+class TwoHalves(Alone):
+    """Every row twice: the runner holds 2B rows, the policy's first, then the adapted ones."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts, plain and adapted."""
-        return prefill_twice(self.policy, prompts)
+        states = self.policy.prefill([*prompts, *prompts])
+        return self.policy.readout(self.policy.model, states[: len(prompts)])
+
+    def advance(self) -> Tensor:
+        """One token of both halves; the product with the vocabulary for the policy's alone."""
+        states = read_next(self.policy, self.token.repeat(2, 1))
+        return self.policy.readout(self.policy.model, states[: len(self.token)])
+
+    def _select(self, rows: Tensor) -> None:
+        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
+
+
+class InOnePass(OnCandidates, TwoHalves):
+    """A scorer that is an adapter on the policy's own weights: one pass of two halves scores and looks ahead.
+
+    ``head`` reads the adapted half.
+    """
 
     def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of twice the candidates: the plain half looks ahead, the adapted half is scored."""
@@ -241,45 +235,16 @@ class InOnePass(OnCandidates):
         """Keep the chosen candidate in both halves."""
         keep_leaf(self.policy, candidate_ids.repeat(2, 1), choice.repeat(2))
 
-    def advance(self) -> Tensor:
-        """The product with the vocabulary, after a pass of both halves where the token is unread."""
-        return advance_both(self) if self._ahead is None else super().advance()
 
-    def _select(self, rows: Tensor) -> None:
-        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
-
-
-class InOnePassOnPrefix(OnPrefix):
+class InOnePassOnPrefix(OnPrefix, TwoHalves):
     """A vocabulary head on an adapted state of the policy's own weights: one pass of two rows of one token.
 
-    The runner holds 2B rows, the policy's first, and observes the layer that ``head`` reads of the adapted half.
+    The runner observes the layer that ``head`` reads of the adapted half.
     """
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts, plain and adapted."""
-        return prefill_twice(self.policy, prompts)
 
     def score(self, candidate_ids: Tensor) -> Tensor | None:
         """The candidates' rows of the head, at the newest adapted state."""
         return head_at_prefix(self.head, self.policy, candidate_ids, len(candidate_ids))
-
-    def advance(self) -> Tensor:
-        """One token of both halves; the product with the vocabulary for the policy's alone."""
-        return advance_both(self)
-
-    def _select(self, rows: Tensor) -> None:
-        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
-
-
-def advance_both(stepper: Alone) -> Tensor:
-    """The policy's logits after the noted token, read plain and adapted."""
-    states = read_next(stepper.policy, stepper.token.repeat(2, 1))
-    return stepper.policy.readout(stepper.policy.model, states[: len(stepper.token)])
-
-
-def prefill_twice(runner: Runner, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Read every prompt in both halves of the batch; the readout (B, …) at the last token of the first half."""
-    return runner.readout(runner.model, runner.prefill([*prompts, *prompts])[: len(prompts)])
 
 
 def take_nodes(states: Tensor, choice: Tensor) -> Tensor:

@@ -47,19 +47,20 @@ class TokenRule:
 
     def guide(self, log_probs: Tensor, scores: Tensor | None, steered: Tensor | None = None) -> Tensor:
         """Guided log-probabilities (B, K) of candidates with these policy log-probabilities and scores."""
-        strength, read = self._strength(scores, steered)
-        steering = torch.zeros_like(log_probs) if read is None else read
+        strength, steering = self._steering(log_probs, scores, steered)
         return guided_log_probs(log_probs, steering, strength, 0.0 if self.greedy else self.temperature)
 
     def cut(self, log_probs: Tensor, scores: Tensor | None, steered: Tensor | None) -> Tensor:
         """Indices (B, k) of the candidates that have the largest sums."""
-        strength, read = self._strength(scores, steered)
-        steering = torch.zeros_like(log_probs) if read is None else read
+        strength, steering = self._steering(log_probs, scores, steered)
         return best_sums(log_probs, steering, strength, self.top_k or log_probs.shape[-1])
 
-    def _strength(self, scores: Tensor | None, steered: Tensor | None) -> tuple[float | Tensor, Tensor | None]:
+    def _steering(
+        self, log_probs: Tensor, scores: Tensor | None, steered: Tensor | None
+    ) -> tuple[float | Tensor, Tensor]:
+        """Beta, for all rows or one each (B, 1), and what it multiplies (B, K)."""
         if scores is None:
-            return 0.0, None
+            return 0.0, torch.zeros_like(log_probs)
         read = scores.clamp(0, 1) if self.clip else scores
         return (self.beta if steered is None else self.beta * steered[:, None]), read
 
