@@ -109,12 +109,8 @@ def read_pairs(
                 write(reject_line(source, line, problem, raw))
             except UsageError as error:  # chat messages, and no template to render them with
                 raise DataError(f"{source}:{line}: {error}") from error
-    if reading.reasons and on_bad == "error":
-        raise DataError(reading.complaint("Correct them, or leave them out with --on-bad skip."))
-    if not reading.pairs:
-        raise DataError(reading.complaint("Nothing is left to use: check that the file is in a format rgtg reads."))
-    if reading.reasons and rejects is None:
-        warnings.warn(f"{source}: left out {reading.counts()}", stacklevel=2)
+    nothing = "Nothing is left to use: check that the file is in a format rgtg reads."
+    reading.settle(len(reading.pairs), on_bad, rejects, nothing)
     return Pairs(reading.pairs, reading.digest.hexdigest()[:16], reading.summary())
 
 
@@ -242,6 +238,19 @@ class RefusedRows:
         more = self.reasons.total() - len(self.first_bad)
         lines = [f"{self.source}: cannot use {self.counts()}", *self.first_bad]
         return "\n".join([*lines, *([f"  and {more} more"] if more else []), advice])
+
+    def settle(self, kept: int, on_bad: str, rejects: Path | None, nothing_left: str) -> None:
+        """Once all is read: refuse the source for its bad rows, or for having no other, or say how many are left out.
+
+        Raises:
+            DataError: bad rows (``on_bad`` error), or ``kept`` is 0.
+        """
+        if self.reasons and on_bad == "error":
+            raise DataError(self.complaint("Correct them, or leave them out with --on-bad skip."))
+        if not kept:
+            raise DataError(self.complaint(nothing_left))
+        if self.reasons and rejects is None:
+            warnings.warn(f"{self.source}: left out {self.counts()}", stacklevel=3)
 
 
 @dataclass

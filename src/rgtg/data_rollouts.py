@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +92,7 @@ def read_rollouts(
             kept.append(rollout)
             content = [rollout.prompt, rollout.text, rollout.reward, rollout.finished]
             digest.update(json.dumps(content).encode() + b"\n")
-    if refused.reasons and on_bad == "error":
-        raise DataError(refused.complaint("Correct them, or leave them out with --on-bad skip."))
-    if not kept:
-        raise DataError(refused.complaint('Nothing is left to use; expected "prompt", "text" and "reward".'))
-    if refused.reasons and rejects is None:
-        warnings.warn(f"{source}: left out {refused.counts()}", stacklevel=2)
+    refused.settle(len(kept), on_bad, rejects, 'Nothing is left to use; expected "prompt", "text" and "reward".')
     return Rollouts(kept, digest.hexdigest()[:16])
 
 

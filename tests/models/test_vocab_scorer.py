@@ -7,9 +7,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from conftest import CONFIGS, VOCAB, tiny_policy, tiny_tokenizer
 from naive import info
 from rgtg.errors import DataError, UsageError
-from rgtg.models.checkpoint import write_info
+from rgtg.models.checkpoint import read_info, write_info
 from rgtg.models.policy import Policy
-from rgtg.models.scorer import head_of, load_named_scorer, load_scorer
+from rgtg.models.scorer import load_named_scorer, load_scorer
 from rgtg.models.vocab_scorer import VocabularyScorer
 
 PROMPTS = [[0, 5, 9], [7]]
@@ -76,7 +76,7 @@ def test_a_trained_folder_says_what_it_is(tmp_path):
     folder = str(saved(tmp_path / "farma", "farma"))
     scorer = load_scorer(folder, device="cpu")
     assert isinstance(scorer, VocabularyScorer)
-    assert (scorer.objective, scorer.append_eos, head_of(folder)) == ("farma", True, "vocab")
+    assert (scorer.objective, scorer.append_eos, read_info(folder).head) == ("farma", True, "vocab")
     assert load_scorer(scorer) is scorer
     assert load_named_scorer(folder, device="cpu").score(["so "], ["ab"]) == scorer.score(["so "], ["ab"])
     with pytest.raises(UsageError, match="logits are values"):

@@ -20,7 +20,6 @@ from rgtg.cli.common import (
     verb,
 )
 from rgtg.config import ScoreSettings
-from rgtg.data_completions import completion_text, read_completions
 from rgtg.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ def command(
     """Score completions: reads what rgtg generate writes, adds "reward" to every line."""
     flags = {k: v for k, v in locals().items() if k in ScoreSettings.model_fields}
     settings = ScoreSettings.resolve(config, overrides, flags)
+    from rgtg.data_completions import read_completions
+
     rows = read_completions(settings.input)
     hush_libraries()
     from rgtg.models.scorer import load_named_scorer
@@ -68,6 +69,8 @@ def command(
 
 def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
+    from rgtg.data_completions import completion_text
+
     prompts, texts = [row["prompt"] for row in rows], [completion_text(row) for row in rows]
     finished = [row.get("finish_reason") != "length" for row in rows]
     rewards = model.score(prompts, texts, finished=finished, batch_size=batch_size)

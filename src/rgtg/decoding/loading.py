@@ -1,7 +1,6 @@
 """Models by name, or loaded: policy, scorers and drafter as decoding wants them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from rgtg.decoding.join import DRAFTS, AnyScorer
@@ -77,4 +76,4 @@ def _says_nothing(source: Any) -> bool:
     """Whether only the method can tell what a source holds: a loaded pair, or a folder or hub id without rgtg.json."""
     if isinstance(source, tuple):
         return True
-    return isinstance(source, str) and (not Path(source).is_dir() or read_info(source) is None)
+    return isinstance(source, str) and read_info(source) is None

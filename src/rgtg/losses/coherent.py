@@ -1,11 +1,10 @@
 """TCRM: a full-sequence loss whose scores of prefixes are held to what the finished text will be worth."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rgtg.losses.positions import last_score, mean_over
+from rgtg.losses.positions import before_last, last_score, mean_over
 
 
 def coherence_losses(
@@ -31,10 +30,9 @@ def coherence_losses(
         smoothness_weight: w_s; 0 leaves the term out.
     """
     scores = scores.float()
-    before_last = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
     final, ahead = last_score(scores, mask).detach()[:, None], scores.detach().roll(-1, -1)
     terms = lookahead_weight * (scores - final).square() + smoothness_weight * (scores - ahead).square()
-    return mean_over(terms, before_last)
+    return mean_over(terms, before_last(mask))
 
 
 def tcrm_pair_losses(
@@ -55,6 +53,7 @@ def tcrm_pair_losses(
     gradient stops, how positions are averaged and the weights are ours, and may differ from the paper's.
 
     Example:
+        >>> import torch
         >>> mask = torch.tensor([[True, True]])
         >>> chosen, rejected = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]])
         >>> tcrm_pair_losses(chosen, rejected, mask, mask, lookahead_weight=0.5, smoothness_weight=0.25)  # ln 2 + 3

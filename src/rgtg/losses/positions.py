@@ -25,6 +25,11 @@ def completion_window(
     return columns, steps < lengths[:, None]
 
 
+def before_last(mask: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
+    """True on every token of a completion but its last."""
+    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
+
+
 def prefixes_differ(
     chosen_ids: Int[Tensor, "batch length"],
     rejected_ids: Int[Tensor, "batch length"],

@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rgtg.losses.pairwise import position_weights
+from rgtg.losses.positions import before_last
+
 
 def fudge_losses(
     values: Float[Tensor, "batch length"], rewards: Float[Tensor, " batch"], mask: Bool[Tensor, "batch length"]
@@ -55,7 +58,7 @@ def bellman_losses(
     """
     values = values.float()
     ahead = values.roll(-1, -1) if next_values is None else next_values.float()
-    is_last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
+    is_last = mask & ~before_last(mask)
     targets = torch.where(is_last, rewards.float()[:, None], ahead).detach()
     return torch.where(mask, (values - targets).square(), 0.0).sum(-1)
 
@@ -79,7 +82,6 @@ def cumulative_mse_losses(
         >>> cumulative_mse_losses(torch.tensor([[0.0, 0.5]]), torch.tensor([1.0]), torch.tensor([[True, True]]))
         tensor([0.5000])
     """
-    order = torch.arange(1, mask.shape[-1] + 1, device=mask.device, dtype=torch.float32)
-    weights = order * mask
+    weights = position_weights(mask, "linear")
     errors = torch.where(mask, (scores.float() - labels.float()[:, None]).square(), 0.0)
     return (weights * errors).sum(-1) / weights.sum(-1).clamp(min=1)

@@ -1,11 +1,10 @@
 """Objectives of scorers that say of every next token at once how good it is: FaRMA and GenARM."""
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rgtg.losses.positions import mean_over
+from rgtg.losses.positions import before_last, mean_over
 
 
 def farma_consistency_losses(
@@ -31,12 +30,12 @@ def farma_consistency_losses(
         Of each completion; zero where it has one token.
 
     Example:
+        >>> import torch
         >>> mask = torch.tensor([[True, True]])
         >>> farma_consistency_losses(torch.tensor([[1.0, 9.0]]), torch.tensor([[3.0, 0.0]]), mask)
         tensor([2.])
     """
-    before_last = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], -1)
-    return mean_over(0.5 * (values.float() - best_next.float().detach()).square(), before_last)
+    return mean_over(0.5 * (values.float() - best_next.float().detach()).square(), before_last(mask))
 
 
 def autoregressive_pair_losses(
@@ -55,6 +54,7 @@ def autoregressive_pair_losses(
         beta_r: β_r > 0.
 
     Example:
+        >>> import torch
         >>> autoregressive_pair_losses(torch.tensor([-2.0]), torch.tensor([-12.0]), beta_r=0.1)  # −log σ(1)
         tensor([0.3133])
     """
@@ -67,6 +67,7 @@ def token_log_probs(
     """Log π(id) in nats of the token that follows each position, in fp32.
 
     Example:
+        >>> import torch
         >>> token_log_probs(torch.zeros(1, 1, 4), torch.tensor([[3]]))  # −ln 4
         tensor([[-1.3863]])
     """

@@ -11,6 +11,11 @@ from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_pretrained
 
 
+def is_adapter(source: str) -> bool:
+    """Whether a folder holds a LoRA adapter (and its base model is elsewhere)."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
 def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, **kwargs: Any) -> Any:
     """The base model of an adapter folder, with the adapter (and layers trained in full) merged into its weights.
 

@@ -16,13 +16,13 @@ from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
 from rgtg.models.heads import VocabularyHead as VocabularyHead
 from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
-from rgtg.models.prefix_scorer import batches_by_length, encode_to_score, require_fit
+from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 _EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
 
 
-class OwnStateScorer:
+class OwnStateScorer(ReadsCompletions):
     """A head and the frozen policy whose states it reads; ``model`` is the policy's own, never a copy.
 
     ``layer`` counts as transformers' ``hidden_states``: 0 the embeddings, …, ``num_hidden_layers`` the last hidden
@@ -95,21 +95,6 @@ class OwnStateScorer:
                 read = positions_of(self.kind, states[row : row + 1], window)
                 scores[i] = score_positions(self.head, read, ids[row : row + 1, window])[0].cpu()
         return [scores[i] for i in range(len(rows))]
-
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        *,
-        finished: bool | Sequence[bool] = True,
-        templated: bool = False,
-        batch_size: int = 8,
-    ) -> list[float]:
-        """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
-        prompt_ids, completion_ids = encode_to_score(
-            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
-        )
-        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
 
 
 def positions_of(kind: str, states: Tensor, completion: slice) -> Tensor:

@@ -1,7 +1,6 @@
 """A stock sequence-classification reward model, read at every position in one pass."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.errors import DataError, UsageError
-from rgtg.models.adapter import load_merged
+from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt
 from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_device, resolve_dtype
@@ -55,7 +54,7 @@ class PrefixScorer:
             return source
         if not isinstance(source, str):
             return cls(*source)
-        info = read_info(source) if Path(source).is_dir() else None
+        info = read_info(source)
         tokenizer = load_tokenizer(source, "scorer")
         model = _load_classifier(source, resolve_dtype(dtype), tokenizer)
         model.to(resolve_device(device)).requires_grad_(False)
@@ -176,10 +175,7 @@ def encode_to_score(
     Raises:
         UsageError: another number of ``finished`` than of completions.
     """
-    ended = [finished] * len(completions) if isinstance(finished, bool) else finished
-    if len(ended) != len(completions):
-        many = len(completions)
-        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {many}")
+    ended = ended_flags(finished, len(completions))
     prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
     completion_ids = [
         encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
@@ -189,6 +185,46 @@ def encode_to_score(
         if not completion:
             completion.append(prompt.pop())
     return prompt_ids, completion_ids
+
+
+def ended_flags(finished: bool | Sequence[bool], many: int) -> list[bool]:
+    """Whether each of so many completions ended, from one answer for all or one for each.
+
+    Raises:
+        UsageError: another number of answers than of completions.
+    """
+    ended = [finished] * many if isinstance(finished, bool) else list(finished)
+    if len(ended) != many:
+        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {many}")
+    return ended
+
+
+class ReadsCompletions:
+    """Scores texts by their tokens: what scorers share that read every prefix of the policy's tokens."""
+
+    tokenizer: Any
+    append_eos: bool
+
+    def score_prefixes(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[Tensor]:
+        """Scores of all prefixes of each completion."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        templated: bool = False,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
+        prompt_ids, completion_ids = encode_to_score(
+            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+        )
+        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
 
 
 def scalar_head(model: Any) -> Any:
@@ -237,7 +273,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[
 def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    if (Path(source) / "adapter_config.json").is_file():
+    if is_adapter(source):
         return load_merged(AutoModelForSequenceClassification, source, "scorer", tokenizer, dtype=dtype, num_labels=1)
     model, report = load_pretrained(
         AutoModelForSequenceClassification, source, "scorer",

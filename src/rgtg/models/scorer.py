@@ -1,7 +1,6 @@
 """The Scorer protocol, what a scorer declares about itself, and the one way to load any of them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
@@ -89,13 +88,13 @@ def load_scorer(
         if policy is not None and policy.model is not source.model:
             raise UsageError(f"the head {source.name} is on another loaded policy; load it with policy= this one")
         return source
-    trunk = trunk_of(source) if isinstance(source, str) else "separate"
-    if trunk == "own" and isinstance(source, str):
-        return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
-    if trunk == "shared" and isinstance(source, str) and join and policy is not None:
-        return SharedTrunkScorer.from_pretrained(source, policy)
-    if isinstance(source, str) and head_of(source) == "vocab":
-        return VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
+    if isinstance(source, str) and (info := read_info(source)):
+        if info.trunk == "own":
+            return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
+        if info.trunk == "shared" and join and policy is not None:
+            return SharedTrunkScorer.from_pretrained(source, policy)
+        if info.head == "vocab":
+            return VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
     return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
 
 
@@ -122,14 +121,8 @@ def weights_of(scorer: Any) -> Any:
 
 def trunk_of(source: str) -> str:
     """Whose states a scorer reads, by its folder: ``separate`` (also without rgtg.json), ``own`` or ``shared``."""
-    info = read_info(source) if Path(source).is_dir() else None
+    info = read_info(source)
     return info.trunk if info else "separate"
-
-
-def head_of(source: str) -> str:
-    """What scores in a scorer's folder: ``scalar`` (also without rgtg.json), ``state`` or ``vocab``."""
-    info = read_info(source) if Path(source).is_dir() else None
-    return info.head if info else "scalar"
 
 
 def _as_autoregressive(source: Any, kind: str, dtype: Any, device: Any) -> VocabularyScorer:

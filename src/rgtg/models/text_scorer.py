@@ -11,7 +11,7 @@ from torch import Tensor
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.checkpoint import ScorerInfo
 from rgtg.models.encoding import render_chat
-from rgtg.models.prefix_scorer import PrefixScorer, pad_right, position_scores
+from rgtg.models.prefix_scorer import PrefixScorer, ended_flags, pad_right, position_scores
 from rgtg.models.retokenise import Retokeniser
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -181,10 +181,7 @@ class TextScorer:
         batch_size: int = 8,
     ) -> list[float | None]:
         """As ``score``, with None for texts over the scorer's context."""
-        ended = [finished] * len(completions) if isinstance(finished, bool) else list(finished)
-        if len(ended) != len(completions):
-            many = len(completions)
-            raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {many}")
+        ended = ended_flags(finished, len(completions))
         ids = self.encode([self.turn(prompt) for prompt in prompts], completions, ended)
         fitting = [i for i, mine in enumerate(ids) if self.fits(len(mine))]
         scores: list[float | None] = [None] * len(ids)

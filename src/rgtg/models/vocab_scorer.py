@@ -1,7 +1,6 @@
 """A scorer that says of every next token at once how good it is: one row of one token through a model of its own."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.errors import DataError, UsageError
-from rgtg.models.adapter import load_merged
+from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.heads import MANY
 from rgtg.models.policy import (
@@ -20,13 +19,13 @@ from rgtg.models.policy import (
     resolve_device,
     resolve_dtype,
 )
-from rgtg.models.prefix_scorer import batches_by_length, encode_to_score, require_fit
+from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 from rgtg.models.readout import head_is_plain, policy_logits
 
 TOKENS = 1024  # positions whose logits over the whole vocabulary are held at once
 
 
-class VocabularyScorer:
+class VocabularyScorer(ReadsCompletions):
     """A causal language model whose output layer scores next tokens.
 
     ``objective`` says how: ``farma`` (arXiv 2502.04517) reads its logits as values, r(y_{1:i}) = Q(h_{i−1})[y_i];
@@ -71,7 +70,7 @@ class VocabularyScorer:
             ModelNotFoundError: nothing loadable at ``source``.
             UsageError: a scorer of another kind.
         """
-        info = read_info(source) if Path(source).is_dir() else None
+        info = read_info(source)
         if info is not None and (info.trunk, info.head) != ("separate", "vocab"):
             raise UsageError(
                 f"{source} was trained with {info.objective} and has a {info.head} head (trunk {info.trunk}): it is no "
@@ -131,21 +130,6 @@ class VocabularyScorer:
             parts.append(log_probs.gather(-1, tokens[:, None])[:, 0])
         return torch.cat(parts).double().cumsum(0).float().cpu()
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        *,
-        finished: bool | Sequence[bool] = True,
-        templated: bool = False,
-        batch_size: int = 8,
-    ) -> list[float]:
-        """Score of each completion after its prompt; arguments as `rgtg.models.prefix_scorer.PrefixScorer.score`."""
-        prompt_ids, completion_ids = encode_to_score(
-            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
-        )
-        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
-
 
 def load_language_model(source: str, dtype: Any = None, device: Any = None) -> Policy:
     """A causal language model and its tokenizer; a LoRA adapter is merged into its base.
@@ -153,7 +137,7 @@ def load_language_model(source: str, dtype: Any = None, device: Any = None) -> P
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
     """
-    if not (Path(source) / "adapter_config.json").is_file():
+    if not is_adapter(source):
         return load_policy(source, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 

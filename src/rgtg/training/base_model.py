@@ -1,7 +1,6 @@
 """The model a scorer starts from: a language model with a new scalar head, or a reward model trained further."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from rgtg.config import LoraSettings
 from rgtg.errors import MissingExtraError, UsageError
-from rgtg.models.adapter import load_merged, output_name, untie_output
+from rgtg.models.adapter import is_adapter, load_merged, output_name, untie_output
 from rgtg.models.checkpoint import read_info
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_pretrained, load_tokenizer, resolve_dtype
@@ -27,7 +26,7 @@ def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
         UsageError: a classifier with several labels, or a model that no head can be put on.
     """
     dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
-    if (Path(source) / "adapter_config.json").is_file():
+    if is_adapter(source):
         scorer = PrefixScorer.from_pretrained(source, dtype=dtype, device="cpu")
         return scorer.model.requires_grad_(True), scorer.tokenizer
     from transformers import AutoModelForSequenceClassification
@@ -60,13 +59,13 @@ def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any)
     from transformers import AutoModelForCausalLM
 
     dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
-    info = read_info(source) if Path(source).is_dir() else None
+    info = read_info(source)
     if info is not None and info.head != "vocab":
         raise UsageError(
             f"{source} is a scorer with a {info.head} head; start from a language model, such as the policy"
         )
     tokenizer = load_tokenizer(source, "base model")
-    if (Path(source) / "adapter_config.json").is_file():
+    if is_adapter(source):
         return load_merged(AutoModelForCausalLM, source, "base model", dtype=dtype).requires_grad_(True), tokenizer
     model, report = load_pretrained(
         AutoModelForCausalLM, source, "base model",

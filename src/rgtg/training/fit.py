@@ -1,11 +1,11 @@
 """What a run cannot carry out, found before anything is loaded: objectives, data, trunks and heads that do not fit."""
 
 import os
-from pathlib import Path
 
 from rgtg.config import TrainSettings
 from rgtg.config.training import OPTIONS
 from rgtg.errors import UsageError
+from rgtg.models.adapter import is_adapter
 from rgtg.training.arguments import FIT_FOR_HEADS
 from rgtg.training.objectives import OBJECTIVES
 
@@ -16,7 +16,7 @@ def require_fit(settings: TrainSettings) -> None:
     Raises:
         UsageError: naming the setting and what to do.
     """
-    require_fit_for_trunk(settings)
+    _require_fit_for_trunk(settings)
     for wrong, why in (*_unfit_data(settings), *_unfit_options(settings), *_unfit_trunk(settings)):
         if wrong:
             raise UsageError(why)
@@ -79,7 +79,7 @@ def _unfit_options(settings: TrainSettings) -> list[tuple[bool, str]]:
 def _unfit_trunk(settings: TrainSettings) -> list[tuple[bool, str]]:
     row = OBJECTIVES[settings.objective]
     own, shared = settings.trunk == "own", settings.trunk == "shared"
-    adapter = (Path(settings.base) / "adapter_config.json").is_file()
+    adapter = is_adapter(settings.base)
     return [
         (
             adapter and (shared or settings.lora is not None),
@@ -108,7 +108,7 @@ def _unfit_trunk(settings: TrainSettings) -> list[tuple[bool, str]]:
     ]
 
 
-def require_fit_for_trunk(settings: TrainSettings) -> None:
+def _require_fit_for_trunk(settings: TrainSettings) -> None:
     """Refuse what a run cannot carry out: settings of heads without one, or of whole models for a head.
 
     Raises:

@@ -246,5 +246,5 @@ def best_next(
 def prefix_accuracy(scores: PairScores) -> Float[Tensor, " batch"]:
     """Share of each pair's differing prefixes at which the chosen one is ahead; a tie counts half."""
     margins = prefix_margins(scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask)
-    where = scores.differs & (scores.chosen_mask | scores.rejected_mask)
+    where = scores.compared
     return mean_over((margins.sign() + 1) / 2, where).masked_fill(~where.any(-1), torch.nan)

@@ -100,9 +100,8 @@ def rollout_losses(scores: RolloutScores, options: Any) -> Losses:
 def _prefix_losses(scores: PairScores, options: PrefixBtSettings, *, training: bool) -> Losses:
     sampled = None
     if training and options.prefixes is not None:
-        inside = scores.differs & (scores.chosen_mask | scores.rejected_mask)
         # torch's own generator: its state is in the checkpoints, so that a resumed run draws what it would have drawn
-        sampled = sample_positions(inside, options.prefixes, torch.default_generator)
+        sampled = sample_positions(scores.compared, options.prefixes, torch.default_generator)
     return prefix_bradley_terry_pair_losses(
         scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask, scores.differs,
         weighting=options.position_weights, sampled=sampled, trust=scores.trust if training else None,

@@ -34,7 +34,7 @@ from rgtg.training.heads import HeadTrainer, RolloutHeadTrainer, StatePairs, Sta
 from rgtg.training.new_head import new_head, starting_table, vocabulary_size
 from rgtg.training.save import save_own_state
 from rgtg.training.state_cache import StateCache, cache_states
-from rgtg.training.trust import reference_fingerprint, trust_of
+from rgtg.training.trust import Trust, trust_of
 
 WIDTHS = (64, 256)  # of an automatic choice
 RANK = 16  # of the token table: more learn the training pairs by heart (docs/training.md)
@@ -50,7 +50,7 @@ class _Job:
     data: TrainData
     train: StateCache
     held_out: StateCache | None
-    trust: list[list[float]] | None
+    trust: Trust
     table: Any  # where the token table starts (V, rank); None for a state head
     vocabulary: int  # tokens that the tokenizer has
     show: bool
@@ -61,7 +61,7 @@ class _Job:
         if cache is None:
             return None
         if self.data.kind == "pairs":
-            return StatePairs(cache, layer, None if held_out else self.trust)
+            return StatePairs(cache, layer, None if held_out else self.trust.pairs)
         units = self.data.held_out if held_out else self.data.train
         return StateRollouts(cache, layer, [unit.reward for unit in units])
 
@@ -79,7 +79,7 @@ def train_head(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     """Read pairs, compute the policy's states once, train heads on them, and save the best on held-out pairs.
 
     Args:
-        settings: of the run, already checked by `rgtg.training.arguments`.
+        settings: of the run, already checked by `rgtg.training.fit`.
         show: progress lines on stderr.
 
     Raises:
@@ -217,7 +217,7 @@ def _info(job: _Job, policy: Policy, fingerprint: str, max_length: int | None) -
         trunk="own",
         head=job.settings.head or "state",
         rank=None if job.table is None else job.table.shape[1],
-        reference_fingerprint=reference_fingerprint(job.settings),
+        reference_fingerprint=job.trust.reference,
     )
 
 

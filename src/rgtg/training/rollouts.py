@@ -85,14 +85,15 @@ class RolloutTrainer(PrefixTrainer):
                 f"the {dataset_name} dataset has columns {sorted(dataset.column_names)}; expected {', '.join(COLUMNS)} "
                 "(rgtg.training.rollouts.rollouts_dataset makes it)"
             )
+        tokens = 0
         for i, row in enumerate(dataset):
             length = len(row["completion_ids"])
             if not 0 < row["prompt_length"] < length:
                 raise DataError(f"row {i} of the {dataset_name} dataset has an empty prompt or an empty completion")
             if args.max_length is not None and length > args.max_length:
                 raise DataError(f"row {i} of the {dataset_name} dataset exceeds max_length {args.max_length}: {length}")
+            tokens += length - row["prompt_length"]
         if dataset_name == "train":
-            tokens = sum(len(row["completion_ids"]) - row["prompt_length"] for row in dataset)
             self.mean_length = tokens / len(dataset)
         return dataset
 

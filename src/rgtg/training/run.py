@@ -39,7 +39,7 @@ from rgtg.training.prefix_reward import PrefixRewardTrainer
 from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
 from rgtg.training.save import save_scorer
 from rgtg.training.trainer import PrefixTrainer
-from rgtg.training.trust import reference_fingerprint, trust_of
+from rgtg.training.trust import Trust, trust_of
 
 # peft's own recipes for LoRA on every linear layer use ten times a whole model's rate.
 LORA_LEARNING_RATE = 5e-4
@@ -87,8 +87,10 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         atexit.register(_leave_group)
     make_folder(settings.output)
     data = read_data(settings, config, tokenizer, max_length, is_main=is_main)
+    trust = trust_of(settings, data, tokenizer, config.device)
+    about |= {"reference_fingerprint": trust.reference}
     info = _info(settings, model, tokenizer, data.fingerprint, max_length).model_copy(update=about)
-    trainer = _trainer(settings, config, model, tokenizer, data, show)
+    trainer = _trainer(settings, config, model, tokenizer, data, trust, show)
     checkpoint = _resume_point(settings, info, is_main)
     if show and is_main and settings.resume:
         sys.stderr.write(f"resuming from {checkpoint}\n" if checkpoint else "no checkpoint yet: starting anew\n")
@@ -139,7 +141,7 @@ def _output_scale(settings: TrainSettings) -> float:
     """What the output layer of a language model is multiplied by at the start; 1 leaves it as it is."""
     if settings.objective != "farma":
         return 1.0
-    info = read_info(settings.base) if Path(settings.base).is_dir() else None
+    info = read_info(settings.base)
     if info is None:
         return float(settings.options.output_scale)
     if "output_scale" in settings.options.model_fields_set:
@@ -160,17 +162,15 @@ def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str,
         append_eos=tokenizer.eos_token_id is not None,
         max_length=max_length,
         head="vocab" if OBJECTIVES[settings.objective].language_model else "scalar",
-        reference_fingerprint=reference_fingerprint(settings),
     )
 
 
-def _trainer(settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: TrainData, show: bool) -> Any:
+def _trainer(
+    settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: TrainData, trust: Trust, show: bool
+) -> Any:
     if settings.lora is not None and Path(settings.base).is_dir():
         model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
-    if data.kind == "pairs":
-        train = pairs_dataset(data.train, trust_of(settings, data, tokenizer, config.device))
-    else:
-        train = rollouts_dataset(data.train)
+    train = pairs_dataset(data.train, trust.pairs) if data.kind == "pairs" else rollouts_dataset(data.train)
     make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
     scaled = _output_scale(settings) != 1
     trainer = TRAINERS[settings.objective, data.kind](

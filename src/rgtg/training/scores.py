@@ -27,6 +27,11 @@ class PairScores:
     trust: Float[Tensor, "batch length"] | None = None
     best_next: Float[Tensor, "batch length"] | None = None
 
+    @property
+    def compared(self) -> Bool[Tensor, "batch length"]:
+        """Positions where the two prefixes differ, up to the end of the longer completion."""
+        return self.differs & (self.chosen_mask | self.rejected_mask)
+
 
 @dataclass
 class RolloutScores:

@@ -1,7 +1,7 @@
 """How far each pair's judgement is trusted: what a reference scorer of finished texts says of it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,13 +10,20 @@ from rgtg.data import TokenizedPair
 from rgtg.errors import UsageError
 from rgtg.losses import agreement, prefix_margins
 from rgtg.models.checkpoint import fingerprint_weights
-from rgtg.models.encoding import tokenizer_hash
+from rgtg.models.encoding import same_tokenizer
 from rgtg.models.scorer import load_named_scorer, weights_of
 from rgtg.training.common import TrainData
 
 
-def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: Any) -> list[list[float]] | None:
-    """C of `rgtg.losses.prefix_bradley_terry_pair_losses` for every training pair; None without a reference scorer.
+class Trust(NamedTuple):
+    """What a reference scorer says: C of every training pair, and the fingerprint of its weights for rgtg.json."""
+
+    pairs: list[list[float]] | None = None
+    reference: str | None = None
+
+
+def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: Any) -> Trust:
+    """C of `rgtg.losses.prefix_bradley_terry_pair_losses` for every training pair; nothing without a reference scorer.
 
     Held-out pairs are trusted as they are: their labels are the truth that the scorer is measured by.
 
@@ -25,21 +32,15 @@ def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: A
         DataError: a pair over the reference scorer's context.
     """
     if settings.reference_scorer is None:
-        return None
+        return Trust()
     reference = load_named_scorer(settings.reference_scorer, device=str(device))
-    if tokenizer_hash(reference.tokenizer) != tokenizer_hash(tokenizer):
+    if not same_tokenizer(reference.tokenizer, tokenizer):
         raise UsageError(
             f"the reference scorer {settings.reference_scorer} reads text with another tokenizer than "
             f"{settings.base}: prefixes could not be aligned; train one from the same base (--objective full-bt)"
         )
-    return pair_trust(reference, data.train, settings.options.consistency or "pair")
-
-
-def reference_fingerprint(settings: TrainSettings) -> str | None:
-    """Fingerprint of the reference scorer's weights, for rgtg.json; None without one."""
-    if settings.reference_scorer is None:
-        return None
-    return fingerprint_weights(weights_of(load_named_scorer(settings.reference_scorer, device="cpu")))
+    trust = pair_trust(reference, data.train, settings.options.consistency or "pair")
+    return Trust(trust, fingerprint_weights(weights_of(reference)))
 
 
 def pair_trust(reference: Any, pairs: Sequence[TokenizedPair], consistency: str) -> list[list[float]]:
@@ -61,5 +62,5 @@ def pair_trust(reference: Any, pairs: Sequence[TokenizedPair], consistency: str)
         mask = torch.arange(sides.shape[1]) < torch.tensor([[len(won)], [len(lost)]])
         margins = prefix_margins(sides[:1], sides[1:], mask[:1], mask[1:])[0]
         asked = margins[-1:].expand_as(margins) if consistency == "pair" else margins
-        trust.append([float(c) for c in agreement(asked)])
+        trust.append(agreement(asked).tolist())
     return trust
