@@ -76,7 +76,12 @@ def test_the_command_line_is_lazy():
 
 
 @pytest.mark.parametrize(
-    "code", ["import rgtg", "from rgtg.cli.main import app; app(['--help'], standalone_mode=False)"]
+    "code",
+    [
+        "import rgtg",
+        "from rgtg.cli.main import app; app(['--help'], standalone_mode=False)",
+        "from rgtg.cli.main import app; app(['methods'], standalone_mode=False)",
+    ],
 )
 def test_no_torch_until_it_is_needed(code):
     check = f"import sys; {code}; print('heavy:', [m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"

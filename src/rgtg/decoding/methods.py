@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from rgtg.config import DecodingSettings
 from rgtg.errors import UsageError
-from rgtg.models.vocab_scorer import VocabularyScorer
 
 Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", "autoregressive"]
 
@@ -152,6 +151,8 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
 
 def scores_vocabulary(scorer: Any) -> bool:
     """Whether one call gives the scores of all next tokens: a vocabulary scorer, or a vocabulary head."""
+    from rgtg.models.vocab_scorer import VocabularyScorer  # here: printing the table must not load torch
+
     return isinstance(scorer, VocabularyScorer) or getattr(scorer, "kind", None) == "vocab"
 
 
