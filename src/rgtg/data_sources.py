@@ -21,6 +21,18 @@ _KNOWN = "a .jsonl file, .gz, .xz or .zst of one, or a .parquet file"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 
 
+def named_path(source: str) -> tuple[str | None, Path]:
+    """Name and path of NAME=FILE; no name where there is none, or where a file of the whole name exists.
+
+    >>> named_path("pargs=runs/1.jsonl")
+    ('pargs', PosixPath('runs/1.jsonl'))
+    """
+    name, equals, rest = source.partition("=")
+    if equals and not Path(source).exists():
+        return name, Path(rest)
+    return None, Path(source)
+
+
 class Reason(StrEnum):
     """Why a row was refused."""
 

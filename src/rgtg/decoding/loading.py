@@ -31,11 +31,9 @@ def load_models(
     """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
     loaded = load_policy(policy, **({"dtype": dtype, "device": device} if isinstance(policy, str) else {}))
     sources = listed(scorer)
-    if isinstance(policy, str):  # in place of the stock layout: weights are held once
-        if pack:
-            loaded.model = pack_linears(loaded.model)
-        if any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources) and not groups_of(loaded.model):
-            loaded.model = group_linears(loaded.model, pack=False)
+    if isinstance(policy, str):
+        joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
+        loaded = laid_out(loaded, pack=pack, grouped=joined)
     if scorer_device is not None and not all(isinstance(one, str | tuple) for one in sources):
         raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
     scorers = [load_for_method(one, loaded, method, dtype, scorer_device or device, pack=pack) for one in sources]
@@ -45,6 +43,21 @@ def load_models(
         draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
         draft.model = pack_linears(draft.model) if pack else draft.model
     return loaded, scorers, draft
+
+
+def laid_out(policy: Policy, *, pack: bool = True, grouped: bool) -> Policy:
+    """The policy as decoding wants it, in place of the stock layout: weights are held once.
+
+    Args:
+        policy: just loaded.
+        pack: lay out its linear layers for a CPU.
+        grouped: an adapter will be stacked under its layers.
+    """
+    if pack:
+        policy.model = pack_linears(policy.model)
+    if grouped and not groups_of(policy.model):
+        policy.model = group_linears(policy.model, pack=False)
+    return policy
 
 
 def listed(scorer: Any) -> list[Any]:

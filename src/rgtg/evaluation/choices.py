@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgtg.decoding.rules import guided_log_probs
+from rgtg.evaluation.metrics import resampled, unit_numbers
 from rgtg.types import Interval
 
 _STEPS = 60  # of doubling or halving beta
@@ -211,14 +212,11 @@ def clustered_interval(
     if not len(x):
         return Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
     kept = [cluster for cluster, keep in zip(clusters, whole.tolist(), strict=True) if keep]
-    numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(kept))}
-    unit = torch.tensor([numbers[cluster] for cluster in kept])
+    unit = unit_numbers(kept)
     counted = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-    sums = torch.zeros(len(numbers), counted.shape[1], dtype=torch.float64).index_add_(0, unit, counted)
-    generator = torch.Generator().manual_seed(seed)
+    sums = torch.zeros(int(unit.max()) + 1, counted.shape[1], dtype=torch.float64).index_add_(0, unit, counted)
     found = []
-    for start in range(0, resamples, 100):  # bounded memory for many units
-        drawn = torch.randint(len(sums), (min(100, resamples - start), len(sums)), generator=generator)
+    for drawn in resampled(len(sums), seed=seed, resamples=resamples):
         total = sums[drawn].sum(1)
         found.append(statistic(total[:, :-1] / total[:, -1:]))
     estimate = float(statistic(x.mean(0)))

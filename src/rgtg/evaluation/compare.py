@@ -90,30 +90,26 @@ class Bench:
         self._done = self._total = 0
         self.parts = Parts(self.settings.output / "parts", force=self.settings.force)
         self._rewards = _keyed(self.models.reward, self.models.proxies)
-
-    def seeds_of(self, row: Row) -> list[int]:
-        """The seeds of a row; one, where another would give the same completions."""
-        seeds = self.settings.run_seeds
-        return seeds if is_random(row) else seeds[:1]
+        self._joined: dict[str, tuple[GuidedPolicy, dict[str, Any]]] = {}
 
     def check(self, rows: Sequence[Row]) -> None:
         """Refuse rows that cannot be run, and parts of another comparison, before any work."""
         for row in rows:
-            made_with = self._made_with(self._guide(row), row)
-            for seed in self.seeds_of(row):
+            _, made_with = self._join(row)
+            for seed in seeds_of(row, self.settings):
                 self.parts.find(row.label, seed, made_with)
                 self._total += 1
 
     def run(self, row: Row) -> MethodResult:
         """The row over all its seeds; parts that are finished are read."""
-        guided, parts = self._guide(row), []
-        for seed in self.seeds_of(row):
+        parts = []
+        for seed in seeds_of(row, self.settings):
             if self.progress:
                 self.progress(f"{row.label}, seed {seed}", self._done, self._total)
-            parts.append(self._part(guided, row, seed))
+            parts.append(self._part(row, seed))
             self._done += 1
         return row_result(
-            row, parts, self.settings, full=full_settings(guided, row, self.models.names),
+            row, parts, self.settings, full=full_settings(self._join(row)[0], row, self.models.names),
             proxies=list(self.models.proxies), guided_by=self.models.guided_by(row),
         )  # fmt: skip
 
@@ -122,17 +118,21 @@ class Bench:
         path = self.settings.output / "completions.jsonl"
         with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
             for row in rows:
-                guided = self._guide(row)
-                for seed in self.seeds_of(row):
-                    part = self._part(guided, row, seed)
+                for seed in seeds_of(row, self.settings):
+                    part = self.parts.find(row.label, seed, self._join(row)[1])
+                    assert part is not None, "run() has made and scored it"
                     file.writelines(line.model_dump_json() + "\n" for line in self._lines(part))
 
-    def _guide(self, row: Row) -> GuidedPolicy:
-        return guide(self.models.policy_of(row), self.models.scorers_of(row), row)
+    def _join(self, row: Row) -> tuple[GuidedPolicy, dict[str, Any]]:
+        """The row's policy with its scorers, and all that its completions depend on but for the seed; made once."""
+        if row.label not in self._joined:
+            guided = guide(self.models.policy_of(row), self.models.scorers_of(row), row)
+            self._joined[row.label] = guided, self._made_with(guided, row)
+        return self._joined[row.label]
 
-    def _part(self, guided: GuidedPolicy, row: Row, seed: int) -> Part:
+    def _part(self, row: Row, seed: int) -> Part:
         """One row and seed, scored: read where it is finished, else made and written."""
-        made_with = self._made_with(guided, row)
+        guided, made_with = self._join(row)
         kept = self.parts.find(row.label, seed, made_with)
         part = kept or run_part(
             guided, row, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
@@ -196,14 +196,19 @@ def run_method(
     row = settle(row, settings)
     scorers = list(scorer) if isinstance(scorer, Sequence) else [] if scorer is None else [scorer]
     guided = guide(policy, scorers, row)
-    named = {name: one if isinstance(one, Reward) else Reward(name, one) for name, one in (proxies or {}).items()}
-    gold = reward if isinstance(reward, Reward) else Reward("gold", reward)
+    named = {name: Reward.of(name, one) for name, one in (proxies or {}).items()}
+    gold = Reward.of("gold", reward)
     parts = []
-    for seed in settings.run_seeds if is_random(row) else settings.run_seeds[:1]:
+    for seed in seeds_of(row, settings):
         part = run_part(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
         score_part(part, _keyed(gold, named))
         parts.append(part)
     return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named))
+
+
+def seeds_of(row: Row, settings: EvaluationSettings) -> list[int]:
+    """The seeds of a row; one, where another would give the same completions."""
+    return settings.run_seeds if is_random(row) else settings.run_seeds[:1]
 
 
 def _keyed(reward: Reward, proxies: Mapping[str, Reward]) -> dict[str, Reward]:

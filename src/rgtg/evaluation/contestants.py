@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from rgtg.config import EvaluationSettings
 from rgtg.decoding.join import AnyScorer
-from rgtg.decoding.loading import load_for_method
+from rgtg.decoding.loading import laid_out, load_for_method
 from rgtg.decoding.methods import METHODS, find_method
 from rgtg.errors import UsageError
 from rgtg.evaluation.running import Reward, RewardFunction
 from rgtg.evaluation.runs import Row
 from rgtg.models.checkpoint import cast_fingerprints, fingerprint_weights
-from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer, trunk_of, weights_of
@@ -86,12 +85,12 @@ def load_contestants(
     adapters = any(key.joined for row in rows for key in keys_of(row))
     if policy is None:
         name = _name_of(settings.policy, "policy", "causal language model")
-        policy = _laid_out(load_policy(name, **where), grouped=adapters)
+        policy = laid_out(load_policy(name, **where), grouped=adapters)
     judge = None
     if reward is None:
         judge = PrefixScorer.from_pretrained(_name_of(settings.reward, "reward", "held-out reward model"), **where)
     found = Contestants(policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None)
-    found.policies = {name: _laid_out(load_policy(name, **where), grouped=adapters) for name in _own_policies(rows)}
+    found.policies = {name: laid_out(load_policy(name, **where), grouped=adapters) for name in _own_policies(rows)}
     for row in rows:
         for key in keys_of(row):
             if key not in found.scorers:
@@ -99,7 +98,8 @@ def load_contestants(
     found.names = short_names(list(dict.fromkeys([*found.policies, *(key.name for key in found.scorers)])))
     found.proxies, models = _proxies(settings, found, proxies or {}, where)
     if judge is not None:
-        taught = {name: PrefixScorer.from_pretrained(name, **where) for row in rows for name in row.trained_with}
+        names = dict.fromkeys(name for row in rows for name in row.trained_with)
+        taught = {name: PrefixScorer.from_pretrained(name, **where) for name in names}
         for key, scorer in found.scorers.items():
             require_held_out(judge, {key.name: scorer})
         require_held_out(judge, {}, models, taught)
@@ -174,7 +174,7 @@ def _trained_with(scorer: Any) -> set[str]:
     info = getattr(scorer, "info", None)
     if info is None:
         return set()
-    origin = {info.base_fingerprint, *info.base_casts.values()} if info.trunk == "separate" else set()
+    origin = info.base_fingerprints if info.trunk == "separate" else set()
     return (origin | {info.reference_fingerprint or ""}) - {""}  # a head's base is the frozen policy itself
 
 
@@ -208,16 +208,14 @@ def _gold(settings: EvaluationSettings, judge: PrefixScorer | None, reward: Rewa
     if judge is not None:
         return Reward(Path(settings.reward or judge.name).name, reward_of(judge), fingerprint_weights(judge.model))
     assert reward is not None, "either is given"
-    if isinstance(reward, Reward):
-        return reward
-    return Reward(settings.reward or str(getattr(reward, "__name__", "gold")), reward)
+    return Reward.of(settings.reward or str(getattr(reward, "__name__", "gold")), reward)
 
 
 def _proxies(
     settings: EvaluationSettings, found: Contestants, given: Mapping[str, RewardFunction], where: dict[str, Any]
 ) -> tuple[dict[str, Reward], dict[str, Any]]:
     """Rewards beside gold: rules given, models named, and every scorer that can read finished completions."""
-    rewards = {name: one if isinstance(one, Reward) else Reward(name, one) for name, one in given.items()}
+    rewards = {name: Reward.of(name, one) for name, one in given.items()}
     models: dict[str, Any] = {}
     for name, source in settings.proxies.items():
         models[name] = load_scorer(source, policy=found.policy, **where)
@@ -240,14 +238,6 @@ def _load_scorer(
     if key.name in given:
         return given[key.name]
     return load_for_method(key.name, found.policy_of(row), row.method, where["dtype"], where["device"], pack=True)
-
-
-def _laid_out(policy: Policy, *, grouped: bool) -> Policy:
-    """The policy as decoding wants it: packed on a CPU, and grouped where an adapter is stacked under its layers."""
-    policy.model = pack_linears(policy.model)
-    if grouped and not groups_of(policy.model):
-        policy.model = group_linears(policy.model, pack=False)
-    return policy
 
 
 def _own_policies(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rgtg.evaluation.metrics import holm, paired_difference, sign_flip_p_values
+from rgtg.evaluation.metrics import bootstrap_interval, holm, paired_difference, sign_flip_p_values
 from rgtg.types import MethodResult, OverOptimisation, PairedDifference, Recommendation
 
 SIGNIFICANT = 0.05
@@ -136,7 +136,7 @@ def _contrast(
         PairedDifference(
             a=a.label, b=b.label, metric=metric, p_value=p, p_adjusted=adjusted,
             family=family,
-            difference=paired_difference(mine, [0.0] * len(mine), seed=how.seed, resamples=how.resamples),
+            difference=bootstrap_interval(mine, seed=how.seed, resamples=how.resamples),
         )
         for (a, b), mine, p, adjusted in zip(pairs, values, p_values, holm(p_values), strict=True)
     ]  # fmt: skip

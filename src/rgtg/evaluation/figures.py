@@ -34,6 +34,12 @@ def draw_intervals(axes: Any, x: Sequence[float], y: Sequence[Interval], **style
     axes.errorbar(x, [value.mean for value in y], yerr=[below, above], **{"marker": "o", "capsize": 2} | style)
 
 
+def draw_band(axes: Any, x: Sequence[float], y: Sequence[Interval], colour: str, label: str) -> None:
+    """A curve with its intervals as a band."""
+    axes.plot(x, [value.mean for value in y], color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, [v.low for v in y], [v.high for v in y], color=colour, alpha=0.15, linewidth=0)
+
+
 def plot_audit(results: Mapping[str, AuditResult], path: "str | Path | Any", **options: Any) -> None:
     """Write the curves of ``draw_audits`` as a picture."""
     figure, axes = new_figure()
@@ -47,9 +53,6 @@ def draw_audits(axes: Any, results: Mapping[str, AuditResult], colours: Sequence
     """Pairwise accuracy by fraction of the completion, one curve with its 95 % band per scorer."""
     for colour, (label, result) in zip(itertools.cycle(colours), results.items(), strict=False):
         points = [p for p in result.by_fraction if p.accuracy.n]
-        x = [100 * p.position for p in points]
-        axes.plot(x, [p.accuracy.mean for p in points], color=colour, marker="o", markersize=3, label=label)
-        low, high = [p.accuracy.low for p in points], [p.accuracy.high for p in points]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        draw_band(axes, [100 * p.position for p in points], [p.accuracy for p in points], colour, label)
     axes.axhline(0.5, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="share of the completion read (%)", xlim=(0, 102))

@@ -86,7 +86,7 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
         # 3. Back to pairs, and figures for every two labels.
         pairs, failures = _collect(found.contests, replies)
         result = JudgeResult(
-            kind="agreement" if found.kind == "agreement" else "win-rate",
+            kind=found.kind,
             model=settings.model,
             base_url=endpoint.url,
             prompt_fingerprint=prompt.fingerprint,

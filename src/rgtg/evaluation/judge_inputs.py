@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rgtg.config import JudgeSettings
 from rgtg.data import read_pairs
 from rgtg.data_completions import completion_text, read_completions
+from rgtg.data_sources import named_path
 from rgtg.errors import DataError, UsageError
 
 # Prompt, seed of the run (of a comparison's rows), and how many completions of both came before: the n-th meets the
@@ -35,7 +36,7 @@ class Contest:
 class Contests:
     """Everything to be judged, and fingerprints of the files it came from."""
 
-    kind: str
+    kind: Literal["win-rate", "agreement"]
     contests: list[Contest]
     data: dict[str, str]
 
@@ -127,10 +128,8 @@ def _named(sources: list[str]) -> list[tuple[str, Path]]:
     """Name and file of each source: as NAME=FILE says, else the file's own, else its folder's where that is no help."""
     given = []
     for source in sources:
-        name, equals, rest = source.partition("=")
-        named = bool(equals) and not Path(source).exists()
-        path = Path(rest if named else source)
-        given.append((name if named else "", path / "completions.jsonl" if path.is_dir() else path))
+        name, path = named_path(source)
+        given.append((name, path / "completions.jsonl" if path.is_dir() else path))
     stems = Counter(_stem(path) for _, path in given)
     return [(name or (_stem(path) if stems[_stem(path)] == 1 else path.parent.name), path) for name, path in given]
 

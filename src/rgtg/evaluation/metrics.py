@@ -4,10 +4,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from rgtg.errors import MissingExtraError
 from rgtg.types import Interval
@@ -18,7 +20,7 @@ def bootstrap_interval(
     *,
     seed: int = 0,
     resamples: int = 1000,
-    clusters: Sequence[int] | None = None,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean with its 95 % percentile bootstrap interval (Efron 1979).
 
@@ -40,17 +42,30 @@ def bootstrap_interval(
     if clusters is None:
         sums, counts = x, torch.ones_like(x)
     else:
-        numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-        unit = torch.tensor([numbers[cluster] for cluster in clusters])
-        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, unit, x)
+        unit = unit_numbers(clusters)
         counts = torch.bincount(unit).double()
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.empty(resamples, dtype=torch.float64)
-    for start in range(0, resamples, 100):  # bounded memory for many units
-        drawn = torch.randint(len(sums), (min(100, resamples - start), len(sums)), generator=generator)
-        means[start : start + 100] = sums[drawn].sum(1) / counts[drawn].sum(1)
+        sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, unit, x)
+    drawn = resampled(len(sums), seed=seed, resamples=resamples)
+    means = torch.cat([sums[units].sum(1) / counts[units].sum(1) for units in drawn])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(mean=float(x.mean()), low=low, high=high, n=len(sums))
+
+
+def unit_numbers(clusters: Sequence[Hashable]) -> Int[Tensor, " values"]:
+    """Number of the unit that each value belongs to, in the order in which they come.
+
+    >>> unit_numbers(["b", "a", "b"])
+    tensor([0, 1, 0])
+    """
+    numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    return torch.tensor([numbers[cluster] for cluster in clusters])
+
+
+def resampled(units: int, *, seed: int, resamples: int) -> Iterator[Int[Tensor, "some units"]]:
+    """Bootstrap samples of so many units, with replacement, a hundred at a time: bounded memory for many units."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, resamples, 100):
+        yield torch.randint(units, (min(100, resamples - start), units), generator=generator)
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgtg.errors import DataError, NonFiniteError, UsageError
 from rgtg.evaluation import choices
+from rgtg.evaluation.metrics import unit_numbers
 from rgtg.evaluation.provenance import provenance
 from rgtg.evaluation.rollouts import Rollouts, read_rollouts
 from rgtg.models.checkpoint import fingerprint_weights
@@ -156,13 +157,14 @@ def _require_fit(model: Any, rollouts: Rollouts) -> None:
         raise UsageError(
             f"{type(model).__name__} is joined with a policy and cannot be read alone: load it by its folder"
         )
-    if isinstance(model, OwnStateScorer):
-        known = (model.info.base_fingerprint, *model.info.base_casts.values())
-        if header.policy not in (fingerprint_weights(model.model), *known):
-            raise UsageError(
-                f"the head {model.name} reads the states of {model.info.base_model}, and the roll-outs are of another "
-                "policy: make roll-outs with that one"
-            )
+    if isinstance(model, OwnStateScorer) and header.policy not in {
+        fingerprint_weights(model.model),
+        *model.info.base_fingerprints,
+    }:
+        raise UsageError(
+            f"the head {model.name} reads the states of {model.info.base_model}, and the roll-outs are of another "
+            "policy: make roll-outs with that one"
+        )
     if fingerprint_weights(weights_of(model)) == header.reward_fingerprint:
         raise UsageError(
             f"the scorer {model.name} is the reward of these roll-outs: it would be judged by itself. Make them with a "
@@ -185,14 +187,13 @@ def _score_texts(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -
 
 
 def _table(rows: Sequence[PrefixRollouts], scores: Tensor) -> _Table:
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
     return _Table(
         log_probs=torch.tensor([row.policy_log_probs for row in rows], dtype=torch.float64),
         scores=scores.double(),
         rewards=torch.tensor([row.rewards for row in rows], dtype=torch.float64),
         fractions=torch.tensor([row.fraction for row in rows], dtype=torch.float64),
         tokens=torch.tensor([len(row.written_ids) for row in rows], dtype=torch.float64),
-        clusters=[numbers[row.prompt] for row in rows],
+        clusters=unit_numbers([row.prompt for row in rows]).tolist(),
     )
 
 

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.figures import COLOURS, draw_band, new_figure
 from rgtg.types_rollouts import CandidateFigures, RolloutAuditResult
 
 
 def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | Path | Any", **options: Any) -> None:
     """Write two panels: how each scorer orders candidates by position, and what guidance with it gains."""
-    figure, _ = new_figure(9.6, 4.0)
-    figure.clear()
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(9.6, 4.0, columns=2)
     draw_rollout_audits(left, right, results)
     left.legend(fontsize=8)
     right.legend(fontsize=8)
@@ -26,20 +24,14 @@ def draw_rollout_audits(
     """Spearman within a prefix (left) and gain of one guided token (right), by position, with 95 % bands."""
     for colour, (label, result) in zip(itertools.cycle(colours), results.items(), strict=False):
         points = result.by_position
-        _curve(left, points, [p.spearman for p in points], colour, label)
-        _curve(right, points, [p.guided.gain for p in points], colour, label)
+        draw_band(left, _places(points), [p.spearman for p in points], colour, label)
+        draw_band(right, _places(points), [p.guided.gain for p in points], colour, label)
     points = next(iter(results.values())).by_position
     left.plot(_places(points), [p.ceiling for p in points], color="grey", linestyle="--", label="ceiling (noise)")
     left.axhline(0, color="grey", linestyle=":")
     right.axhline(0, color="grey", linestyle=":", label="the policy's own sampling")
     left.set(xlabel="share of the completion written (%)", ylabel="rank correlation with the roll-outs", xlim=(0, 100))
     right.set(xlabel="share of the completion written (%)", ylabel="gain of one guided token (reward)", xlim=(0, 100))
-
-
-def _curve(axes: Any, points: list[CandidateFigures], values: list[Any], colour: str, label: str) -> None:
-    x = _places(points)
-    axes.plot(x, [v.mean for v in values], color=colour, marker="o", markersize=3, label=label)
-    axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.15, linewidth=0)
 
 
 def _places(points: list[CandidateFigures]) -> list[float]:

@@ -33,6 +33,11 @@ class Reward:
     function: RewardFunction
     fingerprint: str | None = None
 
+    @classmethod
+    def of(cls, name: str, one: RewardFunction) -> "Reward":
+        """A function as a reward of that name; what is a reward already keeps its own."""
+        return one if isinstance(one, Reward) else cls(name, one)
+
     def __call__(self, done: Sequence[Completion]) -> list[float]:
         """One finite number per completion.
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgtg.evaluation.metrics import bootstrap_interval
+from rgtg.evaluation.metrics import bootstrap_interval, resampled, unit_numbers
 from rgtg.types import Interval, JudgedPair, JudgeMatch
 
 _NOTHING = Interval(mean=float("nan"), low=float("nan"), high=float("nan"), n=0)
@@ -90,12 +90,10 @@ def _length_controlled(pairs: Sequence[JudgedPair], scores: Sequence[float], see
         return _NOTHING
     y = torch.tensor(scores, dtype=torch.float64)
     lengths = torch.tensor([len(pair.text_a) - len(pair.text_b) for pair in pairs], dtype=torch.float64)
-    unit = torch.tensor(_units([pair.prompt for pair in pairs]))
+    unit = unit_numbers([pair.prompt for pair in pairs])
     count = int(unit.max()) + 1
-    generator = torch.Generator().manual_seed(seed)
     rates = []
-    for start in range(0, resamples, 100):  # bounded memory for many pairs
-        drawn = torch.randint(count, (min(100, resamples - start), count), generator=generator)
+    for drawn in resampled(count, seed=seed, resamples=resamples):
         times = torch.zeros(len(drawn), count, dtype=torch.float64).scatter_add_(
             1, drawn, torch.ones_like(drawn, dtype=torch.float64)
         )
@@ -107,12 +105,7 @@ def _length_controlled(pairs: Sequence[JudgedPair], scores: Sequence[float], see
 def _interval(values: Sequence[float], prompts: Sequence[str], seed: int, resamples: int) -> Interval:
     if not values:
         return _NOTHING
-    return bootstrap_interval(values, seed=seed, resamples=resamples, clusters=_units(prompts))
-
-
-def _units(prompts: Sequence[str]) -> list[int]:
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return [numbers[prompt] for prompt in prompts]
+    return bootstrap_interval(values, seed=seed, resamples=resamples, clusters=prompts)
 
 
 def _first_preferred(pair: JudgedPair) -> list[float]:

@@ -43,6 +43,11 @@ class ScorerInfo(Record):
     base_casts: dict[str, str] = Field(default_factory=dict)
     reference_fingerprint: str | None = None
 
+    @property
+    def base_fingerprints(self) -> set[str]:
+        """Of the base model's weights, in every dtype that they may be loaded in."""
+        return {self.base_fingerprint, *self.base_casts.values()}
+
 
 def read_info(folder: str | Path) -> ScorerInfo | None:
     """Contents of a folder's rgtg.json, or None where there is none (a stock reward model)."""

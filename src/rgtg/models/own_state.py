@@ -195,7 +195,7 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
         TokenizerMismatchError: another tokenizer.
     """
     found = fingerprint_weights(policy.model)
-    if found not in (info.base_fingerprint, *info.base_casts.values()):
+    if found not in info.base_fingerprints:
         name = getattr(policy.model, "name_or_path", "") or type(policy.model).__name__
         kind = "" if info.head == "scalar" else f" --head {info.head}"
         raise UsageError(

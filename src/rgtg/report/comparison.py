@@ -113,7 +113,7 @@ def frontier(result: ComparisonResult) -> Section:
 
 def cost(result: ComparisonResult) -> Section:
     """Reward against calls and against time; one row of each method whose strengths all cost the same."""
-    calls = {row.label: calls_per_token(result, row) for row in result.methods}
+    calls = {row.label: calls_per_token(row) for row in result.methods}
     known = [row for row in result.methods if math.isfinite(sum(calls[row.label]) + _reward(row).mean)]
     drawn = _one_per_cost(result, known, calls)
     if not drawn:
@@ -157,11 +157,8 @@ def _one_per_cost(
     ]
 
 
-def calls_per_token(result: ComparisonResult, row: MethodResult) -> tuple[float, float]:
+def calls_per_token(row: MethodResult) -> tuple[float, float]:
     """Policy and scorer calls per token of output; empty where the result does not tell."""
-    for budget in result.budgets:
-        if budget.label == row.label:
-            return budget.policy_calls_per_token, budget.scorer_calls_per_token
     tokens = row.tokens or row.tokens_per_second * row.seconds
     return (row.policy_calls / tokens, row.scorer_calls / tokens) if tokens > 0 else (math.nan, math.nan)
 
@@ -171,7 +168,6 @@ def differences(result: ComparisonResult) -> Section:
     titles = {
         "baseline": f"Every row less {result.baseline}",
         "methods": "Methods against each other, each at its recommended strength",
-        "curve": "Strengths of one method against each other",
     }
     blocks: list[Block] = []
     for family, title in titles.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rgtg.data_sources import named_path
 from rgtg.errors import DataError
 from rgtg.types import AuditResult, ComparisonResult, JudgeResult
 from rgtg.types_rollouts import RolloutAuditResult
@@ -42,12 +43,10 @@ def read_audits(sources: list[str]) -> tuple[dict[str, AuditResult], dict[str, R
     by_pairs: dict[str, AuditResult] = {}
     by_rollouts: dict[str, RolloutAuditResult] = {}
     for source in sources:
-        name, equals, rest = source.partition("=")
-        named = bool(equals) and not Path(source).exists()
-        path = Path(rest if named else source)
+        name, path = named_path(source)
         audit = _read(RolloutAuditResult if _is_rollouts(path) else AuditResult, path)
         held: dict[str, Any] = by_rollouts if isinstance(audit, RolloutAuditResult) else by_pairs
-        label = name if named else audit.scorer
+        label = audit.scorer if name is None else name
         if label in held:
             raise DataError(f"{path}: {label} was given before; name the audits apart with NAME=FILE")
         held[label] = audit
