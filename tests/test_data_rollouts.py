@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rgtg.data_rollouts import read_rollouts, tokenize_rollouts
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 
 GOOD = {"prompt": "so ", "text": "ab", "reward": 2, "finish_reason": "stop", "seed": 3}
 
@@ -75,3 +75,11 @@ def test_bad_rows_can_be_left_out(read, tmp_path):
     assert json.loads((tmp_path / "rejects.jsonl").read_text())["line"] == 2
     with pytest.raises(DataError, match="Nothing is left"):
         read(GOOD | {"reward": "high"}, on_bad="skip")
+
+
+def test_rejects_never_overwrite_what_is_read(tmp_path, tokenizer):
+    path = write(tmp_path / "rejects.jsonl", GOOD, "{")
+    before = path.read_text()
+    with pytest.raises(UsageError, match="would overwrite the data"):
+        read_rollouts(path, tokenizer=tokenizer, on_bad="skip", rejects=path)
+    assert path.read_text() == before

@@ -97,7 +97,7 @@ def read_pairs(
         UsageError: no such file, an unknown kind of file, an unreachable hub dataset, or unfit arguments.
         OutputError: ``rejects`` cannot be written.
     """
-    _check_arguments(source, tokenizer, max_length, on_bad, rejects)
+    check_arguments(source, tokenizer, max_length, on_bad, rejects)
     reading = _Reading(str(source), tokenizer=tokenizer, max_length=max_length)
     with rejects_writer(rejects if on_bad == "skip" else None) as write:
         for line, raw in iter_rows(source):
@@ -316,9 +316,14 @@ def _stats(lengths: "np.ndarray[Any, Any]") -> LengthStats:
     )
 
 
-def _check_arguments(
+def check_arguments(
     source: str | Path, tokenizer: Any, max_length: int | None, on_bad: str, rejects: Path | None
 ) -> None:
+    """Refuse arguments of a reader that cannot be carried out, or would destroy what is read.
+
+    Raises:
+        UsageError: saying which, and what to give instead.
+    """
     if on_bad not in ("error", "skip"):
         raise UsageError(f"on_bad = {on_bad!r}: expected 'error' or 'skip'")
     if max_length is not None and tokenizer is None:

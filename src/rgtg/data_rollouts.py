@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rgtg.data import RefusedRows, reject_line, rejects_writer
+from rgtg.data import RefusedRows, check_arguments, reject_line, rejects_writer
 from rgtg.data_completions import completion_text
 from rgtg.data_sources import Reason, RowProblem, iter_rows, parse_row
 from rgtg.errors import DataError
@@ -75,9 +75,10 @@ def read_rollouts(
 
     Raises:
         DataError: bad rows (``error``), with file and line; no usable row; a file that is empty or corrupt.
-        UsageError: no such file, or an unknown kind of file.
+        UsageError: no such file, an unknown kind of file, or rejects that would overwrite it.
         OutputError: ``rejects`` cannot be written.
     """
+    check_arguments(source, tokenizer, max_length, on_bad, rejects)
     refused, kept, digest = RefusedRows(str(source)), [], hashlib.sha256()
     with rejects_writer(rejects if on_bad == "skip" else None) as write:
         for line, raw in iter_rows(source, _COLUMNS):
