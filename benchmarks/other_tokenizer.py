@@ -3,11 +3,12 @@
     python benchmarks/other_tokenizer.py [--dtypes bf16 fp32] [--rounds 7] [--output FILE]
 
 Policy and scorers are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, all of one size. There are
-two byte-level BPEs: the policy's is trained on posts, with GPT-2's rules for words, the scorer's on old novels, with
-those of cl100k. Candidates are of two kinds: ``likely``, words that might be said (the policy makes its pass, and its
-logits are then replaced by those of a bigram model of the posts), and ``random``, the policy's own: ten tokens of a
-random model, whose pieces of words are seldom tokens of the other kind, the worst case. All ways decode in turn, round
-after round; figures are medians, ratios are medians of paired ratios. The last line is one JSON object.
+three byte-level BPEs: the policy's is trained on posts, with GPT-2's rules for words, the scorers' on old novels, with
+those of cl100k, one of as many tokens and one of a quarter. Candidates are of two kinds: ``likely``, words that might
+be said (the policy makes its pass, and its logits are then replaced by those of a bigram model of the posts), and
+``random``, the policy's own: ten tokens of a random model, whose pieces of words are seldom tokens of the other kind,
+the worst case. All ways decode in turn, round after round; figures are medians, ratios are medians of paired ratios.
+The last line is one JSON object.
 """
 
 import argparse
@@ -44,6 +45,7 @@ CL100K = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 UNGUIDED, SAME, OTHER = "unguided", "scorer with the policy's tokenizer", "scorer with another tokenizer"
+SMALLER = "scorer with another tokenizer, of a quarter of the tokens"
 SAME_AS_TEXT = "scorer with the policy's tokenizer, read as text"
 
 
@@ -132,8 +134,8 @@ class Bench:
 
     def __init__(self, args, dtype, tokenizers, prompts, bigrams):
         self.args, self.prompts, self.bigrams = args, prompts, bigrams
-        self.policy_tokenizer, self.other_tokenizer = tokenizers
-        self.policy = Policy(self._model(dtype, LlamaForCausalLM, 0), self.policy_tokenizer)
+        self.tokenizers = dict(zip((SAME_AS_TEXT, OTHER, SMALLER), tokenizers, strict=True))
+        self.policy = Policy(self._model(dtype, LlamaForCausalLM, 0), self.tokenizers[SAME_AS_TEXT])
         self.scorer = self._model(dtype, LlamaForSequenceClassification, 1)
         self.counts = defaultdict(list)
 
@@ -158,8 +160,7 @@ class Bench:
             return Alone(policy)
         if way == SAME:
             return Apart(policy, CandidateReader(scorer))
-        tokenizer = self.other_tokenizer if way == OTHER else self.policy_tokenizer
-        text_scorer = TextScorer(PrefixScorer(self.scorer, tokenizer))
+        text_scorer = TextScorer(PrefixScorer(self.scorer, self.tokenizers[way]))
         return Apart(policy, Timed(text_scorer, self.policy, set(), runner=scorer))
 
     def run(self, way, kind, batch):
@@ -182,10 +183,10 @@ class Bench:
 
 def measure(args, bench, kind, batch):
     """Every way in turn, round after round; the first round warms up."""
-    ways = [UNGUIDED, SAME, OTHER, SAME_AS_TEXT]
+    ways = [UNGUIDED, SAME, OTHER, SMALLER, SAME_AS_TEXT]
     seconds = {way: [] for way in ways}
     for turn in range(args.rounds + 1):
-        for way in ways[turn % 4 :] + ways[: turn % 4]:
+        for way in ways[turn % 5 :] + ways[: turn % 5]:
             took = bench.run(way, kind, batch)
             if turn:
                 seconds[way].append(took)
@@ -239,7 +240,11 @@ def main():
     args = parser.parse_args()
     posts = texts_of("tldr/reddit_tldr.jsonl.xz", "post", args.posts)
     novels = texts_of("text/litbank_novels.jsonl.xz", "text", args.novels)
-    tokenizers = byte_level(posts, None, args.vocab), byte_level(novels, CL100K, args.vocab)
+    tokenizers = [
+        byte_level(posts, None, args.vocab),
+        byte_level(novels, CL100K, args.vocab),
+        byte_level(novels, CL100K, args.vocab // 4),
+    ]
     ids = tokenizers[0](posts, verbose=False).input_ids
     prompts = [mine[: args.prompt] for mine in ids if len(mine) >= args.prompt][: max(args.batches)]
     bigrams = Bigrams(ids, args.vocab, args.device)
