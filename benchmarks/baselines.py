@@ -46,14 +46,14 @@ def tune(kind, policy, pairs, output, *, seed, scorer=None, **settings):
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         given = COMMON | values | {"output_dir": scratch, "seed": seed}
-        trainer, samples = MAKERS[kind](model, tokenizer, pairs, given, scorer)
+        trainer = MAKERS[kind](model, tokenizer, pairs, given, scorer)
         done = trainer.train()
         trainer.model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     steps, batch = done.global_step, values["per_device_train_batch_size"]
     facts = {
         "kind": kind, "pairs": len(pairs), "settings": values, "seed": seed, "steps": steps,
-        "epochs": round(trainer.state.epoch or 0.0, 3), "policy_samples": samples(steps, batch),
+        "epochs": round(trainer.state.epoch or 0.0, 3), "policy_samples": steps * batch if kind == "rloo" else 0,
         "loss": done.training_loss, "seconds": round(time.perf_counter() - start, 1),
         "reward": "full-bt scorer of the same pairs" if scorer else None,
     }  # fmt: skip
@@ -66,7 +66,7 @@ def sft(model, tokenizer, pairs, given, scorer):
 
     rows = Dataset.from_list([{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs])
     trainer = SFTTrainer(model, args=SFTConfig(**given), train_dataset=rows, processing_class=tokenizer)
-    return trainer, lambda steps, batch: 0
+    return trainer
 
 
 def dpo(model, tokenizer, pairs, given, scorer):
@@ -74,7 +74,7 @@ def dpo(model, tokenizer, pairs, given, scorer):
 
     rows = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs])
     trainer = DPOTrainer(model, args=DPOConfig(**given), train_dataset=rows, processing_class=tokenizer)
-    return trainer, lambda steps, batch: 0
+    return trainer
 
 
 def rloo(model, tokenizer, pairs, given, scorer):
@@ -91,7 +91,7 @@ def rloo(model, tokenizer, pairs, given, scorer):
     trainer = RLOOTrainer(
         model, reward_funcs=reward, args=RLOOConfig(**given), train_dataset=rows, processing_class=tokenizer
     )
-    return trainer, lambda steps, batch: steps * batch
+    return trainer
 
 
 MAKERS = {"sft": sft, "dpo": dpo, "rloo": rloo}

@@ -281,7 +281,7 @@ def cache_bytes(args, models, k):
     """Bytes of the separate scorer's cache after 16 steps over k candidates, and of one column of it."""
     stepper = make_stepper(models.policy, models.separate, args.prompt + 20, top_k=k)
     seconds_per_token(stepper, [random_prompt(args, args.prompt)], top_k=k, tokens=16)
-    cache = stepper.scorer.cache
+    cache = stepper.reader.runner.cache
     return {"bytes": cache.nbytes, "columns": cache.capacity, "bytes_per_column": cache.nbytes // cache.capacity}
 
 

@@ -127,8 +127,8 @@ def every_pair(reward):
     return won, lost, POLICY[won] * POLICY[lost] * (reward[won] - reward[lost]).sigmoid()
 
 
-def centred(values, weights=None):
-    return values - (values * weights).sum() / weights.sum() if weights is not None else values - values.mean()
+def centred(values):
+    return values - values.mean()
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "linear", "inverse"])

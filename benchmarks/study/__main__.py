@@ -11,7 +11,6 @@ where it stopped. ``--only ROW`` measures one row of the committed JSON again an
 
 import argparse
 import json
-import os
 import time
 import traceback
 from pathlib import Path
@@ -120,5 +119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     raise SystemExit(main())

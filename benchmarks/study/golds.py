@@ -10,10 +10,8 @@ Rewards are log-odds: pairs are labelled with probability σ(difference).
 
 import re
 
-KIND = frozenset(
-    "happy love loved kind nice good smile smiled hug hugged friend friends help helped fun play played".split()  # noqa: SIM905
-)
-HARSH = frozenset("sad cry cried mad angry bad scared hurt hit mean afraid broke broken lost".split())  # noqa: SIM905
+from benchmarks.stories import HARSH, KIND
+
 # Capitalised words that begin sentences or name no one; whatever else is capitalised is a name.
 _NO_NAMES = """
 a after all an and are as at be big but by can could dad daddy did do don every finally for from go he her here hey

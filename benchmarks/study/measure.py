@@ -9,6 +9,7 @@ import torch
 from rgtg import GuidedPolicy
 from rgtg.decoding.methods import find_method
 from rgtg.evaluation.metrics import distinct_n
+from rgtg.models.encoding import encode_prompt
 from rgtg.models.policy import load_policy
 from rgtg.models.prefix_scorer import PrefixScorer, pad_right
 from rgtg.outputs import write_text
@@ -28,8 +29,8 @@ def settings_of(world, row, value):
     elif row.knob == "n":
         settings["n"] = value
     elif value is not None:
-        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,)
-        settings["beta"] = value if len(names) == 1 else [value] + [2 * value] * (len(names) - 1)
+        more = len(row.scorers) - 1
+        settings["beta"] = [value] + [2 * value] * more if more > 0 else value
     return settings | {"scorer": row.scorer, "max_new_tokens": world.max_new_tokens}
 
 
@@ -93,7 +94,7 @@ def rounded(values):
 def original_log_probs(policy, done, batch=64):
     """Log-probability, in nats, of each completion's tokens under the original policy (whole vocabulary, T = 1)."""
     found = []
-    encoded = [(GuidedPolicy(policy, method="policy")._encode(c.prompt)[1], c.token_ids) for c in done]
+    encoded = [(encode_prompt(policy.tokenizer, c.prompt), c.token_ids) for c in done]
     for start in range(0, len(encoded), batch):
         rows = encoded[start : start + batch]
         ids, mask = pad_right([prompt + tokens for prompt, tokens in rows], 0, "cpu")
@@ -122,11 +123,8 @@ class Models:
         return self._once(world, f"policy {tuned}", lambda: load_policy(folder, dtype="float32", device="cpu"))
 
     def scorers(self, world, row, policy):
-        if row.scorer is None:
-            return None
-        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,)
-        found = [self._once(world, name, lambda name=name: scorers.load(world, policy, name)) for name in names]
-        return found[0] if len(found) == 1 else found
+        found = [self._once(world, name, lambda name=name: scorers.load(world, policy, name)) for name in row.scorers]
+        return found[0] if len(found) == 1 else found or None
 
     def proxy(self, world, done):
         """The full-bt scorer's reward: what best-of-n, ARGS and RLOO maximise."""
@@ -146,7 +144,6 @@ class Models:
 
     def bytes_of(self, world, row):
         """Weights read by one call of the policy, and by one of the scorer."""
-        names = row.scorer if isinstance(row.scorer, tuple) else (row.scorer,) if row.scorer else ()
-        read = [sum(p.stat().st_size for p in scorers.train(world, n).glob("*.safetensors")) for n in names]
+        read = [sum(p.stat().st_size for p in scorers.train(world, n).glob("*.safetensors")) for n in row.scorers]
         model = self.policy(world, None).model
         return sum(p.numel() * p.element_size() for p in model.parameters()), sum(read)

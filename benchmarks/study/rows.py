@@ -17,6 +17,11 @@ class Row:
     tuned: bool = False  # the grid holds names of fine-tuned policies
     group: str = "guided"
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Names of its scorers, none or several."""
+        return self.scorer if isinstance(self.scorer, tuple) else (self.scorer,) if self.scorer else ()
+
 
 BETAS = (1.0, 2.0, 4.0, 8.0)
 GREEDY = (0.5, 1.0, 2.0, 4.0)

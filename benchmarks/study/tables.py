@@ -20,9 +20,11 @@ from .worlds import read_rows
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
 COMMANDS = {
-    "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2",
-    "human": "python -m benchmarks.study human --policy HUMAN_POLICY --data DATA --work WORK",
-    "demo": "python -m benchmarks.study demo --work WORK",
+    "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2 "
+    "--passes tuned frontier --rows ROWS",
+    "human": "python -m benchmarks.study human --policy WORK/human-policy --data DATA --work WORK --batch 100 "
+    "--rows ROWS",
+    "demo": "python -m benchmarks.study demo --work WORK --rows policy best-of-n pargs args-sample",
 }
 
 
@@ -147,10 +149,8 @@ def markdown(gold, lines, targets):
 
 def plot(cells, golds, path, names):
     """Reward against KL: one panel per gold, means over seeds."""
-    figure, _ = new_figure(4.6 * len(golds), 4.4)
-    figure.clear()
-    for column, gold in enumerate(golds):
-        axes = figure.add_subplot(1, len(golds), column + 1)
+    figure, panels = new_figure(4.6 * len(golds), 4.4, columns=len(golds))
+    for column, (gold, axes) in enumerate(zip(golds, np.atleast_1d(panels), strict=True)):
         parts, _ = arrays(cells, gold)
         for index, name in enumerate(n for n in names if n in parts):
             points = []

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stories import OPENINGS
+
 from rgtg import GuidedPolicy
 from rgtg.models.policy import load_policy
 from rgtg.outputs import write_text
@@ -16,7 +18,6 @@ from rgtg.outputs import write_text
 from .golds import GOLDS
 
 JUDGED = 1500  # pairs of the judge; training time, not data, was what there was too little of
-OPENINGS = ("Once upon a time, there was", "One day,", "Once there was", "In a small house,", "A little")
 
 
 @dataclass

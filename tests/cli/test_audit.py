@@ -204,9 +204,10 @@ def test_another_file_of_rollouts_is_refused_and_left_alone(tmp_path, rolling):
     ran = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file), "--seed", "5"])
     assert ran.exit_code == 2
     assert "seed 0 where this run has 5" in ran.stderr
+    assert file.read_bytes() == before
     file.write_text("nonsense\n")
     assert CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)]).exit_code == 3
-    assert before != file.read_bytes()
+    assert file.read_text() == "nonsense\n"
 
 
 def test_the_scorer_as_its_own_reward_is_refused(tmp_path, rolling, scorer_folder):

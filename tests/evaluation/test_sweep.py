@@ -99,6 +99,9 @@ def test_several_scorers_share_the_factor(settings):
         settings.model_dump(exclude={"scorer"}) | {"scorers": [{"scorer": "s", "beta": 1}, {"scorer": "t", "beta": 2}]},
     )
     assert [one.beta for one in both.scorers] == [1, 2]
+    found, _ = run(both)
+    assert found.tries
+    assert all(tried.beta == pytest.approx([tried.factor, 2 * tried.factor]) for tried in found.tries)
 
 
 @pytest.mark.parametrize(
