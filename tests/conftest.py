@@ -21,6 +21,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from typer.testing import CliRunner
+
+from rgtg.cli.main import app
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 64
@@ -115,3 +118,12 @@ def stories_model() -> Path:
     if not folder.is_dir():
         pytest.skip("the pretrained story model (shared/models beside the checkout) is absent")
     return folder
+
+
+def verb(*name):
+    """A function that runs ``rgtg NAME ARGUMENTS…`` in this process; without a name, the arguments begin with it."""
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in (*name, *arguments)])
+
+    return run

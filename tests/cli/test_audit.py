@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from conftest import tiny_reward_model, tiny_tokenizer
 from naive import write_head
 from rgtg.cli import audit
+from synthetic import write_rows
 
 app = typer.Typer()
 app.command()(audit.command)
@@ -17,7 +18,7 @@ app.command()(audit.command)
 def pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Say {i}: ", "chosen": f"yes {'ab'[i % 2]}", "rejected": "no"} for i in range(6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 

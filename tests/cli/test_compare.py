@@ -6,19 +6,15 @@ import signal
 import sys
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
 
-from conftest import tiny_reward_model, tiny_tokenizer
+from conftest import tiny_reward_model, tiny_tokenizer, verb
 from naive import info
-from rgtg.cli import compare
 from rgtg.evaluation import running
 from rgtg.models.checkpoint import write_info
 from rgtg.types import ComparedCompletion, ComparisonResult
 
-app = typer.Typer()
-app.command()(compare.command)
+run = verb("compare")
 
 
 @pytest.fixture
@@ -36,10 +32,6 @@ def config(tmp_path, policy_folder, scorer_folder):
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def test_results_settings_and_report(config, tmp_path):

@@ -7,20 +7,16 @@ import sys
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
+from conftest import verb
 from naive import info
-from rgtg.cli import audit, generate, train
 from rgtg.errors import ModelNotFoundError
 from rgtg.models.checkpoint import write_info
 from rgtg.models.prefix_scorer import PrefixScorer
 from synthetic import synthetic_rows, write_rows
 
 resource = pytest.importorskip("resource", reason="this system has no limit on the size of a file")
-app = typer.Typer()
-for module in (audit, generate, train):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+run = verb()
 
 
 @pytest.fixture
@@ -34,10 +30,6 @@ def no_room():
 
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def refused(ran, message="File too large"):

@@ -3,19 +3,15 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from conftest import verb
 from naive import info
 from other_tokenizers import reward_model_with, tokenizer_of
-from rgtg.cli import generate, score
 from rgtg.models.checkpoint import write_info
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.types import Completion
 
-app = typer.Typer()
-app.command("generate")(generate.command)
-app.command("score")(score.command)
+run = verb()
 
 
 @pytest.fixture
@@ -29,10 +25,6 @@ def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("Once", "Hi you", "What")))
     return path
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def refused(result, code, message):

@@ -7,16 +7,14 @@ import sys
 import time
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from conftest import verb
 from judge_server import serve
-from rgtg.cli import judge
 from rgtg.types import JudgedPair, JudgeResult
+from synthetic import write_rows
 
 KEY = "sk-secret-0123456789"
-app = typer.Typer()
-app.command()(judge.command)
+run = verb("judge")
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +28,8 @@ def environment(monkeypatch):
 def sides(tmp_path):
     for name in ("good", "bad"):
         rows = [{"prompt": f"Question {i}", "text": f"{name} {i}"} for i in range(20)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     return ["--a", str(tmp_path / "good.jsonl"), "--b", str(tmp_path / "bad.jsonl")]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def prefers_good(shown, _number):

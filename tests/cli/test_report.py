@@ -3,14 +3,11 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from conftest import verb
 from made_report import audit, judged, rollout_audit, steered
-from rgtg.cli import report
 
-app = typer.Typer()
-app.command()(report.command)
+run = verb("report")
 
 
 @pytest.fixture
@@ -20,10 +17,6 @@ def folder(tmp_path):
     (tmp_path / "rollout-audit.json").write_text(rollout_audit().model_dump_json())
     (tmp_path / "judge.json").write_text(judged(("policy", "pargs β=2", 0.2)).model_dump_json())
     return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def test_a_folder_becomes_a_page_and_markdown(folder):

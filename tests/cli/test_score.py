@@ -3,18 +3,10 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from conftest import tiny_reward_model
-from rgtg.cli import score
+from conftest import tiny_reward_model, verb
 
-app = typer.Typer()
-app.command()(score.command)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
+run = verb("score")
 
 
 def test_both_names_of_the_completion_and_an_empty_one(scorer_folder, tmp_path):

@@ -3,16 +3,14 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from conftest import verb
 from naive import info
 from rgtg.cli import sweep
 from rgtg.models.checkpoint import write_info
 from rgtg.types import SweepResult
 
-app = typer.Typer()
-app.command()(sweep.command)
+run = verb("sweep")
 
 
 @pytest.fixture
@@ -24,10 +22,6 @@ def base(tmp_path, policy_folder, scorer_folder):
         "--policy", policy_folder, "--scorer", scorer_folder, "--prompts", prompts, "--output", tmp_path / "sweep",
         "--max-new-tokens", 4, "--set", "bootstrap=100", "--set", "device=cpu", "--kl-to", "candidates",
     ]  # fmt: skip
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def test_a_target_is_met_and_every_try_is_kept(base, tmp_path):

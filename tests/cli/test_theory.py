@@ -3,18 +3,11 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from rgtg.cli import theory
+from conftest import verb
 from rgtg.theory import TheoryResult, exhibits
 
-app = typer.Typer()
-app.command()(theory.command)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+run = verb("theory")
 
 
 def test_the_table_shows_the_four_exhibits():

@@ -4,17 +4,14 @@ import json
 
 import pytest
 import torch
-import typer
 from transformers import AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
-from rgtg.cli import train
+from conftest import verb
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer
 from synthetic import synthetic_rows, write_rows
 
-app = typer.Typer()
-app.command()(train.command)
+run = verb("train")
 SETTINGS = ["--set", "train.learning_rate=3e-3", "--set", "train.num_train_epochs=3", "--set", "eval_fraction=0.25"]
 
 
@@ -22,10 +19,6 @@ SETTINGS = ["--set", "train.learning_rate=3e-3", "--set", "train.num_train_epoch
 def pairs(tmp_path):
     torch.set_num_threads(1)
     return write_rows(tmp_path / "pairs.jsonl", synthetic_rows(40))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_pairs_in_scorer_out(policy_folder, pairs, tmp_path):

@@ -1,6 +1,5 @@
 """A judge behind a server on loopback: orders, ties, retries, answers that are no verdict, and what is paid once."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from rgtg.config import JudgeSettings
 from rgtg.errors import DataError, EndpointError, MissingExtraError, UsageError
 from rgtg.evaluation import judge_endpoint
 from rgtg.evaluation.judge import judge, plan
+from synthetic import write_rows
 
 KEY = "sk-secret-0123456789"
 SOON = {"retry-after-ms": "5"}
@@ -30,7 +30,7 @@ def sides(tmp_path):
 
 def write(path, text, count, **fields):
     rows = [{"prompt": f"Question {i}", "text": f"{text} {i}"} | fields for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return str(path)
 
 
@@ -309,7 +309,7 @@ def test_a_folder_of_a_comparison_is_read_by_row_and_seed(tmp_path):
 def test_agreement_with_humans(tmp_path):
     rows = [{"prompt": f"Q{i}", "chosen": "good" if i else "bad", "rejected": "bad" if i else "good"} for i in range(4)]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     with serve(prefers_good) as server:
         result = judge(settings(tmp_path, server, pairs=str(path))).result
     (match,) = result.matches
