@@ -1,0 +1,247 @@
+"""A policy and its scorers joined under one method: settings checked, rows made, and steps taken."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+from rgtg.config import DecodingSettings, validate
+from rgtg.decoding.best_of_n import best_of_n
+from rgtg.decoding.join import (
+    DRAFTS,
+    AnyScorer,
+    as_read_beside,
+    check_draft,
+    check_overlap,
+    make_mixture,
+    make_segment_reader,
+    make_speculation,
+    make_stepper,
+)
+from rgtg.decoding.loading import listed
+from rgtg.decoding.methods import Method, betas_of, check_scorers, check_settings, find_method, require_complete
+from rgtg.decoding.requests import (
+    Request,
+    Stopping,
+    end_tokens,
+    make_processors,
+    require_room,
+    row_seeds,
+    source_of,
+)
+from rgtg.decoding.runner import Runner, make_runner
+from rgtg.decoding.segmentwise import SegmentRule, SegmentStopping, decode_segments
+from rgtg.decoding.speculative import speculate
+from rgtg.decoding.tokenwise import TokenRule, decode
+from rgtg.errors import DataError, UsageError
+from rgtg.models.encoding import require_same_tokenizer
+from rgtg.models.policy import Policy, load_policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.readout import policy_logits
+from rgtg.models.scorer import Scorer
+from rgtg.models.text_scorer import TextScorer
+
+# One text, or a conversation.
+Prompt = str | list[dict[str, Any]]
+
+
+class Decoder:
+    """What ``GuidedPolicy`` and the server decode with; arguments are those of ``GuidedPolicy``."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        scorer: AnyScorer | Sequence[AnyScorer] | None = None,
+        *,
+        method: str = "pargs",
+        beta: float | Sequence[float] | None = None,
+        top_k: int | Literal["default"] | None = "default",
+        n: int | None = None,
+        token_tree: bool | None = None,
+        overlap: bool | None = None,
+        draft: str | Policy | None = None,
+    ) -> None:
+        self.policy = policy
+        self.scorers: list[AnyScorer] = listed(scorer)
+        self.method: Method = find_method(method)
+        given = {"method": method, "beta": list(beta) if isinstance(beta, Sequence) else beta, "n": n}
+        top = self.method.top_k if top_k == "default" else top_k
+        self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top}
+        self.token_tree, self.overlap = token_tree, overlap
+        self.draft = load_policy(draft) if isinstance(draft, str) and draft not in DRAFTS else draft
+        check_scorers(self.method, self.scorers)
+        if self.method.scorer:
+            self.scorers = [as_read_beside(policy, one) for one in self.scorers]
+        self.resolve({})
+        if isinstance(self.draft, Policy):
+            require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
+        self.end_tokens = end_tokens(policy)
+
+    def resolve(self, given: dict[str, Any], *, complete: bool = False) -> DecodingSettings:
+        """Settings of one call over those the decoder was made with; ``complete``: enough to decode with.
+
+        Raises:
+            UsageError: unusable settings, or some that the method or the scorers do not take.
+        """
+        settings = validate(DecodingSettings, self.defaults | given)
+        if settings.method != self.method.name:
+            raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
+        check_settings(self.method, settings)
+        if complete:
+            require_complete(self.method, settings)
+        if self.used and len(betas_of(settings)) != len(self.used):
+            raise UsageError(
+                f"{len(betas_of(settings))} betas for {len(self.used)} scorers: give each scorer one, in their order"
+            )
+        if self.draft is not None:
+            if self.method.unit != "token":
+                raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
+            self._require_plain("speculative decoding", settings)
+            check_draft(self.draft, self._token_scorer, settings)
+        elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
+            raise UsageError("draft_length applies to speculative decoding: say where drafts come from (draft)")
+        if self.overlap:
+            self._require_plain("overlap", settings)
+            check_overlap(self._token_scorer, settings, drafted=self.draft is not None)
+        return settings
+
+    def _require_plain(self, what: str, settings: DecodingSettings) -> None:
+        """Refuse what the faster ways to read one scorer do not do."""
+        if len(self.used) > 1:
+            raise UsageError(f"{what} takes one scorer, and {len(self.used)} were given")
+        if settings.entropy_gate is not None:
+            raise UsageError(f"{what} scores every token; leave entropy_gate out")
+
+    @property
+    def scorer(self) -> AnyScorer | None:
+        """The scorer, the first of several; None without one."""
+        return self.scorers[0] if self.scorers else None
+
+    @property
+    def used(self) -> list[AnyScorer]:
+        """The scorers, where the method reads any."""
+        return self.scorers if self.method.scorer else []
+
+    @property
+    def _token_scorer(self) -> AnyScorer | None:
+        return self.scorer if self.method.scorer else None
+
+    def requests(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        sources: Sequence[Prompt | None],
+        seed: int | Sequence[int],
+        settings: DecodingSettings,
+    ) -> list[Request]:
+        """A row for each prompt, by its token ids, its text, and what a scorer that reads text takes for it.
+
+        Raises:
+            DataError: a prompt that is empty, or does not fit a context.
+            UsageError: another number of seeds than of prompts.
+        """
+        device = self.policy.model.device
+        requests = [
+            Request(
+                text, list(ids), row_seed, make_processors(settings, len(ids), self.end_tokens, device), source=source
+            )
+            for text, ids, source, row_seed in zip(texts, prompt_ids, sources, row_seeds(seed, prompt_ids), strict=True)
+        ]
+        for i, request in enumerate(requests):
+            with naming_prompt(i, len(requests)):
+                self.require_room(request, settings)
+        return requests
+
+    def require_room(self, request: Request, settings: DecodingSettings) -> None:
+        """Refuse a prompt that does not fit the context of every model that reads it.
+
+        Raises:
+            DataError: saying whose.
+        """
+        prompt_ids = request.prompt_ids
+        require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
+        for scorer in self.used:
+            if isinstance(scorer, TextScorer):  # how many of its tokens a completion takes is not known before
+                scorer.require_room(source_of(request, self.policy.tokenizer))
+            else:
+                require_room(prompt_ids, settings.max_new_tokens, scorer.max_length, "scorer")
+        if isinstance(self.draft, Policy):
+            require_room(prompt_ids, settings.max_new_tokens, self.draft.max_length, "drafting model")
+
+    def steps(self, requests: list[Request], settings: DecodingSettings, *, trace: bool) -> Iterator[list[Request]]:
+        """Complete rows in one batch; yields those still active after each token.
+
+        Raises:
+            NonFiniteError: NaN from the policy or the scorer.
+        """
+        longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
+        rule = self.rule(settings, trace)
+        if self.method.unit == "segment":
+            return self._decode_segments(requests, settings, rule, longest)
+        stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
+        if self.method.unit == "completion":
+            columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
+            return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
+        scorer, top_k = self._token_scorer, None if rule.of_sum else settings.top_k
+        if self.draft is not None:
+            assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
+            run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=self.token_tree)
+            return speculate(
+                requests, run.policy, run.scorer, run.drafter, run.costs, rule, stopping, settings.draft_length
+            )
+        if len(self.used) > 1:
+            mixed = make_mixture(
+                self.policy, self.used, betas_of(settings), longest, top_k=top_k, tree=self.token_tree,
+                requests=requests,
+            )  # fmt: skip
+            return decode(requests, mixed, rule, stopping)
+        stepper = make_stepper(
+            self.policy, scorer, longest, top_k=top_k, tree=self.token_tree, overlap=self.overlap, requests=requests
+        )
+        return decode(requests, stepper, rule, stopping)
+
+    def _decode_segments(
+        self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int
+    ) -> Iterator[list[Request]]:
+        accepts = self.method.rule == "accept"
+        n = 1 if accepts else settings.n
+        length = settings.segment_length or (64 if accepts else 16)
+        segments = SegmentRule(
+            "accept" if accepts else "best", n, betas_of(settings)[0], settings.reward_threshold or 0.0,
+            settings.threshold_start, settings.retries,
+        )  # fmt: skip
+        stopping = SegmentStopping(
+            self.policy.tokenizer, self.end_tokens, settings, length=length,
+            unsure=settings.entropy_threshold if accepts else None,
+        )  # fmt: skip
+        reader = make_segment_reader(
+            self.policy, self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree,
+            requests=requests,
+        )  # fmt: skip
+        policy = self._policy_runner(longest + (n + 1) * (length + 1))
+        return decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
+
+    @property
+    def _reward(self) -> Scorer | TextScorer:
+        """The scorer, as one that reads whole texts (checked when policy and scorer were joined)."""
+        return cast(Scorer | TextScorer, self.scorer)
+
+    def rule(self, settings: DecodingSettings, trace: bool) -> TokenRule:
+        """How a token is drawn: with several scorers, their sum is weighted before the rule sees it."""
+        betas = betas_of(settings)
+        return TokenRule(
+            beta=1.0 if len(self.used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
+            temperature=settings.temperature, greedy=self.method.rule == "greedy", trace=trace, clip=self.method.clip,
+            of_sum=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
+        )  # fmt: skip
+
+    def _policy_runner(self, longest: int) -> Runner:
+        return make_runner(self.policy.model, policy_logits, longest + 1, tree=self.token_tree)
+
+
+@contextmanager
+def naming_prompt(index: int, total: int) -> Iterator[None]:
+    """A refusal inside says which of several prompts it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"prompt {index + 1} of {total}: {error}" if total > 1 else str(error)) from error
