@@ -54,3 +54,15 @@ class StoppedError(RgtgError):
     """The work was stopped on request and can be resumed."""
 
     exit_code = 75
+
+
+class BusyError(RgtgError, BlockingIOError):
+    """The server's queue is full; the same request may succeed a little later."""
+
+
+class NotServingError(RgtgError, ConnectionError):
+    """The server is still loading its models, or takes in nothing more since it is about to stop."""
+
+
+class DeadlineError(RgtgError, TimeoutError):
+    """A request was not finished in its time."""

@@ -10,7 +10,7 @@ from rgtg.decoding.loading import Source, load_models
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.requests import row_seeds, settled, to_completion
 from rgtg.errors import UsageError
-from rgtg.models.encoding import decode_completion, encode_prompt, render_chat
+from rgtg.models.encoding import decode_completion, encode_source
 from rgtg.models.policy import Policy
 from rgtg.types import Completion
 
@@ -108,14 +108,14 @@ class GuidedPolicy(Decoder):
         ids, texts = [], []
         for index, prompt in enumerate(many):
             with naming_prompt(index, len(many)):
-                text, prompt_ids = self.encode(prompt)
+                text, prompt_ids = encode_source(self.policy.tokenizer, prompt)
             ids.append(prompt_ids)
             texts.append(text)
         return self._generate(ids, texts, many, seed, trace, batch_size, settings)
 
     def row_seeds(self, prompts: Sequence[Prompt], seed: int) -> list[int]:
         """The seeds that ``generate(prompts, seed=seed)`` gives its rows, for callers who feed the prompts in parts."""
-        return row_seeds(seed, [self.encode(prompt)[1] for prompt in prompts])
+        return row_seeds(seed, [encode_source(self.policy.tokenizer, prompt)[1] for prompt in prompts])
 
     def generate_ids(
         self,
@@ -156,7 +156,7 @@ class GuidedPolicy(Decoder):
         ``generate``.
         """
         resolved = self.resolve(settings, complete=True)
-        text, ids = self.encode(prompt)
+        text, ids = encode_source(self.policy.tokenizer, prompt)
         (request,) = self.requests([ids], [text], [prompt], seed, resolved)
         shown = ""
         steps = self.steps([request], resolved, trace=False)
@@ -168,14 +168,6 @@ class GuidedPolicy(Decoder):
                     yield safe[len(shown) :]
                     shown = safe
         yield request.text[len(shown) :]
-
-    def encode(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """Text of a prompt, chat messages rendered, and its token ids."""
-        tokenizer = self.policy.tokenizer
-        if isinstance(prompt, str):
-            return prompt, encode_prompt(tokenizer, prompt)
-        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
-        return text, encode_prompt(tokenizer, text, templated=True)
 
 
 def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:

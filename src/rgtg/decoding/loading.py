@@ -80,7 +80,12 @@ def load_for_method(source: Source, policy: Policy, method: str, dtype: Any, dev
         kind = "autoregressive"
     placed = {"dtype": dtype, "device": device or policy.model.device} if isinstance(source, str) else {}
     scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)
-    if pack and isinstance(source, str) and isinstance(scorer, PrefixScorer | VocabularyScorer):
+    return packed_beside(scorer) if pack and isinstance(source, str) else scorer
+
+
+def packed_beside(scorer: AnyScorer) -> AnyScorer:
+    """A scorer with its weights laid out for a CPU, where it is a model of its own and not part of the policy."""
+    if isinstance(scorer, PrefixScorer | VocabularyScorer):
         scorer.model = pack_linears(scorer.model)
     return scorer
 

@@ -99,6 +99,19 @@ def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> li
     return ids
 
 
+def encode_source(tokenizer: Any, source: str | Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
+    """Text of a prompt, chat messages through the tokenizer's template, and its token ids.
+
+    Raises:
+        DataError: an empty prompt.
+        UsageError: chat messages, and a tokenizer without a chat template.
+    """
+    if isinstance(source, str):
+        return source, encode_prompt(tokenizer, source)
+    text = render_chat(tokenizer, source, add_generation_prompt=True)
+    return text, encode_prompt(tokenizer, text, templated=True)
+
+
 def encode_completion(
     tokenizer: Any,
     prompt: str,
