@@ -1,12 +1,13 @@
 """The study's golds, splits, tables and resumption do what their descriptions say; no models but tiny ones."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.study import again, figures_of, golds, human_data, rows, tables, worlds
+from benchmarks.study import again, figures_of, golds, human_data, rows, scorers, tables, worlds
 from benchmarks.study.__main__ import best_value
 from benchmarks.study.measure import measured, settings_of
 
@@ -135,13 +136,57 @@ def test_the_best_try_on_tuning_prompts_is_used(world: worlds.World, monkeypatch
     means = {1.0: 0.1, 2.0: 0.5, 4.0: 0.4, 8.0: 9.0}  # the last is 40 nats away: too far
     asked = []
 
-    def fake(world: Any, row: Any, value: float, split: str, models: Any) -> dict[str, list[float]]:
+    def fake(world: Any, row: Any, value: float | None, split: str, models: Any) -> dict[str, list[float]]:
         asked.append(split)
+        if value is None:  # the policy, cut to ten candidates
+            return {"rewards": [0.0], "kl": [5.0]}
         return {"rewards": [means[value]], "kl": [5.0 * value]}
 
     monkeypatch.setattr("benchmarks.study.__main__.measured", fake)
     assert best_value(world, rows.BY_NAME["pargs"], None) == 2.0
-    assert asked == ["tune"] * 4
+    assert asked == ["tune"] * 5
+
+
+def test_the_bound_is_counted_from_the_cut_policy() -> None:
+    tries = {1.0: {"rewards": [1.0], "kl": [30.0]}, 2.0: {"rewards": [2.0], "kl": [38.0]}}
+    pargs = rows.BY_NAME["pargs"]
+    assert rows.chosen(pargs, tries, {"kl": [24.0]}) == 2.0
+    assert rows.chosen(pargs, tries, {"kl": [5.0]}) == 1.0, "none is near: the nearest"
+
+
+def test_openings_are_drawn_until_there_are_enough_and_are_distinct(policy_folder: Path) -> None:
+    found = [row["prompt"] for row in worlds.story_prompts(str(policy_folder), 12)]
+    assert len(set(found)) == 12
+
+
+def test_too_few_pairs_fail_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "without_eos", lambda source, folder: source)
+    monkeypatch.setattr(worlds, "sample_twice", lambda policy, prompts, tokens: [{"prompt": p} for p in prompts[:3]])
+    monkeypatch.setattr(worlds, "story_prompts", lambda policy, count: [{"prompt": str(i)} for i in range(count)])
+    args = argparse.Namespace(policy="p", work=tmp_path, pairs=4, tune=1, test=1, tokens=4, batch=8)
+    with pytest.raises(ValueError, match="seed 2 has 3 pairs of 4"):
+        worlds.stories(args, "lexicon", 2)
+
+
+def test_labels_of_cumulative_mse_span_all_rewards_it_sees(
+    world: worlds.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "a", "text": "b", "reward": r} for r in (-2.0, 0.5, 3.0)]
+    worlds.write_rows(world.folder / "rollouts.jsonl", rows)
+    asked = []
+
+    def fake(settings: Any) -> Any:
+        asked.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(scorers, "train_scorer", fake)
+    with pytest.raises(InterruptedError):
+        scorers.train(world, "cumulative-mse")
+    assert asked[0].cumulative_mse.reward_range == (-2.0, 3.0)
+
+
+def test_integral_numbers_are_written_without_their_point() -> None:
+    assert json.dumps(tables.whole({"a": [1.0, 2.5, True, None, "1.0"]})) == '{"a": [1, 2.5, true, null, "1.0"]}'
 
 
 def test_tables_compare_rows_at_their_tuned_values() -> None:
@@ -153,7 +198,7 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
         }  # fmt: skip
 
     cell = {"gold": "g", "seed": 0, "rows": [
-        part("policy", None, "test", 0.0, 4.0),
+        part("policy", None, "test", 0.0, 4.0), part("policy", None, "tune", 0.0, 4.0),
         part("pargs", 1.0, "tune", 1.0, 6.0), part("pargs", 2.0, "tune", 3.0, 9.0),
         part("pargs", 2.0, "test", 2.0, 8.0),
     ]}  # fmt: skip

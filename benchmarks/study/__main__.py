@@ -37,7 +37,8 @@ def best_value(world, row, models):
     """The value of the knob that `chosen` takes from its tries on the tuning prompts."""
     if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
         return row.grid[-1]  # more samples are not tuned, they are paid for
-    return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid})
+    cut = measured(world, BY_NAME["policy"], None, "tune", models)
+    return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid}, cut)
 
 
 def run_cell(world, names, passes, models):

@@ -43,6 +43,20 @@ def new_model(args):
     )  # fmt: skip
 
 
+def new_optimizers(model, args):
+    """Muon for the layers' matrices, which learn from fewer tokens with it, and AdamW for embeddings and norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.matrix_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["highest"] = group["lr"]
+    return optimizers
+
+
 def train(args):
     """Train for a number of minutes: the rate falls with the time that is left, so the end is always a finished run."""
     parts = all_pairs(args.data)
@@ -53,20 +67,22 @@ def train(args):
     blocks = torch.tensor(ids[: len(ids) // args.context * args.context]).view(-1, args.context)
     print(f"{len(ids)} tokens", flush=True)
     model = new_model(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = new_optimizers(model, args)
     generator = torch.Generator().manual_seed(args.seed)
     order, start, step, losses = torch.randperm(len(blocks), generator=generator), time.time(), 0, []
     while (spent := (time.time() - start) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
+        share = min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["highest"] * share
         rows = order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]
         batch = blocks[rows]
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch, labels=batch).loss
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
@@ -88,6 +104,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--matrix-rate", type=float, default=0.02)
     for name, value in {"seed": 0, "layers": 4, "width": 192, "vocab": 4096, "context": 256, "batch": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

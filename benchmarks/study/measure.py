@@ -3,12 +3,14 @@
 import json
 import time
 import warnings
+from functools import cache
 
 import torch
 
 from rgtg import GuidedPolicy
 from rgtg.decoding.methods import find_method
 from rgtg.evaluation.metrics import distinct_n
+from rgtg.evaluation.provenance import provenance
 from rgtg.models.encoding import encode_prompt
 from rgtg.models.policy import load_policy
 from rgtg.models.prefix_scorer import PrefixScorer, pad_right
@@ -72,7 +74,8 @@ def measure(world, row, value, prompts, models):
     original = original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
     bytes_of = models.bytes_of(world, row)
     return {
-        "format": FORMAT, "row": row.name, "key": key_of(row, value), "value": value, "settings": settings,
+        "format": FORMAT, "commit": commit(), "row": row.name, "key": key_of(row, value), "value": value,
+        "settings": settings,
         "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
         "kl": rounded([c.guided_log_prob - p + c.selection_nats for c, p in zip(done, original, strict=True)]),
         "kl_cut": None if row.tuned else rounded(
@@ -84,6 +87,12 @@ def measure(world, row, value, prompts, models):
         "policy_bytes": bytes_of[0], "scorer_bytes": bytes_of[1], "seconds": round(seconds, 2),
         "samples": [{"prompt": c.prompt, "text": c.text} for c in done[:2]],
     }  # fmt: skip
+
+
+@cache
+def commit():
+    """Of the checkout that measures, when the process began."""
+    return provenance(command="", settings={}, seed=None, models={}, data={}).git_commit
 
 
 def rounded(values):

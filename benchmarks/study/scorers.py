@@ -17,7 +17,8 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer
 from rgtg.training.run import train_scorer
 
-from .worlds import once
+from .rows import FINE
+from .worlds import once, read_rows
 
 # The same epochs for every scorer of one kind; written down before the first run.
 SEPARATE = {
@@ -41,8 +42,7 @@ SCORERS = {
 }
 TUNED = {
     "sft": ("sft", {}),
-    **{f"dpo β={b}": ("dpo", {"beta": b}) for b in (0.05, 0.3)},
-    **{f"rloo β={b}": ("rloo", {"beta": b}) for b in (0.05,)},
+    **{f"{kind} β={b}": (kind, {"beta": b}) for kind, betas in FINE.items() for b in betas},
 }
 TUNED_TRACK = {
     "stories": {},
@@ -68,6 +68,9 @@ def train(world, name):
         "train": ({} if own else SEPARATE[world.track]) | recipe.pop("train", {}),
     }  # fmt: skip
     source = {"rollouts": str(rollouts(world))} if recipe.pop("rollouts", False) else {"pairs": str(pairs_file(world))}
+    if recipe["objective"] == "cumulative-mse":  # its labels are in [0, 1]: the lowest and the highest reward it sees
+        rewards = [row["reward"] for row in read_rows(rollouts(world))]
+        recipe["cumulative_mse"] = {"reward_range": (min(rewards), max(rewards))}
     start = time.perf_counter()
     report = train_scorer(validate(TrainSettings, values | source | recipe))
     facts = report.model_dump(mode="json", exclude={"output", "base", "choices"})

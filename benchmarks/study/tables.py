@@ -57,7 +57,7 @@ def arrays(cells, gold):
             if len(row.grid) == 1 or row.group == "best-of-n":
                 tuned.setdefault(name, {})[cell["seed"]] = row.grid[-1]
             elif name in scores:
-                tuned.setdefault(name, {})[cell["seed"]] = chosen(row, scores[name])
+                tuned.setdefault(name, {})[cell["seed"]] = chosen(row, scores[name], scores["policy"][None])
     return parts, tuned
 
 
@@ -183,6 +183,19 @@ def slim(part, private):
     return part
 
 
+def whole(value):
+    """The same numbers, integral ones without their ".0": a third of a file of counts.
+
+    >>> whole({"a": [1.0, 0.5, "1.0"]})
+    {'a': [1, 0.5, '1.0']}
+    """
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def write(work, track, output):
     """study-TRACK.json, .png and the tables on stdout."""
     folders = sorted(p for p in (work / track).iterdir() if (p / "rows" / "test").is_dir())
@@ -215,7 +228,8 @@ def write(work, track, output):
         record["policy"] = json.loads((work / "human-policy" / "facts.json").read_text())
         record["judge"] = json.loads((work / "human" / "judge" / "train.json").read_text())
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / f"study-{track}.json", json.dumps(record, separators=(",", ":"), default=str) + "\n")
+    text = json.dumps(whole(json.loads(json.dumps(record, default=str))), separators=(",", ":"))
+    write_text(output / f"study-{track}.json", text + "\n")
     plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group != "options"])
     print("\n".join(markdown(gold, lines, targets) for gold, lines in tables.items()))
     return 0

@@ -17,6 +17,7 @@ from rgtg.outputs import write_text
 
 from .golds import GOLDS
 
+MOST_DRAWS = 10  # of as many openings as are needed
 JUDGED = 1500  # pairs of the judge; training time, not data, was what there was too little of
 
 
@@ -55,12 +56,16 @@ def once(path, make):
 
 
 def story_prompts(policy, count):
-    """Distinct openings of stories: a fixed start continued by eight sampled tokens."""
+    """Distinct openings of stories: a fixed start continued by eight sampled tokens, drawn until there are enough."""
     guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
-    starts = [OPENINGS[i % len(OPENINGS)] for i in range(int(1.5 * count))]
-    done = guided.generate(starts, max_new_tokens=8, seed=0, batch_size=500)
-    texts = [c.prompt + c.text.rstrip() for c in done if c.finish_reason == "length"]
-    return [{"prompt": text} for text in list(dict.fromkeys(texts))[:count]]
+    starts = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    found = {}  # in order
+    for draw in range(MOST_DRAWS):
+        done = guided.generate(starts, max_new_tokens=8, seed=draw, batch_size=500)
+        found |= dict.fromkeys(c.prompt + c.text.rstrip() for c in done if c.finish_reason == "length")
+        if len(found) >= count:
+            return [{"prompt": text} for text in list(found)[:count]]
+    raise ValueError(f"{count} distinct openings are needed, {MOST_DRAWS} draws gave {len(found)}; ask for fewer pairs")
 
 
 def sample_twice(policy, prompts, tokens):
@@ -108,6 +113,8 @@ def stories(args, gold_name, seed):
     tune, test = prompts[: args.tune], prompts[args.tune : args.tune + args.test]
     mine = prompts[args.tune + args.test :][seed * size : (seed + 1) * size]
     rows = once(work / f"samples-s{seed}.jsonl", lambda: sample_twice(policy, mine, args.tokens))
+    if len(rows) < args.pairs:  # every seed pays the same
+        raise ValueError(f"seed {seed} has {len(rows)} pairs of {args.pairs}: there are three slices, seeds 0 to 2")
     reward = GOLDS[gold_name]
     folder = work / f"{gold_name}-s{seed}"
     pairs = label(rows, reward, seed)[: args.pairs]
