@@ -23,6 +23,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import hub_server
 from rgtg.cli.main import app
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -101,6 +102,27 @@ def scorer_folder(tmp_path):
     tiny_reward_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in of the hub that huggingface_hub talks to, with a token that may write and a cache of its own."""
+    from huggingface_hub import constants
+
+    from rgtg.models.hub import forget_snapshots
+
+    with hub_server.serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)
+        forget_snapshots()
+        yield served
+    forget_snapshots()
 
 
 @pytest.fixture

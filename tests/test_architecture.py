@@ -19,7 +19,7 @@ LAYERS = {
     "rgtg.theory": 2, "rgtg.models": 2, "rgtg.data": 2, "rgtg.data_sources": 2, "rgtg.data_formats": 2,
     "rgtg.data_completions": 2, "rgtg.data_rollouts": 2,
     "rgtg.training": 3, "rgtg.decoding": 3,
-    "rgtg.evaluation": 4, "rgtg.serving": 4, "rgtg.integrations": 4, "rgtg.demo": 4,
+    "rgtg.evaluation": 4, "rgtg.serving": 4, "rgtg.integrations": 4, "rgtg.demo": 4, "rgtg.publishing": 4,
     "rgtg.report": 5, "rgtg.cli": 5,
 }  # fmt: skip
 MODULES = {

@@ -245,7 +245,7 @@ def test_damaged_and_unfit_folders(head_folder, policy_folder, scorer_folder, tm
     policy = load_policy(str(policy_folder))
     with pytest.raises(UsageError, match="a head on its policy's own states"):
         PrefixScorer.from_pretrained(str(head_folder))
-    with pytest.raises(ModelNotFoundError, match="no head folder"):
+    with pytest.raises(ModelNotFoundError, match="no model folder"):
         OwnStateScorer.from_pretrained(str(tmp_path / "absent"))
     with pytest.raises(UsageError, match="no head on a policy's own states"):
         OwnStateScorer.from_pretrained(str(scorer_folder))

@@ -2,7 +2,22 @@
 
 import typer
 
-from rgtg.cli import audit, compare, data, demo, doctor, generate, judge, methods, report, score, sweep, theory, train
+from rgtg.cli import (
+    audit,
+    compare,
+    data,
+    demo,
+    doctor,
+    generate,
+    judge,
+    methods,
+    push,
+    report,
+    score,
+    sweep,
+    theory,
+    train,
+)
 
 app = typer.Typer(
     name="rgtg",
@@ -14,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
-for _module in (train, audit, generate, score, compare, judge, report, methods, sweep, theory, demo, doctor):
+for _module in (train, audit, generate, score, compare, judge, report, push, methods, sweep, theory, demo, doctor):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
 

@@ -28,7 +28,7 @@ def provenance(
         version=rgtg.__version__,
         git_commit=_git_commit(),
         command=command,
-        settings={key: _without_folder(value) for key, value in settings.items()},
+        settings=without_folders(settings),
         seed=seed,
         dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else None,
         device=weight.device.type if weight is not None else None,
@@ -37,11 +37,12 @@ def provenance(
     )
 
 
-def _without_folder(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
+    """A setting, or settings in lists and mappings, with absolute and dotted paths cut to their last part."""
     if isinstance(value, dict):
-        return {key: _without_folder(item) for key, item in value.items()}
+        return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_folder(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~", "."))):
         return Path(value).name or value
     return value

@@ -8,12 +8,13 @@ import torch
 
 from rgtg.errors import MissingExtraError, ModelNotFoundError
 from rgtg.models.encoding import ensure_pad_token
+from rgtg.models.hub import local_folder, named
 from rgtg.models.policy import load_pretrained
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a folder holds a LoRA adapter (and its base model is elsewhere)."""
-    return (Path(source) / "adapter_config.json").is_file()
+    """Whether a folder or hub repository holds a LoRA adapter (and its base model is elsewhere)."""
+    return (Path(local_folder(source)) / "adapter_config.json").is_file()
 
 
 def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, **kwargs: Any) -> Any:
@@ -21,7 +22,7 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
 
     Args:
         auto_class: of transformers, for the base model.
-        source: the adapter's folder.
+        source: the adapter's folder or hub id.
         role: what the model is to the caller, for errors.
         tokenizer: gets a padding token, and the base a row for it, where the adapter was trained so.
         kwargs: of ``from_pretrained``.
@@ -34,8 +35,10 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
-    config = PeftConfig.from_pretrained(source)
+    folder = local_folder(source)
+    config = PeftConfig.from_pretrained(folder)
     base = config.base_model_name_or_path
+    base = base if Path(base).exists() else named(base, config.revision)
     try:
         model = load_pretrained(auto_class, base, f"{role}'s base", use_safetensors=True, **kwargs)
     except ModelNotFoundError as error:
@@ -50,7 +53,7 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing a user could act on
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, source, use_safetensors=True).merge_and_unload()
+        return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
 
 
 def output_name(model: Any) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from rgtg.config.training import Objective as Objective
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
+from rgtg.models.hub import holds_only_pickles, local_folder
 from rgtg.types import FORMAT_VERSION, Record
 
 INFO_FILE = "rgtg.json"
@@ -50,8 +51,8 @@ class ScorerInfo(Record):
 
 
 def read_info(folder: str | Path) -> ScorerInfo | None:
-    """Contents of a folder's rgtg.json, or None where there is none (a stock reward model)."""
-    path = Path(folder) / INFO_FILE
+    """Contents of the rgtg.json of a folder or hub repository, or None where there is none (a stock reward model)."""
+    path = Path(local_folder(str(folder))) / INFO_FILE
     if not path.is_file():
         return None
     try:
@@ -68,21 +69,16 @@ def write_info(folder: str | Path, info: ScorerInfo) -> None:
     partial.replace(path)
 
 
-def require_safe_weights(source: str) -> None:
-    """Refuse a local folder that does not exist, or holds only pickled weights.
+def require_safe_weights(source: str) -> str:
+    """The local folder of a model; one that does not exist, or holds only pickled weights, is refused.
 
     Raises:
-        ModelNotFoundError: no such folder, or not a model folder.
+        ModelNotFoundError: no such folder or repository, or no model in it.
         UsageError: weights in a pickle format, which can run code on loading.
     """
-    path = Path(source)
-    if not path.is_dir():
-        if path.is_file():
-            raise ModelNotFoundError(f"{source} is a file; expected a model folder or a hub id")
-        looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-        if looks_local:
-            raise ModelNotFoundError(f"no model folder {source}; expected a folder with config.json, or a hub id")
-        return
+    path = Path(local_folder(source))
+    if path.is_file():
+        raise ModelNotFoundError(f"{source} is a file; expected a model folder or a hub id")
     if (path / HEAD_FILE).is_file():
         if not (path / INFO_FILE).is_file():
             raise UsageError(f"{source} has no {INFO_FILE}: saving the head was interrupted; train it again")
@@ -92,10 +88,11 @@ def require_safe_weights(source: str) -> None:
         )
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelNotFoundError(f"{source} has no config.json; expected a folder saved by save_pretrained")
-    if not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt"))):
+    if not any(path.glob("*.safetensors")) and holds_only_pickles(source):
         raise UsageError(
             f"{source} holds pickled weights only, which can run code when loaded; convert them to safetensors"
         )
+    return str(path)
 
 
 def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:

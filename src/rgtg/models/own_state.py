@@ -15,6 +15,7 @@ from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
 from rgtg.models.heads import VocabularyHead as VocabularyHead
+from rgtg.models.hub import local_folder
 from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 
@@ -63,7 +64,7 @@ class OwnStateScorer(ReadsCompletions):
             DataError: files that are damaged.
         """
         info = _require_head(folder)
-        head = load_head(Path(folder), info)
+        head = load_head(Path(local_folder(folder)), info)
         if policy is None:
             policy = _load_own_policy(folder, info, dtype, device)
         else:
@@ -211,10 +212,8 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
 
 
 def _require_head(folder: str) -> ScorerInfo:
-    if not Path(folder).is_dir():
-        raise ModelNotFoundError(f"no head folder {folder}; expected one made by rgtg train --trunk own")
     info = read_info(folder)
-    if info is None and (Path(folder) / HEAD_FILE).exists():
+    if info is None and (Path(local_folder(folder)) / HEAD_FILE).exists():
         raise UsageError(f"{folder} has no rgtg.json: saving it was interrupted; train the head again")
     if info is None or info.trunk != "own":
         raise UsageError(f"{folder} holds no head on a policy's own states; make one with rgtg train --trunk own")

@@ -7,6 +7,7 @@ import torch
 
 from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.checkpoint import require_safe_weights
+from rgtg.models.hub import EXPECTED, named
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -73,15 +74,16 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
     Raises:
         ModelNotFoundError: the folder or hub id cannot be loaded.
     """
-    require_safe_weights(source)
+    folder = require_safe_weights(source)
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+        found = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(
-            f"cannot load the {role} {source!r}: {first}. Expected a folder saved by save_pretrained, with "
-            "safetensors weights and a tokenizer, or a hub id that can be reached."
-        ) from error
+        raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first}. {EXPECTED}") from error
+    if folder != source:  # what is made from the model names the repository, not a cache
+        model = found[0] if isinstance(found, tuple) else found
+        model.name_or_path = source
+    return found
 
 
 def load_tokenizer(source: str, role: str) -> Any:
@@ -94,25 +96,28 @@ def load_tokenizer(source: str, role: str) -> Any:
 def load_policy(
     source: "str | Policy | tuple[Any, Any]",
     *,
+    revision: str | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
 ) -> Policy:
     """Load a frozen policy from a folder or hub id, or wrap a (model, tokenizer) pair that is already loaded.
 
-    A loaded model stays where it is and as it is: ``dtype`` and ``device`` must then be None.
+    A loaded model stays where it is and as it is: ``dtype``, ``device`` and ``revision`` must then be None. A
+    ``revision`` is a branch, tag or commit of a hub repository; ``owner/name@revision`` says the same.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: ``dtype`` or ``device`` given for a loaded model.
+        UsageError: ``dtype``, ``device`` or ``revision`` given for a loaded model, or a revision of a folder.
     """
     if not isinstance(source, str):
-        if dtype is not None or device is not None:
-            raise UsageError("dtype and device apply to a policy loaded by name; move a loaded model yourself")
+        if dtype is not None or device is not None or revision is not None:
+            raise UsageError("dtype, device and revision are of a policy loaded by name; move a loaded model yourself")
         policy = source if isinstance(source, Policy) else Policy(*source)
         policy.model.eval()
         return policy
     from transformers import AutoModelForCausalLM
 
+    source = named(source, revision)
     model = load_pretrained(AutoModelForCausalLM, source, "policy", dtype=resolve_dtype(dtype), use_safetensors=True)
     model.to(resolve_device(device)).eval().requires_grad_(False)
     return Policy(model, load_tokenizer(source, "policy"))

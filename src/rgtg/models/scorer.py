@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.hub import named
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
@@ -60,6 +61,7 @@ def load_scorer(
     source: "str | ReadableScorer | tuple[Any, Any]",
     *,
     kind: Literal["autoregressive"] | None = None,
+    revision: str | None = None,
     policy: Policy | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
@@ -71,6 +73,7 @@ def load_scorer(
         source: folder or hub id, a loaded scorer (returned as it is), or a loaded (reward model, tokenizer) pair.
         kind: ``autoregressive`` reads a language model (folder, hub id or loaded pair) by its log-probabilities, as
             GenARM reads any, for example one that DPO has tuned; a folder that rgtg trained so needs no kind.
+        revision: branch, tag or commit of a hub repository; ``owner/name@revision`` says the same.
         policy: the loaded policy; a head on its states shares it, other scorers do not need it.
         dtype: of weights that are loaded.
         device: for weights that are loaded.
@@ -78,8 +81,13 @@ def load_scorer(
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: a head made for another policy, a model that is no scorer, or a scorer that is not of ``kind``.
+        UsageError: a head made for another policy, a model that is no scorer, a scorer that is not of ``kind``, or a
+            revision of what is no hub repository.
     """
+    if revision is not None:
+        if not isinstance(source, str):
+            raise UsageError("revision applies to a scorer loaded by its hub id")
+        source = named(source, revision)
     if kind is not None:
         return _as_autoregressive(source, kind, dtype, device)
     if isinstance(source, VocabularyScorer):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import DataError, UsageError
 from rgtg.models.checkpoint import ScorerInfo, read_info
+from rgtg.models.hub import local_folder
 from rgtg.models.own_state import require_same_policy
 from rgtg.models.packed import can_pack, group_linears, groups_of, structural_copy
 from rgtg.models.policy import Policy
@@ -75,7 +76,7 @@ def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]
         UsageError: an adapter that is more than a plain LoRA.
         DataError: files that are missing or damaged.
     """
-    path = Path(folder)
+    path = Path(local_folder(folder))
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(path / ADAPTER_FILE, framework="pt") as file:

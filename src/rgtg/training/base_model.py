@@ -133,10 +133,11 @@ def require_padding(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
 
 
-def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False) -> Any:
+def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False, revision: str | None = None) -> Any:
     """Configuration for peft of a scorer: LoRA on the trunk, the reward head trained in full.
 
     A language model keeps its output layer as it is; with ``own_output`` (`untie_output`) it is trained in full.
+    ``revision`` is of the base's hub repository.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -151,7 +152,7 @@ def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False)
     what: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     if scalar_head(model) is None:
         what = {"task_type": "CAUSAL_LM", "modules_to_save": [output_name(model)] if own_output else None}
-    return LoraConfig(**what, fan_in_fan_out=stored_transposed, **settings.model_dump())
+    return LoraConfig(**what, fan_in_fan_out=stored_transposed, revision=revision, **settings.model_dump())
 
 
 def _require_one_label(source: str) -> None:

@@ -53,15 +53,15 @@ rgtg {version}: {reads}. It means nothing to any other model."""
 
 _USE = """```python
 import rgtg
-scorer = rgtg.PrefixScorer.from_pretrained("{folder}")
+scorer = rgtg.load_scorer("{folder}")
 scorer.score(["a prompt"], ["a completion"])
 ```
 
 """
 
 _HEAD_USE = """```python
-from rgtg.models.scorer import load_scorer
-scorer = load_scorer("{folder}")  # loads its policy too; policy=... shares one that is loaded
+import rgtg
+scorer = rgtg.load_scorer("{folder}")  # loads its policy too; policy=... shares one that is loaded
 scorer.score(["a prompt"], ["a completion"])
 ```"""
 
@@ -81,8 +81,8 @@ model = AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_l
 ```"""
 
 _NEXT_TOKENS = """```python
-from rgtg.models.scorer import load_scorer
-scorer = load_scorer("{folder}")
+import rgtg
+scorer = rgtg.load_scorer("{folder}")
 scorer.score(["a prompt"], ["a completion"])
 ```
 

@@ -14,6 +14,7 @@ from rgtg.config import LoraSettings, TrainSettings
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.encoding import tokenizer_hash
+from rgtg.models.hub import lasting_name
 from rgtg.models.policy import load_policy
 from rgtg.outputs import make_folder
 from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
@@ -168,8 +169,9 @@ def _info(settings: TrainSettings, model: Any, tokenizer: Any, fingerprint: str,
 def _trainer(
     settings: TrainSettings, config: Any, model: Any, tokenizer: Any, data: TrainData, trust: Trust, show: bool
 ) -> Any:
-    if settings.lora is not None and Path(settings.base).is_dir():
-        model.name_or_path = str(Path(settings.base).resolve())  # the adapter must find its base from any folder
+    revision = None
+    if settings.lora is not None:  # the adapter must find its base from any folder
+        model.name_or_path, revision = lasting_name(settings.base)
     train = pairs_dataset(data.train, trust.pairs) if data.kind == "pairs" else rollouts_dataset(data.train)
     make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
     scaled = _output_scale(settings) != 1
@@ -180,7 +182,7 @@ def _trainer(
         train_dataset=train,
         eval_dataset=make(data.held_out) if data.held_out else None,
         processing_class=tokenizer,
-        peft_config=lora_config(model, settings.lora, own_output=scaled) if settings.lora is not None else None,
+        peft_config=lora_config(model, settings.lora, own_output=scaled, revision=revision) if settings.lora else None,
         callbacks=[TrainLog(settings.output / LOG_FILE, show=show), DropPickledArguments()],
     )
     keep_quiet(trainer)
