@@ -23,7 +23,7 @@ class Row:
         return self.scorer if isinstance(self.scorer, tuple) else (self.scorer,) if self.scorer else ()
 
 
-FINE = {"dpo": (0.02, 0.05, 0.1, 0.3), "rloo": (0.05, 0.1, 0.2, 0.4)}  # TRL's KL coefficients
+FINE = {"dpo": (0.05, 0.1), "rloo": (0.1, 0.2)}  # TRL's KL coefficients: two tries, since each is a training
 # Four tries each, around 2 to 20 nats of guidance: a first run, whose parts are not used, showed where that is.
 BETAS = (1.0, 2.0, 4.0, 8.0)
 SMALL = (0.25, 0.5, 1.0, 2.0)  # scores that are log-probabilities are large
