@@ -34,7 +34,8 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
     def look_up(self) -> None:
         """Point at this layer's buffers, after the cache has made or replaced them."""
         if self.is_initialized:
-            self.keys, self.values = (self.cache.pools[pool][slot] for pool, slot in self.slots)
+            rows = len(self.cache.lengths)
+            self.keys, self.values = (self.cache.pools[pool][slot][:rows] for pool, slot in self.slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the pass's keys and values behind each row's kept columns; return views of all columns in use."""
@@ -66,7 +67,8 @@ class TreeCache(Cache):  # type: ignore[misc]
 
     ``lengths[b]`` columns of row b are kept. Rows may differ in length (prompts of several lengths, drafts of which
     more or fewer tokens were accepted); where they do not, a pass writes one slice. Buffers of one shape stand in one
-    tensor (2·layers, B, heads, capacity, dim), so that keeping a path is one copy, not one per layer.
+    tensor (2·layers, R, heads, capacity, dim), R ≥ B, so that keeping a path is one copy, not one per layer. Rows that
+    leave make place for those that join.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
@@ -94,7 +96,8 @@ class TreeCache(Cache):  # type: ignore[misc]
 
     def start(self, rows: int) -> None:
         """Begin anew with so many empty rows."""
-        self.lengths = [0] * rows
+        self._make_rows(rows)
+        self._set_lengths([0] * rows)
 
     def allocate(self, like: Tensor) -> tuple[int, int]:
         """Pool and place in it of one new buffer (B, heads, capacity, dim); one pool holds all layers of a shape."""
@@ -159,7 +162,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         for step, node in enumerate(nodes):
             if source + node != target + step:
                 for pool in self.pools:
-                    pool[:, :, :, target + step] = pool[:, :, :, source + node]
+                    pool[:, :1, :, target + step] = pool[:, :1, :, source + node]
 
     def grow(self, columns: int) -> None:
         """Make room for so many columns; what is kept is copied."""
@@ -168,18 +171,74 @@ class TreeCache(Cache):  # type: ignore[misc]
             larger = pool.new_zeros((*pool.shape[:3], self.capacity, pool.shape[-1]))
             larger[:, :, :, : pool.shape[3]] = pool
             self.pools[i] = larger
-        self._where = None
-        for layer in self.layers:
-            layer.look_up()
+        self._set_lengths(self.lengths)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows of the batch."""
-        length = self.longest
+        """Keep only (or repeat) these rows of the batch; a row that keeps its place is not copied."""
+        chosen: list[int] = rows.tolist()
+        self._make_rows(len(chosen))
+        moved = [(to, source) for to, source in enumerate(chosen) if to != source]
+        if moved:
+            to, source = torch.tensor(moved).T
+            for pool in self.pools:
+                pool[:, to, :, : self.longest] = pool[:, source, :, : self.longest]
+        self._set_lengths([self.lengths[i] for i in chosen])
+
+    def join(self, other: "TreeCache") -> None:
+        """Append copies of another cache's rows; both are of one model, and an empty cache takes that one's shapes."""
+        rows, more = len(self.lengths), len(other.lengths)
+        if not self.pools:
+            self._take_shapes(other)
+        self._make_rows(rows + more)
+        if other.longest > self.capacity:
+            self.grow(other.longest)
+        for pool, theirs in zip(self.pools, other.pools, strict=True):
+            pool[:, rows : rows + more, :, : other.longest] = theirs[:, :more, :, : other.longest]
+        self._set_lengths([*self.lengths, *other.lengths])
+
+    def take_first(self, other: "TreeCache", columns: int) -> None:
+        """Begin with copies of the first columns of each row of another cache of the same model."""
+        self.pools = []
+        self._take_shapes(other)
+        self._make_rows(len(other.lengths))
+        for pool, theirs in zip(self.pools, other.pools, strict=True):
+            pool[:, :, :, :columns] = theirs[:, : len(other.lengths), :, :columns]
+        self._set_lengths([columns] * len(other.lengths))
+
+    def copy_of(self, rows: Sequence[int]) -> "TreeCache":
+        """What is kept of some rows, which are equally long, in a cache of their own without room for more."""
+        length = self.lengths[rows[0]]
+        copied = TreeCache(len(self.layers), length)
+        copied._used, copied.lengths = list(self._used), [length] * len(rows)
+        copied.pools = [pool[:, list(rows), :, :length] for pool in self.pools]
+        for mine, theirs in zip(copied.layers, self.layers, strict=True):
+            mine.slots, mine.is_initialized = theirs.slots, theirs.is_initialized
+            mine.look_up()
+        return copied
+
+    def wipe_spare(self) -> None:
+        """Zero the places of rows that have left: a NaN there would reach whoever joins next."""
+        for pool in self.pools:
+            pool[:, len(self.lengths) :] = 0
+
+    def _take_shapes(self, other: "TreeCache") -> None:
+        """Pools like another cache's, without rows, and the layers' places in them."""
+        for theirs in other.pools:
+            self.pools.append(theirs.new_zeros((theirs.shape[0], 0, theirs.shape[2], self.capacity, theirs.shape[4])))
+        self._used = list(other._used)
+        for mine, layer in zip(self.layers, other.layers, strict=True):
+            mine.slots, mine.is_initialized = layer.slots, layer.is_initialized
+
+    def _make_rows(self, rows: int) -> None:
+        """Have places for so many rows."""
         for i, pool in enumerate(self.pools):
-            chosen = pool.new_zeros((pool.shape[0], len(rows), *pool.shape[2:]))
-            chosen[:, :, :, :length] = pool[:, rows.to(pool.device), :, :length]
-            self.pools[i] = chosen
-        self.lengths = [self.lengths[i] for i in rows.tolist()]
+            if rows > pool.shape[1]:
+                larger = pool.new_zeros((pool.shape[0], max(rows, pool.shape[1] * 3 // 2), *pool.shape[2:]))
+                larger[:, : pool.shape[1], :, : self.longest] = pool[:, :, :, : self.longest]
+                self.pools[i] = larger
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths = lengths
         self._where = None
         for layer in self.layers:
             layer.look_up()

@@ -83,6 +83,12 @@ class TextReader:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Note the prompts, and read them where there is a cache."""
+        if (unread := self.begin(prompts)) is not None:
+            runner, texts = unread
+            runner.prefill(texts)
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[TreeRunner, list[list[int]]] | None:
+        """Note the prompts; there is nothing to read without a cache."""
         requests = self.requests or [Request("", list(prompt), 0, []) for prompt in prompts]
         turns = [self.scorer.turn(source_of(request, self.policy_tokenizer)) for request in requests]
         readings = self.scorer.retokeniser.read([self.scorer.text(turn, "", finished=False) for turn in turns])
@@ -90,6 +96,11 @@ class TextReader:
             Row(turn, self.detokeniser.start(prompt), reading, request)
             for turn, prompt, reading, request in zip(turns, prompts, readings, requests, strict=True)
         ]
+        return None
+
+    def join(self, other: "TextReader") -> None:
+        """Append another reader's rows."""
+        self.rows += other.rows
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K) of the candidates, fp32, on their device."""
@@ -203,13 +214,19 @@ class BranchReader(TextReader):
         """Passes so far."""
         return self.runner.calls
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts."""
-        super().prefill(prompts)
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[TreeRunner, list[list[int]]] | None:
+        """Note the prompts; their texts in the scorer's tokens, to be read by the runner."""
+        super().begin(prompts)
         for row in self.rows:
             row.held = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
         self.runner.reserve(max(len(row.held) for row in self.rows))
-        self.runner.prefill([row.held for row in self.rows])
+        return self.runner, [list(row.held) for row in self.rows]
+
+    def join(self, other: TextReader) -> None:
+        """Append another reader's rows."""
+        super().join(other)
+        assert isinstance(other, BranchReader), "both have caches"
+        self.runner.join(other.runner)
 
     def _scores(self) -> Tensor:
         """One pass over all branches (several where they are more than ``MAX_WIDTH`` nodes)."""

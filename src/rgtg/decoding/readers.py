@@ -29,6 +29,14 @@ class Reader(Protocol):
         """Read the prompts (policy token ids)."""
         ...
 
+    def begin(self, prompts: Sequence[Sequence[int]]) -> "tuple[Runner, list[list[int]]] | None":
+        """Prepare rows without reading; what is to be read by whom before the first score, if anything is."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Append the rows of another reader of the same scorer and kind."""
+        ...
+
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K) of the candidates, fp32, on their device."""
         ...
@@ -61,6 +69,21 @@ class CachedReader:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts."""
         self.runner.prefill(prompts)
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Runner, list[list[int]]] | None:
+        """The prompts themselves, to be read by the runner."""
+        return self.runner, [list(prompt) for prompt in prompts]
+
+    def join(self, other: "CachedReader") -> None:
+        """Append another reader's rows; committed tokens that wait in either are read first."""
+        for reader in (self, other):
+            reader.catch_up()
+        self.runner.join(other.runner)
+
+    def catch_up(self) -> None:
+        """Read the committed tokens that wait."""
+        if (waiting := self._take()).numel():
+            read_chain(self.runner, waiting)
 
     def skip(self, tokens: Tensor) -> None:
         """Note tokens (B, 1) to read later."""
@@ -115,9 +138,13 @@ class PrefixReader(CachedReader):
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Read what is unread, one row of it, then the candidates' rows of the head at the newest state."""
-        if (waiting := self._take()).numel():
-            read_chain(self.runner, waiting)
+        self.catch_up()
         return head_at_prefix(self.head, self.runner, candidate_ids)
+
+    def score_rows(self, rows: Tensor, candidate_ids: Tensor) -> Tensor:
+        """Scores (b, K) of candidates of some rows, once ``catch_up`` has read what was chosen."""
+        assert self.runner.seen is not None, "a head reads an observed layer"
+        return score_at(self.head, self.runner.seen[rows.to(self.runner.seen.device), -1], candidate_ids)
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Note the chosen candidate, to read before the next score."""
@@ -136,7 +163,12 @@ def chain_and_leaves(chain: Tensor, leaves: Tensor) -> TokenTree:
 def head_at_prefix(head: Any, runner: Runner, candidate_ids: Tensor, first: int = 0) -> Tensor:
     """Scores (B, K) that a head gives next tokens at the newest observed states, of the rows from ``first``."""
     assert runner.seen is not None, "a head reads an observed layer"
-    scores: Tensor = head(runner.seen[first:, -1], candidate_ids.to(runner.seen.device))
+    return score_at(head, runner.seen[first:, -1], candidate_ids)
+
+
+def score_at(head: Any, states: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Scores (B, K), fp32, that a head gives next tokens at states (B, H)."""
+    scores: Tensor = head(states, candidate_ids.to(states.device))
     return scores.float().to(candidate_ids.device)
 
 

@@ -56,6 +56,19 @@ class Runner(Protocol):
         """Keep only (or repeat) these rows."""
         ...
 
+    @property
+    def batch(self) -> int:
+        """Rows that it holds."""
+        ...
+
+    def start(self, rows: int) -> None:
+        """Begin anew with so many empty rows."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Append the rows of another runner of the same model and kind."""
+        ...
+
 
 def read(runner: Runner, tree: TokenTree) -> Tensor:
     """The runner's readout at every node, (B, N, …)."""
@@ -84,6 +97,7 @@ class TreeRunner:
         self.cache = TreeCache(text.num_hidden_layers, capacity)
         self.windows = mask_windows(model.config)
         self.layer = layer
+        self.grows = False  # whether a pass that needs more columns makes room for them
         self.seen: Tensor | None = None
         self.calls = 0
         self._patterns: dict[tuple[int, ...], Tensor] = {}
@@ -115,6 +129,8 @@ class TreeRunner:
                 additive mask (B, 1, N, columns) that is ready.
         """
         self.calls += 1
+        if self.grows:
+            self.reserve(self.cache.longest + ids.shape[1])
         masks = {kind: self._ready(mask(window)) for kind, window in self.windows.items()}
         inputs = {
             "input_ids": ids.to(self.device),
@@ -149,6 +165,20 @@ class TreeRunner:
         self.cache.select_rows(rows)
         if self.seen is not None:
             self.seen = self.seen[rows.to(self.seen.device)]
+
+    @property
+    def batch(self) -> int:
+        """Rows that it holds."""
+        return len(self.cache.lengths)
+
+    def start(self, rows: int) -> None:
+        """Begin anew with so many empty rows."""
+        self.cache.start(rows)
+
+    def join(self, other: "TreeRunner") -> None:
+        """Append the rows of another runner of the same model."""
+        self.seen = join_seen(self.seen if self.cache.lengths else None, other.seen)
+        self.cache.join(other.cache)
 
     def _mask(self, tree: TokenTree, window: int | None) -> Tensor:
         start, rows = self.cache.uniform, len(self.cache.lengths)
@@ -242,6 +272,20 @@ class RecomputeRunner:
         if self.seen is not None:
             self.seen = self.seen[rows.to(self.seen.device)]
 
+    @property
+    def batch(self) -> int:
+        """Rows that it holds."""
+        return len(self.rows)
+
+    def start(self, rows: int) -> None:
+        """Begin anew with so many empty rows."""
+        self.rows = [[] for _ in range(rows)]
+
+    def join(self, other: "RecomputeRunner") -> None:
+        """Append the rows of another runner of the same model."""
+        self.seen = join_seen(self.seen if self.rows else None, other.seen)
+        self.rows += [list(row) for row in other.rows]
+
     def _read_last(self, texts: list[list[int]]) -> Tensor:
         self.calls += 1
         ids, mask = pad_right(texts, 0, self.model.device)
@@ -254,6 +298,13 @@ class RecomputeRunner:
             states: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
         self.seen = seen[self.layer][rows, last]
         return states
+
+
+def join_seen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    """States of the observed layer at what two runners' rows read last, (B, 1, H)."""
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    return torch.cat([mine[:, -1:], theirs[:, -1:]])
 
 
 def make_runner(

@@ -77,6 +77,19 @@ class SharedPromptRunner:
         self.prompt_lengths = self.prompt_lengths[chosen]
         self.runner.select_rows(chosen)
 
+    @property
+    def batch(self) -> int:
+        """Living completions."""
+        return len(self.places)
+
+    def start(self, rows: int) -> None:
+        """Not here: the prompts are read before they are shared."""
+        raise NotImplementedError("read the prompts with the runner that is shared")
+
+    def join(self, other: Runner) -> None:
+        """Not here: branches are grown from what has been read."""
+        raise NotImplementedError("completions of a shared prompt are not joined by others")
+
     def drop_branches(self) -> None:
         """Forget every branch; the prompts stay."""
         now = torch.tensor(self.runner.cache.lengths)

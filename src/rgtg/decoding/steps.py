@@ -44,8 +44,21 @@ class Stepper(Protocol):
         ...
 
 
+class JoiningStepper(Stepper, Protocol):
+    """A stepper whose rows join and leave between two steps; ``policy`` reads ``copies`` rows for each of its own."""
+
+    policy: Runner
+    copies: int
+
+    def join(self, other: Any) -> None:
+        """Append the rows of another stepper of the same kind and models."""
+        ...
+
+
 class Alone:
     """The policy without a scorer."""
+
+    copies = 1
 
     def __init__(self, policy: Runner) -> None:
         self.policy = policy
@@ -76,6 +89,11 @@ class Alone:
     def _select(self, rows: Tensor) -> None:
         """Rows of the policy's cache; ``token`` still has those of before."""
         self.policy.select_rows(rows)
+
+    def join(self, other: "Alone") -> None:
+        """Append another stepper's rows, between two steps."""
+        self.policy.join(other.policy)
+        self.token = torch.zeros(self.policy.batch // self.copies, 1, dtype=torch.long)  # none is kept between steps
 
     def advance(self) -> Tensor:
         """One row of one token through the policy."""
@@ -129,6 +147,11 @@ class Ahead(Alone):
         super().select_rows(rows)
         if self._ahead is not None:
             self._ahead = self._ahead[rows.to(self._ahead.device)]
+
+    def join(self, other: Alone) -> None:
+        """Append another stepper's rows, between two steps."""
+        super().join(other)
+        self._ahead = None
 
     def advance(self) -> Tensor:
         """The product with the vocabulary for the chosen candidate alone; the pass has been made."""
@@ -206,6 +229,8 @@ class OnPrefix(Alone):
 class TwoHalves(Alone):
     """Every row twice: the runner holds 2B rows, the policy's first, then the adapted ones."""
 
+    copies = 2
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts, plain and adapted."""
         states = self.policy.prefill([*prompts, *prompts])
@@ -218,6 +243,14 @@ class TwoHalves(Alone):
 
     def _select(self, rows: Tensor) -> None:
         self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
+
+    def join(self, other: Alone) -> None:
+        """Append another stepper's rows to both halves."""
+        mine, theirs = self.policy.batch // 2, other.policy.batch // 2
+        super().join(other)
+        plain, adapted = torch.arange(self.policy.batch).split([2 * mine, 2 * theirs])
+        halves = [plain[:mine], adapted[:theirs], plain[mine:], adapted[theirs:]]
+        self.policy.select_rows(torch.cat(halves))
 
 
 class InOnePass(OnCandidates, TwoHalves):

@@ -93,23 +93,14 @@ def decode(
             active, logits, whole = [active[i] for i in staying], logits[rows], whole[rows]
             if not active:
                 return
-        allowed = process(active, logits, whole)
-        ids, log_probs = propose(allowed, top_k=None if rule.of_sum else rule.top_k, top_p=rule.top_p)
+        proposal = propose_next(whole, process(active, logits, whole), rule)
         # 2. score: every candidate, in the stepper's way
-        steered = rule.steered(whole)
-        scores = stepper.score(ids) if steered is None or bool(steered.any()) else None
+        scores = stepper.score(proposal.ids) if proposal.is_steered else None
         each = stepper.each if isinstance(stepper, Mixture) and scores is not None else None
         # 3. rule
-        if rule.of_sum:
-            best = rule.cut(log_probs, scores, steered)
-            ids, log_probs = ids.gather(1, best), log_probs.gather(1, best)
-            scores = scores if scores is None else scores.gather(1, best)
-            each = each if each is None else each.gather(2, best.expand(len(each), -1, -1))
-        guided = rule.guide(log_probs, scores, steered)
-        choice = _choose(guided, active, rule)
+        drawn = draw(active, proposal, scores, each, rule)
+        require_finite(all(drawn.finite_policy), all(drawn.finite_scores))
         # 4. commit
-        tokens = ids.gather(1, choice[:, None])
-        _record(active, _Step(choice, whole, ids, log_probs, scores, each, guided, steered), rule.trace)
         for row in active:
             stopping.update(row)
         yield active
@@ -117,16 +108,111 @@ def decode(
         if not going:
             return
         if scores is None:
-            stepper.skip(tokens)
+            stepper.skip(drawn.tokens)
         else:
-            stepper.keep(ids, choice)
+            stepper.keep(drawn.ids, drawn.choice)
         if len(going) < len(active):
-            stepper.select_rows(torch.tensor(going, device=tokens.device))
+            stepper.select_rows(torch.tensor(going, device=logits.device))
             active = [active[i] for i in going]
         logits = stepper.advance()
 
 
-def _choose(guided: Tensor, active: list[Request], rule: TokenRule) -> Tensor:
+@dataclass(frozen=True)
+class Proposal:
+    """The next tokens that rows of one rule may take.
+
+    Attributes:
+        whole: (B, V) the policy's log-probabilities.
+        ids: (B, K) candidates.
+        log_probs: (B, K) theirs, -inf for what is no candidate of a row.
+        steered: (B,) whether a scorer is asked; None: for every row.
+    """
+
+    whole: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    steered: Tensor | None
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether any row's candidates are scored."""
+        return self.steered is None or bool(self.steered.any())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was chosen.
+
+    Attributes:
+        ids: (B, K) candidates, after a rule that cuts them by their sums.
+        choice: (B,) place of the chosen one.
+        tokens: (B, 1) its token.
+        finite_policy: for each row, whether its likeliest candidate has a finite log-probability.
+        finite_scores: for each row, whether all its scores are finite.
+    """
+
+    ids: Tensor
+    choice: Tensor
+    tokens: Tensor
+    finite_policy: list[bool]
+    finite_scores: list[bool]
+
+
+def propose_next(whole: Tensor, allowed: Tensor, rule: TokenRule) -> Proposal:
+    """Candidates of rows that share a rule.
+
+    Args:
+        whole: (B, V) the policy's log-probabilities.
+        allowed: (B, V) the same after each row's processors.
+        rule: says which are candidates, and which rows are steered.
+    """
+    ids, log_probs = propose(allowed, top_k=None if rule.of_sum else rule.top_k, top_p=rule.top_p)
+    return Proposal(whole, ids, log_probs, rule.steered(whole))
+
+
+def draw(
+    rows: Sequence[Request], proposal: Proposal, scores: Tensor | None, each: Tensor | None, rule: TokenRule
+) -> Drawn:
+    """Choose a token for every row by its own random number, and write it into the row.
+
+    All figures come to the host in one transfer, the step's only wait.
+
+    Args:
+        rows: that share the rule.
+        proposal: their candidates.
+        scores: (B, K); None where nothing was scored.
+        each: (S, B, K), of several scorers.
+        rule: how one is chosen.
+    """
+    ids, log_probs = proposal.ids, proposal.log_probs
+    if rule.of_sum:
+        best = rule.cut(log_probs, scores, proposal.steered)
+        ids, log_probs = ids.gather(1, best), log_probs.gather(1, best)
+        scores = scores if scores is None else scores.gather(1, best)
+        each = each if each is None else each.gather(2, best.expand(len(each), -1, -1))
+    guided = rule.guide(log_probs, scores, proposal.steered)
+    choice = _choose(guided, rows, rule)
+    at = choice[:, None]
+    tokens = ids.gather(1, at)
+    cut = log_probs.gather(1, at) - log_probs.logsumexp(-1, keepdim=True)
+    finite = log_probs.max(-1, keepdim=True).values.isfinite()
+    columns = [tokens, proposal.whole.gather(1, tokens), guided.gather(1, at), cut, finite]
+    if scores is not None:
+        scored = torch.ones_like(choice, dtype=torch.bool) if proposal.steered is None else proposal.steered
+        columns += [scores.gather(1, at), scores.isfinite().all(-1, keepdim=True), scored[:, None]]
+    figures = torch.cat([column.double() for column in columns], 1).tolist()
+    for i, (row, chosen) in enumerate(zip(rows, figures, strict=True)):
+        mine = scores[i] if scores is not None and chosen[7] else None
+        _record(row, chosen, scored=mine is not None)
+        if rule.trace:
+            row.trace.append(step_trace(row.token_ids[-1], ids[i], log_probs[i], mine, guided[i]))
+            if mine is not None and each is not None:
+                row.trace[-1].scores_of_each = each[:, i].tolist()
+    sound = [scores is None or bool(chosen[6]) for chosen in figures]
+    return Drawn(ids, choice, tokens, [bool(chosen[4]) for chosen in figures], sound)
+
+
+def _choose(guided: Tensor, active: Sequence[Request], rule: TokenRule) -> Tensor:
     uniforms = torch.tensor([row.uniform() for row in active], dtype=torch.float64, device=guided.device)
     return greedy(guided) if rule.greedy or rule.temperature == 0 else sample(guided, uniforms)
 
@@ -150,47 +236,16 @@ def require_finite(policy: bool, scores: bool) -> None:
         raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One step of all rows: what was chosen, among what."""
-
-    choice: Tensor  # (B,)
-    whole: Tensor  # (B, V) policy log-probabilities
-    ids: Tensor  # (B, K)
-    log_probs: Tensor  # (B, K)
-    scores: Tensor | None  # (B, K)
-    each: Tensor | None  # (S, B, K), where there are several scorers
-    guided: Tensor  # (B, K)
-    steered: Tensor | None  # (B,); None: all
-
-
-def _record(active: list[Request], step: _Step, trace: bool) -> None:
-    """Write what was chosen into each row. All figures come to the host in one transfer, the step's only wait."""
-    at = step.choice[:, None]
-    tokens, scores = step.ids.gather(1, at), step.scores
-    cut = step.log_probs.gather(1, at) - step.log_probs.logsumexp(-1, keepdim=True)
-    finite = step.log_probs.max(-1, keepdim=True).values.isfinite()
-    columns = [tokens, step.whole.gather(1, tokens), step.guided.gather(1, at), cut, finite]
-    if scores is not None:
-        scored = torch.ones_like(step.choice, dtype=torch.bool) if step.steered is None else step.steered
-        columns += [scores.gather(1, at), scores.isfinite().all(-1, keepdim=True), scored[:, None]]
-    figures = torch.cat([column.double() for column in columns], 1).tolist()
-    require_finite(all(row[4] for row in figures), scores is None or all(row[6] for row in figures))
-    for i, (row, chosen) in enumerate(zip(active, figures, strict=True)):
-        row.token_ids.append(int(chosen[0]))
-        row.policy_log_prob += chosen[1]
-        row.guided_log_prob += chosen[2]
-        row.candidates_log_prob += chosen[3]
-        row.policy_calls += 1
-        mine = None
-        if scores is not None and chosen[7]:
-            row.score, mine = chosen[5], scores[i]
-            row.scorer_calls += 1
-        if trace:
-            traced = step_trace(row.token_ids[-1], step.ids[i], step.log_probs[i], mine, step.guided[i])
-            if mine is not None and step.each is not None:
-                traced.scores_of_each = step.each[:, i].tolist()
-            row.trace.append(traced)
+def _record(row: Request, chosen: list[float], *, scored: bool) -> None:
+    """Write one step's figures into a row."""
+    row.token_ids.append(int(chosen[0]))
+    row.policy_log_prob += chosen[1]
+    row.guided_log_prob += chosen[2]
+    row.candidates_log_prob += chosen[3]
+    row.policy_calls += 1
+    if scored:
+        row.score = chosen[5]
+        row.scorer_calls += 1
 
 
 def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, guided: Tensor) -> StepTrace:
