@@ -158,7 +158,7 @@ def test_a_model_that_reads_no_tree_reads_whole_texts():
 
 @pytest.mark.parametrize(("kind", "reader"), [("llama", BranchReader), ("word-piece", TextReader)])
 def test_which_reader_it_is(kind, reader, monkeypatch):
-    from rgtg.decoding import guided as module
+    from rgtg.decoding import decoder as module
 
     seen = []
     make = module.make_stepper

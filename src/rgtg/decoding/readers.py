@@ -29,14 +29,6 @@ class Reader(Protocol):
         """Read the prompts (policy token ids)."""
         ...
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> "tuple[Runner, list[list[int]]] | None":
-        """Prepare rows without reading; what is to be read by whom before the first score, if anything is."""
-        ...
-
-    def join(self, other: Any) -> None:
-        """Append the rows of another reader of the same scorer and kind."""
-        ...
-
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K) of the candidates, fp32, on their device."""
         ...
@@ -51,6 +43,18 @@ class Reader(Protocol):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only (or repeat) these rows."""
+        ...
+
+
+class JoiningReader(Reader, Protocol):
+    """A reader whose rows join and leave between two steps."""
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> "tuple[Runner, list[list[int]]] | None":
+        """Prepare rows without reading; what is to be read by whom before the first score, if anything is."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Append the rows of another reader of the same scorer and kind."""
         ...
 
 

@@ -248,9 +248,8 @@ class TwoHalves(Alone):
         """Append another stepper's rows to both halves."""
         mine, theirs = self.policy.batch // 2, other.policy.batch // 2
         super().join(other)
-        plain, adapted = torch.arange(self.policy.batch).split([2 * mine, 2 * theirs])
-        halves = [plain[:mine], adapted[:theirs], plain[mine:], adapted[theirs:]]
-        self.policy.select_rows(torch.cat(halves))
+        before, more = torch.arange(2 * mine), torch.arange(2 * theirs) + 2 * mine
+        self.policy.select_rows(torch.cat([before[:mine], more[:theirs], before[mine:], more[theirs:]]))
 
 
 class InOnePass(OnCandidates, TwoHalves):
