@@ -1,0 +1,234 @@
+// The playground: asks the server, streams both texts into a document, and shows it.
+import { ApiError, apiKey, ask, explain, stream } from "./api.js";
+import { h } from "./dom.js";
+import { exportPage, loadTrace, saveTrace } from "./files.js";
+import { Form } from "./form.js";
+import { candidateText } from "./text.js";
+import { branchOf, FORMAT, idsBefore, path, readStep, TraceError, VERSION } from "./trace.js";
+import { Viewer } from "./viewer.js";
+
+const at = (id) => document.getElementById(id);
+const form = new Form(at("form"));
+const viewer = new Viewer(at("viewer"), { onFork: fork, forkable });
+let server = null; // what /v1/guidance says
+let running = null; // the AbortController of the request under way
+let trace = null; // the document that is shown
+
+// ---- what the server has
+
+async function meet() {
+  try {
+    server = await ask("v1/guidance");
+    form.fill(server);
+    const scorers = server.scorers.map((scorer) => scorer.name).join(", ");
+    at("about").textContent = `${server.policy}${scorers ? `, steered by ${scorers}` : ", with no scorer loaded: start the server with --scorer NAME=DIR"}`;
+    at("run").textContent = server.scorers.length ? "Write both texts" : "Write";
+    clearBanner();
+  } catch (error) {
+    if (error.status === 401) at("key-box").open = true;
+    at("about").textContent = error.status === 401 ? "waiting for the API key" : "no models yet";
+    showError(error, meet);
+    if (error.status === 503) setTimeout(meet, 2000);
+  }
+  setBusy(false);
+}
+
+// ---- messages
+
+function clearBanner() {
+  at("banner").hidden = true;
+}
+
+function banner(heading, ...rest) {
+  at("banner").replaceChildren(h("strong", {}, heading), ...rest);
+  at("banner").hidden = false;
+}
+
+/** Say what went wrong: at its field where the server names one, and above the texts. */
+function showError(error, again = null) {
+  if (error.name === "AbortError") return;
+  if (!(error instanceof ApiError || error instanceof TraceError)) throw error;
+  const [heading, advice] = error instanceof TraceError ? ["This file cannot be shown", ""] : explain(error);
+  if (error.param) form.mark(error.param, error.message);
+  banner(heading, h("p", {}, [error.message, advice].filter(Boolean).join(" ")),
+    error.requestId && h("p", { class: "soft" }, `request ${error.requestId}`),
+    again && (error.status === 0 || error.status === 429 || error.status >= 500) && h("button", { type: "button", on: { click: () => { clearBanner(); again(); } } }, "Try again"));
+}
+
+function setBusy(busy) {
+  at("run").disabled = busy || !server;
+  at("stop").hidden = !busy;
+  at("load").disabled = busy;
+  for (const id of ["save", "export"]) at(id).disabled = busy || !trace;
+  document.body.classList.toggle("busy", busy);
+}
+
+function say(text) {
+  at("progress").textContent = text;
+}
+
+// ---- writing
+
+/** Run one request under the stop button; what has come stays when it ends early. */
+async function write(branches, again, work) {
+  running = new AbortController();
+  clearBanner();
+  setBusy(true);
+  say("Writing …");
+  const started = performance.now();
+  const close = (reason) => {
+    for (const branch of branches) {
+      branch.finish_reason ??= reason;
+      branch.seconds ??= (performance.now() - started) / 1000;
+    }
+  };
+  try {
+    await work(running.signal, started);
+    close("ended");
+    say(branches.map((branch) => `${branch.label}: ${branch.steps.length} tokens.`).join(" "));
+  } catch (error) {
+    close(error.name === "AbortError" ? "stopped" : "error");
+    say(error.name === "AbortError" ? "Stopped." : "");
+    showError(error, again);
+  } finally {
+    running = null;
+    setBusy(false);
+    viewer.refresh();
+  }
+}
+
+function newBranch(id, values) {
+  return { id, parent: null, at: 0, token_id: null, steps: [], text: "", finish_reason: null, guidance: {}, seconds: null, reward: null, prefix_scores: null, ...values };
+}
+
+function take(branch, event, started) {
+  const { trace: steps, ...summary } = event.guidance ?? {};
+  for (const step of steps ?? []) branch.steps.push(readStep(step));
+  branch.text += event.text ?? "";
+  if (Object.keys(summary).length) branch.guidance = summary;
+  if (event.finish_reason) {
+    branch.finish_reason = event.finish_reason;
+    branch.seconds = (performance.now() - started) / 1000;
+  }
+  viewer.refresh();
+}
+
+function open(document) {
+  trace = document;
+  at("empty").hidden = true;
+  viewer.open(trace);
+}
+
+async function run() {
+  const request = form.read();
+  if (!request || running) return;
+  form.keep();
+  const guided = form.rule(request);
+  const unguided = { scorers: [], betas: [], temperature: request.temperature ?? 1, greedy: false, clip: false };
+  const { prompt = null, messages = null, model, ...settings } = request;
+  const sides = [newBranch(0, { side: "unguided", label: "Unguided", rule: unguided })];
+  if (server.scorers.length) sides.push(newBranch(1, { side: "guided", label: "Guided", rule: guided }));
+  open({ format: FORMAT, version: VERSION, created: new Date().toISOString(), policy: model, prompt, messages, prompt_token_ids: null, request: settings, branches: sides });
+  at("results").scrollIntoView({ block: "nearest" });
+  await write(sides, run, async (signal, started) => {
+    if (server.scorers.length) await compare(request, sides, signal, started);
+    else await complete(request, sides[0], signal, started);
+    trace.prompt_token_ids = sides.map((side) => side.guidance.prompt_token_ids).find(Array.isArray) ?? null;
+    for (const side of sides) delete side.guidance.prompt_token_ids;
+    if (server.scorers.length) await scoreUnguided(request, sides, signal);
+  });
+}
+
+async function compare(request, [unguided, guided], signal, started) {
+  await stream("v1/compare", request, signal, (event) => {
+    if (event.side) take(event.side === "guided" ? guided : unguided, event, started);
+  });
+}
+
+/** One text of /v1/completions or /v1/chat/completions, streamed into a branch. */
+async function complete(request, branch, signal, started) {
+  const kind = request.messages ? "v1/chat/completions" : "v1/completions";
+  await stream(kind, { ...request, guidance: { ...request.guidance, trace: true } }, signal, (event) => {
+    const choice = event.choices?.[0];
+    if (choice) take(branch, { ...choice, text: choice.text ?? choice.delta?.content ?? "" }, started);
+  });
+}
+
+/** Ask each scorer what it says of the unguided text as it grows, for its curve; the text stays as it is without it. */
+async function scoreUnguided(request, [unguided, guided], signal) {
+  const { scorers, betas } = guided.rule;
+  if (!guided.steps.some((step) => step.scores) || !unguided.text) return;
+  const { prompt, messages } = request;
+  const body = (model) => ({ model, ...(messages ? { messages } : { prompt }), completion: unguided.text, finished: unguided.finish_reason === "stop", prefixes: true });
+  try {
+    const answers = await Promise.all(scorers.map((name) => ask("v1/score", body(name), signal)));
+    const each = answers.map((answer) => answer.data[0].prefixes ?? []);
+    const same = each.every((prefixes) => unguided.steps.every((step, i) => i >= prefixes.length || prefixes[i].token_id === step.token_id));
+    if (!same) return; // the text reads as other tokens than those drawn: their places would not be the strip's
+    const several = scorers.length > 1;
+    unguided.prefix_scores = unguided.steps.map((_, i) => (each.every((prefixes) => i < prefixes.length)
+      ? each.reduce((sum, prefixes, j) => sum + (several ? betas[j] : 1) * prefixes[i].score, 0) : null));
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+  }
+}
+
+// ---- forks
+
+/** Why a candidate cannot be continued from; null where it can. */
+function forkable(branchId, index, candidate) {
+  if (running) return "wait until the texts are written, or stop them";
+  if (!server) return "the server is not there";
+  if (!trace.prompt_token_ids || !trace.request) return "this trace does not hold what it takes to go on from it";
+  const step = path(trace, branchId)[index];
+  const [bytes, text] = candidateText(step, candidate);
+  if ((server.eos_token_ids ?? []).includes(step.candidate_ids[candidate]) || (bytes && !bytes.length && !text)) return "this token ends the text";
+  if (index + 1 >= trace.request.max_tokens) return "the text is as long as the settings allow";
+  return null;
+}
+
+async function fork(parentId, index, candidate) {
+  const parent = branchOf(trace, parentId);
+  const token = path(trace, parentId)[index].candidate_ids[candidate];
+  // A token that the parent took over from its own parent is left there, so that the tree shows where texts part.
+  let origin = parent;
+  while (origin.parent !== null && index <= origin.at) origin = branchOf(trace, origin.parent);
+  const id = Math.max(...trace.branches.map((branch) => branch.id)) + 1;
+  const branch = newBranch(id, { parent: origin.id, at: index, token_id: token, side: parent.side, label: parent.label, rule: parent.rule });
+  const kept = [...idsBefore(trace, parentId, index), token];
+  trace.branches.push(branch);
+  viewer.showBranch(id);
+  const { max_tokens: limit, guidance, ...settings } = trace.request;
+  const alone = { method: "policy", top_k: guidance.top_k ?? null };
+  const request = { ...settings, model: trace.policy, prompt: [...trace.prompt_token_ids, ...kept], max_tokens: limit - kept.length, guidance: parent.side === "unguided" ? alone : guidance };
+  await write([branch], null, (signal, started) => complete(request, branch, signal, started));
+}
+
+// ---- files, and what starts it all
+
+async function chooseFile(file) {
+  try {
+    const loaded = await loadTrace(file);
+    clearBanner();
+    form.adopt(loaded);
+    open(loaded);
+    setBusy(false);
+    say("Trace loaded.");
+  } catch (error) {
+    showError(error);
+  }
+}
+
+at("form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
+at("form").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); } });
+at("stop").addEventListener("click", () => running?.abort());
+at("save").addEventListener("click", () => saveTrace(trace));
+at("export").addEventListener("click", () => exportPage(trace).catch(showError));
+at("load").addEventListener("click", () => at("file").click());
+at("file").addEventListener("change", () => { const [file] = at("file").files; if (file) chooseFile(file); at("file").value = ""; });
+at("key").value = apiKey.get();
+at("key").addEventListener("change", () => { apiKey.set(at("key").value.trim()); meet(); });
+if (matchMedia("(max-width: 60rem)").matches) at("settings").open = false;
+setBusy(true);
+at("stop").hidden = true;
+meet();

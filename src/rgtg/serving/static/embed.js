@@ -1,0 +1,39 @@
+// Traces that a page carries with it: an exported file, or a report. Each is drawn when the part that holds it is opened.
+import { h } from "./dom.js";
+import { parseDocument, TraceError } from "./trace.js";
+import { number } from "./text.js";
+import { Viewer } from "./viewer.js";
+
+/** What a text was made from and how, for a page that holds nothing else. */
+function provenance({ prompt, messages, policy, request, created }) {
+  const guidance = request?.guidance ?? {};
+  const betas = Object.entries(guidance.scorers ?? {}).map(([name, beta]) => (typeof beta === "number" ? `${name} × ${number(beta)}` : String(beta)));
+  const asked = messages ? messages.map(({ role, content }) => `${role}: ${content}`).join("\n") : prompt;
+  const settings = ["seed", "max_tokens", "temperature", "top_p"].filter((name) => Number.isFinite(request?.[name])).map((name) => `${name} ${request[name]}`);
+  const known = [["prompt", asked], ["policy", policy], ["method", guidance.method], ["scorers × β", betas.join(", ")],
+    ["candidates", guidance.top_k ?? null], ["sampling", settings.join(", ")], ["written", created]];
+  return h("dl", { class: "tv-made" }, ...known.filter(([, value]) => value !== null && value !== undefined && value !== "").flatMap(([name, value]) => [
+    h("dt", {}, name), h("dd", {}, String(value))]));
+}
+
+function showTrace(data) {
+  const place = h("div", { class: "tv-embedded" });
+  data.before(place);
+  try {
+    const trace = parseDocument(data.textContent);
+    if (document.body.classList.contains("tv-page")) place.append(provenance(trace));
+    new Viewer(place).open(trace);
+  } catch (error) {
+    if (!(error instanceof TraceError)) throw error;
+    place.replaceChildren(h("p", { role: "alert" }, `The trace in this page cannot be shown. ${error.message}`));
+  }
+}
+
+/** Draw every trace of the page; those under a closed summary when it is opened. */
+export function showEmbedded() {
+  for (const data of document.querySelectorAll('script[type="application/json"].rgtg-trace')) {
+    const folded = data.closest("details");
+    if (folded && !folded.open) folded.addEventListener("toggle", () => showTrace(data), { once: true });
+    else showTrace(data);
+  }
+}

@@ -1,0 +1,231 @@
+// The settings: filled by what the server says it can do, read into a request, marked where the server refuses them.
+import { h } from "./dom.js";
+
+const STORE = "rgtg-playground";
+// Settings that only some methods take, as /v1/guidance names them.
+const OWN = {
+  entropy_gate: { label: "Entropy gate", note: "nats; steer only where the policy is less sure than this", min: 0 },
+  n: { label: "Draws", note: "how many are drawn to choose from", min: 1, step: 1 },
+  segment_length: { label: "Segment length", note: "tokens", min: 1, step: 1 },
+  min_segment: { label: "Shortest segment", note: "tokens", min: 1, step: 1 },
+  entropy_threshold: { label: "Entropy that ends a segment", note: "nats", min: 0 },
+  reward_threshold: { label: "Reward to reach", note: "by the finished text", required: true },
+  threshold_start: { label: "First threshold", note: "0 is the prompt’s reward, 1 the one to reach", min: 0, max: 1 },
+  retries: { label: "Retries", note: "segments rejected before the best is taken", min: 0, step: 1 },
+};
+const GREEDY = ["args", "pargs-greedy"];
+
+/** What a method does, in words. */
+function methodNote(method) {
+  const unit = { token: "decides token by token", segment: "decides segment by segment", completion: "chooses among whole texts" }[method.unit] ?? method.unit;
+  const made = method.scorer ? `, for scorers trained by ${method.scorer}` : "";
+  return `${unit}${made} (${method.paper})`;
+}
+
+export class Form {
+  constructor(root) {
+    this.root = root;
+    this.at = (id) => root.querySelector(`#${CSS.escape(id)}`);
+    this.methods = [];
+    this.kept = stored();
+    this.at("method").addEventListener("change", () => this.#methodChanged(true));
+    this.at("new-seed").addEventListener("click", () => { this.at("seed").value = Math.floor(Math.random() * 2 ** 31); this.keep(); });
+    this.at("add-message").addEventListener("click", () => this.#addMessage("user", "").querySelector("textarea").focus());
+    root.addEventListener("change", (event) => { clearMark(event.target); this.#showKind(); this.keep(); });
+    root.addEventListener("input", (event) => { clearMark(event.target); if (event.target.matches("textarea")) this.keep(); });
+    this.#restore();
+  }
+
+  /** What the server has: the fields follow. */
+  fill(server) {
+    this.server = server;
+    this.methods = server.methods.filter((method) => (server.scorers.length ? method.name !== "policy" : !method.scorer));
+    const select = this.at("method");
+    select.replaceChildren(...this.methods.map((method) => h("option", { value: method.name }, method.name)));
+    const wanted = this.kept.method ?? "pargs";
+    select.value = this.methods.some((method) => method.name === wanted) ? wanted : this.methods[0]?.name ?? "";
+    this.at("scorers").hidden = server.scorers.length === 0;
+    this.at("scorer-list").replaceChildren(...server.scorers.map((scorer, i) => this.#scorer(scorer, i)));
+    const most = server.limits?.max_tokens ?? server.limits?.max_tokens_limit;
+    if (Number.isFinite(most)) this.at("max_tokens").max = most;
+    const chat = this.root.querySelector('input[value="chat"]');
+    chat.disabled = !server.chat_template;
+    if (chat.disabled && chat.checked) this.root.querySelector('input[value="text"]').checked = true;
+    this.at("chat-note").hidden = server.chat_template === true;
+    this.at("chat-note").textContent = "this policy has no chat template";
+    this.#showKind();
+    this.#methodChanged(false);
+  }
+
+  get method() {
+    return this.methods.find((method) => method.name === this.at("method").value);
+  }
+
+  /** The request; null where a field is not right (the browser has said so at the field). */
+  read() {
+    this.clearMarks();
+    if (!this.at("settings").open && !this.root.checkValidity()) this.at("settings").open = true;
+    if (!this.root.reportValidity()) return null;
+    const figure = (id) => this.at(id).valueAsNumber;
+    const stop = this.at("stop-texts").value.split("\n").filter((line) => line).map((line) => line.replaceAll("\\n", "\n"));
+    const request = {
+      model: this.server.policy, ...this.#asked(), seed: figure("seed"), max_tokens: figure("max_tokens"),
+      ...(this.#greedy() ? {} : { temperature: figure("temperature") }), top_p: figure("top_p"), ...(stop.length ? { stop } : {}),
+    };
+    const guidance = { method: this.method.name, top_k: Number.isFinite(figure("top_k")) ? figure("top_k") : null, ...this.#scorersRead(), ...this.#ownRead() };
+    return { ...request, guidance };
+  }
+
+  /** How a step of the guided text is decided under this request, for recomputing it. */
+  rule(request) {
+    const given = request.guidance.scorers ?? {};
+    const scorers = Array.isArray(given) ? given : Object.keys(given);
+    return { scorers, betas: scorers.map((name) => (Array.isArray(given) ? 1 : given[name])), temperature: request.temperature ?? 1,
+      greedy: this.#greedy(), clip: this.method.clip ?? this.method.name === "rad" };
+  }
+
+  /** Mark the field that a refusal is about; false where there is none. */
+  mark(param, message) {
+    const field = this.#fieldOf(param);
+    if (!field) return false;
+    if (field.closest("details")) field.closest("details").open = true;
+    field.setAttribute("aria-invalid", "true");
+    const note = h("p", { class: "wrong", id: `${field.id}-wrong` }, message);
+    field.setAttribute("aria-describedby", note.id);
+    (field.closest(".field") ?? field.parentElement).append(note);
+    field.focus();
+    return true;
+  }
+
+  clearMarks() {
+    this.root.querySelectorAll("[aria-invalid]").forEach(clearMark);
+  }
+
+  /** Prompt and settings last until the tab is closed. */
+  keep() {
+    const values = { ...this.kept, messages: this.#messages() };
+    for (const field of this.root.querySelectorAll("input[id], select[id], textarea[id]")) {
+      values[field.id] = field.type === "checkbox" ? field.checked : field.value;
+    }
+    values.kind = this.#kind();
+    this.kept = values;
+    try { sessionStorage.setItem(STORE, JSON.stringify(values)); } catch { /* storage is off: nothing is kept */ }
+  }
+
+  /** Put in the fields what a loaded trace was made with. */
+  adopt(trace) {
+    const { request } = trace;
+    if (trace.prompt !== null) this.at("prompt").value = trace.prompt;
+    for (const name of ["seed", "max_tokens", "temperature", "top_p"]) if (Number.isFinite(request?.[name])) this.at(name).value = request[name];
+    this.#showKind();
+    this.keep();
+  }
+
+  #asked() {
+    return this.#kind() === "chat" ? { messages: this.#messages() } : { prompt: this.at("prompt").value };
+  }
+
+  #kind() {
+    return this.root.querySelector('input[name="kind"]:checked').value;
+  }
+
+  #greedy() {
+    return this.method?.rule ? this.method.rule === "greedy" : GREEDY.includes(this.method?.name);
+  }
+
+  #messages() {
+    return [...this.at("messages").children].map((item) => ({ role: item.querySelector("select").value, content: item.querySelector("textarea").value }));
+  }
+
+  #showKind() {
+    const chat = this.#kind() === "chat";
+    this.at("text-part").hidden = chat;
+    this.at("chat-part").hidden = !chat;
+    this.at("prompt").required = !chat;
+    if (chat && !this.at("messages").children.length) this.#addMessage("user", this.at("prompt").value);
+  }
+
+  #addMessage(role, content) {
+    const item = h("li", {},
+      h("select", { "aria-label": "role" }, ...["system", "user", "assistant"].map((one) => h("option", { value: one, selected: one === role }, one))),
+      h("textarea", { rows: 2, dir: "auto", "aria-label": "message", spellcheck: "false" }, content),
+      h("button", { type: "button", class: "quiet", "aria-label": "remove this message", on: { click: () => { item.remove(); this.keep(); } } }, "✕"));
+    this.at("messages").append(item);
+    return item;
+  }
+
+  #scorer(scorer, i) {
+    const id = `scorer-${scorer.name}`;
+    const kept = this.kept[id];
+    const about = [scorer.objective, scorer.kind].filter(Boolean).join(", ");
+    return h("div", { class: "scorer" },
+      h("label", { for: id }, h("input", { type: "checkbox", id, checked: kept ?? i === 0, "data-scorer": scorer.name }), h("bdi", {}, scorer.name), h("span", { class: "soft" }, ` ${about}`)),
+      h("input", { type: "number", id: `beta-${scorer.name}`, step: "any", value: this.kept[`beta-${scorer.name}`] ?? 1, "aria-label": `β of ${scorer.name}`, required: true }));
+  }
+
+  #scorersRead() {
+    const chosen = [...this.at("scorer-list").querySelectorAll("[data-scorer]:checked")].map((box) => box.dataset.scorer);
+    if (!this.method.scorer || !chosen.length) return {};
+    if (!this.method.takes.includes("beta")) return { scorers: chosen };
+    return { scorers: Object.fromEntries(chosen.map((name) => [name, this.at(`beta-${name}`).valueAsNumber])) };
+  }
+
+  #ownRead() {
+    const filled = [...this.at("own").querySelectorAll("input")].filter((field) => Number.isFinite(field.valueAsNumber));
+    return Object.fromEntries(filled.map((field) => [field.name, field.valueAsNumber]));
+  }
+
+  #methodChanged(byHand) {
+    const { method } = this;
+    if (!method) return;
+    this.at("method-note").textContent = methodNote(method);
+    if (byHand || this.kept.top_k === undefined) this.at("top_k").value = method.top_k ?? "";
+    const beta = method.takes.includes("beta");
+    this.root.querySelectorAll('[id^="beta-"][type="number"]').forEach((field) => { field.hidden = !beta; field.disabled = !beta; });
+    this.at("beta-note").hidden = !beta;
+    this.at("temperature-field").hidden = this.#greedy();
+    const own = method.takes.filter((name) => OWN[name]);
+    this.at("own").replaceChildren(h("div", { class: "pair" }, ...own.map((name) => this.#ownField(name))));
+  }
+
+  #ownField(name) {
+    const { label, note, ...limits } = OWN[name];
+    return h("div", { class: "field" }, h("label", { for: name }, label),
+      h("input", { id: name, name, type: "number", step: "any", placeholder: limits.required ? null : "default", value: this.kept[name] ?? null, ...limits }), h("p", { class: "soft" }, note));
+  }
+
+  #fieldOf(param) {
+    if (!param) return null;
+    const name = param.replace(/^(body|guidance)\./, "").split(/[.[]/);
+    if (name[0] === "messages") return this.at("messages").querySelector("textarea");
+    const known = { beta: "scorer-list", scorers: "scorer-list", stop: "stop-texts", max_new_tokens: "max_tokens", model: "method" }[name[0]] ?? name[0];
+    if (known === "scorer-list") return (name[1] && this.at(`beta-${name[1]}`)) || this.at("scorer-list").querySelector("input");
+    return this.at(known);
+  }
+
+  #restore() {
+    for (const [id, value] of Object.entries(this.kept)) {
+      const field = this.at(id);
+      if (field?.matches("input:not([type=radio]):not([type=checkbox]), textarea")) field.value = value;
+    }
+    for (const message of Array.isArray(this.kept.messages) ? this.kept.messages : []) this.#addMessage(message.role, message.content);
+    if (this.kept.kind === "chat") this.root.querySelector('input[value="chat"]').checked = true;
+    this.#showKind();
+  }
+}
+
+function clearMark(field) {
+  if (!field.hasAttribute?.("aria-invalid")) return;
+  field.removeAttribute("aria-invalid");
+  field.removeAttribute("aria-describedby");
+  document.getElementById(`${field.id}-wrong`)?.remove();
+}
+
+function stored() {
+  try {
+    const found = JSON.parse(sessionStorage.getItem(STORE));
+    return typeof found === "object" && found !== null && !Array.isArray(found) ? found : {};
+  } catch {
+    return {};
+  }
+}
