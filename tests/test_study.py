@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.study import again, figures_of, golds, human_data, rows, scorers, tables, worlds
+from benchmarks.study import again, figures_of, golds, human_data, record, rows, scorers, tables, worlds
 from benchmarks.study.__main__ import best_value
 from benchmarks.study.measure import measured, settings_of
 
@@ -116,14 +116,36 @@ def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, 
     assert json.loads(path.read_text()) == part
     path.write_text(json.dumps(part | {"rewards": "kept"}))
     assert measured(world, row, None, "test", models)["rewards"] == "kept", "a finished part is not measured again"
-    record = {"cells": [{"gold": "letters", "seed": 0, "rows": [tables.slim(part, private=False)]}]}
-    (tmp_path / "study-stories.json").write_text(json.dumps(record))
+    kept = {"cells": [{"gold": "letters", "seed": 0, "rows": [record.slim(part, private=False)]}]}
+    (tmp_path / "study-stories.json").write_text(json.dumps(kept))
     assert again.compare(world, "policy", tmp_path) == 0
     assert "to the digit" in capsys.readouterr().out
-    record["cells"][0]["rows"][0]["rewards"][0] += 0.001
-    (tmp_path / "study-stories.json").write_text(json.dumps(record))
+    kept["cells"][0]["rows"][0]["rewards"][0] += 0.001
+    (tmp_path / "study-stories.json").write_text(json.dumps(kept))
     assert again.compare(world, "policy", tmp_path) == 1
     assert again.compare(world, "no such row", tmp_path) == 2
+
+
+def test_parts_come_back_from_the_committed_json(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
+    work = tmp_path / "work"
+    prompts = {"tune": world.tune, "test": world.test}
+    worlds.write_text(work / "stories/setup.json", json.dumps(prompts))
+    row = rows.BY_NAME["policy"]
+    parts = [measured(world, row, None, split, again.WithoutProxy()) for split in ("test", "tune")]
+    slimmed = record.whole([record.slim(p, private=False) for p in parts])
+    kept = {
+        "prompts": {split: {"prompts": p} for split, p in prompts.items()},
+        "cells": [{"gold": "letters", "seed": 0, "training": {"full-bt": {}}, "fine_tuned": {}, "rows": slimmed}],
+    }
+    (tmp_path / "study-stories.json").write_text(json.dumps(kept))
+    assert record.restore(work, "stories", tmp_path) == 0
+    folder = work / "stories/letters-s0"
+    again_slim = [json.loads((folder / "rows" / p["split"] / "policy.json").read_text()) for p in parts]
+    assert record.whole([record.slim(p, private=False) for p in again_slim]) == slimmed, "nothing is lost on the way"
+    assert record.restored(folder)["training"] == {"full-bt": {}}
+    worlds.write_text(work / "stories/setup.json", json.dumps(prompts | {"test": ["other"]}))
+    assert record.restore(work, "stories", tmp_path) == 1
+    assert "not those of the committed study" in capsys.readouterr().out
 
 
 def test_row_seeds_in_the_file_are_those_of_the_completions(world: worlds.World) -> None:
@@ -186,7 +208,7 @@ def test_labels_of_cumulative_mse_span_all_rewards_it_sees(
 
 
 def test_integral_numbers_are_written_without_their_point() -> None:
-    assert json.dumps(tables.whole({"a": [1.0, 2.5, True, None, "1.0"]})) == '{"a": [1, 2.5, true, null, "1.0"]}'
+    assert json.dumps(record.whole({"a": [1.0, 2.5, True, None, "1.0"]})) == '{"a": [1, 2.5, true, null, "1.0"]}'
 
 
 def test_tables_compare_rows_at_their_tuned_values() -> None:

@@ -4,6 +4,10 @@
     python -m benchmarks.study human --policy POLICY --data DATA --work WORK
     python -m benchmarks.study demo --work WORK [--only "pargs β=2"]
     python -m benchmarks.study tables --work WORK --track stories
+    python -m benchmarks.study restore --work WORK --track stories
+
+``restore`` makes parts of the committed JSON, so that a study whose parts were lost can go on: first run one row, so
+that WORK has this run's prompts.
 
 A run is resumable: every trained folder and every measured row is a part in WORK, and a run that was killed goes on
 where it stopped. ``--only ROW`` measures one row of the committed JSON again and compares it with that to the digit.
@@ -83,11 +87,11 @@ def quiet():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("track", choices=["stories", "human", "demo", "tables"])
+    parser.add_argument("track", choices=["stories", "human", "demo", "tables", "restore"])
     parser.add_argument("--policy")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables")
+    parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables or parts")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--golds", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -104,6 +108,10 @@ def main():
         from . import tables
 
         return tables.write(args.work, args.of, args.output)
+    if args.track == "restore":
+        from . import record
+
+        return record.restore(args.work, args.of, args.output)
     vars(args).update({name: size for name, size in SIZES[args.track].items() if getattr(args, name) is None})
     make = worlds.MAKERS[args.track]
     models = Models()

@@ -3,6 +3,7 @@
 import json
 
 from .measure import Models, measure
+from .record import slim
 from .rows import BY_NAME
 
 SAME = ("settings", "seed", "rewards", "kl", "tokens", "policy_calls", "scorer_calls")
@@ -26,10 +27,8 @@ def compare(world, key, output):
         print(f"{path} has no row {key!r}; choose one of {known}")
         return 2
     committed = found[0]
-    made = json.loads(
-        json.dumps(measure(world, BY_NAME[committed["row"]], committed["value"], world.test, WithoutProxy()))
-    )
-    made["rewards"], made["kl"] = ([round(v, 3) for v in made[name]] for name in ("rewards", "kl"))
+    part = measure(world, BY_NAME[committed["row"]], committed["value"], world.test, WithoutProxy())
+    made = json.loads(json.dumps(slim(part | {"split": "test"}, private=False)))
     different = [name for name in SAME if made[name] != committed[name]]
     for name in different:
         print(f"{name} differs: committed {str(committed[name])[:200]}, now {str(made[name])[:200]}")

@@ -36,8 +36,12 @@ def settings_of(world, row, value):
     return settings | {"scorer": row.scorer, "max_new_tokens": world.max_new_tokens}
 
 
+def file_of(key):
+    return f"{key.replace(' ', '_').replace('/', '-')}.json"
+
+
 def part_of(world, row, value, split):
-    return world.folder / "rows" / split / f"{key_of(row, value).replace(' ', '_').replace('/', '-')}.json"
+    return world.folder / "rows" / split / file_of(key_of(row, value))
 
 
 def measured(world, row, value, split, models):

@@ -1,7 +1,6 @@
 """From part files to the committed JSON, its tables in Markdown, and the figure."""
 
 import json
-from hashlib import sha256
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from rgtg.outputs import write_text
 
 from .figures_of import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
+from .record import named, restored, slim, whole
 from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
@@ -33,9 +33,11 @@ def read_cell(folder):
     gold, seed = folder.name.rsplit("-s", 1)
     facts = lambda pattern: {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob(pattern))}  # noqa: E731
     rows = [json.loads(p.read_text()) for p in sorted((folder / "rows").glob("*/*.json"))]
+    before = restored(folder)
     return {
-        "gold": gold, "seed": int(seed), "training": facts("scorers/*/train.json"),
-        "fine_tuned": facts("tuned/*/baseline.json"), "rows": rows, "pairs": len(read_rows(folder / "pairs.jsonl")),
+        "gold": gold, "seed": int(seed), "training": before["training"] | facts("scorers/*/train.json"),
+        "fine_tuned": before["fine_tuned"] | facts("tuned/*/baseline.json"), "rows": rows,
+        "pairs": len(read_rows(folder / "pairs.jsonl")),
     }  # fmt: skip
 
 
@@ -166,36 +168,6 @@ def plot(cells, golds, path, names):
     figure.savefig(path, dpi=140, metadata={"Software": ""})
 
 
-def slim(part, private):
-    """A row as the JSON keeps it; text from data that is not ours to publish stays out."""
-    part = dict(part)
-    if private:
-        part.pop("samples", None)
-    if part["split"] == "tune":  # chosen by these means; single figures are of the test prompts
-        for name in ("kl", "kl_cut", "proxy", "rewards", "tokens"):
-            part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
-        part.pop("samples", None)
-    else:
-        part["kl"], part["rewards"], part["proxy"] = (
-            [round(v, 3) for v in part[k]] for k in ("kl", "rewards", "proxy")
-        )
-        part["kl_cut"] = round(float(np.mean(part["kl_cut"])), 4) if part.get("kl_cut") else None
-    return part
-
-
-def whole(value):
-    """The same numbers, integral ones without their ".0": a third of a file of counts.
-
-    >>> whole({"a": [1.0, 0.5, "1.0"]})
-    {'a': [1, 0.5, '1.0']}
-    """
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def write(work, track, output):
     """study-TRACK.json, .png and the tables on stdout."""
     folders = sorted(p for p in (work / track).iterdir() if (p / "rows" / "test").is_dir())
@@ -207,10 +179,9 @@ def write(work, track, output):
     policy = load_policy(setup["policy"], dtype="float32", device="cpu")
     guided, private = GuidedPolicy(policy, method="policy"), track == "human"
     seeds = sorted({c["seed"] for c in cells})
-    named = lambda p: sha256(p.encode()).hexdigest()[:16] if private else p  # noqa: E731
     prompts = {
         split: {
-            "prompts": [named(p) for p in setup[split]],
+            "prompts": named(setup[split], private),
             "row_seeds": {str(s): guided.row_seeds(setup[split], s) for s in seeds},
         }
         for split in ("tune", "test")

@@ -1,0 +1,90 @@
+"""What the committed JSON keeps of a measured row, and the way back: parts from a committed JSON, to go on with."""
+
+import json
+from hashlib import sha256
+
+import numpy as np
+
+from rgtg.outputs import write_text
+
+from .measure import file_of
+
+MEANS = {"tune": ("kl", "kl_cut", "proxy", "rewards", "tokens"), "test": ("kl_cut", "proxy")}
+PRIVATE = ("human",)  # tracks whose text is not ours to publish
+
+
+def slim(part, private):
+    """A row as the JSON keeps it: one figure per prompt only where the tables need it, tokens once where all agree."""
+    part = dict(part)
+    tune = part["split"] == "tune"  # chosen by these means; single figures are of the test prompts
+    for name in MEANS["tune" if tune else "test"]:
+        part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
+    if private or tune:
+        part.pop("samples", None)
+    if not tune:
+        part["kl"], part["rewards"] = ([round(v, 3) for v in part[k]] for k in ("kl", "rewards"))
+        part["tokens"] = part["tokens"][0] if len(set(part["tokens"])) == 1 else part["tokens"]
+    return part
+
+
+def spread(row):
+    """A part file of a row as ``slim`` left it: what was averaged is a list of one.
+
+    >>> spread({"split": "test", "rewards": [1, 2], "kl": [3, 4], "kl_cut": 2.5, "proxy": None, "tokens": 64})["tokens"]
+    [64, 64]
+    """
+    part = dict(row)
+    for name in MEANS["tune" if part["split"] == "tune" else "test"]:
+        if part.get(name) is not None and not isinstance(part[name], list):
+            part[name] = [part[name]]
+    if not isinstance(part["tokens"], list):
+        part["tokens"] = [part["tokens"]] * len(part["rewards"])
+    return part
+
+
+def whole(value):
+    """The same numbers, integral ones without their ".0": a third of a file of counts.
+
+    >>> whole({"a": [1.0, 0.5, "1.0"]})
+    {'a': [1, 0.5, '1.0']}
+    """
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def named(prompts, private):
+    """Prompts as the JSON names them: by their hashes where the text is not ours."""
+    return [sha256(p.encode()).hexdigest()[:16] if private else p for p in prompts]
+
+
+def restored(folder):
+    """What ``restore`` knows of a cell's training."""
+    path = folder / "restored.json"
+    return json.loads(path.read_text()) if path.exists() else {"training": {}, "fine_tuned": {}}
+
+
+def restore(work, track, output):
+    """Parts in WORK from the committed JSON, so that a study goes on where the parts were lost; measured ones stay.
+
+    A row must have been measured on the prompts of this run (its setup.json), or it is no part of it.
+    """
+    record = json.loads((output / f"study-{track}.json").read_text())
+    setup = json.loads((work / track / "setup.json").read_text())
+    for split in ("tune", "test"):
+        if named(setup[split], track in PRIVATE) != record["prompts"][split]["prompts"]:
+            print(f"the {split} prompts of {work / track} are not those of the committed study; nothing was restored")
+            return 1
+    count = 0
+    for cell in record["cells"]:
+        folder = work / track / f"{cell['gold']}-s{cell['seed']}"
+        write_text(folder / "restored.json", json.dumps({k: cell[k] for k in ("training", "fine_tuned")}) + "\n")
+        for row in cell["rows"]:
+            path = folder / "rows" / row["split"] / file_of(row["key"])
+            if not path.exists():
+                count += 1
+                write_text(path, json.dumps(spread(row)) + "\n")
+    print(f"{count} rows restored")
+    return 0
