@@ -4,48 +4,19 @@ import itertools
 
 import pytest
 import torch
-from test_steps import final_states, lora, merged, own
 
 from conftest import tiny_policy, tiny_tokenizer
-from naive import entropy_of, info, make_guided, next_log_probs, reward, step_distribution, tiny_scorer
+from naive import entropy_of, make_guided, next_log_probs, step_distribution, tiny_scorer
 from rgtg.config import DecodingSettings
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.join import make_stepper
 from rgtg.decoding.requests import Request, Stopping
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import UsageError
-from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.policy import Policy
-from rgtg.models.shared_trunk import SharedTrunkScorer
-from rgtg.models.vocab_scorer import VocabularyScorer
+from scorer_kinds import kinds
 
 PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
-
-
-def kinds():
-    """One policy, a scorer of every kind on it, and each one's score by definition."""
-    policy, state = own("llama", "state")
-    _, table = own("llama", "vocab", layer=2)
-    table = OwnStateScorer(policy, table.head, table.info)
-    adapter, head = lora(policy.model)
-    stock, separate = merged("llama", adapter), tiny_scorer()
-    model = tiny_policy(seed=9)
-    return policy, {
-        "separate": (separate, lambda ids: reward(separate.model, ids)),
-        "state": (state, lambda ids: state.head(final_states(policy.model, ids, 1)[-1])),
-        "vocab": (
-            table,
-            lambda ids: table.head(final_states(policy.model, ids[:-1], 2)[-1:], torch.tensor([ids[-1:]])),
-        ),
-        "adapter": (
-            SharedTrunkScorer(policy, adapter, head, info=info()),
-            lambda ids: head @ final_states(stock, ids)[-1],
-        ),
-        "vocabulary scorer": (
-            VocabularyScorer(Policy(model, tiny_tokenizer()), info=info("farma")),
-            lambda ids: model(input_ids=torch.tensor([ids[:-1]])).logits[0, -1, ids[-1]],
-        ),
-    }  # fmt: skip
 
 
 def two_scorers(**settings):

@@ -18,57 +18,16 @@ from rgtg.decoding.steps import Alone, Apart, AtOnce, InOnePass, InOnePassOnPref
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
-from rgtg.models.own_state import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.own_state import VocabularyHead
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.readout import policy_logits
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.vocab_scorer import VocabularyScorer
+from scorer_kinds import final_states, lora, merged, noisy, own
 
 PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
 FAMILIES = ["llama", "mistral", "gpt2", "opt", "gpt_neox", "qwen3"]
-
-
-def noisy(module, seed=4):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data.normal_(0, 0.5, generator=generator)
-    return module
-
-
-def final_states(model, ids, layer=-1):
-    out = model.base_model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    return out.hidden_states[layer][0]
-
-
-def lora(model, rank=3, seed=6):
-    """A LoRA on every linear layer of the trunk, as shared_trunk keeps it, and a scalar head."""
-    generator = torch.Generator().manual_seed(seed)
-    adapter = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if name.startswith(model.base_model_prefix) and type(module).__name__ in ("Linear", "Conv1D"):
-            out, inside = weight.shape if type(module).__name__ == "Linear" else weight.shape[::-1]
-            down = torch.randn(rank, inside, generator=generator) * 0.2
-            adapter[name] = (down, torch.randn(out, rank, generator=generator) * 0.2)
-    return adapter, torch.randn(1, 32, generator=generator)
-
-
-def merged(family, adapter):
-    """The policy with the adapter's products written into its weights."""
-    model = tiny_policy(family)
-    for name, (down, up) in adapter.items():
-        layer = model.get_submodule(name)
-        delta = up @ down
-        layer.weight.data += delta if type(layer).__name__ == "Linear" else delta.t()
-    return model
-
-
-def own(family, kind, layer=1):
-    policy = Policy(tiny_policy(family), tiny_tokenizer())
-    head = noisy(StateHead(32, 8) if kind == "state" else VocabularyHead(32, 8, 5, VOCAB))
-    about = info().model_copy(update={"trunk": "own", "head": kind, "layer": layer})
-    return policy, OwnStateScorer(policy, head, about)
 
 
 def case(kind, family):

@@ -177,7 +177,7 @@ class Decoder:
         rule = self.rule(settings, trace)
         if self.method.unit == "segment":
             return self._decode_segments(requests, settings, rule, longest)
-        stopping = Stopping(self.policy.tokenizer, self.end_tokens, settings)
+        stopping = self.stopping(settings)
         if self.method.unit == "completion":
             columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
             return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
@@ -224,6 +224,10 @@ class Decoder:
     def _reward(self) -> Scorer | TextScorer:
         """The scorer, as one that reads whole texts (checked when policy and scorer were joined)."""
         return cast(Scorer | TextScorer, self.scorer)
+
+    def stopping(self, settings: DecodingSettings) -> Stopping:
+        """When a row that is drawn token by token ends."""
+        return Stopping(self.policy.tokenizer, self.end_tokens, settings)
 
     def rule(self, settings: DecodingSettings, trace: bool) -> TokenRule:
         """How a token is drawn: with several scorers, their sum is weighted before the rule sees it."""

@@ -4,9 +4,11 @@ Each candidate's text is tokenised as the scorer's tokenizer would write it from
 cache the tokens that stay as they were; only the tail that changes is read, as a branch. An encoder reads whole texts.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ _MAY_WAIT = 16
 class Candidate:
     """A completion with one more token, as the scorer reads it."""
 
+    token: int
     text: str
     tail: Tail
     finished: bool
@@ -98,6 +101,13 @@ class TextReader:
         ]
         return None
 
+    def again(self, request: Request) -> Self:
+        """The same read prompt for another completion of it, which has a text and counts of its own."""
+        other = copy.copy(self)
+        other.requests = [request]
+        other.begin([request.prompt_ids])
+        return other
+
     def join(self, other: "TextReader") -> None:
         """Append another reader's rows."""
         self.rows += other.rows
@@ -126,13 +136,13 @@ class TextReader:
             for row, mine, ends in zip(self.rows, texts, ended, strict=True)
         ]
         tails = self.scorer.retokeniser.extend([row.reading for row in self.rows], whole)
-        for row, *columns in zip(self.rows, texts, tails, ended, strict=True):
+        for row, *columns in zip(self.rows, candidate_ids, texts, tails, ended, strict=True):
             row.candidates = [Candidate(*each) for each in zip(*columns, strict=True)]
 
     def _count(self, row: Row) -> None:
         """How many candidates are exactly one token more; whether all of them fit."""
         lengths = []
-        for candidate in row.candidates:
+        for candidate in {candidate.token: candidate for candidate in row.candidates}.values():  # padding repeats one
             tail = candidate.tail
             self.scorer.check_ids(tail.ids)
             before, after = self.scorer.around(row.turn, finished=candidate.finished)
@@ -169,23 +179,22 @@ class TextReader:
         self._keep(chosen)
         for i, (row, j) in enumerate(zip(self.rows, chosen, strict=True)):
             row.score = float(self._scored[i, j])
-            self._grow(row, row.candidates[j], int(candidate_ids[i, j]))
+            self._grow(row, row.candidates[j])
 
     def _keep(self, choice: list[int]) -> None:
         """Keep what was read of the chosen candidates, where there is a cache."""
 
-    def _grow(self, row: Row, candidate: Candidate, token: int) -> None:
+    def _grow(self, row: Row, candidate: Candidate) -> None:
         text = self.scorer.text(row.turn, candidate.text, finished=candidate.finished)
         row.reading = self.scorer.retokeniser.grown(row.reading, text, candidate.tail)
-        row.spoken.token_ids.append(token)
+        row.spoken.token_ids.append(candidate.token)
         row.spoken.text = candidate.text
 
     def skip(self, tokens: Tensor) -> None:
         """Commit tokens (B, 1) without having scored any; they are read with the next candidates."""
-        ids: list[list[int]] = tokens.tolist()
-        self._look_at(ids)
-        for row, (token,) in zip(self.rows, ids, strict=True):
-            self._grow(row, row.candidates[0], token)
+        self._look_at(tokens.tolist())
+        for row in self.rows:
+            self._grow(row, row.candidates[0])
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these rows."""

@@ -5,11 +5,12 @@ nothing is scored (an entropy gate) cost it nothing but those tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from rgtg.decoding.requests import Request
 from rgtg.decoding.runner import Runner, read
 from rgtg.decoding.token_tree import TokenTree
 
@@ -53,6 +54,10 @@ class JoiningReader(Reader, Protocol):
         """Prepare rows without reading; what is to be read by whom before the first score, if anything is."""
         ...
 
+    def again(self, request: Request) -> "JoiningReader":
+        """The same read prompt for another completion of it, to join from."""
+        ...
+
     def join(self, other: Any) -> None:
         """Append the rows of another reader of the same scorer and kind."""
         ...
@@ -77,6 +82,10 @@ class CachedReader:
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Runner, list[list[int]]] | None:
         """The prompts themselves, to be read by the runner."""
         return self.runner, [list(prompt) for prompt in prompts]
+
+    def again(self, request: Request) -> Self:
+        """Itself: its rows hold nothing but what was read."""
+        return self
 
     def join(self, other: "CachedReader") -> None:
         """Append another reader's rows; committed tokens that wait in either are read first."""

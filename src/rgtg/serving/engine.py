@@ -3,17 +3,28 @@
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rgtg.config import EngineSettings
-from rgtg.errors import BusyError, DeadlineError, NotServingError, RgtgError, StoppedError, UsageError
+from rgtg.decoding.lane import Lane, Member
+from rgtg.decoding.lanes import LaneKey, make_lane, make_prefill
+from rgtg.decoding.prefix_store import PrefixStore
+from rgtg.errors import (
+    BusyError,
+    DeadlineError,
+    NonFiniteError,
+    NotServingError,
+    RgtgError,
+    StoppedError,
+    UsageError,
+)
 from rgtg.serving.jobs import Failed, Job, Listener, Ticket
 from rgtg.serving.models import ServedModels
-from rgtg.serving.seats import Seat, Solo, rows_of
+from rgtg.serving.seats import Arrival, Seat, Solo, internal_error, rows_of, send
 
 T = TypeVar("T")
 _log = logging.getLogger("rgtg.serving")
@@ -23,11 +34,29 @@ _IDLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the engine is doing now, and what it has done since it started."""
+    """What the engine is doing now, and what it has done since it started.
+
+    Attributes:
+        running: completions that are decoded or whose prompt is read.
+        waiting: completions that wait for a place.
+        draining: whether nothing more is taken in.
+        cache_bytes: of keys and values of what runs.
+        prefix_bytes: of texts kept for others that begin alike.
+        prompt_tokens: tokens of prompts that were looked up there.
+        cached_tokens: of those, how many were found.
+        scorer_seconds: spent by each scorer on candidates.
+        nan: rows that ended, and tokens that were left to the policy, because of NaN.
+    """
 
     running: int
     waiting: int
     draining: bool
+    cache_bytes: int
+    prefix_bytes: int
+    prompt_tokens: int
+    cached_tokens: int
+    scorer_seconds: dict[str, float]
+    nan: int
 
 
 class Engine:
@@ -44,7 +73,13 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._arrivals: list[Arrival] = []
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._seats: dict[Member, Seat] = {}
         self._solos: list[Solo] = []
+        self._store = PrefixStore(settings.prefix_cache_mib * 2**20)
+        self._seconds: dict[str, float] = defaultdict(float)  # of lanes that are gone
+        self._turns = self._nan = 0
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="rgtg-engine", daemon=True)
 
@@ -97,9 +132,13 @@ class Engine:
         if self._draining or self._stopping or not self._thread.is_alive():
             raise NotServingError("the server is not taking in requests: it is about to stop")
         waiting = len(self._waiting) + len(self._calls)
-        idle = not self._solos
-        if waiting >= max(self.settings.max_queue, int(idle)):
+        if waiting >= self.settings.max_queue + max(self.settings.max_batch - self._running(), 0):
             raise BusyError(f"{waiting} requests wait already; try again in a moment")
+
+    def _running(self) -> int:
+        """Completions that have a place."""
+        arriving = sum(len(arrival.seats) for arrival in self._arrivals)
+        return arriving + len(self._seats) + sum(solo.rows for solo in self._solos)
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a job up; its rows leave with the next step."""
@@ -111,7 +150,21 @@ class Engine:
         """What runs and waits."""
         with self._wake:
             waiting = sum(len(ticket.job.rows) for ticket in self._waiting) + len(self._calls)
-            return Snapshot(len(self._solos), waiting, self._draining)
+        lanes, seconds = list(self._lanes.values()), dict(self._seconds)
+        for lane in lanes:
+            for name, spent in lane.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + spent
+        return Snapshot(
+            running=self._running(),
+            waiting=waiting,
+            draining=self._draining,
+            cache_bytes=sum(lane.nbytes for lane in lanes),
+            prefix_bytes=self._store.nbytes,
+            prompt_tokens=self._store.asked,
+            cached_tokens=self._store.found,
+            scorer_seconds=seconds,
+            nan=self._nan,
+        )
 
     def start(self) -> None:
         """Start the thread."""
@@ -134,7 +187,7 @@ class Engine:
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
     def _is_idle(self) -> bool:
-        return not (self._waiting or self._calls or self._solos)
+        return not (self._waiting or self._calls or self._running())
 
     def _serve(self) -> None:
         while not self._stopping:
@@ -146,13 +199,16 @@ class Engine:
         self._fail_all(StoppedError("the server was stopped"))
 
     def _turn(self) -> None:
-        """One step of everything."""
+        """One step of all that decodes, and one part of one prompt."""
         self._run_calls()
         self._drop_given_up()
         self._admit()
-        for solo in list(self._solos):
+        for key, lane in list(self._lanes.items()):
+            self._step_lane(key, lane)
+        for solo in self._solos:
             solo.step()
         self._solos = [solo for solo in self._solos if not solo.done]
+        self._read_prompt()
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -165,6 +221,8 @@ class Engine:
             except Exception as error:  # the caller's to handle
                 future.set_exception(error)
 
+    # -- who comes and goes ----------------------------------------------------------------------------------------
+
     def _drop_given_up(self) -> None:
         """Jobs that were cancelled, or whose time is over."""
         now = time.monotonic()
@@ -173,8 +231,16 @@ class Engine:
             self._waiting = deque(ticket for ticket in waiting if _given_up(ticket, now) is None)
         for ticket in waiting:
             if (why := _given_up(ticket, now)) is not None:
-                for row in range(len(ticket.job.rows)):
-                    ticket.listener(Failed(row, why))
+                _refuse(ticket, why)
+        for arrival in list(self._arrivals):
+            if (why := _given_up(arrival.seats[0].ticket, now)) is not None:
+                self._arrivals.remove(arrival)
+                arrival.drop(why)
+        for lane in self._lanes.values():
+            gone = {member: why for member in lane.members if (why := _given_up(self._seats[member].ticket, now))}
+            lane.leave(gone)
+            for member, why in gone.items():
+                self._seats.pop(member).fail(why)
         for solo in self._solos:
             if (why := _given_up(solo.seat.ticket, now)) is not None:
                 solo.fail(why)
@@ -185,25 +251,103 @@ class Engine:
         while self._waiting:
             ticket = self._waiting[0]
             rows = sum(rows_of(row.settings) for row in ticket.job.rows)
-            if sum(solo.rows for solo in self._solos) + rows > self.settings.max_batch:
+            if self._running() + rows > self.settings.max_batch:
                 return
             with self._wake:
                 self._waiting.popleft()
-            seats = [Seat(ticket, i, row, self.models, self.settings) for i, row in enumerate(ticket.job.rows)]
-            self._solos += [Solo(seat) for seat in seats]
+            self._seat([Seat(ticket, i, row, self.models, self.settings) for i, row in enumerate(ticket.job.rows)])
+
+    def _seat(self, seats: list[Seat]) -> None:
+        """Begin with the rows of one job: those of one lane share one reading of the prompt."""
+        by_lane: dict[LaneKey, list[Seat]] = defaultdict(list)
+        for seat in seats:
+            if seat.lane is None:
+                self._solos.append(Solo(seat))
+            else:
+                by_lane[seat.lane].append(seat)
+        for key, mine in by_lane.items():
+            names = list(dict.fromkeys(name for seat in mine for name in seat.row.scorers))
+            first = next((seat for seat in mine if seat.row.scorers), mine[0])
+            mine.sort(key=lambda seat: seat is not first)  # readers are made for its request
+            prefill = make_prefill(self.models.policy, self.models.scorers, key, names, first.request)
+            self._arrivals.append(Arrival(key, mine, prefill))
+
+    def _read_prompt(self) -> None:
+        """One part of one prompt: the shortest first, and every fourth time the one that waits longest."""
+        if not self._arrivals:
+            return
+        self._turns += 1
+        arrival = self._arrivals[0] if self._turns % 4 == 0 else min(self._arrivals, key=lambda one: one.prefill.left)
+        try:
+            arrival.prefill.advance(self.settings.prefill_chunk, self._store)
+            if not arrival.prefill.left:
+                self._arrivals.remove(arrival)
+                self._enter(arrival)
+        except Exception as error:
+            if arrival in self._arrivals:
+                self._arrivals.remove(arrival)
+            arrival.drop(_as_ours(error))
+
+    def _enter(self, arrival: Arrival) -> None:
+        """Let rows whose prompt has been read into their lane."""
+        if arrival.key not in self._lanes:
+            self._lanes[arrival.key] = make_lane(
+                self.models.policy, self.models.scorers, arrival.key, on_nan=self.settings.on_nan, store=self._store
+            )
+        arrival.enter(self._lanes[arrival.key])
+        self._seats |= {seat.member: seat for seat in arrival.seats}
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _step_lane(self, key: LaneKey, lane: Lane) -> None:
+        if not lane.members:
+            self._forget_lane(key)  # its cache with it
+            return
+        try:
+            stepped = lane.step()
+        except Exception as error:
+            why = _as_ours(error)
+            self._forget_lane(key)
+            for member in lane.members:
+                if member in self._seats:
+                    self._seats.pop(member).fail(why)
+            return
+        for member in stepped:
+            seat = self._seats[member]
+            if member.unsound is not None:
+                self._nan += 1
+                del self._seats[member]
+                seat.fail(NonFiniteError(_unsound(member.unsound)))
+                continue
+            self._nan += seat.new_fallbacks()
+            seat.tell()
+            if member.request.finish_reason is not None:
+                del self._seats[member]
+
+    def _forget_lane(self, key: LaneKey) -> None:
+        for name, spent in self._lanes.pop(key).seconds.items():
+            self._seconds[name] += spent
 
     def _fail_all(self, why: RgtgError) -> None:
+        for arrival in self._arrivals:
+            arrival.drop(why)
+        for seat in self._seats.values():
+            seat.fail(why)
         for solo in self._solos:
             solo.fail(why)
+        self._arrivals, self._lanes, self._seats, self._solos = [], {}, {}, []
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
             calls, self._calls = list(self._calls), deque()
         for ticket in waiting:
-            for row in range(len(ticket.job.rows)):
-                ticket.listener(Failed(row, why))
+            _refuse(ticket, why)
         for future, _ in calls:
             future.set_exception(why)
-        self._solos = []
+
+
+def _refuse(ticket: Ticket, why: RgtgError) -> None:
+    for row in range(len(ticket.job.rows)):
+        send(ticket, Failed(row, why))
 
 
 def _given_up(ticket: Ticket, now: float) -> RgtgError | None:
@@ -213,3 +357,17 @@ def _given_up(ticket: Ticket, now: float) -> RgtgError | None:
     if ticket.job.deadline is not None and now > ticket.job.deadline:
         return DeadlineError("the request was not finished in its time")
     return None
+
+
+def _as_ours(error: Exception) -> RgtgError:
+    """An error for the client; what is not ours is logged and kept from it."""
+    if isinstance(error, RgtgError):
+        return error
+    _log.error("a request failed", exc_info=error)
+    return internal_error()
+
+
+def _unsound(what: str) -> str:
+    if what == "policy":
+        return "the policy gives no finite probability to any next token"
+    return f"the scorer {what} returned NaN or infinite scores for this text"

@@ -88,13 +88,9 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Ticket:
-    """A job that was taken in; ``left`` rows of it have neither finished nor failed."""
+    """A job that was taken in."""
 
     job: Job
     listener: Listener
     number: int = field(default_factory=lambda: next(_numbers))
     cancelled: bool = False
-    left: int = 0
-
-    def __post_init__(self) -> None:
-        self.left = len(self.job.rows)

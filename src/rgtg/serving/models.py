@@ -22,7 +22,8 @@ class ServedModels:
     def __init__(self, policy: Policy, scorers: Mapping[str, AnyScorer], policy_name: str = "policy") -> None:
         self.policy, self.policy_name = policy, policy_name
         self.scorers = {name: as_read_beside(policy, scorer) for name, scorer in scorers.items()}
-        for scorer in self.scorers.values():
+        for name, scorer in self.scorers.items():
+            scorer.name = name  # what refusals call it: clients never see a path
             if not isinstance(scorer, TextScorer):  # it reads text as the policy's does, and is not compared again
                 scorer.tokenizer = policy.tokenizer
         self._decoders: dict[tuple[str, tuple[str, ...]], Decoder] = {}

@@ -1,16 +1,32 @@
-"""A row of a job while it is decoded, and rows that decode apart from the running batch."""
+"""A row of a job while it is decoded, prompts on their way into a lane, and rows that decode apart from it."""
 
 import logging
 from collections.abc import Iterator
 
 from rgtg.config import DecodingSettings, EngineSettings
-from rgtg.decoding.methods import scores_vocabulary
+from rgtg.decoding.lane import Lane, Member
+from rgtg.decoding.lanes import LaneKey, lane_key
+from rgtg.decoding.methods import betas_of, scores_vocabulary
+from rgtg.decoding.prefill import Prefill
 from rgtg.decoding.requests import Request, to_completion
 from rgtg.errors import RgtgError, UsageError
-from rgtg.serving.jobs import Failed, Finished, Row, Step, Ticket
+from rgtg.serving.jobs import Event, Failed, Finished, Row, Step, Ticket
 from rgtg.serving.models import ServedModels
 
 _log = logging.getLogger("rgtg.serving")
+
+
+def internal_error() -> RgtgError:
+    """What a client is told of a failure that is nobody's but the server's; its log has the rest."""
+    return RgtgError("the request failed inside the server")
+
+
+def send(ticket: Ticket, event: Event) -> None:
+    """Tell a job's listener; one that raises harms nobody else."""
+    try:
+        ticket.listener(event)
+    except Exception:
+        _log.exception("a listener failed")
 
 
 def rows_of(settings: DecodingSettings) -> int:
@@ -33,8 +49,14 @@ class Seat:
         self.decoder, self.settings = models.resolve(row.settings, row.scorers)
         self._check(limits)
         (self.request,) = self.decoder.requests([job.prompt_ids], [job.prompt], [job.source], [row.seed], self.settings)
-        self.cached_tokens = self.fallback = 0
-        self._told = 0
+        token_wise = self.decoder.method.unit == "token"
+        self.lane = lane_key(models.scorers, row.scorers) if token_wise else None
+        self.member = Member(
+            self.request, self.decoder.rule(self.settings, row.trace), self.decoder.stopping(self.settings),
+            row.scorers, tuple(betas_of(self.settings)) if row.scorers else (),
+        )  # fmt: skip
+        self.cached_tokens = 0
+        self._told = self._fallbacks = 0
 
     def _check(self, limits: EngineSettings) -> None:
         if self.settings.max_new_tokens > limits.max_tokens:
@@ -54,22 +76,44 @@ class Seat:
         request = self.request
         if self.decoder.method.unit != "completion":
             for i in range(self._told, len(request.token_ids)):
-                self.ticket.listener(
-                    Step(self.index, request.token_ids[i], request.trace[i] if self.row.trace else None)
-                )
+                self._send(Step(self.index, request.token_ids[i], request.trace[i] if self.row.trace else None))
             self._told = len(request.token_ids)
         if request.finish_reason is not None:
-            self._leave()
             done = to_completion(request, self.decoder.method.name, trace=self.row.trace)
-            self.ticket.listener(Finished(self.index, done, self.cached_tokens, self.fallback))
+            self._send(Finished(self.index, done, self.cached_tokens, self.member.fallback))
+
+    def new_fallbacks(self) -> int:
+        """Tokens that were left to the policy since this was asked last."""
+        new, self._fallbacks = self.member.fallback - self._fallbacks, self.member.fallback
+        return new
 
     def fail(self, why: RgtgError) -> None:
         """Say that nothing more will come."""
-        self._leave()
-        self.ticket.listener(Failed(self.index, why))
+        self._send(Failed(self.index, why))
 
-    def _leave(self) -> None:
-        self.ticket.left -= 1
+    def _send(self, event: Event) -> None:
+        send(self.ticket, event)
+
+
+class Arrival:
+    """Rows of one job and one lane, while their prompt is read."""
+
+    def __init__(self, key: LaneKey, seats: list[Seat], prefill: Prefill) -> None:
+        self.key, self.seats, self.prefill = key, seats, prefill
+
+    def enter(self, lane: Lane) -> None:
+        """Join the lane: every row takes the readers of its own scorers, over one reading of the prompt."""
+        for i, seat in enumerate(self.seats):
+            seat.cached_tokens = self.prefill.cached
+            read = {name: reader for name, reader in self.prefill.readers.items() if name in seat.row.scorers}
+            if i:
+                read = {name: reader.again(seat.request) for name, reader in read.items()}
+            lane.join(seat.member, self.prefill.stepper, read, self.prefill.logits)
+
+    def drop(self, why: RgtgError) -> None:
+        """End all rows with an error."""
+        for seat in self.seats:
+            seat.fail(why)
 
 
 class Solo:
@@ -89,7 +133,7 @@ class Solo:
             return
         except Exception:
             _log.exception("a row failed")
-            self.fail(RgtgError("the request failed inside the server"))
+            self.fail(internal_error())
             return
         self.done = ended
         if ended or self.seat.request.finish_reason is None:

@@ -1,0 +1,97 @@
+"""A prompt read in parts by every model that needs it, between the steps of those who are decoding already."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rgtg.decoding.prefix_store import PrefixStore
+from rgtg.decoding.readers import JoiningReader, read_chain
+from rgtg.decoding.runner import Runner, TreeRunner
+from rgtg.decoding.steps import JoiningStepper
+
+
+@dataclass
+class Feed:
+    """What one model has to read of one text, in ``copies`` equal rows.
+
+    Attributes:
+        key: of the model in the store.
+        runner: without rows yet.
+        tokens: the text.
+        copies: rows.
+        place: tokens read so far; negative before anything was looked up or read.
+        states: final states (copies, H) at the last token that was read.
+    """
+
+    key: str
+    runner: Runner
+    tokens: Sequence[int]
+    copies: int = 1
+    place: int = -1
+    states: Tensor | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be read."""
+        return len(self.tokens) - max(self.place, 0)
+
+    def start(self, store: PrefixStore | None) -> int:
+        """Look up what others have read; how many tokens that saves."""
+        self.place = 0
+        self.runner.start(self.copies)
+        if store is not None and isinstance(self.runner, TreeRunner) and (hit := store.find(self.key, self.tokens)):
+            cache, self.place = hit
+            self.runner.cache.take_first(cache, self.place)
+        return self.place
+
+    def read(self, chunk: int) -> None:
+        """Read so many tokens more; a model without a cache reads them all."""
+        if not isinstance(self.runner, TreeRunner):
+            self.states = self.runner.prefill([self.tokens] * self.copies)
+            self.place = len(self.tokens)
+            return
+        part = torch.tensor([list(self.tokens[self.place : self.place + chunk])] * self.copies)
+        self.states = read_chain(self.runner, part)[:, -1]
+        self.place += part.shape[1]
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way into a lane: a stepper and readers of one row, and what they still have to read.
+
+    Attributes:
+        stepper: the policy, and what scores in its pass.
+        readers: scorers beside it, by name.
+        feeds: of the policy first, then of the readers that have a cache.
+        cached: tokens of the prompt that the policy need not read.
+    """
+
+    stepper: JoiningStepper
+    readers: dict[str, JoiningReader]
+    feeds: list[Feed]
+    cached: int = 0
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be read, by all models together."""
+        return sum(feed.left for feed in self.feeds)
+
+    @torch.inference_mode()
+    def advance(self, chunk: int, store: PrefixStore | None) -> None:
+        """One model reads one chunk."""
+        feed = next(feed for feed in self.feeds if feed.left)
+        if feed.place < 0:
+            saved = feed.start(store)
+            self.cached = saved if feed is self.feeds[0] else self.cached
+        feed.read(chunk)
+        if feed.left:
+            return
+        if feed is self.feeds[0]:
+            policy = self.stepper.policy
+            assert feed.states is not None, "it has just been read"
+            self.logits = policy.readout(policy.model, feed.states[:1])
+        if store is not None and isinstance(feed.runner, TreeRunner):
+            store.add(feed.key, feed.tokens, feed.runner.cache)
