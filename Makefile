@@ -8,7 +8,7 @@ STAMP := $(VENV)/.rgtg-setup
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench study demo clean
+.PHONY: help setup check test bench study demo docs dist clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,5 +52,11 @@ study: setup  ## one row of docs/results/study-demo.json measured again, to the 
 demo: setup  ## train, audit, generate and compare in a small world; writes demo-output/report.html
 	$(BIN)/rgtg demo
 
+docs: setup  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+dist: setup  ## wheel and sdist, in dist/
+	$(BIN)/python -m build --no-isolation
+
 clean:  ## remove everything that setup and the commands made
-	rm -rf $(VENV) demo-output study-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output study-output site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,244 @@
+"""The documentation's examples run: every fenced block of every page, in a folder that holds what they name.
+
+A block that cannot run here is marked ``<!-- needs: WHAT -->`` on the line before it; those are few, and counted. A
+``text`` block is not run, but the options it names exist. Long runs are cut short by settings, see ``SMALLER``.
+"""
+
+import ast
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+import docs_world
+import rgtg
+from conftest import verb
+from judge_server import serve
+from rgtg.cli.main import app
+from rgtg.errors import RgtgError
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    if "```" in path.read_text()
+)
+MARKED = 4
+_FENCE = re.compile(r"(?:<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+# What a tiny world needs less of than the documentation's reader; every setting keeps its meaning.
+SMALLER = {
+    "audit": ["bootstrap=100"],
+    "compare": ["bootstrap=100", "max_new_tokens=8", "seeds=[0]"],
+    "sweep": ["max_new_tokens=8", "bootstrap=100", "tolerance=2"],
+    "judge": ["bootstrap=100", "concurrency=2"],
+    "doctor": ["tokens=2", "repeats=1", "prompt_length=8"],
+    "train": ["train.num_train_epochs=1"],
+}
+FEW = {"prefixes": 2, "per_candidate": 2, "candidates": 3, "max_new_tokens": 6}  # of roll-outs
+TRAINED = set()
+pytestmark = pytest.mark.filterwarnings("ignore")  # what examples warn of is said on their pages
+
+
+@dataclass
+class Block:
+    page: str
+    line: int
+    kind: str
+    body: str
+    needs: str | None
+
+
+def blocks(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Block(page, text[: found.start("body")].count("\n"), found["kind"], found["body"], found["needs"])
+        for found in _FENCE.finditer(text)
+    ]
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs-world")
+    docs_world.build(folder)
+    return folder
+
+
+@pytest.fixture
+def world(built, tmp_path, monkeypatch):
+    """A copy of the world, entered; a judge answers at URL."""
+    folder = tmp_path / "world"
+    shutil.copytree(built, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr(rgtg, "make_rollouts", functools.partial(rgtg.make_rollouts, **FEW), raising=False)
+    with serve(lambda shown, _: f"[[{'A' if shown[0] < shown[1] else 'B'}]]") as judge:
+        monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+        yield folder, judge.url
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_example_runs(page, world, hub, monkeypatch, capsys):
+    folder, url = world
+    for name, branch in (("owner/policy", "v1"), ("owner/scorer", "v1"), ("owner/scorer", "8f3c2d1")):
+        source = folder / name.partition("/")[2]
+        hub.put(name, {path.name: path.read_bytes() for path in source.iterdir()}, branch=branch, private=True)
+    if page == "docs/report.md":
+        docs_world.results(folder)
+    names = context()
+    for block in blocks(page):
+        if block.needs is None:
+            RUN[block.kind](block, names, url, monkeypatch)
+
+
+def context():
+    """What a page's Python examples take for granted, before its own lines."""
+    policy = rgtg.GuidedPolicy.from_pretrained("policy", scorer="scorer")
+    prompts = docs_world.PROMPTS[:2]
+    tokenizer = policy.policy.tokenizer
+    done = policy.generate(prompts, max_new_tokens=4)
+    return {
+        "rgtg": rgtg, "guided": policy, "prompts": prompts, "tokenizer": tokenizer, "done": done[0], "many": done,
+        "messages": [{"role": "user", "content": "Hi"}], "scorer": rgtg.load_scorer("scorer"),
+        "model": policy.policy.model, "prompt_ids": [5, 6], "candidate": 7, "scorer_prefix_ids": [5],
+        "scorer_tokenizer": tokenizer, "text_of_candidate": "em", "prompt": "a", "completion": " th",
+    }  # fmt: skip
+
+
+def run_python(block, names, url, monkeypatch):
+    lines = block.body.split("\n")
+    for statement in ast.parse(block.body).body:
+        fails = statement.lineno > 1 and "an error here" in lines[statement.lineno - 2]
+        code = compile(ast.Module([statement], []), f"{block.page}:{block.line}", "exec")
+        if fails:
+            with pytest.raises(RgtgError):
+                exec(code, names)
+        else:
+            exec(code, names)
+
+
+def run_bash(block, names, url, monkeypatch):
+    text = block.body.replace("\\\n", " ")
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            command(words, f"{block.page}:{block.line}: {line}", url, monkeypatch)
+
+
+def command(words, where, url, monkeypatch):
+    if words[0] == "rgtg":
+        rgtg_command(words[1:], where, url)
+    elif words[0] == "make":
+        dry = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert dry.returncode == 0, f"{where}: {dry.stderr}"
+    elif words[:2] == ["pip", "install"]:
+        asked = set(re.findall(r"\[([\w,-]+)\]", words[2])[0].split(","))
+        assert asked <= set(extras()), where
+    elif words[0] == "export":
+        name, _, value = words[1].partition("=")
+        if value != "…":
+            monkeypatch.setenv(name, value)
+    else:
+        pytest.fail(f"{where}: do not know how to run {words[0]}; mark the block <!-- needs: ... -->")
+
+
+def extras():
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def rgtg_command(words, where, url):
+    words = [url if word in ("URL", "http://localhost:8000/v1") else word for word in words]
+    smaller = list(SMALLER.get(words[0], []))
+    if words[0] == "audit" and "--rollouts" in words:
+        smaller += [f"{name}={value}" for name, value in FEW.items()] if "--prompts" in words else []
+    if words[0] == "train":
+        if tuple(words) in TRAINED:  # on another page, and the world has such a scorer
+            return
+        TRAINED.add(tuple(words))
+        shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+        smaller = [] if "own" in words else smaller
+    ran = verb()(*words, *(part for setting in smaller for part in ("--set", setting)))
+    assert ran.exit_code == 0, f"{where}\n{ran.stderr}{ran.exception!r}"
+
+
+def parse_json(block, *_):
+    for line in block.body.splitlines():
+        json.loads(line.replace('{\\"prompt\\": ...}', ""))
+
+
+def parse_yaml(block, *_):
+    assert isinstance(yaml.safe_load(block.body), dict)
+    if found := re.match(r"# (\w+\.yaml)", block.body):
+        Path(found[1]).write_text(block.body)
+
+
+def check_options(block, *_):
+    for line in block.body.splitlines():
+        words = line.split()
+        if words[:1] == ["rgtg"]:
+            known = {option for parameter in verb_of(words[1:]).params for option in parameter.opts}
+            assert set(re.findall(r"--[\w-]+", line)) <= known, f"{block.page}:{block.line}: {line}"
+
+
+def verb_of(words):
+    found = typer.main.get_command(app)
+    while hasattr(found, "commands"):
+        found, words = found.commands[words[0]], words[1:]
+    return found
+
+
+RUN = {"python": run_python, "bash": run_bash, "json": parse_json, "yaml": parse_yaml, "text": check_options}
+
+
+def test_every_block_says_what_it_is():
+    assert len(ALL) > 70
+    assert not [f"{b.page}:{b.line}" for b in ALL if b.kind not in RUN]
+
+
+def test_few_blocks_cannot_run_here():
+    marked = [f"{block.page}:{block.line} needs {block.needs}" for block in ALL if block.needs]
+    assert len(marked) <= MARKED, marked
+    assert not [block for block in ALL if block.needs and block.kind in ("text", "json")], "these are never run"
+
+
+def test_the_runner_would_notice(world, monkeypatch):
+    _, url = world
+    for kind, body in (
+        ("bash", "rgtg generate --policy absent --method policy --prompt x\n"),
+        ("bash", "make nothing-of-this-name\n"),
+        ("bash", "pip install 'rgtg[nothing]'\n"),
+        ("python", "import rgtg\nrgtg.load_scorer('absent')\n"),
+        ("python", "# wrong (an error here)\nx = 1\n"),
+        ("text", "rgtg theory --nothing\n"),
+        ("json", "{'a': 1}\n"),
+        ("yaml", "- a list\n"),
+    ):
+        with pytest.raises((Exception, pytest.fail.Exception)):
+            RUN[kind](Block("page", 1, kind, body, None), {}, url, monkeypatch)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the documentation site needs: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "WARNING" not in ran.stderr
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "quickstart.html" in home
+    fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', home)
+    assert not fetched, "the site is whole without a network"

