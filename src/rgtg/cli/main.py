@@ -14,6 +14,7 @@ from rgtg.cli import (
     push,
     report,
     score,
+    serve,
     sweep,
     theory,
     train,
@@ -29,7 +30,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
-for _module in (train, audit, generate, score, compare, judge, report, push, methods, sweep, theory, demo, doctor):
+for _module in (
+    train, audit, generate, score, serve, compare, judge, report, push, methods, sweep, theory, demo, doctor,
+):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
 

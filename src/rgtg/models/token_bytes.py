@@ -39,10 +39,8 @@ class TokenBytes:
         name = self.tokenizer.convert_ids_to_tokens(token_id)
         if token_id in self._special or name is None:
             return b"", name or ""
-        if token_id in self._added:
-            raw = self._added[token_id].encode()
-        else:
-            raw = self._bytes_of(token_id, str(name))
+        added = self._added.get(token_id)
+        raw = self._bytes_of(token_id, str(name)) if added is None else added.encode()
         return raw, raw.decode(errors="replace")
 
     def _bytes_of(self, token_id: int, name: str) -> bytes:

@@ -1,0 +1,108 @@
+"""``rgtg serve``: an OpenAI-compatible server with guidance per request, and a page to watch it."""
+
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, verb
+from rgtg.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rgtg.serving.models import ServedModels
+
+_LIMITS = "Limits"
+_ACCESS = "Who may call"
+
+
+@verb
+def command(
+    policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A scorer that requests may name; repeatable.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The policy's name to clients. Default: the folder's last part.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    scorer_device: Annotated[str | None, typer.Option(help="Of separate scorers; default the policy's.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Clients must send it. Better in the environment: RGTG_API_KEY.", rich_help_panel=_ACCESS),
+    ] = None,
+    allow_public: Annotated[
+        bool, typer.Option("--allow-public", help="Listen beyond loopback without a key.", rich_help_panel=_ACCESS)
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another Host header to take; repeatable.", rich_help_panel=_ACCESS)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin whose pages may call; repeatable.", rich_help_panel=_ACCESS)
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Requests that may wait. Default 64.", rich_help_panel=_LIMITS)
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Completions decoded at once. Default 16.", rich_help_panel=_LIMITS)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens of a completion. Default 4096.", rich_help_panel=_LIMITS)
+    ] = None,
+    request_seconds: Annotated[
+        float | None, typer.Option(help="Time for a request, queue included. Default 600.", rich_help_panel=_LIMITS)
+    ] = None,
+    drain_seconds: Annotated[
+        float | None, typer.Option(help="Time for accepted requests on SIGTERM. Default 30.", rich_help_panel=_LIMITS)
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    seed: Seed = None,
+) -> None:
+    """Serve a policy and scorers behind OpenAI's API, with guidance per request and a page at /.
+
+    Every setting of docs/http-api.md can also be in the environment (RGTG_PORT), a YAML file, or --set.
+
+    [bold]Example[/bold]: rgtg serve --policy POLICY --scorer helpful=SCORER --port 8000
+    """
+    given = locals()
+    try:
+        from rgtg.serving.settings import ServeSettings
+    except ImportError as error:
+        raise MissingExtraError("rgtg serve needs its extra: pip install 'rgtg[serve]'") from error
+    # 0 is a value (port, max_queue); an absent list or switch is not
+    flags = {k: v for k, v in given.items() if k in ServeSettings.model_fields and v != [] and v is not False}
+    settings = ServeSettings.resolve(config, overrides, flags)
+    hush_libraries()
+    _log_to_stderr(errors_only=quiet or settings.log == "errors")
+    try:
+        from rgtg.serving.server import serve
+    except ImportError as error:
+        raise MissingExtraError("rgtg serve needs its extra: pip install 'rgtg[serve]'") from error
+
+    def ready(url: str, models: "ServedModels") -> None:
+        names = [models.policy_name, *models.scorers]
+        if as_json:
+            line = json.dumps({"url": url, "policy": models.policy_name, "scorers": list(models.scorers)})
+        else:
+            scorers = ", ".join(names[1:]) or "no scorers"
+            line = f"ready: {url} serves {names[0]} with {scorers}; the page is at {url}/"
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    serve(settings, ready)
+
+
+def _log_to_stderr(*, errors_only: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("rgtg.serving")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if errors_only else logging.INFO)
