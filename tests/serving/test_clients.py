@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from rgtg.decoding.guided import GuidedPolicy
-from served import events_of, on_a_socket, serving
+from served import close, events_of, on_a_socket, serving
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi there"}]
 # What a client sends, and what the same is in Python.
@@ -72,7 +72,8 @@ def test_chat_equals_guided_policy(served):
     assert list(texts.values()) == [one.text for one in many]
     assert roles == ["assistant"] * 3
     assert chunk.choices == []
-    assert chunk.usage == whole.usage
+    assert chunk.usage.completion_tokens == whole.usage.completion_tokens
+    assert chunk.usage.prompt_tokens_details.cached_tokens > whole.usage.prompt_tokens_details.cached_tokens
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + sum(len(one.token_ids) for one in many)
 
 
@@ -112,13 +113,14 @@ def test_logprobs_are_of_the_guided_distribution(served):
     assert bytes(byte for token in content for byte in token.bytes).decode() == done.text
     for token, step in zip(content, done.trace, strict=True):
         order = sorted(zip(step.guided_log_probs, step.candidate_ids, strict=True), reverse=True)[:3]
-        assert [one.logprob for one in token.top_logprobs] == pytest.approx([p for p, _ in order])
+        assert [one.logprob for one in token.top_logprobs] == pytest.approx([p for p, _ in order], abs=1e-4)
     streamed = served.openai.chat.completions.create(
         model="tiny+kind", messages=CHAT, max_tokens=12, seed=11, logprobs=True, top_logprobs=3, stream=True,
         extra_body={"guidance": {"beta": 2.0}},
     )  # fmt: skip
     told = [t for chunk in streamed if chunk.choices[0].logprobs for t in chunk.choices[0].logprobs.content]
-    assert told == content
+    assert [token.bytes for token in told] == [token.bytes for token in content]
+    assert [token.logprob for token in told] == pytest.approx([token.logprob for token in content], abs=1e-4)
 
 
 def test_legacy_logprobs(served):
@@ -131,7 +133,7 @@ def test_legacy_logprobs(served):
         assert token in ("</s>", "<unk>") or done.text[offset : offset + len(token)] == token
     chunks = [chunk.choices[0].logprobs for chunk in served.openai.completions.create(**asked, stream=True)]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        assert [one for part in chunks if part for one in getattr(part, name)] == getattr(logprobs, name)
+        assert close([one for part in chunks if part for one in getattr(part, name)], getattr(logprobs, name))
 
 
 def test_greedy_logprobs_can_be_sent(served):
@@ -166,8 +168,9 @@ def test_traces_say_how_it_came_about(served, method):
     events, ended = events_of(served.post("/v1/completions", **asked, stream=True))
     parts = [event["choices"][0].get("guidance", {}) for event in events]
     assert ended
-    assert [step for part in parts for step in part.get("trace", [])] == told.pop("trace")
-    assert parts[-1] == told
+    assert close([step for part in parts for step in part.get("trace", [])], told.pop("trace"))
+    read_before = {"cached_tokens": 0}
+    assert close(parts[-1] | read_before, told | read_before)
 
 
 def test_the_name_of_a_model_can_guide(served):

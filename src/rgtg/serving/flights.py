@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from fastapi import Request
 from sse_starlette import EventSourceResponse
 
-from rgtg.errors import NonFiniteError, RgtgError
+from rgtg.errors import RgtgError
 from rgtg.serving.engine import Engine
 from rgtg.serving.errors import ApiError, from_rgtg
 from rgtg.serving.jobs import Event, Failed, Finished, Job, Step, Ticket
@@ -78,8 +78,6 @@ class Flight:
         while ended < self.rows:
             row, event = await self._events.get()
             if isinstance(event, Failed):
-                if isinstance(event.error, NonFiniteError):
-                    self.metrics.nan.inc()
                 raise from_rgtg(event.error) from event.error
             ended += isinstance(event, Finished)
             yield row, event

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from rgtg.serving.engine import Snapshot
 from rgtg.serving.jobs import Event, Failed, Finished, Step
@@ -37,8 +37,8 @@ class Metrics:
         self.kl = histogram("rgtg:guidance_kl_nats", "Guided - policy log-probability of a row.", buckets=_NATS)
         self.rejected = counter("rgtg:rejected", "Requests that were refused, by the error's code.", ["reason"])
         self.fallback = counter("rgtg:fallback", "Rows with tokens left to the policy, for a scorer's NaN.")
-        self.nan = counter("rgtg:nan", "Rows in which a model returned NaN.")
-        self.registry.register(_Engine(snapshot))
+        self.scored_nan = 0  # texts of /v1/score
+        self.registry.register(_Engine(self, snapshot))
 
     def render(self) -> bytes:
         """The text format."""
@@ -81,22 +81,38 @@ class Clock:
         self.metrics.kl.observe(made.guided_log_prob - made.policy_log_prob + made.selection_nats)
         if event.fallback:
             self.metrics.fallback.inc()
-            self.metrics.nan.inc()
 
 
 class _Engine:
     """What the engine knows, read when it is asked for."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot | None]) -> None:
-        self.snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        """Gauges of now, and counters since the start."""
-        now = self.snapshot()
-        running, waiting = (now.running, now.waiting) if now else (0, 0)
-        yield GaugeMetricFamily("rgtg:num_requests_running", "Completions being decoded.", value=running)
-        yield GaugeMetricFamily("rgtg:num_requests_waiting", "Completions in the queue.", value=waiting)
+    def __init__(self, metrics: Metrics, snapshot: Callable[[], Snapshot | None]) -> None:
+        self.metrics, self.snapshot = metrics, snapshot
 
     def describe(self) -> Iterator[Metric]:
-        """Names, without asking the engine."""
+        """No names before there is an engine."""
         return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges of now, and counters since the start; none while models are loaded."""
+        if (now := self.snapshot()) is None:
+            return
+        gauges: dict[str, tuple[str, float]] = {
+            "num_requests_running": ("Completions being decoded.", now.running),
+            "num_requests_waiting": ("Completions in the queue.", now.waiting),
+            "kv_cache_bytes": ("Keys and values of what runs.", now.cache_bytes),
+            "prefix_cache_bytes": ("Texts kept for requests that begin alike.", now.prefix_bytes),
+        }
+        counters: dict[str, tuple[str, float]] = {
+            "prefix_cache_queries": ("Prompt tokens that were looked up.", now.prompt_tokens),
+            "prefix_cache_hits": ("Of those, how many were found.", now.cached_tokens),
+            "nan": ("Rows that failed, and tokens left to the policy, for NaN.", now.nan + self.metrics.scored_nan),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"rgtg:{name}", text, value=value)
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"rgtg:{name}", text, value=value)
+        seconds = CounterMetricFamily("rgtg:scorer_seconds", "Spent by each scorer on candidates.", labels=["scorer"])
+        for scorer, spent in now.scorer_seconds.items():
+            seconds.add_metric([scorer], spent)
+        yield seconds

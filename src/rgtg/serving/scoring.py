@@ -134,7 +134,7 @@ async def read_all(service: Service, found: Sequence[Reading]) -> list[list[floa
     except RgtgError as error:
         raise from_rgtg(error, "completion") from error
     if not all(math.isfinite(score) for each in scores for score in each):
-        service.metrics.nan.inc()
+        service.metrics.scored_nan += 1
         raise from_rgtg(NonFiniteError("the scorer returned NaN or infinite scores"))
     return scores
 
