@@ -21,27 +21,37 @@ POLICY_HEADER = (
 )
 
 
-def step_of(tokenizer, traced):
+def step_of(known, traced):
     """A step of a trace as the server sends it."""
     step = json.loads(traced.model_dump_json())
-    found = [token_bytes(tokenizer, i) for i in traced.candidate_ids]
-    return step | {
-        "candidate_texts": [b.decode(errors="replace") for b in found],
-        "candidate_bytes": list(map(list, found)),
-    }
+    texts = [known.text(i) for i in traced.candidate_ids]
+    return step | {"candidate_texts": texts, "candidate_bytes": [list(known.of(i)) for i in traced.candidate_ids]}
 
 
-def token_bytes(tokenizer, token_id):
-    """What a token adds to a text, for character-level and SentencePiece tokenizers."""
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    if token_id in tokenizer.all_special_ids:
-        return b""
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+class TokenBytes:
+    """Bytes and text of single tokens, of character-level and SentencePiece tokenizers."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def of(self, token_id):
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self.tokenizer.all_special_ids:
+            return b""
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+    def text(self, token_id):
+        special = token_id in self.tokenizer.all_special_ids
+        return self.tokenizer.convert_ids_to_tokens(token_id) if special else self.of(token_id).decode(errors="replace")
 
 
 class Answers:
-    """Answers of one policy and its scorers: name → GuidedPolicy's scorer. ``refusals`` are given first, in order."""
+    """Answers of one policy and its scorers, decoded when they are asked for.
+
+    ``refusals`` are given first, in order; ``gate`` lets one event of a stream through each time it is released;
+    ``broken`` is what a stream holds instead, and ends without saying so; ``left`` is set when a page went away.
+    """
 
     def __init__(self, make, tokenizer, methods, scorers=("helpful",), delay=0.0):
         self.make, self.tokenizer, self.methods, self.scorers, self.delay = (
@@ -52,6 +62,8 @@ class Answers:
             delay,
         )
         self.bodies, self.keys, self.refusals, self.key = [], [], [], None
+        self.known = TokenBytes(tokenizer)
+        self.gate, self.broken, self.left = None, None, False
 
     def describe(self):
         scorers = [{"name": n, "objective": "prefix-bt", "kind": "prefix", "max_length": 128} for n in self.scorers]
@@ -76,7 +88,7 @@ class Answers:
             "policy_log_prob": done.policy_log_prob, "guided_log_prob": done.guided_log_prob, "fallback": False,
             "prompt_token_ids": ids,
         }  # fmt: skip
-        return done, [step_of(self.tokenizer, traced) for traced in done.trace], summary
+        return done, [step_of(self.known, traced) for traced in done.trace], summary
 
     def compare(self, body):
         sides = {"unguided": self.complete(body, guided=False), "guided": self.complete(body)}
@@ -84,7 +96,7 @@ class Answers:
         for i in range(most):
             for side, (_, steps, _) in sides.items():
                 if i < len(steps):
-                    text = token_bytes(self.tokenizer, steps[i]["token_id"]).decode(errors="replace")
+                    text = self.known.of(steps[i]["token_id"]).decode(errors="replace")
                     yield {
                         "object": "comparison.chunk",
                         "side": side,
@@ -105,7 +117,7 @@ class Answers:
     def completions(self, body):
         done, steps, summary = self.complete(body)
         for step in steps:
-            text = token_bytes(self.tokenizer, step["token_id"]).decode(errors="replace")
+            text = self.known.of(step["token_id"]).decode(errors="replace")
             yield {
                 "object": "text_completion",
                 "choices": [{"index": 0, "text": text, "finish_reason": None, "guidance": {"trace": [step]}}],
@@ -178,13 +190,16 @@ def serve_page(answers):
             self.send_header("Connection", "close")
             self.end_headers()
             try:
-                for event in events:
+                for event in events if answers.broken is None else answers.broken:
+                    if answers.gate:
+                        answers.gate.acquire(timeout=60)
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                     self.wfile.flush()
                     time.sleep(answers.delay)
-                self.wfile.write(b"data: [DONE]\n\n")
+                if answers.broken is None:
+                    self.wfile.write(b"data: [DONE]\n\n")
             except OSError:
-                pass  # the page has gone away
+                answers.left = True
             self.close_connection = True
 
         def log_message(self, *_):
