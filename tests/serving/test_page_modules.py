@@ -69,7 +69,7 @@ CASES = {
     "nucleus": ("pargs", [1.0], {"top_p": 0.6}),
     "greedy": ("pargs-greedy", [1.0], {}),
     "clipped": ("rad", [3.0], {}),
-    "gated": ("pargs", [2.0], {"entropy_gate": 1.5}),
+    "gated": ("pargs", [2.0], {"entropy_gate": 3.2}),
     "two scorers": ("pargs", [2.0, -0.5], {"temperature": 1.3}),
     "alone": ("policy", [], {"temperature": 0.8}),
 }
@@ -92,24 +92,30 @@ def traced(method, betas, settings, top_k=6):
     return done.trace, rule
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_recomputed_in_the_page_is_the_decoders(folder, name):
-    method, betas, settings = CASES[name]
-    steps, rule = traced(method, betas, settings)
-    given = json.dumps([{"step": json.loads(step.model_dump_json()), "rule": rule} for step in steps])
-    answered = node(folder, "recompute.js", given=given)
+def recomputed(folder, steps, rules):
+    """What the page makes of steps."""
+    read = [json.loads(step.model_dump_json()) for step in steps]
+    pairs = [{"step": step, "rule": rule} for step, rule in zip(read, rules, strict=True)]
+    answered = node(folder, "recompute.js", given=json.dumps(pairs))
     assert answered.returncode == 0, answered.stderr
-    found = json.loads(answered.stdout)
-    assert len(found) == len(steps) == 12
-    for one, step in zip(found, steps, strict=True):
-        assert one["agrees"]
-        assert [float(v) for v in one["guided"]] == pytest.approx(step.guided_log_probs, abs=1e-4)
+    return json.loads(answered.stdout)
+
+
+def test_a_step_recomputed_in_the_page_is_the_decoders(folder):
+    made = {name: traced(*case) for name, case in CASES.items()}
+    steps = [step for trace, _ in made.values() for step in trace]
+    names = [name for name in made for _ in range(12)]
+    found = recomputed(folder, steps, [made[name][1] for name in names])
+    for name, one, step in zip(names, found, steps, strict=True):
+        assert one["agrees"], name
+        assert [float(v) for v in one["guided"]] == pytest.approx(step.guided_log_probs, abs=1e-4), name
+    assert {step.scores is None for step in made["gated"][0]} == {True, False}
+    assert any(-torch.inf in step.policy_log_probs for step in made["nucleus"][0])
 
 
 def test_another_beta_in_the_page_is_the_rule_at_that_beta(folder):
     steps, rule = traced("pargs", [2.0], {"temperature": 0.7})
-    given = json.dumps([{"step": json.loads(s.model_dump_json()), "rule": rule | {"betas": [0.3]}} for s in steps])
-    found = json.loads(node(folder, "recompute.js", given=given).stdout)
+    found = recomputed(folder, steps, [rule | {"betas": [0.3]}] * len(steps))
     for one, step in zip(found, steps, strict=True):
         policy, scores = torch.tensor([step.policy_log_probs]), torch.tensor([step.scores])
         expected = guided_log_probs(policy, scores, 0.3, 0.7)[0].tolist()
