@@ -110,7 +110,7 @@ class Page:
     def tokens(self, panel):
         """Texts of the tokens of the first or second text."""
         code = "const p = document.querySelectorAll('.tv-panel')[arguments[0]]; "
-        return self.js(f"{code}return [...p.querySelectorAll('.tv-token')].map((t) => t.textContent)", panel)
+        return self.js(f"{code}return [...(p?.querySelectorAll('.tv-token') ?? [])].map((t) => t.textContent)", panel)
 
     def token(self, panel, index):
         return self.all(".tv-panel")[panel].find_elements("css selector", ".tv-token")[index]

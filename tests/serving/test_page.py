@@ -294,15 +294,16 @@ def test_stop_keeps_what_has_come_and_frees_the_server(page, answers):
 
 
 def test_an_error_in_the_stream_and_an_early_end_are_told(page, answers):
-    answers.broken = [
-        {"error": {"message": "the scorer returned NaN", "type": "server_error", "param": None, "code": None}}
-    ]
+    first = {"object": "comparison.chunk", "side": "guided", "text": "On", "token_id": 7, "guidance": None}
+    answers.broken = [first, {"error": {"message": "the scorer returned NaN", "param": None, "code": None}}]
     page.write(PROMPT)
     assert "the scorer returned NaN" in page.text("#banner")
     assert page.text(".tv-panel .tv-state") == "broken off"
+    assert "On" in page.text(".tv-panel:last-child .tv-strip"), "what has come stays, a trace or not"
     answers.broken = []
     page.write()
     assert "ended the answer early" in page.text("#banner")
+    assert "On" in page.text(".tv-panel:last-child .tv-strip"), "the text before is not lost to a failure"
 
 
 def test_a_key_is_asked_for_sent_and_forgotten_with_the_tab(browser, answers):

@@ -89,7 +89,7 @@ test("ranges are symmetric where the scale diverges, and one outlier does not ma
   assert.equal(place("score", 3, { low: 2, high: 4 }), 0.5);
   assert.equal(place("score", null, { low: 2, high: 4 }), null);
   assert.equal(valueOf("score", step({ scores: null }), 1, [null, 2.5]), 2.5);
-  assert.deepEqual(ticks(0, 10, 4), [0, 5, 10]);
+  assert.deepEqual(ticks(0, 10, 4), [0, 2, 4, 6, 8, 10]);
   assert.ok(ticks(3, 3).length >= 1);
 });
 

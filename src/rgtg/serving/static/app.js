@@ -40,7 +40,7 @@ function clearBanner() {
 }
 
 function banner(heading, ...rest) {
-  at("banner").replaceChildren(h("strong", {}, heading), ...rest);
+  at("banner").replaceChildren(...h("div", {}, h("strong", {}, heading), ...rest).childNodes);
   at("banner").hidden = false;
 }
 
@@ -57,6 +57,7 @@ function showError(error, again = null) {
 
 function setBusy(busy) {
   at("run").disabled = busy || !server;
+  at("run").classList.toggle("waiting", busy);
   at("stop").hidden = !busy;
   at("load").disabled = busy;
   for (const id of ["save", "export"]) at(id).disabled = busy || !trace;
@@ -113,7 +114,9 @@ function take(branch, event, started) {
   viewer.refresh();
 }
 
+/** Show a document; one that is written appears with its first token, so that a refusal costs no text on the page. */
 function open(document) {
+  if (trace === document) return;
   trace = document;
   at("empty").hidden = true;
   viewer.open(trace);
@@ -128,28 +131,33 @@ async function run() {
   const { prompt = null, messages = null, model, ...settings } = request;
   const sides = [newBranch(0, { side: "unguided", label: "Unguided", rule: unguided })];
   if (server.scorers.length) sides.push(newBranch(1, { side: "guided", label: "Guided", rule: guided }));
-  open({ format: FORMAT, version: VERSION, created: new Date().toISOString(), policy: model, prompt, messages, prompt_token_ids: null, request: settings, branches: sides });
-  at("results").scrollIntoView({ block: "nearest" });
+  const made = { format: FORMAT, version: VERSION, created: new Date().toISOString(), policy: model, prompt, messages, prompt_token_ids: null, request: settings, branches: sides };
+  const begun = () => {
+    if (trace !== made && matchMedia("(max-width: 60rem)").matches) at("results").scrollIntoView();
+    open(made);
+  };
   await write(sides, run, async (signal, started) => {
-    if (server.scorers.length) await compare(request, sides, signal, started);
-    else await complete(request, sides[0], signal, started);
-    trace.prompt_token_ids = sides.map((side) => side.guidance.prompt_token_ids).find(Array.isArray) ?? null;
+    if (server.scorers.length) await compare(request, sides, signal, started, begun);
+    else await complete(request, sides[0], signal, started, begun);
+    made.prompt_token_ids = sides.map((side) => side.guidance.prompt_token_ids).find(Array.isArray) ?? null;
     for (const side of sides) delete side.guidance.prompt_token_ids;
     if (server.scorers.length) await scoreUnguided(request, sides, signal);
   });
 }
 
-async function compare(request, [unguided, guided], signal, started) {
+async function compare(request, [unguided, guided], signal, started, begun) {
   await stream("v1/compare", request, signal, (event) => {
+    begun();
     if (event.side) take(event.side === "guided" ? guided : unguided, event, started);
   });
 }
 
 /** One text of /v1/completions or /v1/chat/completions, streamed into a branch. */
-async function complete(request, branch, signal, started) {
+async function complete(request, branch, signal, started, begun = () => {}) {
   const kind = request.messages ? "v1/chat/completions" : "v1/completions";
   await stream(kind, { ...request, guidance: { ...request.guidance, trace: true } }, signal, (event) => {
     const choice = event.choices?.[0];
+    begun();
     if (choice) take(branch, { ...choice, text: choice.text ?? choice.delta?.content ?? "" }, started);
   });
 }

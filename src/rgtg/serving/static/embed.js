@@ -11,7 +11,7 @@ function provenance({ prompt, messages, policy, request, created }) {
   const asked = messages ? messages.map(({ role, content }) => `${role}: ${content}`).join("\n") : prompt;
   const settings = ["seed", "max_tokens", "temperature", "top_p"].filter((name) => Number.isFinite(request?.[name])).map((name) => `${name} ${request[name]}`);
   const known = [["prompt", asked], ["policy", policy], ["method", guidance.method], ["scorers × β", betas.join(", ")],
-    ["candidates", guidance.top_k ?? null], ["sampling", settings.join(", ")], ["written", created]];
+    ["candidates", guidance.top_k ?? null], ["sampling", settings.join(", ")], ["written", created?.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*$/, "$1 $2 UTC")]];
   return h("dl", { class: "tv-made" }, ...known.filter(([, value]) => value !== null && value !== undefined && value !== "").flatMap(([name, value]) => [
     h("dt", {}, name), h("dd", {}, String(value))]));
 }

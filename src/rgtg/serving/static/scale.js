@@ -50,7 +50,7 @@ export function place(mode, value, { low, high }) {
 export function ticks(low, high, count = 4) {
   const raw = (high - low) / count || 1;
   const unit = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((factor) => factor * unit).find((size) => size >= raw);
+  const step = [1, 2, 5, 10].map((factor) => factor * unit).find((size) => size >= raw * 0.8);
   const found = [];
   for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i += 1) found.push(i * step);
   return found;

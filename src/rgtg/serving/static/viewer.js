@@ -183,7 +183,7 @@ export class Viewer {
     });
     this.figures.replaceChildren(summary, h("div", { class: "tv-scroll", tabindex: "0", role: "region", "aria-label": "all tokens" },
       h("table", { class: "tv-table" }, h("caption", { class: "tv-unseen" }, `Tokens of ${text.name}; log-probabilities and entropy in nats`),
-        h("thead", {}, h("tr", {}, ...heads.map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, ...rows))));
+        h("thead", {}, h("tr", {}, ...heads.map((head) => h("th", { scope: "col", class: head === "token" && "tv-left" }, head)))), h("tbody", {}, ...rows))));
   }
 }
 
