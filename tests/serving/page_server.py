@@ -69,7 +69,7 @@ class Answers:
         scorers = [{"name": n, "objective": "prefix-bt", "kind": "prefix", "max_length": 128} for n in self.scorers]
         return {
             "policy": "tiny", "max_model_len": 128, "scorers": scorers, "methods": self.methods,
-            "limits": {"max_tokens": 100}, "chat_template": False,
+            "limits": {"max_tokens": 100}, "chat_template": False, "end_token_ids": [2],
         }  # fmt: skip
 
     def complete(self, body, guided=True):

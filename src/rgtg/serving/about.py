@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 import rgtg
 from rgtg.decoding.join import AnyScorer
 from rgtg.decoding.methods import METHODS, scores_vocabulary
+from rgtg.decoding.requests import end_tokens
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.text_scorer import TextScorer
@@ -111,6 +112,7 @@ def describe(service: Service) -> GuidanceInfo:
             unit=row.unit,
             scorer=row.scorer,
             rule=row.rule,
+            clip=row.clip,
             takes=list(row.takes),
             top_k=row.top_k,
             paper=row.paper,
@@ -125,6 +127,7 @@ def describe(service: Service) -> GuidanceInfo:
         methods=methods,
         limits={name: getattr(settings, name) for name in names},
         chat_template=bool(getattr(loaded.tokenizer, "chat_template", None)),
+        end_token_ids=sorted(end_tokens(loaded.policy)),
     )
 
 

@@ -218,6 +218,7 @@ class MethodCard(Answer):
     unit: Literal["token", "segment", "completion"]
     scorer: str | None
     rule: Literal["sample", "greedy", "accept", "best"]
+    clip: bool = Field(description="scores are cut to [0, 1] before they steer")
     takes: list[str]
     top_k: int | None
     paper: str
@@ -232,6 +233,7 @@ class GuidanceInfo(Answer):
     methods: list[MethodCard]
     limits: dict[str, int]
     chat_template: bool
+    end_token_ids: list[int] = Field(description="tokens that end a completion")
 
 
 class PrefixScore(Answer):

@@ -3,7 +3,6 @@ import { ApiError, apiKey, ask, explain, stream } from "./api.js";
 import { h } from "./dom.js";
 import { exportPage, loadTrace, saveTrace } from "./files.js";
 import { Form } from "./form.js";
-import { candidateText } from "./text.js";
 import { branchOf, FORMAT, idsBefore, path, readStep, TraceError, VERSION } from "./trace.js";
 import { Viewer } from "./viewer.js";
 
@@ -189,8 +188,7 @@ function forkable(branchId, index, candidate) {
   if (!server) return "the server is not there";
   if (!trace.prompt_token_ids || !trace.request) return "this trace does not hold what it takes to go on from it";
   const step = path(trace, branchId)[index];
-  const [bytes, text] = candidateText(step, candidate);
-  if ((server.eos_token_ids ?? []).includes(step.candidate_ids[candidate]) || (bytes && !bytes.length && !text)) return "this token ends the text";
+  if ((server.end_token_ids ?? []).includes(step.candidate_ids[candidate])) return "this token ends the text";
   if (index + 1 >= trace.request.max_tokens) return "the text is as long as the settings allow";
   return null;
 }
