@@ -107,7 +107,7 @@ def test_layer_and_width_can_be_said(policy_folder, pairs, tmp_path):
     [
         (["--trunk", "own"], "--head state"),
         (["--head", "state"], "add --trunk own"),
-        (["--trunk", "own", "--head", "state", "--resume"], "--resume"),
+        (["--force"], "add --resume"),
         (["--trunk", "own", "--head", "vocab", "--set", "lora.r=4"], "lora"),
         (["--trunk", "own", "--head", "value"], "head"),
         (["--trunk", "own", "--head", "state", "--set", "layer=deep"], "layer"),

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import RewardConfig
 
@@ -285,37 +284,6 @@ def test_a_tokenizer_without_padding_keeps_its_vocabulary(data, tmp_path):
     train_scorer(settings(folder, data, tmp_path / "s", "autoregressive", train=FAST | {"max_steps": 1}))
     scorer = load_scorer(str(tmp_path / "s"), device="cpu")
     assert scorer.model.get_input_embeddings().weight.shape[0] == 64
-
-
-@pytest.mark.parametrize(
-    ("objective", "kind", "changes"),
-    [
-        ("farma", "pairs", {}),
-        ("value", "rollouts", {"value": {"target": "q"}}),
-        ("prefix-bt", "pairs", {"prefix_bt": {"prefixes": 1}}),
-    ],
-)
-def test_resume_is_bit_equal(policy_folder, data, tmp_path, objective, kind, changes):
-    steps = FAST | {"max_steps": 5, "save_steps": 3}
-    whole = settings(policy_folder, data, tmp_path / "whole", objective, kind, train=steps, resume=True, **changes)
-    train_scorer(whole)
-    half = whole.model_copy(update={"output": tmp_path / "half"})
-    train_scorer(half)
-    for name in ("config.json", "rgtg.json", "model.safetensors"):
-        (half.output / name).unlink()
-    newest = half.output / "checkpoints" / "checkpoint-5" / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="truncated"):
-        assert train_scorer(half).resumed_from.endswith("checkpoint-3")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in ("config.json", "rgtg.json"):
-        (half.output / name).unlink()
-    options = {"farma": {"constraint_weight": 2.0}, "value": {"target": "fudge"}, "prefix-bt": {"prefixes": 2}}
-    field = objective.replace("-", "_")
-    changed = TrainSettings.model_validate(half.model_dump() | {field: options[objective]})
-    with pytest.raises(UsageError, match="options changed"):
-        train_scorer(changed)
 
 
 def test_evaluation_reads_and_trusts_every_prefix(tmp_path):

@@ -67,7 +67,7 @@ def test_learns_a_rule_and_keeps_the_best_held_out(policy_folder, pairs_file, tm
     assert info.base_fingerprint == fingerprint_weights(load_policy(str(policy_folder)).model)
     assert info.data_fingerprint == report.data_fingerprint
     files = {"README.md", "head.safetensors", "rgtg.json", "settings.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in output.iterdir()} == files | {"train-log.jsonl"}
+    assert {path.name for path in output.iterdir()} == files | {"train-log.jsonl", "train-report.json"}
     assert (output / "head.safetensors").stat().st_size < 80_000
     lines = [json.loads(line) for line in (output / "train-log.jsonl").read_text().splitlines()]
     assert {"layer", "width", "loss", "accuracy_50", "prefix_accuracy"} <= set(lines[0])
@@ -223,14 +223,13 @@ def test_without_held_out_pairs_nothing_is_chosen(policy_folder, pairs_file, tmp
     [
         ({"head": None}, "--head state"),
         ({"lora": {"r": 4}}, "lora adapts a model"),
-        ({"resume": True}, "--resume: a head trains"),
         ({"head": "vocab", "objective": "full-bt"}, "closing tokens only"),
         ({"rank": 4}, "rank is of the token table"),
         ({"width": 0}, "at least 1"),
         ({"layer": 7}, "layer 7 is not one of this model's"),
         ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing does not apply"),
         ({"train": {"center_rewards_coefficient": 0.1}}, "does not apply"),
-        ({"train": {"save_strategy": "steps"}}, "does not apply"),
+        ({"train": {"save_only_model": True}}, "does not apply"),
         ({"train": {"learning_rats": 1}}, "did you mean train.learning_rate"),
         ({"train": {"model_init_kwargs": {"attn_implementation": "eager"}}}, "dtype only"),
         ({"trunk": "separate"}, "head belongs to a head on the policy's own states"),

@@ -99,38 +99,6 @@ def test_a_trained_reward_model_is_trained_further_with_its_own_head(scorer_fold
     assert torch.equal(before, after)
 
 
-def test_same_seed_same_weights_and_resume_is_bit_equal(policy_folder, pairs_file, tmp_path):
-    steps = {"max_steps": 6, "num_train_epochs": 1, "save_steps": 3}
-    whole = train_scorer(settings(policy_folder, pairs_file, tmp_path / "whole", resume=True, train=steps))
-    assert whole.resumed_from is None
-    half = settings(policy_folder, pairs_file, tmp_path / "half", resume=True, train=steps)
-    train_scorer(half)
-    # As if killed after step 3, while step 6 was being written.
-    for name in ("config.json", "rgtg.json", "model.safetensors"):
-        (half.output / name).unlink()
-    newest = half.output / "checkpoints" / "checkpoint-6" / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="truncated"):
-        report = train_scorer(half)
-    assert report.resumed_from.endswith("checkpoint-3")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not list((tmp_path / "whole").rglob("training_args.bin"))
-
-
-def test_resume_refuses_other_data(policy_folder, pairs_file, tmp_path):
-    steps = {"max_steps": 1, "save_steps": 1}
-    first = settings(policy_folder, pairs_file, tmp_path / "out", resume=True, train=steps)
-    train_scorer(first)
-    for name in ("config.json", "rgtg.json"):
-        (first.output / name).unlink()
-    other = write_rows(tmp_path / "other.jsonl", synthetic_rows(40, seed=9))
-    with pytest.raises(UsageError, match="data changed"):
-        train_scorer(first.model_copy(update={"pairs": str(other)}))
-    with pytest.raises(UsageError, match="--resume"):
-        train_scorer(first.model_copy(update={"resume": False}))
-
-
 def test_new_head_depends_on_the_seed_alone(policy_folder):
     from rgtg.training.base_model import load_base
 

@@ -41,6 +41,9 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
     on_bad: Annotated[str | None, typer.Option(help="error or skip unusable rows.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Save checkpoints, and go on from the newest.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: although data or settings have changed.")
+    ] = False,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -50,7 +53,7 @@ def command(
     """Train a scorer on pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""
     flags = {
         "pairs": pairs, "base": base, "objective": objective, "output": output, "eval_pairs": eval_pairs,
-        "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "seed": seed,
+        "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "force": force or None, "seed": seed,
         "trunk": trunk, "head": head, "rollouts": rollouts, "eval_rollouts": eval_rollouts,
         "reference_scorer": reference_scorer,
     }  # fmt: skip

@@ -125,7 +125,14 @@ class TrainSettings(Settings):
     on_bad: Literal["error", "skip"] = "error"
     lora: LoraSettings | None = None
     resume: bool = False
+    force: bool = Field(False, description="resume although data or settings have changed")
     train: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _force_resumes(self) -> "TrainSettings":
+        if self.force and not self.resume:
+            raise ValueError("--force goes on from checkpoints of other data or settings: add --resume")
+        return self
 
     @property
     def options(self) -> Any:

@@ -10,6 +10,7 @@ from trl import RewardConfig
 
 from rgtg.config import TrainSettings
 from rgtg.errors import UsageError
+from rgtg.training.save import finish_saving
 
 CHECKPOINTS = "checkpoints"
 
@@ -33,7 +34,7 @@ FIT_FOR_HEADS = {
     "logging_strategy", "logging_steps", "logging_first_step", "log_level", "report_to", "run_name", "project",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "full_determinism", "data_seed", "use_cpu",
     "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "model_init_kwargs",
+    "dataloader_prefetch_factor", "model_init_kwargs", "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
 
 HEAD_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if name in FIT_FOR_HEADS} | {
@@ -51,6 +52,7 @@ _OWNED = {
     "seed": "use --seed",
     "max_length": "use --max-length",
     "resume_from_checkpoint": "use --resume",
+    "restore_callback_states_from_checkpoint": "what a resumed run needs is always restored",
     "disable_tqdm": "use --quiet",
     "trust_remote_code": "code from model repositories is never run",
     "eos_token": "set it in the base model's tokenizer, which the policy reads too",
@@ -113,17 +115,23 @@ def require_known(train: dict[str, Any]) -> None:
 
 
 def require_output(output: Path, resume: bool) -> None:
-    """Make the output folder now, rather than find out after training that it cannot be had.
+    """Refuse an output folder that cannot be used, now rather than after training.
+
+    With ``resume``, the same run may have finished there before, or have been killed while it saved.
 
     Raises:
         UsageError: a file, or a folder that already holds a model or another run's checkpoints.
     """
+    if resume and output.is_dir():
+        finish_saving(output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; give a folder that is new or empty")
     taken = [name for name in ("config.json", "adapter_config.json", "rgtg.json") if (output / name).exists()]
-    if taken:
+    if taken and any(output.glob(".unfinished-*/rgtg.json")):
+        raise UsageError(f"saving the scorer to {output} was interrupted: --resume finishes it")
+    if taken and not (resume and (output / "train-report.json").is_file()):
         raise UsageError(f"--output {output} already holds a model ({taken[0]}); choose another folder or delete it")
-    if not resume and (output / CHECKPOINTS).exists() and any((output / CHECKPOINTS).iterdir()):
+    if not resume and any((output / CHECKPOINTS).rglob("checkpoint-*")):
         raise UsageError(f"--output {output} holds checkpoints of an unfinished run; add --resume or choose another")
 
 

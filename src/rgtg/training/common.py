@@ -69,6 +69,7 @@ class TrainData:
     train: list[Any]
     held_out: list[Any]
     fingerprint: str
+    held_out_fingerprint: str | None = None  # of a file of their own
 
     def counts(self) -> dict[str, int]:
         """Numbers of the report."""
@@ -106,8 +107,9 @@ def read_data(
     source = settings.pairs or settings.rollouts
     assert source is not None, "checked with the settings"
     everything, fingerprint = read(source, "rejects.jsonl")
+    apart_fingerprint = None
     if apart := settings.eval_pairs or settings.eval_rollouts:
-        train, held_out = everything, read(apart, "eval-rejects.jsonl")[0]
+        train, (held_out, apart_fingerprint) = everything, read(apart, "eval-rejects.jsonl")
         shared = {unit.prompt for unit in train} & {unit.prompt for unit in held_out}
         if shared and is_main:
             warnings.warn(
@@ -120,7 +122,7 @@ def read_data(
     if config.eval_strategy != "no" and not held_out:
         raise UsageError(f"train.eval_strategy={config.eval_strategy} needs held-out {kind}; give --eval-{kind}")
     tokenize: Any = tokenize_pairs if kind == "pairs" else tokenize_rollouts
-    return TrainData(kind, tokenize(train, tokenizer), tokenize(held_out, tokenizer), fingerprint)
+    return TrainData(kind, tokenize(train, tokenizer), tokenize(held_out, tokenizer), fingerprint, apart_fingerprint)
 
 
 def _read(
@@ -153,10 +155,11 @@ def figures_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def drop_empty_checkpoints(output: Path) -> None:
-    """Remove the folder that the Trainer makes whether it saves or not."""
+    """Remove the folders that the Trainer makes whether it saves or not."""
     checkpoints = output / CHECKPOINTS
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
+    for folder in (*sorted(checkpoints.rglob("*"), reverse=True), checkpoints):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def shown(args: Any) -> dict[str, Any]:

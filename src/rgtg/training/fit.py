@@ -134,7 +134,7 @@ def _require_fit_for_trunk(settings: TrainSettings) -> None:
         if name not in FIT_FOR_HEADS:
             raise UsageError(
                 f"train.{name} does not apply to a head on the policy's states, which is small, is trained by one "
-                "process on states that are computed once, and is saved once"
+                "process on states that are computed once"
             )
 
 
@@ -145,7 +145,6 @@ def _unfit_for_heads(settings: TrainSettings) -> list[tuple[bool, str]]:
     return [
         (settings.head is None, "--trunk own needs --head state (read at each candidate) or --head vocab (read once)"),
         (settings.lora is not None, "lora adapts a model; a head on the policy's own states leaves it as it is"),
-        (settings.resume, "--resume: a head trains in seconds to minutes and has no checkpoints; start it again"),
         (settings.rank is not None and not vocab, "rank is of the token table of a vocabulary head (--head vocab)"),
         (any(v < 1 for v in sizes), "width and rank must be at least 1"),
         (bool(loading), f"train.model_init_kwargs: a policy takes dtype only, not {', '.join(sorted(loading))}"),

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import Trainer
 
 from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError
 from rgtg.losses import mean_of_counted, mean_over, prefix_margins
 from rgtg.models.heads import Head, VocabularyHead
 from rgtg.training.objectives import pair_losses, reads_best_next, rollout_losses
+from rgtg.training.resumable import ResumableTrainer
 from rgtg.training.scores import (
     PAIR_FIGURES,
     ROLLOUT_FIGURES,
@@ -84,7 +84,7 @@ def _end_to_end(states: list[Tensor], ids: list[Tensor]) -> dict[str, Tensor]:
     return {"states": torch.cat(states), "token_ids": torch.cat(ids), "lengths": lengths}
 
 
-class HeadTrainer(Trainer):  # type: ignore[misc]
+class HeadTrainer(ResumableTrainer):
     """Minimises an objective of pairs over cached states (`StatePairs`).
 
     A step of a tiny head takes a few milliseconds, of which the Trainer's own work is one or two; it stays, for its
@@ -181,6 +181,14 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
             logs = self.means() | logs  # the Trainer's own mean of the training loss stays
             self._seen.clear()
         super().log(self.about | logs, start_time)
+
+    def figures_so_far(self) -> list[list[float]]:
+        """Rows of figures since the last logged line, one per unit."""
+        return torch.cat(self._seen).tolist() if self._seen else []
+
+    def take_up(self, figures: list[list[float]]) -> None:
+        """Go on with the figures of a checkpoint."""
+        self._seen = [torch.tensor(figures)] if figures else []
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.columns)

@@ -19,7 +19,7 @@ from rgtg.models.policy import load_policy
 from rgtg.outputs import make_folder
 from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
 from rgtg.training.base_model import load_base, load_language_base, lora_config
-from rgtg.training.callbacks import LOG_FILE, DropPickledArguments, TrainLog, latest_checkpoint, require_same_run
+from rgtg.training.callbacks import LOG_FILE, TrainLog
 from rgtg.training.card import model_card
 from rgtg.training.common import (
     TrainData,
@@ -37,8 +37,11 @@ from rgtg.training.full_reward import CoherentRewardTrainer, FullRewardTrainer
 from rgtg.training.language_model import AutoregressiveTrainer, FarmaTrainer
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.prefix_reward import PrefixRewardTrainer
+from rgtg.training.resumable import require_finite_weights, require_not_stopped
+from rgtg.training.resume import Finished, find_start, run_facts
 from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
 from rgtg.training.save import save_scorer
+from rgtg.training.stopping import StopRequest
 from rgtg.training.trainer import PrefixTrainer
 from rgtg.training.trust import Trust, trust_of
 
@@ -59,7 +62,8 @@ TRAINERS: dict[tuple[str, str], type[PrefixTrainer]] = {
 def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     """Read pairs or rollouts, train a scorer, evaluate it on the held-out part and save it.
 
-    Under ``torchrun`` every process calls this; only the main one writes and shows anything.
+    Under ``torchrun`` every process calls this; only the main one writes and shows anything. SIGTERM and Ctrl-C end a
+    training step, save a checkpoint and leave.
 
     Args:
         settings: of the run.
@@ -67,16 +71,25 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
 
     Raises:
         UsageError, DataError, ModelNotFoundError: unusable input; found before training.
-        NonFiniteError: the loss is NaN or infinite; names the step.
-        OutputError: the scorer cannot be written.
+        NonFiniteError: the loss or the gradient is NaN or infinite; names the step.
+        OutputError: the scorer, or a checkpoint, cannot be written.
+        StoppedError: it was asked to stop.
     """
     require_known(settings.train)
     require_fit(settings)
-    require_output(settings.output, settings.resume)
-    if settings.trunk == "own":
-        from rgtg.training.own_state import train_head
+    if is_main_process():
+        require_output(settings.output, settings.resume)
+    again = "the same command with --resume goes on from the newest checkpoint"
+    with StopRequest(f"{again}, if there is one in {settings.output / CHECKPOINTS}") as request:
+        if settings.trunk == "own":
+            from rgtg.training.own_state import train_head
 
-        return train_head(settings, show=show)
+            return train_head(settings, request, show=show)
+        return _train_model(settings, request, show)
+
+
+def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> TrainReport:
+    # 1. base and data
     about: dict[str, Any] = {}
     if settings.trunk == "shared":
         settings, about = _with_adapter(settings)
@@ -91,18 +104,25 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     trust = trust_of(settings, data, tokenizer, config.device)
     about |= {"reference_fingerprint": trust.reference}
     info = _info(settings, model, tokenizer, data.fingerprint, max_length).model_copy(update=about)
+    # 2. where it starts
     trainer = _trainer(settings, config, model, tokenizer, data, trust, show)
-    checkpoint = _resume_point(settings, info, is_main)
+    trainer.run, trainer.request = run_facts(settings, config, info, data), request
+    start = find_start(settings, trainer.run, is_main)
     if show and is_main and settings.resume:
-        sys.stderr.write(f"resuming from {checkpoint}\n" if checkpoint else "no checkpoint yet: starting anew\n")
-    start = time.perf_counter()
-    done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
+        sys.stderr.write(start.told() + "\n")
+    if start.finished is not None:
+        return start.finished
+    # 3. training
+    began = time.perf_counter()
+    done = trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    seconds = time.perf_counter() - began
+    require_not_stopped(trainer)
+    # 4. report and files
     figures = figures_of(trainer.evaluate()) if data.held_out else {}
-    report = _report(settings, config, data, trainer, done, seconds, figures, checkpoint)
-    if is_main:
-        _save(settings, trainer, tokenizer, info, report)
-    trainer.accelerator.wait_for_everyone()
+    report = _report(settings, config, data, trainer, done, seconds, figures, start.checkpoint)
+    with request.defer():
+        _save(settings, trainer, tokenizer, info, report, is_main)
+        trainer.accelerator.wait_for_everyone()
     return report
 
 
@@ -183,21 +203,10 @@ def _trainer(
         eval_dataset=make(data.held_out) if data.held_out else None,
         processing_class=tokenizer,
         peft_config=lora_config(model, settings.lora, own_output=scaled, revision=revision) if settings.lora else None,
-        callbacks=[TrainLog(settings.output / LOG_FILE, show=show), DropPickledArguments()],
+        callbacks=[TrainLog(settings.output / LOG_FILE, show=show)],
     )
     keep_quiet(trainer)
     return trainer
-
-
-def _resume_point(settings: TrainSettings, info: ScorerInfo, is_main: bool) -> Path | None:
-    folder = settings.output / CHECKPOINTS
-    facts = {"objective": info.objective, "data": info.data_fingerprint, "base": info.base_fingerprint,
-             "seed": settings.seed, "lora": settings.lora.model_dump() if settings.lora else None,
-             "options": settings.options and settings.options.model_dump(mode="json"),
-             "reference_scorer": settings.reference_scorer}  # fmt: skip
-    saves = settings.resume or settings.train.get("save_strategy", "no") != "no"
-    require_same_run(folder, facts, write=saves and is_main)
-    return latest_checkpoint(folder) if settings.resume else None
 
 
 def _report(
@@ -214,10 +223,25 @@ def _report(
     )  # fmt: skip
 
 
-def _save(settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInfo, report: TrainReport) -> None:
+def _save(
+    settings: TrainSettings, trainer: Any, tokenizer: Any, info: ScorerInfo, report: TrainReport, is_main: bool
+) -> None:
+    """Every process calls this, since the weights may be spread over them; the main one writes."""
+    require_finite_weights(trainer.model)
+    weights = gathered_weights(trainer)
+    if not is_main:
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
     resolved = settings.model_dump(mode="json", exclude_none=True) | {"train": shown(trainer.args)}
     card = model_card(settings.output, info, resolved, report.evaluation, report.counts())
     given = settings.model_dump(mode="json") | {"train": DEFAULTS | settings.train}  # --config reads it back
-    save_scorer(settings.output, model, tokenizer, info, card, settings=given)
+    finished = Finished(report=report, run=trainer.run)
+    save_scorer(settings.output, model, tokenizer, info, card, settings=given, weights=weights, train_report=finished)
     drop_empty_checkpoints(settings.output)
+
+
+def gathered_weights(trainer: Any) -> dict[str, Any] | None:
+    """All weights of a model that is sharded over processes (FSDP, DeepSpeed); None where it is whole in each."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))

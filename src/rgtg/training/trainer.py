@@ -16,9 +16,10 @@ from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.policy import load_tokenizer
 from rgtg.training.base_model import load_base, require_causal
 from rgtg.training.objectives import OBJECTIVES
+from rgtg.training.resumable import ResumableTrainer
 
 
-class PrefixTrainer(RewardTrainer):  # type: ignore[misc]
+class PrefixTrainer(ResumableTrainer, RewardTrainer):  # type: ignore[misc]
     """A ``trl.RewardTrainer`` whose loss sees the score of every prefix; subclasses say of what data.
 
     ``objective`` names the loss, ``columns`` are those of its dataset, ``figure_names`` what is logged beside the loss.
@@ -115,6 +116,14 @@ class PrefixTrainer(RewardTrainer):  # type: ignore[misc]
         for name, column in zip(("loss", *self.figure_names), zip(*rows, strict=True), strict=True):
             if (mode, name) != ("train", "loss"):  # the Trainer already averages the training loss
                 self._metrics[mode][name].extend(value for value in column if value == value)
+
+    def figures_so_far(self) -> dict[str, list[float]]:
+        """Figures per unit since the last logged line, by name."""
+        return dict(self._metrics["train"])
+
+    def take_up(self, figures: dict[str, list[float]]) -> None:
+        """Go on with the figures of a checkpoint."""
+        self._metrics["train"].update(figures)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged of the means of the figures."""
