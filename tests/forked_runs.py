@@ -43,12 +43,14 @@ class ForkedRuns:
 
 
 def serve():
+    import peft  # noqa: F401  # all that a run would import, before the first fork
     import torch
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
     from rgtg.cli.common import hush_libraries
     from rgtg.config import TrainSettings
     from rgtg.errors import RgtgError
-    from rgtg.training import own_state  # noqa: F401  # imported before the first fork
+    from rgtg.training import own_state  # noqa: F401
     from rgtg.training.run import train_scorer
 
     torch.set_num_threads(1)
