@@ -47,7 +47,7 @@ def tiny_models():
 
 
 def settings(**given):
-    return ServeSettings(policy="tiny", allowed_host=["testserver"], **given)
+    return ServeSettings(**{"policy": "tiny", "allowed_host": ["testserver"]} | given)
 
 
 class Served:
