@@ -144,7 +144,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter(route_class=JsonRoute, tags=["guidance"])
 
-    @router.post("/v1/compare", response_model=None, responses=documented(Comparison, stream=True))
+    @router.post("/v1/compare", response_model=None, responses=documented(Comparison, streams=True))
     async def compare(request: Request, body: CompareRequest) -> Response:
         """Continue a prompt twice from one seed: guided and unguided."""
         duel = await run_in_threadpool(read, service.planner, service, body)

@@ -138,7 +138,7 @@ def routes(service: Service) -> APIRouter:
     """Both endpoints."""
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", response_model=None, responses=documented(Chat, stream=True))
+    @router.post("/v1/chat/completions", response_model=None, responses=documented(Chat, streams=True))
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Continue a chat."""
         order = await run_in_threadpool(read, service.planner, service, body, [body.messages], "messages")
@@ -146,7 +146,7 @@ def routes(service: Service) -> APIRouter:
         form = ChatFormat(body.model, service.known, top, body.with_usage)
         return await answer(request, order, form, stream=bool(body.stream))
 
-    @router.post("/v1/completions", response_model=None, responses=documented(Text, stream=True))
+    @router.post("/v1/completions", response_model=None, responses=documented(Text, streams=True))
     async def complete(request: Request, body: CompletionRequest) -> Response:
         """Continue a text, or several."""
         order = await run_in_threadpool(read, service.planner, service, body, _sources(body), "prompt")

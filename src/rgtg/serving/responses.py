@@ -325,14 +325,21 @@ class Version(Answer):
     version: str
 
 
-def documented(*kinds: Any, stream: Any = None) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI's ``responses`` takes: the answers of a route, and errors."""
+# A stream's events: each has the JSON of a chunk, or of an error, as data; the last has [DONE].
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
+
+
+def documented(kind: type[Answer], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What FastAPI's ``responses`` takes: the answer of a route, its stream, and errors."""
     from rgtg.serving.errors import ErrorBody
 
-    refusals = {"4XX": "refused", "5XX": "failed"}
-    found: dict[int | str, dict[str, Any]] = {k: {"model": ErrorBody, "description": v} for k, v in refusals.items()}
-    (kind,) = kinds
-    found[200] = {"model": kind}
-    if stream is not None:
-        found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    found: dict[int | str, dict[str, Any]] = {200: {"model": kind}}
+    if streams:
+        found[200]["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
+    for status, text in {"4XX": "refused", "5XX": "failed"}.items():
+        found[status] = {"model": ErrorBody, "description": text}
     return found

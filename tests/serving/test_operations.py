@@ -1,0 +1,280 @@
+"""Crowds, clients that leave, and stopping: what was accepted is answered, what was refused is told so."""
+
+import asyncio
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+import uvicorn
+
+from rgtg.serving.jobs import Step
+from rgtg.serving.server import DrainingServer, listen
+from served import events_of, on_a_socket, serving, settings
+
+LONG = {"model": "tiny+kind", "prompt": "Once upon", "max_tokens": 100, "stream": True}
+SHORT = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}
+
+
+async def ask_raw(url, body):
+    """Send a request, and keep the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    data = json.dumps(body).encode()
+    head = ["POST /v1/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+    writer.write("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+    await writer.drain()
+    return reader, writer
+
+
+async def leave_mid_stream(url, body):
+    """Read the first event of a stream, then close the connection without a word."""
+    reader, writer = await ask_raw(url, body)
+    await reader.readuntil(b"data: ")
+    writer.transport.abort()
+
+
+def test_200_clients_that_leave_mid_stream_leave_nothing_running():
+    async def crowd(url):
+        await asyncio.gather(*(leave_mid_stream(url, LONG) for _ in range(200)))
+
+    with serving(max_queue=200, max_batch=8) as served, on_a_socket(served) as url:
+        asyncio.run(crowd(url))
+        assert served.idle()
+        assert "abort" in served.client.get("/metrics").text
+        start = time.monotonic()
+        assert served.post("/v1/completions", **SHORT).status_code == 200
+        assert time.monotonic() - start < 2
+
+
+def test_a_client_that_leaves_frees_its_place_within_a_few_steps():
+    """Streamed or not, and while it waits in the queue."""
+
+    async def scene(served, url, heard):
+        _, running = await ask_raw(url, LONG | {"stream": False})
+        while served.engine.snapshot().running == 0:
+            await asyncio.sleep(0.002)
+        waiting = [(await ask_raw(url, LONG | {"stream": stream}))[1] for stream in (True, False)]
+        while served.engine.snapshot().waiting < 2:
+            await asyncio.sleep(0.002)
+        for writer in waiting:
+            writer.transport.abort()
+        while served.engine.snapshot().waiting:
+            await asyncio.sleep(0.002)
+        assert served.engine.snapshot().running == 1
+        cancelled = served.engine.cancel
+
+        def cancel(ticket):
+            heard.append("cancel")
+            cancelled(ticket)
+
+        served.engine.cancel = cancel
+        running.transport.abort()
+        while served.engine.snapshot().running:
+            await asyncio.sleep(0.002)
+
+    with serving(max_batch=1, max_queue=5) as served, on_a_socket(served) as url:
+        heard = []
+        submit = served.engine.submit
+
+        def slow(job, listener):
+            def listen(event):
+                heard.append("step" if isinstance(event, Step) else "end")
+                time.sleep(0.02)  # so that there is time to leave
+                listener(event)
+
+            return submit(job, listen)
+
+        served.engine.submit = slow
+        asyncio.run(asyncio.wait_for(scene(served, url, heard), 60))
+        after = heard[heard.index("cancel") :]
+        assert after.count("step") <= 3
+        assert heard.count("step") < 100
+
+
+async def storm(url, clients, seconds):
+    """So many clients ask again and again; how often each status came, and refusals without Retry-After."""
+    end = time.monotonic() + seconds
+    seen, rude = collections.Counter(), 0
+
+    async def ask(client, number):
+        nonlocal rude
+        body = {"model": "tiny+kind", "prompt": "Once upon", "max_tokens": 8, "stream": number % 2 == 0}
+        while time.monotonic() < end:
+            answer = await client.post("/v1/completions", json=body)
+            seen[answer.status_code] += 1
+            rude += answer.status_code in (429, 503) and "retry-after" not in answer.headers
+            if answer.status_code == 200:
+                assert not body["stream"] or events_of(answer)[1]
+
+    limits = httpx2.Limits(max_connections=clients)
+    async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        await asyncio.gather(*(ask(client, number) for number in range(clients)))
+    return seen, rude
+
+
+def resident():
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def overload(seconds, queue=8):
+    with serving(max_queue=queue, max_batch=4) as served, on_a_socket(served) as url:
+        asyncio.run(storm(url, 8 * queue, min(seconds / 3, 10)))  # what is allocated once
+        before = resident()
+        seen, rude = asyncio.run(storm(url, 8 * queue, seconds))
+        grown = resident() - before
+        assert set(seen) <= {200, 429, 503}, seen
+        assert min(seen[200], seen[429]) > 0
+        assert not rude
+        start = time.monotonic()
+        assert httpx2.post(f"{url}/v1/completions", json=SHORT).status_code == 200
+        assert time.monotonic() - start < 1
+        assert served.idle()
+        return seen, grown
+
+
+def test_overload():
+    overload(2)
+
+
+@pytest.mark.slow
+def test_a_minute_of_overload_keeps_memory_flat():
+    seen, grown = overload(60)
+    print(f"{dict(seen)}, grown by {grown / 2**20:.1f} MiB")
+    assert grown < 32 * 2**20
+
+
+def test_deadlines():
+    with serving(request_seconds=0.05, max_batch=1) as served:
+        engine_listener = served.engine.submit
+        served.engine.submit = lambda job, listener: engine_listener(job, lambda e: (time.sleep(0.02), listener(e)))
+        answer = served.post("/v1/completions", **LONG | {"stream": False})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
+        events, done = events_of(served.post("/v1/completions", **LONG))
+        assert events[-1]["error"]["code"] == "deadline_exceeded"
+        assert not done
+        assert served.idle()
+
+
+def drained(served, seconds, body, clients):
+    """Ask with so many clients, signal once all are accepted, and ask once more; all answers, then the late one's."""
+    answers, late = [], []
+    with listen(settings(port=0)) as bound:
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server = DrainingServer(uvicorn.Config(served.app, log_config=None, ws="none"), served.service)
+        served.service.settings.drain_seconds = seconds
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        asking = [
+            threading.Thread(target=lambda: answers.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=60)))
+            for _ in range(clients)
+        ]
+        for each in asking:
+            each.start()
+        while (now := served.engine.snapshot()).running + now.waiting < clients:
+            time.sleep(0.005)
+        server.handle_exit(signal.SIGTERM, None)
+        while served.service.status != "draining":
+            time.sleep(0.001)
+        late += [
+            httpx2.post(f"{url}/v1/completions", json=body),
+            httpx2.get(f"{url}/readyz"),
+            httpx2.get(f"{url}/livez"),
+        ]
+        for each in asking:
+            each.join()
+        thread.join(30)
+        assert not thread.is_alive()
+    return answers, late
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_draining_finishes_what_was_accepted(stream):
+    with serving(max_batch=2) as served:
+        answers, late = drained(served, 30, LONG | {"stream": stream}, 6)
+    assert [answer.status_code for answer in answers] == [200] * 6
+    for answer in answers:
+        if stream:
+            events, done = events_of(answer)
+            assert done
+            assert events[-1]["choices"][0]["finish_reason"]
+    assert [answer.status_code for answer in late] == [503, 503, 200]
+
+
+def test_draining_ends_after_its_time():
+    with serving(max_batch=1, max_queue=10) as served:
+        submit = served.engine.submit
+        served.engine.submit = lambda job, listener: submit(job, lambda e: (time.sleep(0.05), listener(e)))
+        start = time.monotonic()
+        answers, _ = drained(served, 0.3, LONG | {"stream": False}, 4)
+        assert time.monotonic() - start < 10
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"not_serving"}
+
+
+class Process:
+    """``rgtg serve`` as people run it."""
+
+    def __init__(self, policy, scorer, port=0):
+        code = "from rgtg.cli.main import main; main()"
+        command = [sys.executable, "-c", code, "serve", "--policy", policy, "--scorer", f"kind={scorer}", "--json"]
+        self.process = subprocess.Popen(
+            [*map(str, command), "--port", str(port), "--drain-seconds", "20", "--dtype", "float32"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr.read()
+        self.told = json.loads(line)
+        self.url = self.told["url"]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def ask(self, **body):
+        asked = {"model": "policy+kind", "prompt": "Once upon", "seed": 1} | body
+        return httpx2.post(f"{self.url}/v1/completions", json=asked, timeout=60)
+
+    def end(self, sig):
+        self.process.send_signal(sig)
+        out, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, out, errors
+
+
+def test_a_process_that_is_told_to_stop_loses_nothing(policy_folder, scorer_folder):
+    server = Process(policy_folder, scorer_folder)
+    assert server.told == {"url": server.url, "policy": "policy", "scorers": ["kind"]}
+    answers = []
+    asking = [
+        threading.Thread(target=lambda: answers.append(server.ask(max_tokens=100, model="policy"))) for _ in range(8)
+    ]
+    for each in asking:
+        each.start()
+    while "prompt_tokens_total 0.0" in httpx2.get(f"{server.url}/metrics").text:
+        time.sleep(0.005)
+    code, out, errors = server.end(signal.SIGTERM)
+    for each in asking:
+        each.join()
+    assert (code, out) == (0, "")
+    assert len(answers) == 8
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert 200 in {answer.status_code for answer in answers}
+    assert "Traceback" not in errors
+    assert str(policy_folder) not in "".join(answer.text for answer in answers)
+
+
+@pytest.mark.slow
+def test_a_killed_process_serves_again(policy_folder, scorer_folder):
+    server = Process(policy_folder, scorer_folder)
+    before = server.ask(max_tokens=10).json()["choices"][0]["text"]
+    assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    again = Process(policy_folder, scorer_folder, port=server.port)
+    assert again.ask(max_tokens=10).json()["choices"][0]["text"] == before
+    assert again.end(signal.SIGINT)[0] == 0
