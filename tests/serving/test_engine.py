@@ -1,6 +1,8 @@
 """The engine alone: what it gives equals GuidedPolicy, whatever else is running."""
 
+import itertools
 import queue
+import time
 
 import pytest
 
@@ -9,11 +11,14 @@ from naive import info, tiny_scorer
 from other_tokenizers import byte_level, encoder_with, reward_model_with
 from rgtg.config import DecodingSettings, EngineSettings
 from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.lanes import lane_key
+from rgtg.decoding.requests import row_seeds
+from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
 from rgtg.models.encoding import encode_source
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.text_scorer import TextScorer
 from rgtg.serving.engine import Engine
-from rgtg.serving.jobs import Job, Row, Step
+from rgtg.serving.jobs import Failed, Finished, Job, Row, Step
 from rgtg.serving.models import ServedModels
 from scorer_kinds import kinds
 
@@ -34,17 +39,26 @@ def models():
     return ServedModels(policy, named | more)
 
 
-def serving(models, **settings):
-    made = Engine(models, EngineSettings(**({"max_batch": 8, "max_queue": 64, "prefill_chunk": 5} | settings)))
-    made.start()
-    return made
+@pytest.fixture
+def serving(models):
+    """Makes engines, and stops them all at the end."""
+    made = []
+
+    def make(**settings):
+        made.append(
+            Engine(models, EngineSettings(**({"max_batch": 8, "max_queue": 64, "prefill_chunk": 5} | settings)))
+        )
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
 
 
 @pytest.fixture
-def engine(models):
-    made = serving(models)
-    yield made
-    made.stop()
+def engine(serving):
+    return serving()
 
 
 class Heard:
@@ -150,3 +164,246 @@ def test_everything_at_once_equals_each_alone(models, engine):
         assert all(
             (step.trace is not None) == asked.rows[0].trace for step in listener.events if isinstance(step, Step)
         )
+
+
+def test_lanes(models):
+    """Rows that can share the policy's pass do; what asks two things of it decodes apart."""
+    shared = {lane_key(models.scorers, names) for names in ((), ("separate",), ("vocab", "kind"), ("text", "encoder"))}
+    assert len(shared) == 1
+    assert lane_key(models.scorers, ("state",)) == lane_key(models.scorers, ("kind", "state"))
+    assert lane_key(models.scorers, ("state",)) not in shared
+    assert lane_key(models.scorers, ("vocab", "state")) is None
+
+
+def test_choices_of_one_prompt_are_those_of_a_repeated_prompt(models, engine):
+    guided = GuidedPolicy(models.policy, [models.scorers["text"]], beta=1.0)
+    expected = guided.generate([PROMPTS[2]] * 3, seed=5, max_new_tokens=10)
+    ids = encode_source(models.tokenizer, PROMPTS[2])[1]
+    rows = [row("pargs", ["text"], seed, beta=1.0, max_new_tokens=10) for seed in row_seeds(5, [ids] * 3)]
+    heard = Heard()
+    engine.submit(job(PROMPTS[2], *rows), heard)
+    done = heard.finished(3)
+    for mine, theirs in zip(done, expected, strict=True):
+        require_same(mine, theirs)
+    assert len({mine.text for mine in done}) == 3
+
+
+@pytest.mark.parametrize("scorers", [(), ("separate",), ("adapter",), ("state", "kind"), ("text",)])
+def test_a_prompt_that_begins_like_an_earlier_text_is_not_read_again(models, scorers, serving):
+    engine = serving(prefill_chunk=4)
+    first = "It was a dark and stormy night, and the rain fell"
+    settings = {"max_new_tokens": 8, **({"beta": [0.5] * len(scorers)} if scorers else {})}
+    method = "pargs" if scorers else "policy"
+    heard = Heard()
+    engine.submit(job(first, row(method, scorers, 3, **settings)), heard)
+    (event,) = heard.ended()
+    assert event.cached_tokens == 0
+    ids = encode_source(models.tokenizer, first)[1]
+    said = [*ids, *event.completion.token_ids[:-1]]  # the last one was never read
+    chosen = [models.scorers[name] for name in scorers] or None
+    guided = GuidedPolicy(models.policy, chosen, method=method, beta=settings.get("beta"))
+    for prompt_ids, shared in (
+        (ids, len(ids) - 1),
+        ([*said[:-3], 40, 41], len(said) - 3),
+        (ids[:20], 19),
+        ([0, 44], 0),
+    ):
+        (expected,) = guided.generate_ids([prompt_ids], seed=[9], **settings)
+        heard = Heard()
+        text = models.tokenizer.decode(prompt_ids)
+        engine.submit(Job(text, tuple(prompt_ids), (row(method, scorers, 9, **settings),)), heard)
+        (event,) = heard.ended()
+        require_same(event.completion, expected)
+        assert event.cached_tokens == shared
+    assert engine.snapshot().prefix_bytes > 0
+    assert 0 < engine.snapshot().cached_tokens < engine.snapshot().prompt_tokens
+
+
+def test_without_memory_for_them_nothing_is_kept(models, serving):
+    engine = serving(prefix_cache_mib=0)
+    for _ in range(2):
+        heard = Heard()
+        engine.submit(job(PROMPTS[2], row(seed=1, max_new_tokens=4)), heard)
+        assert heard.ended()[0].cached_tokens == 0
+    assert engine.snapshot().prefix_bytes == 0
+
+
+class Spoilt:
+    """Makes a scorer's model return NaN for texts that hold a certain token."""
+
+    def __init__(self, scorer, token):
+        embedding = scorer.model.get_input_embeddings()
+        self.handle = embedding.register_forward_hook(
+            lambda module, inputs, out: out.masked_fill((inputs[0] == token)[..., None], float("nan"))
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("on_nan", ["fail", "unguided"])
+def test_nan_of_a_scorer_harms_one_request_alone(models, on_nan, serving):
+    engine = serving(on_nan=on_nan, max_batch=4)
+    settings = {"beta": 1.0, "max_new_tokens": 10, "top_k": 4}
+    plain = [(prompt, expect(models, prompt, "pargs", ["kind"], settings, i)) for i, prompt in enumerate(PROMPTS * 3)]
+    seen = {token for _, alone in plain for step in alone.trace for token in step.candidate_ids}
+    seen |= {token for prompt in PROMPTS for token in models.tokenizer(prompt).input_ids}
+    bad = next(token for token in range(4, 60) if token not in seen and models.tokenizer.decode([token]).isalpha())
+    marked = [(models.tokenizer.decode([bad] * 2) + prompt, alone) for prompt, alone in plain[:6]]
+    asked = [pair for pairs in itertools.zip_longest(plain, marked) for pair in pairs if pair]
+    heard = [Heard() for _ in asked]
+    with Spoilt(models.scorers["kind"], bad):
+        for (prompt, alone), listener in zip(asked, heard, strict=True):
+            engine.submit(job(prompt, row("pargs", ["kind"], alone.seed, **settings)), listener)
+        for (prompt, alone), listener in zip(asked, heard, strict=True):
+            (end,) = listener.ended()
+            if prompt == alone.prompt:
+                require_same(end.completion, alone)
+                assert end.fallback == 0
+            elif on_nan == "fail":
+                assert isinstance(end.error, NonFiniteError)
+                assert "kind" in str(end.error)
+            else:
+                assert end.fallback == len(end.completion.token_ids)
+                assert end.completion.scorer_calls == 0
+    assert engine.snapshot().nan > 0
+
+
+def test_cancelled_rows_leave_and_the_others_do_not_notice(models, engine):
+    expected = [expect(models, PROMPTS[0], "pargs", ["kind"], {"beta": 1.0, "max_new_tokens": 60}, i) for i in range(6)]
+    heard = [Heard() for _ in range(6)]
+    tickets = [
+        engine.submit(job(PROMPTS[0], row("pargs", ["kind"], e.seed, beta=1.0, max_new_tokens=60)), listener)
+        for e, listener in zip(expected, heard, strict=True)
+    ]
+    while len(heard[0].tokens) < 5:
+        time.sleep(0.001)
+    for i in (0, 3):
+        engine.cancel(tickets[i])
+    for i, listener in enumerate(heard):
+        (end,) = listener.ended()
+        if i in (0, 3):
+            assert isinstance(end, Failed)
+            assert isinstance(end.error, StoppedError)
+            assert len(listener.tokens) < 60
+        else:
+            require_same(end.completion, expected[i])
+    assert engine.drain(10)
+    assert engine.snapshot().running == engine.snapshot().waiting == 0
+
+
+def test_time_that_is_over_ends_a_request_wherever_it_is(models, serving):
+    engine = serving(max_batch=1)
+    slow, late = Heard(), Heard()
+    engine.submit(job("Hi", row(max_new_tokens=100), deadline=time.monotonic() + 0.05), slow)
+    engine.submit(job("Hi", row(max_new_tokens=100), deadline=time.monotonic() + 0.02), late)
+    for listener in (slow, late):
+        (end,) = listener.ended()
+        assert isinstance(end.error, DeadlineError)
+
+
+def test_a_full_queue_refuses(models, serving):
+    engine = serving(max_batch=1, max_queue=2)
+    heard, refused = [], 0
+    for _ in range(12):
+        listener = Heard()
+        try:
+            engine.submit(job("Hi", row(max_new_tokens=50)), listener)
+            heard.append(listener)
+        except BusyError:
+            refused += 1
+    assert 7 <= refused <= 9  # one decodes and two wait; one more or less while the first is let in
+    assert all(isinstance(listener.ended()[0], Finished) for listener in heard)
+    listener = Heard()
+    engine.submit(job("Hi", row(max_new_tokens=2)), listener)
+    assert listener.finished()
+
+
+def test_draining_finishes_what_was_taken_in_and_takes_nothing_more(models, serving):
+    engine = serving(max_batch=2)
+    heard = [Heard() for _ in range(6)]
+    for listener in heard:
+        engine.submit(job("Hi", row(max_new_tokens=30)), listener)
+    assert engine.drain(60)
+    with pytest.raises(NotServingError):
+        engine.submit(job("Hi", row()), Heard())
+    assert all(isinstance(listener.ended()[0], Finished) for listener in heard)
+    engine.stop()
+    with pytest.raises(NotServingError):
+        engine.run(lambda: 1)
+
+
+def test_stopping_fails_what_is_left(models, serving):
+    engine = serving(max_batch=2)
+    heard = [Heard() for _ in range(5)]
+    for listener in heard:
+        engine.submit(job("Hi", row(max_new_tokens=100)), listener)
+    assert not engine.drain(0.01)
+    engine.stop()
+    assert all(isinstance(listener.ended()[0].error, StoppedError) for listener in heard)
+
+
+def test_work_between_steps(models, engine):
+    listener = Heard()
+    engine.submit(job("Hi", row(max_new_tokens=40)), listener)
+    assert engine.run(lambda: 6 * 7).result(30) == 42
+    with pytest.raises(ZeroDivisionError):
+        engine.run(lambda: 1 / 0).result(30)
+    assert listener.finished()
+
+
+def test_a_listener_that_raises_harms_nobody(models, engine, caplog):
+    def broken(event):
+        raise RuntimeError("no")
+
+    engine.submit(job("Hi", row(max_new_tokens=4)), broken)
+    listener = Heard()
+    engine.submit(job("Hi", row(max_new_tokens=4)), listener)
+    assert listener.finished()
+    assert "a listener failed" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["kind", "policy"])
+def test_a_model_that_raises_ends_its_requests_and_no_more(models, broken, monkeypatch, serving):
+    engine = serving()
+    model = models.policy.model if broken == "policy" else models.scorers["kind"].model
+    inner = model.base_model
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "forward", lambda **_: 1 / 0)
+        listener = Heard()
+        engine.submit(job("Hello", row("pargs", ["kind"])), listener)
+        (end,) = listener.ended()
+        assert str(end.error) == "the request failed inside the server"
+    listener = Heard()
+    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=3)), listener)
+    assert listener.finished()
+
+
+REFUSED = [
+    (row("none"), "unknown method"),
+    (row("pargs"), "needs a scorer"),
+    (row("pargs", ["nobody"]), "no scorer 'nobody' is loaded"),
+    (row("pargs", ["kind", "kind"]), "named twice"),
+    (row("policy", ["kind"]), "leave the scorers out"),
+    (row("pargs", ["kind", "text"], beta=1.0), "1 betas for 2 scorers"),
+    (row("pargs", ["kind"], top_k=None), "at most 128"),
+    (row("policy", max_new_tokens=5000), "at most 4096"),
+    (row("farma", ["kind"]), "asks for the scores of all next tokens"),
+    (row("cards", ["kind"]), "needs reward_threshold"),
+    (row("best-of-n", ["kind"], n=9), "at most 8"),
+    (row("pargs", ["kind"], draft_length=3), "draft_length"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), REFUSED)
+def test_what_cannot_be_done_is_refused(engine, asked, message):
+    with pytest.raises(UsageError, match=message):
+        engine.submit(job("Hi", asked), Heard())
+
+
+def test_a_prompt_that_does_not_fit_is_refused(engine):
+    with pytest.raises(DataError, match="context of 128"):
+        engine.submit(job("a" * 100, row(max_new_tokens=40)), Heard())

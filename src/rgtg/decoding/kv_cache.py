@@ -77,6 +77,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         self.pools: list[Tensor] = []
         self._used: list[int] = []
         self._where: tuple[int, Any] | None = None
+        self._written = 0  # columns that any pass has reached
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
 
     @property
@@ -108,7 +109,7 @@ class TreeCache(Cache):  # type: ignore[misc]
                 self._used[i] += 1
                 return i, self._used[i] - 1
         room = 2 * len(self.layers) if not self.pools else 2
-        # zeros: what is hidden from a node still meets its attention weight of 0, and 0 times NaN would be NaN
+        # zeros: see select_rows
         self.pools.append(torch.zeros((room, *shape), dtype=like.dtype, device=like.device))
         self._used.append(1)
         return len(self.pools) - 1, 0
@@ -125,6 +126,7 @@ class TreeCache(Cache):  # type: ignore[misc]
                 rows = torch.arange(len(self.lengths), device=device)[:, None]
                 where = rows, torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
             self._where = (width, (where, end))
+            self._written = max(self._written, end)
         found: tuple[Any, int] = self._where[1]
         return found
 
@@ -174,26 +176,33 @@ class TreeCache(Cache):  # type: ignore[misc]
         self._set_lengths(self.lengths)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows of the batch; a row that keeps its place is not copied."""
+        """Keep only (or repeat) these rows of the batch; a row that keeps its place is not copied.
+
+        Others bring along what was written behind their prefix: of the row that was there before nothing may stay,
+        since what is hidden from a node still meets its attention weight of 0, and 0 times NaN would be NaN.
+        """
         chosen: list[int] = rows.tolist()
         self._make_rows(len(chosen))
         moved = [(to, source) for to, source in enumerate(chosen) if to != source]
         if moved:
             to, source = torch.tensor(moved).T
             for pool in self.pools:
-                pool[:, to, :, : self.longest] = pool[:, source, :, : self.longest]
+                pool[:, to, :, : self._written] = pool[:, source, :, : self._written]
         self._set_lengths([self.lengths[i] for i in chosen])
 
     def join(self, other: "TreeCache") -> None:
-        """Append copies of another cache's rows; both are of one model, and an empty cache takes that one's shapes."""
+        """Append copies of another cache's rows, which must fit.
+
+        Both are of one model; a cache without buffers takes the other's shapes.
+        """
         rows, more = len(self.lengths), len(other.lengths)
         if not self.pools:
             self._take_shapes(other)
         self._make_rows(rows + more)
-        if other.longest > self.capacity:
-            self.grow(other.longest)
         for pool, theirs in zip(self.pools, other.pools, strict=True):
             pool[:, rows : rows + more, :, : other.longest] = theirs[:, :more, :, : other.longest]
+            pool[:, rows : rows + more, :, other.longest : self._written] = 0  # see select_rows
+        self._written = max(self._written, other.longest)
         self._set_lengths([*self.lengths, *other.lengths])
 
     def take_first(self, other: "TreeCache", columns: int) -> None:
@@ -203,6 +212,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         self._make_rows(len(other.lengths))
         for pool, theirs in zip(self.pools, other.pools, strict=True):
             pool[:, :, :, :columns] = theirs[:, : len(other.lengths), :, :columns]
+        self._written = columns
         self._set_lengths([columns] * len(other.lengths))
 
     def copy_of(self, rows: Sequence[int]) -> "TreeCache":
@@ -215,11 +225,6 @@ class TreeCache(Cache):  # type: ignore[misc]
             mine.slots, mine.is_initialized = theirs.slots, theirs.is_initialized
             mine.look_up()
         return copied
-
-    def wipe_spare(self) -> None:
-        """Zero the places of rows that have left: a NaN there would reach whoever joins next."""
-        for pool in self.pools:
-            pool[:, len(self.lengths) :] = 0
 
     def _take_shapes(self, other: "TreeCache") -> None:
         """Pools like another cache's, without rows, and the layers' places in them."""
@@ -234,7 +239,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         for i, pool in enumerate(self.pools):
             if rows > pool.shape[1]:
                 larger = pool.new_zeros((pool.shape[0], max(rows, pool.shape[1] * 3 // 2), *pool.shape[2:]))
-                larger[:, : pool.shape[1], :, : self.longest] = pool[:, :, :, : self.longest]
+                larger[:, : pool.shape[1], :, : self._written] = pool[:, :, :, : self._written]
                 self.pools[i] = larger
 
     def _set_lengths(self, lengths: list[int]) -> None:

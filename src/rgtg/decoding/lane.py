@@ -287,9 +287,8 @@ class Lane:
         """Let rows go everywhere; the order of those that stay, None where nobody left."""
         if not gone:
             return None
-        order = _order_without(self.members, gone)
-        wipe = any(member.unsound for member in gone)
         self._store(gone)
+        order = _order_without(self.members, gone)
         self.stepper.select_rows(torch.tensor(order, dtype=torch.long))
         self.members = [self.members[i] for i in order]
         for name in list(self.beside):
@@ -302,30 +301,31 @@ class Lane:
                 continue
             beside.reader.select_rows(torch.tensor(mine, dtype=torch.long))
             beside.members = [beside.members[i] for i in mine]
-        if wipe:
-            self._wipe()
         return order
 
     def _store(self, gone: set[Member]) -> None:
         """Keep what was read of the texts that finished."""
         if self.store is None:
             return
-        done = [member for member in gone if member.request.finish_reason is not None and member.unsound is None]
-        for member in done:
+        for member in gone:
+            if member.request.finish_reason is None or member.unsound or member.fallback:
+                continue
             text = [*member.request.prompt_ids, *member.request.token_ids]
-            row, batch = self.members.index(member), len(self.members)
-            self.store.keep_rows(
-                policy_key(self.lead), self.stepper.policy, text, range(row, batch * self.stepper.copies, batch)
-            )
-            for name, beside in self.beside.items():
-                if member in beside.members:
-                    row = beside.members.index(member)
-                    read = beside.reader.rows[row].held if isinstance(beside.reader, BranchReader) else text
-                    self.store.keep_rows(name, getattr(beside.reader, "runner", None), read, [row])
+            for name, runner, rows in self._rows_of(member):
+                reader = self.beside[name].reader if name in self.beside else None
+                read = reader.rows[rows[0]].held if isinstance(reader, BranchReader) else text
+                self.store.keep_rows(name, runner, read, rows)
 
-    def _wipe(self) -> None:
-        for cache in self._caches():
-            cache.wipe_spare()
+    def _rows_of(self, member: Member) -> Iterator[tuple[str, TreeRunner, list[int]]]:
+        """Every cache that holds a member: the model's name in the store, its runner, and the member's rows there."""
+        policy, batch = self.stepper.policy, len(self.members)
+        if isinstance(policy, TreeRunner):
+            first = self.members.index(member)
+            yield policy_key(self.lead), policy, list(range(first, batch * self.stepper.copies, batch))
+        for name, beside in self.beside.items():
+            runner = getattr(beside.reader, "runner", None)
+            if member in beside.members and isinstance(runner, TreeRunner):
+                yield name, runner, [beside.members.index(member)]
 
     def _caches(self) -> list[TreeCache]:
         readers = (getattr(beside.reader, "runner", None) for beside in self.beside.values())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rgtg.decoding.kv_cache import TreeCache
-from rgtg.decoding.runner import Runner, TreeRunner
+from rgtg.decoding.runner import TreeRunner
 
 # Fewer tokens than this are read again sooner than copied.
 _LEAST = 8
@@ -44,9 +44,9 @@ class PrefixStore:
         self.found += shared
         return best[1], shared
 
-    def keep_rows(self, key: str, runner: Runner | None, text: Sequence[int], rows: Sequence[int]) -> None:
+    def keep_rows(self, key: str, runner: TreeRunner, text: Sequence[int], rows: Sequence[int]) -> None:
         """Keep copies of a runner's rows, which have all read the same beginning of a text."""
-        if self.budget and isinstance(runner, TreeRunner) and (length := runner.cache.lengths[rows[0]]) >= _LEAST:
+        if self.budget and (length := runner.cache.lengths[rows[0]]) >= _LEAST:
             self.add(key, text[:length], runner.cache.copy_of(rows))
 
     def add(self, key: str, tokens: Sequence[int], cache: TreeCache) -> None:

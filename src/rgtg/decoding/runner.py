@@ -178,6 +178,7 @@ class TreeRunner:
     def join(self, other: "TreeRunner") -> None:
         """Append the rows of another runner of the same model."""
         self.seen = join_seen(self.seen if self.cache.lengths else None, other.seen)
+        self.reserve(other.cache.longest)
         self.cache.join(other.cache)
 
     def _mask(self, tree: TokenTree, window: int | None) -> Tensor:
