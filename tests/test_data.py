@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rgtg.data import read_pairs, read_prompts, split_pairs, tokenize_pairs
+from rgtg.data import read_pairs, split_pairs, tokenize_pairs
+from rgtg.data_prompts import read_prompts
 from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.types import PreferencePair
 

@@ -2,25 +2,20 @@
 
 import hashlib
 import json
-import os
-import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from rgtg.data_formats import to_pair, to_prompt
-from rgtg.data_sources import RawRow, Reason, RowProblem, iter_rows, parse_row, raw_text
-from rgtg.errors import DataError, OutputError, UsageError
+from rgtg.data_formats import to_pair
+from rgtg.data_rejects import RefusedRows, check_arguments, reject_line, rejects_writer
+from rgtg.data_sources import Progress, Reason, RowProblem, iter_rows, parse_row
+from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import encode_completion, encode_prompt
 from rgtg.types import FORMAT_VERSION, PreferencePair, Record
-
-_SHOWN = 5
 
 
 class LengthStats(Record):
@@ -69,9 +64,71 @@ class TokenizedPair:
     rejected_ids: list[int]
 
     @property
+    def parts(self) -> tuple[list[int], list[int], list[int]]:
+        """Prompt, chosen and rejected."""
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+
+    @property
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, completion) of both sides, the chosen one first."""
         return [(self.prompt_ids, self.chosen_ids), (self.prompt_ids, self.rejected_ids)]
+
+
+class PairReader:
+    """Reads and checks preference pairs one at a time: what is kept of each is its hash and three lengths.
+
+    Iterating yields every usable pair in the source's order, with its token ids where there is a tokenizer; once that
+    is over, ``fingerprint`` and ``summary`` are those of the whole. Arguments and errors are those of ``read_pairs``.
+
+    Args:
+        source: as there.
+        tokenizer: as there.
+        max_length: as there.
+        on_bad: as there.
+        rejects: as there.
+        progress: told now and then how much of the source is read, and how much there is.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        rejects: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        check_arguments(source, tokenizer, max_length, on_bad, rejects)
+        self.source, self.on_bad, self.rejects, self.progress = source, on_bad, rejects, progress
+        self._reading = _Reading(str(source), tokenizer=tokenizer, max_length=max_length)
+
+    def __iter__(self) -> "Iterator[tuple[PreferencePair, TokenizedPair | None]]":
+        reading = self._reading
+        with rejects_writer(self.rejects if self.on_bad == "skip" else None) as write:
+            for line, raw in iter_rows(self.source, progress=self.progress):
+                reading.rows += 1
+                try:
+                    kept = reading.check(line, parse_row(raw))
+                except RowProblem as problem:
+                    reading.refuse(line, problem)
+                    write(reject_line(self.source, line, problem, raw))
+                except UsageError as error:  # chat messages, and no template to render them with
+                    raise DataError(f"{self.source}:{line}: {error}") from error
+                else:
+                    yield kept
+        nothing = "Nothing is left to use: check that the file is in a format rgtg reads."
+        reading.settle(len(reading.seen), self.on_bad, self.rejects, nothing)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pairs that were read, in their order."""
+        return str(self._reading.digest.hexdigest()[:16])
+
+    @property
+    def summary(self) -> DataSummary:
+        """Of the pairs that were read."""
+        return self._reading.summary()
 
 
 def read_pairs(
@@ -82,7 +139,7 @@ def read_pairs(
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
 ) -> Pairs:
-    """Read and check preference pairs from a file or a hub dataset.
+    """Read and check preference pairs from a file or a hub dataset, all of them into memory.
 
     Args:
         source: ``.jsonl``, ``.gz``, ``.xz`` or ``.zst`` of it, ``.parquet``, or a hub id ``owner/name[:split]``.
@@ -97,41 +154,9 @@ def read_pairs(
         UsageError: no such file, an unknown kind of file, an unreachable hub dataset, or unfit arguments.
         OutputError: ``rejects`` cannot be written.
     """
-    check_arguments(source, tokenizer, max_length, on_bad, rejects)
-    reading = _Reading(str(source), tokenizer=tokenizer, max_length=max_length)
-    with rejects_writer(rejects if on_bad == "skip" else None) as write:
-        for line, raw in iter_rows(source):
-            reading.rows += 1
-            try:
-                reading.add(line, parse_row(raw))
-            except RowProblem as problem:
-                reading.refuse(line, problem)
-                write(reject_line(source, line, problem, raw))
-            except UsageError as error:  # chat messages, and no template to render them with
-                raise DataError(f"{source}:{line}: {error}") from error
-    nothing = "Nothing is left to use: check that the file is in a format rgtg reads."
-    reading.settle(len(reading.pairs), on_bad, rejects, nothing)
-    return Pairs(reading.pairs, reading.digest.hexdigest()[:16], reading.summary())
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file of ``{"prompt": text}`` lines, or of plain-text or HH-style pairs; other fields are not read.
-
-    Raises:
-        DataError: any bad row, with file and line, or a file that is empty, truncated or corrupt.
-        UsageError: no such file, or an unknown kind of file.
-    """
-    prompts: list[str] = []
-    reading = _Reading(str(path))
-    for line, raw in iter_rows(path):
-        reading.rows += 1
-        try:
-            prompts.append(to_prompt(parse_row(raw)))
-        except RowProblem as problem:
-            reading.refuse(line, problem)
-    if reading.reasons:
-        raise DataError(reading.complaint('Each line must be an object with a text field: {"prompt": "..."}.'))
-    return prompts
+    reader = PairReader(source, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad, rejects=rejects)
+    pairs = [pair for pair, _ in reader]
+    return Pairs(pairs, reader.fingerprint, reader.summary)
 
 
 class Prompted(Protocol):
@@ -214,151 +239,63 @@ def _place(prompt: str, seed: int) -> float:
 
 
 @dataclass
-class RefusedRows:
-    """Bad rows of a source so far: how many, of which kinds, and the first few."""
-
-    source: str
-    rows: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_bad: list[str] = field(default_factory=list)
-
-    def refuse(self, line: int, problem: RowProblem) -> None:
-        """Count a bad row, and remember the first few."""
-        self.reasons[problem.reason.value] += 1
-        if len(self.first_bad) < _SHOWN:
-            self.first_bad.append(f"  {self.source}:{line}: {problem}")
-
-    def counts(self) -> str:
-        """Such as ``3 of 10 rows (bad UTF-8: 1, too long: 2)``."""
-        by_reason = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
-        return f"{self.reasons.total()} of {self.rows} rows ({by_reason})"
-
-    def complaint(self, advice: str) -> str:
-        """The bad rows for a person: how many, of which kinds, the first few, and what to do."""
-        more = self.reasons.total() - len(self.first_bad)
-        lines = [f"{self.source}: cannot use {self.counts()}", *self.first_bad]
-        return "\n".join([*lines, *([f"  and {more} more"] if more else []), advice])
-
-    def settle(self, kept: int, on_bad: str, rejects: Path | None, nothing_left: str) -> None:
-        """Once all is read: refuse the source for its bad rows, or for having no other, or say how many are left out.
-
-        Raises:
-            DataError: bad rows (``on_bad`` error), or ``kept`` is 0.
-        """
-        if self.reasons and on_bad == "error":
-            raise DataError(self.complaint("Correct them, or leave them out with --on-bad skip."))
-        if not kept:
-            raise DataError(self.complaint(nothing_left))
-        if self.reasons and rejects is None:
-            warnings.warn(f"{self.source}: left out {self.counts()}", stacklevel=3)
-
-
-@dataclass
 class _Reading(RefusedRows):
-    """What is known of a source of pairs so far: kept pairs, their lengths and hash, and the bad rows."""
+    """What is known of a source of pairs so far: hashes and lengths of the kept ones, and the bad rows."""
 
     tokenizer: Any = None
     max_length: int | None = None
-    pairs: list[PreferencePair] = field(default_factory=list)
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    lengths: list["array[int]"] = field(default_factory=lambda: [array("Q") for _ in range(3)])
     seen: dict[bytes, int] = field(default_factory=dict)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, line: int, row: Any) -> None:
-        """Keep a row, or raise RowProblem."""
+    def check(self, line: int, row: Any) -> tuple[PreferencePair, TokenizedPair | None]:
+        """Count a row among the kept ones, or raise RowProblem."""
         pair = to_pair(row, self.tokenizer)
         content = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode()
         key = hashlib.sha256(content).digest()[:16]
         if key in self.seen:
             raise RowProblem(Reason.DUPLICATE, f"the same as line {self.seen[key]}")
-        lengths = self._measure(pair)
+        ids = self._tokenized(pair)
         self.seen[key] = line
         self.digest.update(content + b"\n")
-        self.pairs.append(pair)
-        self.lengths.append(lengths)
+        parts = (pair.prompt, pair.chosen, pair.rejected) if ids is None else ids.parts
+        for lengths, part in zip(self.lengths, parts, strict=True):
+            lengths.append(len(part))
+        return pair, ids
 
     def summary(self) -> DataSummary:
-        lengths = np.array(self.lengths)  # (rows, 3): prompt, chosen, rejected
-        prompt, chosen, rejected = (_stats(column) for column in lengths.T)
+        lengths = [np.frombuffer(column, np.uint64).astype(np.int64) for column in self.lengths]
+        prompt, chosen, rejected = (_stats(column) for column in lengths)
         return DataSummary(
             rows=self.rows,
-            kept=len(self.pairs),
+            kept=len(self.seen),
             rejects_by_reason=dict(self.reasons.most_common()),
             unit="characters" if self.tokenizer is None else "tokens",
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            chosen_longer=float((lengths[:, 1] > lengths[:, 2]).mean()),
-            chosen_equal=float((lengths[:, 1] == lengths[:, 2]).mean()),
-            chosen_shorter=float((lengths[:, 1] < lengths[:, 2]).mean()),
+            chosen_longer=float((lengths[1] > lengths[2]).mean()),
+            chosen_equal=float((lengths[1] == lengths[2]).mean()),
+            chosen_shorter=float((lengths[1] < lengths[2]).mean()),
         )
 
-    def _measure(self, pair: PreferencePair) -> tuple[int, int, int]:
-        """Lengths of prompt, chosen and rejected; refuses what only shows in tokens."""
+    def _tokenized(self, pair: PreferencePair) -> TokenizedPair | None:
+        """Token ids, where there is a tokenizer; refuses what only shows in them."""
         if self.tokenizer is None:
-            return len(pair.prompt), len(pair.chosen), len(pair.rejected)
+            return None
         try:
             ids = _tokenize(pair, self.tokenizer, append_eos=True)
         except DataError as error:
             raise RowProblem(Reason.EMPTY_PROMPT, str(error)) from error
         if ids.chosen_ids == ids.rejected_ids:
             raise RowProblem(Reason.EQUAL, "they are the same tokens")
-        lengths = len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)
-        longest = lengths[0] + max(lengths[1:])
+        longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if self.max_length is not None and longest > self.max_length:
             raise RowProblem(Reason.TOO_LONG, f"{longest} tokens, at most {self.max_length} allowed")
-        return lengths
+        return ids
 
 
 def _stats(lengths: "np.ndarray[Any, Any]") -> LengthStats:
     return LengthStats(
         mean=float(lengths.mean()), median=float(np.median(lengths)), p95=float(np.percentile(lengths, 95))
     )
-
-
-def check_arguments(
-    source: str | Path, tokenizer: Any, max_length: int | None, on_bad: str, rejects: Path | None
-) -> None:
-    """Refuse arguments of a reader that cannot be carried out, or would destroy what is read.
-
-    Raises:
-        UsageError: saying which, and what to give instead.
-    """
-    if on_bad not in ("error", "skip"):
-        raise UsageError(f"on_bad = {on_bad!r}: expected 'error' or 'skip'")
-    if max_length is not None and tokenizer is None:
-        raise UsageError("max_length counts tokens: give the tokenizer too (--tokenizer DIR)")
-    if rejects is not None and Path(source).resolve() == rejects.resolve():
-        raise UsageError(f"the rejects would overwrite the data {source}: choose another file with --rejects")
-
-
-def reject_line(source: str | Path, line: int, problem: RowProblem, raw: RawRow) -> str:
-    """One line of the rejects file: where the row is, what is wrong with it, and its raw text."""
-    found = {"file": str(source), "line": line, "reason": str(problem), "raw": raw_text(raw)}
-    return json.dumps(found) + "\n"
-
-
-@contextmanager
-def rejects_writer(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """Yield a function that writes one line; the file takes its name only when the whole source has been read.
-
-    It is written even if no row is bad, so that an earlier run's rejects are never taken for this one's.
-    """
-    if path is None:
-        yield lambda _line: None
-        return
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            partial = Path(file.name)
-            yield file.write
-        os.chmod(partial, 0o644)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write the rejects {path}: {error.strerror or error}; use --rejects FILE") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
         UsageError: no such file, or an unknown kind of file.
     """
     rows = []
-    for number, raw in iter_rows(path):
+    for number, raw in iter_rows(path, None):
         try:
             row = parse_row(raw)
         except RowProblem as problem:

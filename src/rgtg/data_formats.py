@@ -46,16 +46,51 @@ def to_prompt(row: Any) -> str:
     else:
         require_fields(row, ("prompt",))
         prompt = _text(row, "prompt")
+    return require_prompt(prompt)
+
+
+def require_prompt(prompt: str) -> str:
+    """The prompt, where it says something and can be encoded."""
     if not prompt.strip():
         raise RowProblem(Reason.EMPTY_PROMPT)
     require_unicode("prompt", prompt)
     return prompt
 
 
+def to_prompt_or_chat(row: Any) -> str | list[Message]:
+    """The prompt of a row: text, or chat messages under ``prompt`` or (without a prompt) ``messages``.
+
+    Raises:
+        RowProblem: the row has neither.
+    """
+    if isinstance(row, dict) and isinstance(row.get("prompt"), list):
+        return to_chat(row["prompt"], "prompt")
+    if isinstance(row, dict) and row.get("prompt") is None and row.get("messages") is not None:
+        return to_chat(row["messages"], "messages")
+    return to_prompt(row)
+
+
+def to_chat(value: Any, name: str) -> list[Message]:
+    """Chat messages of which one at least says something.
+
+    Raises:
+        RowProblem: they do not, or are no messages.
+    """
+    if not isinstance(value, list):
+        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {json_name(value)}, expected messages")
+    messages = chat_messages(value, name)
+    if not any(message["content"].strip() for message in messages):
+        raise RowProblem(Reason.EMPTY_PROMPT)
+    for i, message in enumerate(messages, start=1):
+        for text in (message["role"], message["content"]):
+            require_unicode(f"message {i} of {name}", text)
+    return messages
+
+
 def require_fields(row: Any, names: tuple[str, ...]) -> None:
     """Refuse a row that is no object, lacks one of ``names``, or holds null in it or in its prompt."""
     if not isinstance(row, dict):
-        raise RowProblem(Reason.WRONG_TYPE, f"the row is {_json_name(row)}, expected an object")
+        raise RowProblem(Reason.WRONG_TYPE, f"the row is {json_name(row)}, expected an object")
     missing = [name for name in names if name not in row]
     if missing:
         raise RowProblem(Reason.MISSING_FIELD, ", ".join(missing))
@@ -100,7 +135,7 @@ def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _text(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {_json_name(value)}, expected text")
+        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {json_name(value)}, expected text")
     return value
 
 
@@ -149,7 +184,12 @@ def _without(prompt: list[Message], messages: list[Message]) -> list[Message]:
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
     value = row[name]
     if not isinstance(value, list):
-        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {_json_name(value)}, but the row's other side is messages")
+        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {json_name(value)}, but the row's other side is messages")
+    return chat_messages(value, name)
+
+
+def chat_messages(value: list[Any], name: str) -> list[Message]:
+    """Chat messages, each with a role and a content that are text; fields that hold null are left out."""
     for i, message in enumerate(value, start=1):
         fields = message if isinstance(message, dict) else {}
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
@@ -190,5 +230,6 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
         raise RowProblem(Reason.CHAT_TEMPLATE, " ".join(str(error).split())[:200]) from error
 
 
-def _json_name(value: Any) -> str:
+def json_name(value: Any) -> str:
+    """What JSON calls a value of this kind."""
     return "null" if value is None else _JSON_NAMES.get(type(value), type(value).__name__)

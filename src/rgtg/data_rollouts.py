@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rgtg.data import RefusedRows, check_arguments, reject_line, rejects_writer
 from rgtg.data_completions import completion_text
+from rgtg.data_rejects import RefusedRows, check_arguments, reject_line, rejects_writer
 from rgtg.data_sources import Reason, RowProblem, iter_rows, parse_row
 from rgtg.errors import DataError
 from rgtg.models.encoding import encode_completion, encode_prompt

@@ -7,7 +7,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 from rgtg.errors import DataError, MissingExtraError, UsageError
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+MAX_LINE = 64 << 20  # bytes
+_WINDOW = 256 << 20  # bytes of memory that a compressed file may ask for
+_FED = 1024  # compressed bytes at a time
+_TOLD = 1000  # rows between two reports of progress
 _PLAIN = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".xz", ".zst")
 _KNOWN = "a .jsonl file, .gz, .xz or .zst of one, or a .parquet file"
@@ -49,6 +53,9 @@ class Reason(StrEnum):
     TOO_LONG = "too long"
     DUPLICATE = "duplicate row"
     BAD_REWARD = "bad reward"
+    BAD_VALUE = "bad value"
+    UNSUPPORTED = "unsupported field"
+    DUPLICATE_ID = "duplicate id"
 
 
 class RowProblem(Exception):
@@ -59,22 +66,32 @@ class RowProblem(Exception):
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
 
 
+Progress = Callable[[int, int], None]
 # A line of a JSONL file as it stands, a row of a table, or a row that its library could not decode.
 RawRow = bytes | dict[str, Any] | RowProblem
 
 
-def iter_rows(source: str | Path, columns: tuple[str, ...] = PAIR_COLUMNS) -> Iterator[tuple[int, RawRow]]:
+def iter_rows(
+    source: str | Path, columns: tuple[str, ...] | None = PAIR_COLUMNS, *, progress: Progress | None = None
+) -> Iterator[tuple[int, RawRow]]:
     """Yield (line or row number from 1, raw row) of a file or hub dataset; blank lines are passed over.
+
+    One row is held at a time, and a line of at most ``MAX_LINE`` bytes, however far a file expands.
+
+    Args:
+        source: a path, or a hub dataset.
+        columns: those of a table that are read; None reads all.
+        progress: told now and then how much of the source is read, and how much there is (in bytes or rows).
 
     Raises:
         UsageError: no such file, not a kind that is read, or a hub dataset that cannot be reached.
-        DataError: an empty, truncated or corrupt file.
+        DataError: an empty, truncated or corrupt file, or a line beyond all measure.
     """
-    path = Path(source)
-    if os.path.exists(path):  # not Path.exists, which raises on an over-long name
-        rows = _file_rows(path, columns)
+    path, tell = Path(source), progress or (lambda done, total: None)
+    if _exists(path):
+        rows = _file_rows(path, columns, tell)
     elif isinstance(source, str) and _looks_like_hub_id(source):
-        rows = _hub_rows(source, columns)
+        rows = _hub_rows(source, columns, tell)
     else:
         raise UsageError(f"{source}: no such file; expected {_KNOWN}, or a hub dataset as owner/name[:split]")
     number = 0
@@ -111,55 +128,85 @@ def raw_text(raw: RawRow) -> str:
     return str(raw) if isinstance(raw, RowProblem) else json.dumps(raw, default=str)
 
 
-def _file_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, RawRow]]:
+def _exists(path: Path) -> bool:
+    """Not Path.exists, which raises on an over-long name, as os.path.exists does on one with a null byte."""
+    try:
+        return os.path.exists(path)
+    except ValueError:
+        return False
+
+
+def _file_rows(path: Path, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path} is a folder; expected {_KNOWN}")
     if suffix == ".parquet":
-        return _parquet_rows(path, columns)
+        return _parquet_rows(path, columns, progress)
     if suffix in _PLAIN or suffix in _COMPRESSED:
-        return _lines(path, suffix)
+        return _lines(path, suffix, progress)
     raise UsageError(f"{path}: cannot tell what the file is from its name; expected {_KNOWN}")
 
 
-def _lines(path: Path, suffix: str) -> Iterator[tuple[int, RawRow]]:
+def _lines(path: Path, suffix: str, progress: Progress) -> Iterator[tuple[int, RawRow]]:
     number = 0
     try:
-        with _open(path, suffix) as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as raw:
+            size = os.path.getsize(path)
+            for number, line in enumerate(_bounded_lines(_decompressed(raw, path, suffix)), start=1):
                 bare = line.rstrip(b"\r\n")
                 if number == 1:
                     bare = bare.removeprefix(b"\xef\xbb\xbf")  # a byte order mark belongs to the file, not the row
+                if number % _TOLD == 0:
+                    progress(raw.tell(), size)
                 if bare.strip():
                     yield number, bare
+            progress(size, size)
+    except _LineTooLongError as error:
+        raise DataError(
+            f"{path}:{number + 1}: the line is longer than {MAX_LINE >> 20} MiB; expected one JSON object per line"
+        ) from error
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         kind = "is truncated" if isinstance(error, EOFError) else "cannot be read"
         where = f" after line {number}" if number else ""
         raise DataError(f"{path} {kind}{where} ({error}); download or write it again") from error
 
 
-def _open(path: Path, suffix: str) -> io.BufferedIOBase:
+class _LineTooLongError(Exception):
+    pass
+
+
+def _bounded_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise _LineTooLongError
+        yield line
+
+
+def _decompressed(raw: io.BufferedReader, path: Path, suffix: str) -> io.BufferedIOBase:
     if suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.GzipFile(fileobj=raw, mode="rb")
     if suffix == ".xz":
-        return lzma.open(path, "rb")
+        return io.BufferedReader(_Frames(raw, lambda: lzma.LZMADecompressor(memlimit=_WINDOW), "xz stream"))
     if suffix == ".zst":
         try:
             import zstandard
         except ImportError as error:
             raise MissingExtraError(f"reading {path} needs zstandard: pip install 'rgtg[train]'") from error
-        return io.BufferedReader(_ZstdFile(path, zstandard))
-    return path.open("rb")
+        make = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj
+        return io.BufferedReader(_Frames(raw, make, "zstd frame", zstandard.ZstdError))
+    return raw
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a zstd file; a cut-off frame is an error (zstandard's own reader just ends there)."""
+class _Frames(io.RawIOBase):
+    """Decompressed bytes of a file of frames; a cut-off one is an error (the libraries' own readers just end there).
 
-    def __init__(self, path: Path, library: Any) -> None:
-        self._library = library
-        self._file = path.open("rb")
+    It is fed little at a time, since a few bytes may stand for megabytes.
+    """
+
+    def __init__(self, raw: Any, make: Callable[[], Any], what: str, failure: type[Exception] = OSError) -> None:
+        self._raw, self._make, self._what, self._failure = raw, make, what, failure
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -173,26 +220,23 @@ class _ZstdFile(io.RawIOBase):
 
     def _fill(self) -> bool:
         """Decompress the next chunk; False at the end of the file."""
-        rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-        chunk = rest or self._file.read(1 << 16)
+        over = self._frame is not None and self._frame.eof
+        rest = self._frame.unused_data.lstrip(b"\0") if over else b""  # xz pads its streams
+        chunk = rest or self._raw.read(_FED)
         if not chunk:
-            if self._frame is not None and not self._frame.eof:
-                raise EOFError("the last zstd frame is not complete")
+            if self._frame is not None and not over:
+                raise EOFError(f"the last {self._what} is not complete")
             return False
-        if self._frame is None or self._frame.eof:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
+        if self._frame is None or over:
+            self._frame = self._make()
         try:
-            self._ready = self._frame.decompress(chunk)
-        except self._library.ZstdError as error:
-            raise OSError(f"not valid zstd: {error}") from error
+            self._ready = memoryview(self._frame.decompress(chunk))
+        except self._failure as error:
+            raise OSError(f"not a valid {self._what}: {error}") from error
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, RawRow]]:
+def _parquet_rows(path: Path, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -201,9 +245,11 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, R
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             wanted = _wanted(str(path), file.schema_arrow.names, columns)
-            batches = file.iter_batches(batch_size=1024, columns=wanted)
-            rows = (row for batch in batches for row in _batch_rows(batch))
-            yield from enumerate(rows, start=1)
+            done, total = 0, file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
+                yield from enumerate(_batch_rows(batch), start=done + 1)
+                done += batch.num_rows
+                progress(done, total)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a readable Parquet file ({_first_line(error)}); download or write it again"
@@ -222,7 +268,7 @@ def _batch_rows(batch: Any) -> Iterator[RawRow]:
                 yield RowProblem(Reason.BAD_UTF8, f"byte {error.start + 1} of a cell")
 
 
-def _hub_rows(source: str, columns: tuple[str, ...]) -> Iterator[tuple[int, RawRow]]:
+def _hub_rows(source: str, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
     try:
         import datasets
     except ImportError as error:
@@ -240,7 +286,10 @@ def _hub_rows(source: str, columns: tuple[str, ...]) -> Iterator[tuple[int, RawR
             f"{source}: no such file, and split {split!r} of a hub dataset of that name cannot be loaded: "
             f"{_first_line(error)}. Check the name (owner/name:split) and the connection, or download the file."
         ) from error
-    yield from enumerate(table, start=1)
+    for number, row in enumerate(table, start=1):
+        yield number, row
+        if number % _TOLD == 0:
+            progress(number, len(table))
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -250,7 +299,9 @@ def _looks_like_hub_id(source: str) -> bool:
     return Path(match["name"]).suffix.lower() not in (*_PLAIN, *_COMPRESSED, ".parquet", ".json")
 
 
-def _wanted(source: str, names: list[str], columns: tuple[str, ...]) -> list[str]:
+def _wanted(source: str, names: list[str], columns: tuple[str, ...] | None) -> list[str]:
+    if columns is None:
+        return names
     wanted = [name for name in columns if name in names]
     if not wanted:
         raise DataError(f"{source} has the columns {', '.join(names) or 'none'}; expected {', '.join(columns)}")

@@ -46,6 +46,7 @@ class Completion(Record):
     """One generated completion; a line of the file ``rgtg generate --output`` writes."""
 
     version: int = FORMAT_VERSION
+    id: str | None = Field(default=None, description="of its row in a file of prompts; row-NUMBER where it has none")
     prompt: str
     text: str
     token_ids: list[int] = Field(description="of the completion only, the closing EOS included")

@@ -50,7 +50,7 @@ def test_generate(policy_folder, scorer_folder, tmp_path, no_room, before):
         output.write_text(before)
     models = ["--policy", policy_folder, "--scorer", scorer_folder, "--max-new-tokens", 8, "--trace", "--quiet"]
     no_room()
-    refused(run("generate", *models, "--prompts", prompts, "--output", output))
+    refused(run("generate", *models, "--prompts", prompts, "--output", output, "--force"))
     left = {path.name: path.read_text() for path in output.parent.iterdir()}
     assert left == ({"done.jsonl": before} if before else {})
 

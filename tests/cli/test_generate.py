@@ -55,7 +55,9 @@ def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_p
     done = [Completion.model_validate_json(line) for line in output.read_text().splitlines()]
     assert [c.prompt for c in done] == ["Once", "Hi you", "What"]
     assert json.loads((output.parent / "done.jsonl.settings.json").read_text())["max_new_tokens"] == 8
-    assert sorted(p.name for p in output.parent.iterdir()) == ["done.jsonl", "done.jsonl.settings.json"]
+    beside = [f"done.jsonl{kind}" for kind in ("", ".job.json", ".settings.json")]
+    assert sorted(p.name for p in output.parent.iterdir()) == beside
+    assert [c.id for c in done] == ["row-1", "row-2", "row-3"]
     again = tmp_path / "again.jsonl"
     run("generate", *models, "--prompts", prompts, "--output", again, "--json")
     redone = [Completion.model_validate_json(line) for line in again.read_text().splitlines()]
@@ -95,7 +97,7 @@ def test_wrong_prompt_files_leave_no_output(models, prompts, tmp_path):
     prompts.write_text('{"prompt": "Hi"}\nnonsense\n')
     refused(run("generate", *models, *target), 3, "prompts.jsonl:2: not JSON")
     prompts.write_text('{"prompt": "Hi"}\n{"prompt": "' + "x" * 200 + '"}\n')
-    refused(run("generate", *models, *target), 3, "prompt 2 of 2")
+    refused(run("generate", *models, *target), 3, "prompts.jsonl:2: too long: a prompt of")
     refused(run("generate", *models, *target, "--policy", "./absent"), 2, "no model folder")
     assert not [p for p in tmp_path.iterdir() if "out.jsonl" in p.name]
 

@@ -5,12 +5,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_libraries, save_settings, verb
+from rgtg.cli.common import (
+    AsJson,
+    Config,
+    Overrides,
+    Quiet,
+    Seed,
+    emit,
+    hush_libraries,
+    save_settings,
+    verb,
+)
+from rgtg.cli.progress import reading_bar
 from rgtg.config import DataCheckSettings
 from rgtg.errors import UsageError
 
 if TYPE_CHECKING:
-    from rgtg.data import Pairs
+    from rgtg.data import PairReader
 
 app = typer.Typer(help="Preference data: check it before training on it.", no_args_is_help=True)
 
@@ -44,7 +55,7 @@ def check(
     flags = {"file": file, "tokenizer": tokenizer, "max_length": max_length, "on_bad": on_bad, "rejects": rejects}
     settings = DataCheckSettings.resolve(config, overrides, {**flags, "seed": seed})
     target = _rejects_path(settings)
-    pairs = _read(settings, target)
+    pairs = _read(settings, target, quiet=quiet or as_json)
     if target is not None:
         save_settings(target, settings)
     plain = {"file": settings.file, "fingerprint": pairs.fingerprint, **pairs.summary.model_dump()}
@@ -62,8 +73,9 @@ def _rejects_path(settings: DataCheckSettings) -> Path | None:
     return settings.rejects or beside / "rejects.jsonl"
 
 
-def _read(settings: DataCheckSettings, rejects: Path | None) -> "Pairs":
-    from rgtg.data import read_pairs
+def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> "PairReader":
+    """Everything read once, one pair in memory at a time."""
+    from rgtg.data import PairReader
 
     tokenizer = None
     if settings.tokenizer is not None:
@@ -71,12 +83,17 @@ def _read(settings: DataCheckSettings, rejects: Path | None) -> "Pairs":
 
         hush_libraries()
         tokenizer = load_tokenizer(settings.tokenizer, "data check")
-    return read_pairs(
-        settings.file, tokenizer=tokenizer, max_length=settings.max_length, on_bad=settings.on_bad, rejects=rejects
-    )
+    with reading_bar("checking", quiet=quiet) as progress:
+        reader = PairReader(
+            settings.file, tokenizer=tokenizer, max_length=settings.max_length, on_bad=settings.on_bad,
+            rejects=rejects, progress=progress,
+        )  # fmt: skip
+        for _ in reader:
+            pass
+    return reader
 
 
-def _show(source: str, pairs: "Pairs", rejects: Path | None) -> None:
+def _show(source: str, pairs: "PairReader", rejects: Path | None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

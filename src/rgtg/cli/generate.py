@@ -1,28 +1,28 @@
 """``rgtg generate``: guided completions of one prompt, on the terminal, or of a file of prompts."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, atomic_write, hush_libraries, save_settings, verb
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, resumable, save_settings, verb
+from rgtg.cli.progress import job_bar, reading_bar
 from rgtg.config import GenerateSettings
-from rgtg.errors import UsageError
+from rgtg.errors import RgtgError, UsageError
 
 if TYPE_CHECKING:
     from rgtg.decoding.guided import GuidedPolicy
+    from rgtg.types_jobs import JobResult
 
+_FILE = "A file of prompts"
+_OF_FILES = ("batch_size", "batch_tokens", "on_bad", "output_format", "force")
 _DECODING = (
     "temperature", "top_p", "min_new_tokens", "max_new_tokens", "stop", "repetition_penalty", "no_repeat_ngram_size",
     "draft_length", "entropy_gate", "segment_length", "min_segment", "entropy_threshold", "reward_threshold",
     "threshold_start", "retries",
 )  # fmt: skip
-
-# Counts of completions that are shown, for scorers with a tokenizer of their own.
-_COUNTED = ("candidates", "retokenised", "unscored")
 
 
 @verb
@@ -58,9 +58,28 @@ def command(
     ] = None,
     draft_length: Annotated[int | None, typer.Option(help="Tokens drafted at once. Default: adapts.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt; the completion streams to the terminal.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": ...}; needs --output.')] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL of completions, one line per prompt.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Prompts decoded together. Default 8.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL, an OpenAI batch or Parquet; needs --output.", rich_help_panel=_FILE)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL of completions; a stopped run is continued.", rich_help_panel=_FILE)
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option(help="records or openai. Default: as the prompts are.", rich_help_panel=_FILE)
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded together at most. Default 8192.", rich_help_panel=_FILE)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts decoded together at most.", rich_help_panel=_FILE)
+    ] = None,
+    on_bad: Annotated[
+        str | None,
+        typer.Option(metavar="error|skip", help="Refuse bad rows, or list them as errors.", rich_help_panel=_FILE),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output of other settings or models.", rich_help_panel=_FILE)
+    ] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Keep every candidate's figures of every step.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
@@ -72,6 +91,8 @@ def command(
     seed: Seed = None,
 ) -> None:
     """Complete prompts with a frozen policy steered by a scorer.
+
+    A file of prompts that was stopped, or killed, goes on where it was when the same command is given again.
 
     [bold]Example[/bold]: rgtg generate --policy POLICY --scorer SCORER --beta 2 --prompt "Once upon a time"
     """
@@ -96,6 +117,9 @@ def _require_target(settings: GenerateSettings) -> None:
         raise UsageError("give either --prompt TEXT or --prompts FILE --output FILE")
     if (settings.prompts is None) != (settings.output is None):
         raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
+    of_files = [name for name in _OF_FILES if getattr(settings, name) != GenerateSettings.model_fields[name].default]
+    if settings.prompts is None and of_files:
+        raise UsageError(f"{', '.join(of_files)}: only a file of prompts (--prompts) uses it")
 
 
 def load_guided(settings: GenerateSettings) -> "GuidedPolicy":
@@ -139,39 +163,42 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
-    from rgtg.data import read_prompts
+    from rgtg.data_prompts import read_prompt_rows, refuse_rows
+    from rgtg.jobs.place import Place
+    from rgtg.jobs.run import run_job
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
-    texts = read_prompts(settings.prompts)
-    with atomic_write(settings.output) as partial:  # fails before any model is loaded
+    with resumable("the same command goes on from the rows that are finished"):
+        with reading_bar("reading", quiet=quiet or as_json) as progress:
+            prompts = read_prompt_rows(settings.prompts, progress=progress)
+        if settings.on_bad == "error":  # before any model is loaded
+            refuse_rows(prompts.source, prompts.bad, prompts.total)
+        Place(settings.output).check(force=settings.force)
         guided = load_guided(settings)
-        starts = range(0, len(texts), settings.batch_size)
-        seeds = guided.row_seeds(texts, settings.seed)
-        counts = dict.fromkeys(_COUNTED, 0)
-        with partial.open("w", encoding="utf-8") as file:
-            console = Console(stderr=True)  # stdout is for results
-            for start in track(starts, "generating", disable=quiet or as_json, transient=True, console=console):
-                part = slice(start, start + settings.batch_size)
-                done = guided.generate(texts[part], seed=seeds[part], trace=settings.trace, **_decoding(settings))
-                file.writelines(completion.model_dump_json() + "\n" for completion in done)
-                counts = {name: n + sum(getattr(each, name) for each in done) for name, n in counts.items()}
-            file.flush()
-            os.fsync(file.fileno())
-        save_settings(settings.output, settings)
-    _say(len(texts), settings, counts, as_json=as_json, quiet=quiet)
+        with job_bar("generating", quiet=quiet or as_json) as tell:
+            result = run_job(settings, _decoding(settings), prompts, guided, progress=tell)
+    save_settings(settings.output, settings)
+    _say(result, settings, as_json=as_json, quiet=quiet)
+    if result.undecoded:
+        raise RgtgError(
+            f"{result.undecoded} of {result.rows} rows failed while they were decoded: see "
+            f"{Place(settings.output).errors}; the same command tries them again"
+        )
 
 
-def _say(rows: int, settings: GenerateSettings, counts: dict[str, int], *, as_json: bool, quiet: bool) -> None:
+def _say(result: "JobResult", settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+    errors = f"{settings.output}.errors.jsonl"
     if as_json:
-        said = {name: n for name, n in counts.items() if n or counts["candidates"]}
-        sys.stdout.write(json.dumps({"rows": rows, "output": str(settings.output)} | said) + "\n")
+        said = {name: n for name, n in result.counts.items() if n or result.counts["candidates"]}
+        failed = {"failed": result.failed, "errors": errors} if result.failed else {}
+        summary = {"rows": result.completions, "output": str(settings.output)} | failed | said
+        sys.stdout.write(json.dumps(summary) + "\n")
     elif not quiet:
-        sys.stdout.write(f"{rows} completions in {settings.output}\n")
-        for line in _other_tokenizer(**counts):
+        sys.stdout.write(f"{result.completions} completions in {settings.output}\n")
+        if result.failed:
+            sys.stdout.write(f"{result.failed} of {result.rows} rows have none, with reasons: {errors}\n")
+        for line in _other_tokenizer(**result.counts):
             sys.stdout.write(line + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -72,13 +73,24 @@ class ModelSettings(Settings):
 
 
 class GenerateSettings(DecodingSettings, ModelSettings):
-    """``rgtg generate``; several scorers, with a beta each, steer together."""
+    """``rgtg generate``; several scorers, with a beta each, steer together.
+
+    The fields from ``batch_size`` to ``force`` are of a file of prompts.
+    """
 
     scorer: str | list[str] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     prompts: Path | None = None
     output: Path | None = None
-    batch_size: int = Field(8, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="prompts decoded together at most")
+    batch_tokens: int = Field(
+        8192, ge=1, description="tokens decoded together at most, of prompts and of all they may become"
+    )
+    on_bad: Literal["error", "skip"] = Field("error", description="refuse a file for its bad rows, or leave them out")
+    output_format: Literal["auto", "records", "openai"] = Field(
+        "auto", description="lines of the output: records of rgtg, or of an OpenAI batch; auto follows the prompts"
+    )
+    force: bool = Field(False, description="make anew an output of other settings, models or prompts")
     trace: bool = False
     scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
     draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")

@@ -18,7 +18,16 @@ from rgtg.decoding.join import (
     make_stepper,
 )
 from rgtg.decoding.loading import listed
-from rgtg.decoding.methods import Method, betas_of, check_scorers, check_settings, find_method, require_complete
+from rgtg.decoding.methods import (
+    Method,
+    betas_of,
+    branch_columns,
+    check_scorers,
+    check_settings,
+    find_method,
+    require_complete,
+    segments_of,
+)
 from rgtg.decoding.requests import (
     Request,
     Stopping,
@@ -179,7 +188,7 @@ class Decoder:
             return self._decode_segments(requests, settings, rule, longest)
         stopping = self.stopping(settings)
         if self.method.unit == "completion":
-            columns = longest + settings.n * (settings.max_new_tokens + 1)  # one branch of the cache per completion
+            columns = longest + branch_columns(self.method, settings)  # one branch of the cache per completion
             return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
         scorer, top_k = self._token_scorer, None if rule.of_sum else settings.top_k
         if self.draft is not None:
@@ -203,8 +212,7 @@ class Decoder:
         self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int
     ) -> Iterator[list[Request]]:
         accepts = self.method.rule == "accept"
-        n = 1 if accepts else settings.n
-        length = settings.segment_length or (64 if accepts else 16)
+        n, length = segments_of(self.method, settings)
         segments = SegmentRule(
             "accept" if accepts else "best", n, betas_of(settings)[0], settings.reward_threshold or 0.0,
             settings.threshold_start, settings.retries,
@@ -217,7 +225,7 @@ class Decoder:
             self.policy, self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree,
             requests=requests,
         )  # fmt: skip
-        policy = self._policy_runner(longest + (n + 1) * (length + 1))
+        policy = self._policy_runner(longest + branch_columns(self.method, settings))
         return decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
 
     @property

@@ -121,6 +121,22 @@ def _refusal(method: Method, name: str) -> str:
     return f"{name} applies to {takers}, not to {method.name}"
 
 
+def segments_of(method: Method, settings: DecodingSettings) -> tuple[int, int]:
+    """Of a segment-wise method: how many segments are drawn at once, and their length in tokens at most."""
+    accepts = method.rule == "accept"
+    return (1 if accepts else settings.n), settings.segment_length or (64 if accepts else 16)
+
+
+def branch_columns(method: Method, settings: DecodingSettings) -> int:
+    """Columns of the policy's cache that a row's branches take, beside those of its prompt and one completion."""
+    if method.unit == "completion":
+        return settings.n * (settings.max_new_tokens + 1)
+    if method.unit == "segment":
+        n, length = segments_of(method, settings)
+        return (n + 1) * (length + 1)
+    return 0
+
+
 def betas_of(settings: DecodingSettings) -> list[float]:
     """Guidance strengths, one or more."""
     return settings.beta if isinstance(settings.beta, list) else [settings.beta]

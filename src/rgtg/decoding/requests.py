@@ -128,12 +128,24 @@ def row_seeds(seed: "int | Sequence[int]", prompts: Sequence[Sequence[int]]) -> 
         if len(seed) != len(prompts):
             raise UsageError(f"{len(seed)} seeds for {len(prompts)} prompts; give one number, or one seed per prompt")
         return list(seed)
-    seen: Counter[tuple[int, ...]] = Counter()
-    seeds = []
-    for prompt in map(tuple, prompts):
-        seeds.append(derive_seed(seed, prompt, seen[prompt]))
-        seen[prompt] += 1
-    return seeds
+    seeds = RowSeeds(seed)
+    return [seeds.next(prompt) for prompt in prompts]
+
+
+class RowSeeds:
+    """The same, row by row, for callers who do not hold all prompts."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._seen: Counter[int] = Counter()
+
+    def next(self, prompt_ids: Sequence[int]) -> int:
+        """The seed of the next row."""
+        prompt = tuple(prompt_ids)
+        first = derive_seed(self._seed, prompt, 0)
+        count = self._seen[first]
+        self._seen[first] += 1
+        return derive_seed(self._seed, prompt, count) if count else first
 
 
 def derive_seed(*parts: Any) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rgtg.config import CompareSettings, EvaluationSettings
-from rgtg.data import read_prompts
+from rgtg.data_prompts import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.join import AnyScorer
 from rgtg.errors import UsageError

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from rgtg.data import read_prompts
+from rgtg.data_prompts import read_prompts
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.requests import Request, derive_seed
 from rgtg.decoding.rollouts import next_candidates, roll_out

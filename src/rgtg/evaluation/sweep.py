@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rgtg.config import CompareRun, SweepSettings
-from rgtg.data import read_prompts
+from rgtg.data_prompts import read_prompts
 from rgtg.decoding.join import AnyScorer
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare import Bench, Progress

@@ -1,0 +1,146 @@
+"""Where a job lives: its output, and the files beside it; what is there already, and how a finished job is written."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rgtg.errors import OutputError, RgtgError, UsageError
+from rgtg.jobs.lines import COUNTED, Shape, counts_of, failure_line, id_of
+from rgtg.jobs.log import Entry, JobLog, changes
+from rgtg.outputs import atomic_write, make_folder
+from rgtg.types_jobs import JobResult, RowFailure
+
+_ANOTHER = "give another --output, or --force to make it anew"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one job, by the name of its output."""
+
+    output: Path
+
+    @property
+    def log(self) -> Path:
+        """Finished rows while the job is under way."""
+        return self._beside("partial")
+
+    @property
+    def errors(self) -> Path:
+        """Rows that got no completion."""
+        return self._beside("errors.jsonl")
+
+    @property
+    def about(self) -> Path:
+        """What the finished output was made from."""
+        return self._beside("job.json")
+
+    def check(self, *, force: bool) -> None:
+        """Refuse an output that cannot or must not be written, before any work.
+
+        Raises:
+            OutputError: its folder cannot be made or written, it is a folder, or read-only.
+            UsageError: it is there and no job made it, without ``force``.
+        """
+        try:
+            make_folder(self.output.parent)
+        except OutputError as error:
+            raise OutputError(f"cannot write {self.output}: {error}") from error
+        if self.output.is_dir():
+            raise OutputError(f"cannot write {self.output}: it is a folder; give a file name")
+        if self.output.exists() and not os.access(self.output, os.W_OK):
+            raise OutputError(f"cannot write {self.output}: it is read-only; choose another --output")
+        if self.output.exists() and not self.log.exists() and self._read_about() is None and not force:
+            raise UsageError(f"{self.output} is there, and no job made it: {_ANOTHER}")
+
+    def finished(self, made_with: dict[str, Any], *, force: bool) -> JobResult | None:
+        """The job that is finished here, if it is this one; None where there is none (or one to make anew).
+
+        Raises:
+            UsageError: an output of another job, without ``force``.
+        """
+        if not self.output.exists() or self.log.exists():  # a working file decides by its own header
+            return None
+        result = self._read_about()
+        if result is None:  # checked before
+            return None
+        problem = changes(made_with, result.made_with, str(self.output), _ANOTHER)
+        if problem is not None and not force:
+            raise problem
+        return result if problem is None else None
+
+    def reopen(self, log: JobLog, places: dict[str, int]) -> None:
+        """Put the rows of the finished output into a working file, to try again those that failed.
+
+        Args:
+            log: of the same job, empty.
+            places: id of each row that can be completed → its index.
+
+        Raises:
+            UsageError: the output is no longer what the job wrote.
+        """
+        with self.output.open("rb") as file:
+            for part in _chunks(file, 1000):
+                try:
+                    entries = [Entry(places[id_of(line)], line.decode().rstrip("\n"), counts_of(line)) for line in part]
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise UsageError(f"{self.output} was changed after the job wrote it: {_ANOTHER}") from error
+                log.append(entries)
+
+    def write(self, log: JobLog, failures: Sequence[RowFailure], result: JobResult, shape: Shape) -> None:
+        """Write the finished job, each file whole or not at all; the working file goes last.
+
+        Raises:
+            OutputError: a file cannot be written; the working file stays.
+            RgtgError: the rows do not add up, which is a fault of this program.
+        """
+        if failures:
+            _write_lines(self.errors, (failure_line(failure, shape).encode() for failure in failures))
+        else:
+            self.errors.unlink(missing_ok=True)
+        written = _write_lines(self.output, (line for _, line in log.records()))
+        if written != result.completions or written + len(failures) != result.rows:
+            raise RgtgError(
+                f"{result.rows} rows became {written} completions and {len(failures)} failures: they do not add up. "
+                f"This is a fault of rgtg; {log.path} holds what was made"
+            )
+        _write_lines(self.about, [result.model_dump_json(indent=2).encode()])
+        log.remove()
+
+    def _read_about(self) -> JobResult | None:
+        try:
+            return JobResult.model_validate_json(self.about.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _beside(self, kind: str) -> Path:
+        return self.output.with_name(f"{self.output.name}.{kind}")
+
+
+def sums(counts: Sequence[int]) -> dict[str, int]:
+    """Figures of a job by name."""
+    return dict(zip(COUNTED, counts, strict=True))
+
+
+def _chunks(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
+    part: list[bytes] = []
+    for line in lines:
+        part.append(line)
+        if len(part) == size:
+            yield part
+            part = []
+    yield part
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> int:
+    """Write a file, whole or not at all, down to the disk; how many lines it has."""
+    count = 0
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        for count, line in enumerate(lines, start=1):  # noqa: B007
+            file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return count
