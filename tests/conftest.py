@@ -1,6 +1,7 @@
 """Tiny models and tokenizers that every test shares; nothing here needs a network or a GPU."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -140,6 +141,26 @@ def stories_model() -> Path:
     if not folder.is_dir():
         pytest.skip("the pretrained story model (shared/models beside the checkout) is absent")
     return folder
+
+
+@pytest.fixture
+def unprivileged(tmp_path):
+    """A block in which file permissions hold, for the superuser too."""
+
+    @contextmanager
+    def block():
+        if not hasattr(os, "geteuid") or os.geteuid():
+            yield
+            return
+        for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders are the user's alone
+            folder.chmod(folder.stat().st_mode | 0o055)
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return block
 
 
 def verb(*name):

@@ -1,0 +1,94 @@
+"""A job of 500 prompts, killed at any moment: the same bytes as a job that was not, none missing, none twice."""
+
+import json
+import random
+import signal
+
+import pytest
+
+from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
+from killing import finish, in_process, kill, wait_until
+from naive import info
+from rgtg.models.checkpoint import write_info
+
+ROWS = 500
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Arguments of the job, and the bytes of its output where nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("killed")
+    tiny_policy().save_pretrained(folder / "policy")
+    tiny_reward_model().save_pretrained(folder / "scorer")
+    write_info(folder / "scorer", info())
+    for name in ("policy", "scorer"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdef ghij", k=draw.randint(2, 60))) + "." for _ in range(ROWS)]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text, "id": f"p{i}"}) + "\n" for i, text in enumerate(texts)))
+    arguments = [
+        "generate", "--policy", folder / "policy", "--scorer", folder / "scorer", "--max-new-tokens", 4, "--prompts",
+        prompts, "--batch-tokens", 512, "--set", "device=cpu", "--seed", 3,
+    ]  # fmt: skip
+    whole = folder / "whole.jsonl"
+    assert finish(in_process(*arguments, "--output", whole)) == 0
+    return arguments, whole.read_bytes()
+
+
+def held(output):
+    """Rows that the working file of an output holds."""
+    path = output.with_name(output.name + ".partial")
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
+def survives(job, output, kills, draw):
+    """Kill the job so many times while it has work left, with some rows done in between; then let it finish."""
+    arguments, whole = job
+    killed = progressed = 0
+    for _ in range(kills):
+        process, before = in_process(*arguments, "--output", output), held(output)
+        # Half of them once rows were added, at a random moment of the next batches; half at a random moment of all.
+        if draw.random() < 0.5:
+            wait_until(lambda held_before=before: held(output) > held_before or output.exists(), process)
+            killed += kill(process, draw.uniform(0, 0.1)) == -signal.SIGKILL
+        else:
+            killed += kill(process, draw.uniform(0, 1.5)) == -signal.SIGKILL
+        progressed += held(output) > before
+        if output.exists():
+            break
+    assert killed, "no kill came in time"
+    assert finish(in_process(*arguments, "--output", output)) == 0
+    assert output.read_bytes() == whole
+    ids = [json.loads(line)["id"] for line in whole.splitlines()]
+    assert ids == [f"p{i}" for i in range(ROWS)]
+    assert not output.with_name(output.name + ".partial").exists()
+    return killed, progressed
+
+
+def test_a_few_kills(job, tmp_path):
+    _, progressed = survives(job, tmp_path / "out.jsonl", 4, random.Random(1))
+    assert progressed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills(job, tmp_path):
+    """Outputs are begun anew until twenty kills have hit a job that was not done."""
+    draw, killed, round_ = random.Random(2), 0, 0
+    while killed < 20:
+        round_ += 1
+        killed += survives(job, tmp_path / f"out{round_}.jsonl", 20 - killed, draw)[0]
+
+
+def test_sigterm_ends_with_75_and_the_same_command_goes_on(job, tmp_path):
+    arguments, whole = job
+    output = tmp_path / "out.jsonl"
+    process = in_process(*arguments, "--output", output)
+    wait_until(lambda: held(output) > 10, process)
+    assert kill(process, 0, signal.SIGTERM) == 75
+    rows = held(output)
+    assert 10 < rows < ROWS
+    assert not output.exists()
+    assert finish(in_process(*arguments, "--output", output)) == 0
+    assert output.read_bytes() == whole
