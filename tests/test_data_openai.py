@@ -22,8 +22,9 @@ def test_a_chat_and_a_text():
 
 def test_settings_go_by_our_names_and_what_asks_for_nothing_is_left_out():
     asked = {
-        "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": "\n", "seed": 7, "beta": 2.0, "top_k": None,
-        "n": 1, "stream": False, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "user": None,
+        "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": "\n", "seed": 7, "beta": 2.0,
+        "top_k": None, "n": 1, "stream": False, "frequency_penalty": 0.0, "presence_penalty": 0,
+        "logit_bias": {}, "user": None,
     }  # fmt: skip
     found = to_request(line(CHAT | asked))
     assert found.settings == {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": ["\n"], "beta": 2.0}

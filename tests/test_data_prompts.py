@@ -38,7 +38,8 @@ def test_texts_chats_pairs_and_requests_with_their_ids(read):
 
 def test_bad_rows_are_kept_apart_with_the_id_they_have(read):
     found = read(
-        {"prompt": "a", "id": "x"}, "{", {"prompt": 3, "id": "y"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": []},
+        {"prompt": "a", "id": "x"}, "{", {"prompt": 3, "id": "y"}, {"prompt": "b", "id": "x"},
+        {"prompt": "c", "id": [1]},
         request("z", echo=True), {"custom_id": None, "url": "", "body": {}}, request("w", temperature=-1),
         {"prompt": "d", "id": "\ud800"}, {"prompt": "e", "id": "row-11"}, {"prompt": "f"},
     )  # fmt: skip
@@ -80,12 +81,10 @@ def test_the_fingerprint_is_of_ids_prompts_and_settings_in_their_order(read):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "p.parquet"
     rows = [{"id": 5, "prompt": None, "messages": CHAT, "extra": 1.5}, {"id": None, "prompt": "a", "messages": None}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found = read_prompt_rows(path)
     assert [(row.id, row.prompt) for row in found.rows] == [("5", CHAT), ("row-2", "a")]
 

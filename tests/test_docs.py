@@ -166,6 +166,12 @@ def extras():
 def rgtg_command(words, where, url):
     words = [url if word in ("URL", "http://localhost:8000/v1") else word for word in words]
     smaller = list(SMALLER.get(words[0], []))
+    if (
+        words[0] == "generate"
+        and "--output" in words
+        and not Path(words[words.index("--output") + 1] + ".job.json").exists()
+    ):
+        Path(words[words.index("--output") + 1]).unlink(missing_ok=True)  # an output that this page did not make
     if words[0] == "audit" and "--rollouts" in words:
         smaller += [f"{name}={value}" for name, value in FEW.items()] if "--prompts" in words else []
     if words[0] == "train":

@@ -55,6 +55,23 @@ def test_generate(policy_folder, scorer_folder, tmp_path, no_room, before):
     assert left == ({"done.jsonl": before} if before else {})
 
 
+def test_generate_keeps_what_is_finished(policy_folder, scorer_folder, tmp_path, no_room):
+    write_info(scorer_folder, info())
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "done.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": c}) + "\n" for c in "abcdefghijklmnopqrst"))
+    models = ["generate", "--policy", policy_folder, "--scorer", scorer_folder, "--max-new-tokens", 3, "--quiet"]
+    models += ["--prompts", prompts, "--batch-size", 2]
+    assert run(*models, "--output", tmp_path / "whole.jsonl").exit_code == 0
+    no_room()
+    refused(run(*models, "--output", output), "rows it holds are kept, and the same command goes on from them")
+    kept = (tmp_path / "done.jsonl.partial").read_bytes()
+    assert kept.endswith(b"\n")
+    assert not output.exists()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    assert run(*models, "--output", output).exit_code == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_audit(scorer_folder, tmp_path, no_room):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
     pytest.importorskip("matplotlib.font_manager")  # it keeps a large file of its own, made on the first import

@@ -72,6 +72,71 @@ def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_p
     assert json.loads(result.stdout)["rows"] == 3
 
 
+@pytest.mark.parametrize("method", ["pargs", "policy", "best-of-n", "pargs-greedy"])
+def test_saved_settings_are_those_that_were_used_and_read_back(models, prompts, tmp_path, method):
+    output = tmp_path / "out.jsonl"
+    flags = ["generate", *models[: 2 if method == "policy" else 4], "--method", method, "--max-new-tokens", 4]
+    first = run(*flags, "--prompts", prompts, "--output", output, "--quiet")
+    assert first.exit_code == 0, first.stderr
+    saved = tmp_path / "saved.json"
+    saved.write_text((tmp_path / "out.jsonl.settings.json").read_text())
+    before = output.stat()
+    again = run("generate", "--config", saved, "--json")  # the same job, or it would be refused
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == 3
+    assert output.stat() == before
+    assert "top_k" in json.loads(saved.read_text())
+
+
+def test_what_only_files_use_is_refused_for_one_prompt(models):
+    refused(
+        run("generate", *models, "--prompt", "Hi", "--batch-size", 3, "--force"), 2, "batch_size, force: only a file"
+    )
+
+
+@pytest.mark.filterwarnings("default:.*the model")
+def test_an_openai_batch_is_answered_in_kind(models, tmp_path):
+    prompts, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
+    body = {"model": "policy", "prompt": "Once", "max_tokens": 3}
+    rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(2)]
+    rows.append(rows[0] | {"custom_id": "no", "body": body | {"echo": True}})
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["generate", *models, "--prompts", prompts, "--output", output]
+    refused(run(*flags), 3, "batch.jsonl:3: unsupported field: body.echo")
+    result = run(*flags, "--on-bad", "skip", "--json")
+    assert result.exit_code == 0, result.stderr
+    errors = tmp_path / "out.jsonl.errors.jsonl"
+    assert json.loads(result.stdout) == {"rows": 2, "output": str(output), "failed": 1, "errors": str(errors)}
+    assert json.loads(errors.read_text())["custom_id"] == "no"
+    texts = [json.loads(line)["response"]["body"]["choices"][0]["text"] for line in output.read_text().splitlines()]
+    assert len(texts) == 2
+    assert texts[0] != texts[1], "the same prompt twice is sampled twice"
+
+
+def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp_path, monkeypatch):
+    from rgtg.jobs import work
+
+    whole = work.complete_batch
+
+    def failing(guided, batch, settings, **given):
+        outcomes = whole(guided, batch, settings, **given)
+        return [
+            work.Failed(o.task, "not a finite number", "NaN") if o.task.row.prompt == "What" else o for o in outcomes
+        ]
+
+    monkeypatch.setattr(work, "complete_batch", failing)
+    output = tmp_path / "out.jsonl"
+    result = run("generate", *models, "--prompts", prompts, "--output", output)
+    assert result.exit_code == 1
+    assert "1 of 3 rows have none" in result.stdout
+    assert "1 of 3 rows failed while they were decoded" in result.stderr
+    assert len(output.read_text().splitlines()) == 2
+    monkeypatch.undo()
+    again = run("generate", *models, "--prompts", prompts, "--output", output, "--quiet")
+    assert (again.exit_code, again.output) == (0, "")
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["Once", "Hi you", "What"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -52,7 +52,9 @@ def test_every_torn_end_is_cut_off_and_made_again(path):
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for end in range(last + 1, len(whole)):
         path.write_bytes(whole[:end])
-        with pytest.warns(UserWarning, match="the last line was not finished"), begin(path) as log:
+        with pytest.warns(UserWarning, match="the last line was not finished"):
+            log = begin(path)
+        with log:
             assert log.finished == 1
             log.append([entry(1)])
             assert path.read_bytes() == whole
@@ -80,7 +82,9 @@ def test_a_torn_header_is_a_new_job(path):
 def test_a_line_that_does_not_fit_its_checksum_is_made_again(path, damage):
     lines = fill(path, 0, 1, 2).read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], damage(lines[2]), lines[3]]))
-    with pytest.warns(UserWarning, match="1 damaged lines; their rows are made again"), begin(path) as log:
+    with pytest.warns(UserWarning, match="1 damaged lines; their rows are made again"):
+        log = begin(path)
+    with log:
         assert [index in log for index in range(4)] == [True, False, True, False]
         log.append([entry(1)])
         assert held(log) == [(0, "x"), (1, "x"), (2, "x")]

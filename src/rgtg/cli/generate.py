@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, resumable, save_settings, verb
+from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, resumable, verb, write_json
 from rgtg.cli.progress import job_bar, reading_bar
-from rgtg.config import GenerateSettings
+from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.errors import RgtgError, UsageError
 
 if TYPE_CHECKING:
@@ -178,13 +178,25 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
         guided = load_guided(settings)
         with job_bar("generating", quiet=quiet or as_json) as tell:
             result = run_job(settings, _decoding(settings), prompts, guided, progress=tell)
-    save_settings(settings.output, settings)
+    _save_settings(settings, result)
     _say(result, settings, as_json=as_json, quiet=quiet)
     if result.undecoded:
         raise RgtgError(
             f"{result.undecoded} of {result.rows} rows failed while they were decoded: see "
             f"{Place(settings.output).errors}; the same command tries them again"
         )
+
+
+def _save_settings(settings: GenerateSettings, result: "JobResult") -> None:
+    """The settings as they were used, without those that the method does not have: --config reads them back."""
+    from rgtg.decoding.methods import find_method, foreign_settings
+
+    used = {name: value for name, value in result.made_with.items() if name in DecodingSettings.model_fields}
+    foreign = foreign_settings(find_method(settings.method))
+    whole = settings.model_dump(mode="json", exclude={"force"}) | used
+    assert settings.output is not None, "checked before anything is loaded"
+    path = settings.output.with_name(settings.output.name + ".settings.json")
+    write_json(path, {name: value for name, value in whole.items() if name not in foreign})
 
 
 def _say(result: "JobResult", settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:

@@ -99,6 +99,11 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
 
 
+def foreign_settings(method: Method) -> set[str]:
+    """Settings that other methods have and this one does not."""
+    return set(_OWN) - set(method.takes)
+
+
 def require_complete(method: Method, settings: DecodingSettings) -> None:
     """Refuse to decode without a setting that has no default.
 

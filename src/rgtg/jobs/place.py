@@ -45,15 +45,16 @@ class Place:
             OutputError: its folder cannot be made or written, it is a folder, or read-only.
             UsageError: it is there and no job made it, without ``force``.
         """
-        try:
-            make_folder(self.output.parent)
-        except OutputError as error:
-            raise OutputError(f"cannot write {self.output}: {error}") from error
+        make_folder(self.output.parent)
         if self.output.is_dir():
             raise OutputError(f"cannot write {self.output}: it is a folder; give a file name")
-        if self.output.exists() and not os.access(self.output, os.W_OK):
-            raise OutputError(f"cannot write {self.output}: it is read-only; choose another --output")
-        if self.output.exists() and not self.log.exists() and self._read_about() is None and not force:
+        if not self.output.exists():
+            return
+        try:  # a rename would replace it whatever its permissions
+            self.output.open("ab").close()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.output}: {error.strerror}; choose another --output") from error
+        if not self.log.exists() and self._read_about() is None and not force:
             raise UsageError(f"{self.output} is there, and no job made it: {_ANOTHER}")
 
     def finished(self, made_with: dict[str, Any], *, force: bool) -> JobResult | None:
