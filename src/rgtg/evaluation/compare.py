@@ -18,9 +18,11 @@ from rgtg.evaluation.running import Reward, RewardFunction, full_settings, guide
 from rgtg.evaluation.runs import Row as Row
 from rgtg.evaluation.runs import expand_runs as expand_runs
 from rgtg.evaluation.runs import is_random, settle
+from rgtg.evaluation.traces import trace_part
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.policy import Policy
 from rgtg.models.scorer import weights_of
+from rgtg.models.token_bytes import TokenBytes
 from rgtg.outputs import atomic_write
 from rgtg.types import ComparedCompletion, ComparisonResult, MethodResult, Provenance
 
@@ -111,6 +113,7 @@ class Bench:
         return row_result(
             row, parts, self.settings, full=full_settings(self._join(row)[0], row, self.models.names),
             proxies=list(self.models.proxies), guided_by=self.models.guided_by(row),
+            texts=TokenBytes(self._join(row)[0].policy.tokenizer),
         )  # fmt: skip
 
     def write_completions(self, rows: Iterable[Row]) -> None:
@@ -140,7 +143,10 @@ class Bench:
         )  # fmt: skip
         if kept is None:
             self.parts.save(part)  # before any reward is asked: one that fails must not cost the completions
-        if score_part(part, self._rewards):
+        changed = score_part(part, self._rewards)
+        if seed == self.settings.run_seeds[0]:
+            changed |= trace_part(part, guided, row, self.prompts, _traces(self.settings))
+        if changed:
             self.parts.save(part)
         return part
 
@@ -148,7 +154,7 @@ class Bench:
         proxies = self.models.proxies
         for i, completion in enumerate(part.completions):
             yield ComparedCompletion(
-                **completion.model_dump(), row=part.label, run_seed=part.seed, prompt_index=i,
+                **completion.model_dump(exclude={"trace"}), row=part.label, run_seed=part.seed, prompt_index=i,
                 reward=part.scores[GOLD].values[i],
                 proxy_rewards={name: part.scores[proxy_key(name)].values[i] for name in proxies},
             )  # fmt: skip
@@ -203,12 +209,19 @@ def run_method(
         part = run_part(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
         score_part(part, _keyed(gold, named))
         parts.append(part)
-    return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named))
+    trace_part(parts[0], guided, row, prompts, _traces(settings))
+    texts = TokenBytes(policy.tokenizer)
+    return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named), texts=texts)
 
 
 def seeds_of(row: Row, settings: EvaluationSettings) -> list[int]:
     """The seeds of a row; one, where another would give the same completions."""
     return settings.run_seeds if is_random(row) else settings.run_seeds[:1]
+
+
+def _traces(settings: EvaluationSettings) -> int:
+    """How many prompts are shown token by token; a sweep shows none."""
+    return settings.traces if isinstance(settings, CompareSettings) else 0
 
 
 def _keyed(reward: Reward, proxies: Mapping[str, Reward]) -> dict[str, Reward]:

@@ -15,6 +15,8 @@ from rgtg.evaluation.metrics import (
 )
 from rgtg.evaluation.parts import Part
 from rgtg.evaluation.runs import Row, takes
+from rgtg.evaluation.traces import rule_of, sample_steps
+from rgtg.models.token_bytes import TokenBytes
 from rgtg.types import Budget, Completion, Interval, MethodResult
 
 # How many prompts' completions of each row are kept in the results for reading side by side.
@@ -87,6 +89,7 @@ def row_result(
     full: dict[str, Any],
     proxies: Sequence[str] = (),
     guided_by: Sequence[str] = (),
+    texts: TokenBytes | None = None,
 ) -> MethodResult:
     """A row's parts, one per seed and already scored, as its result.
 
@@ -97,6 +100,7 @@ def row_result(
         full: every decoding setting of the row.
         proxies: names of the rewards beside gold.
         guided_by: those of them that steered or selected.
+        texts: of the policy's tokens, for the steps of samples that have a trace.
     """
     done = [completion for part in parts for completion in part.completions]
     gold = [part.scores[GOLD].values for part in parts]
@@ -126,7 +130,7 @@ def row_result(
         tokens_per_second=tokens / seconds,
         policy_calls=sum(c.policy_calls for c in done),
         scorer_calls=sum(c.scorer_calls for c in done),
-        samples=_samples(parts[0]),
+        samples=_samples(parts[0], rule_of(row.method, full), texts),
     )  # fmt: skip
 
 
@@ -176,9 +180,13 @@ def _divergences(
     return found
 
 
-def _samples(part: Part) -> list[dict[str, Any]]:
-    scored = zip(part.completions, part.scores[GOLD].values, strict=True)
-    return [c.model_dump(exclude={"trace"}) | {"reward": reward} for c, reward in list(scored)[:SAMPLES]]
+def _samples(part: Part, rule: dict[str, Any], texts: TokenBytes | None) -> list[dict[str, Any]]:
+    found = []
+    for completion, reward in list(zip(part.completions, part.scores[GOLD].values, strict=True))[:SAMPLES]:
+        sample = completion.model_dump(exclude={"trace"}) | {"reward": reward}
+        steps = sample_steps(completion, texts) if texts else None
+        found.append(sample if steps is None else sample | {"rule": rule, "steps": steps})
+    return found
 
 
 def _span(values: Sequence[float]) -> str:

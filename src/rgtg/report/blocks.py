@@ -1,6 +1,6 @@
 """What a report is made of, before it is HTML or Markdown: sections of text, tables, figures and completions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +67,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Sample:
-    """The completions of one prompt side by side."""
+    """The completions of one prompt side by side; ``trace`` is a document of the playground's renderer."""
 
     prompt: str
     cards: Sequence[Card]
+    trace: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """Sections as one HTML page that loads nothing from outside; every text in it is escaped."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
+from typing import Any
 
 from rgtg.report.blocks import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
 from rgtg.report.drawing import as_svg
+from rgtg.report.viewer import viewer_script, viewer_style
 
+# Nothing in JSON may end the script element it is in, or begin a comment there.
+_MARKUP = re.compile("[<>&\u2028\u2029]")
 _WORDY = 40  # characters from which a column holds prose, and reads from the left
 
 
@@ -17,6 +23,9 @@ def render_html(title: str, intro: str, sections: Sequence[Section]) -> str:
         MissingExtraError: there is a figure, and matplotlib is not installed.
     """
     style = (resources.files("rgtg.report") / "style.css").read_text(encoding="utf-8")
+    traced = any(isinstance(block, Sample) and block.trace for section in sections for block in section.blocks)
+    script = f"<script>\n{viewer_script()}</script>\n" if traced else ""
+    style += viewer_style() if traced else ""
     links = "".join(f'<a href="#{section.key}">{_text(section.title)}</a>' for section in sections)
     lead = "".join(f"<p>{_text(line)}</p>" for line in intro.splitlines() if line.strip())
     body = "\n".join(_section(section) for section in sections)
@@ -24,7 +33,7 @@ def render_html(title: str, intro: str, sections: Sequence[Section]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>\n{style}</style></head>\n"
-        f"<body><h1>{_text(title)}</h1>{lead}<nav>{links}</nav>\n{body}\n</body></html>\n"
+        f"<body><h1>{_text(title)}</h1>{lead}<nav>{links}</nav>\n{body}\n{script}</body></html>\n"
     )
 
 
@@ -48,7 +57,8 @@ def _block(block: Block) -> str:
             return _figure(block)
         case Sample():
             cards = "".join(_card(card) for card in block.cards)
-            return f'<blockquote class="text">{_text(block.prompt)}</blockquote><div class="cards">{cards}</div>'
+            prompt = f'<blockquote class="text">{_text(block.prompt)}</blockquote>'
+            return f'{prompt}<div class="cards">{cards}</div>{_trace(block.trace) if block.trace else ""}'
         case Facts():
             return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in block.items)}</dl>"
 
@@ -91,6 +101,15 @@ def _card(card: Card) -> str:
     notes = "".join(f" <small>({_text(note)})</small>" for note in card.notes)
     head = f"<header><span>{_text(card.label)}</span><span>{_text(card.reward)}</span></header>"
     return f'<div class="card">{head}<div class="text">{words}{notes}</div></div>'
+
+
+def _trace(trace: Mapping[str, Any]) -> str:
+    """Folded away; the page's script draws it when it is opened."""
+    data = _MARKUP.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(trace, ensure_ascii=False))
+    return (
+        f'<details class="tokens"><summary>Token by token</summary>'
+        f'<script type="application/json" class="rgtg-trace">{data}</script></details>'
+    )
 
 
 def _text(value: str) -> str:

@@ -1,8 +1,10 @@
 """Completions of the same prompt side by side, with the words that the baseline's lacks marked."""
 
 import difflib
+import math
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from rgtg.report.blocks import Card, Paragraph, Sample, Section
 from rgtg.report.comparison import by_reward, representatives
@@ -58,7 +60,34 @@ def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
 def _sample(ordered: list[MethodResult], base: MethodResult | None, index: int) -> Sample:
     baseline = _text(base.samples[index]) if base else None
     cards = [_card(row.label, row.samples[index], baseline if row is not base else None) for row in ordered]
-    return Sample(str(ordered[0].samples[index].get("prompt", "")), cards)
+    prompt = str(ordered[0].samples[index].get("prompt", ""))
+    return Sample(prompt, cards, _trace(prompt, [(row, row.samples[index]) for row in ordered]))
+
+
+def _trace(prompt: str, ordered: Sequence[tuple[MethodResult, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """The steps of those rows that have some, as a document of the playground's renderer."""
+    branches = [
+        _branch(i, row, sample) for i, (row, sample) in enumerate(ordered) if sample.get("steps") and "rule" in sample
+    ]
+    return {"format": "rgtg-trace", "version": 1, "prompt": prompt, "branches": branches} if branches else None
+
+
+def _branch(number: int, row: MethodResult, sample: Mapping[str, Any]) -> dict[str, Any]:
+    figures: dict[str, Any] = {name: sample.get(name) for name in ("score", "policy_calls", "scorer_calls")}
+    guided, policy = sample.get("guided_log_prob"), sample.get("policy_log_prob")
+    if _is_number(guided) and _is_number(policy):
+        figures["kl_nats"] = guided - policy
+    return {
+        "id": number, "parent": None, "label": row.label, "side": "guided" if sample["rule"]["scorers"] else "unguided",
+        "rule": sample["rule"], "steps": sample["steps"], "text": str(sample.get("text", "")),
+        "finish_reason": str(sample.get("finish_reason", "stop")),
+        "guidance": {name: value for name, value in figures.items() if _is_number(value)},
+        "reward": sample["reward"] if _is_number(sample.get("reward")) else None,
+    }  # fmt: skip
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _card(label: str, sample: dict[str, Any], baseline: str | None) -> Card:

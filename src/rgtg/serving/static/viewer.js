@@ -45,7 +45,7 @@ export class Viewer {
     this.selected = null;
     this.inspector.hide();
     this.panels = this.#roots().map((branch, i) => new Panel({
-      root: branch.id, kind: branch.side === "unguided" ? "plain" : `line${Math.min(i, 3)}`, onSelect: (index) => this.select(branch.id, index),
+      root: branch.id, kind: branch.side === "unguided" ? "plain" : `line${i % 6}`, onSelect: (index) => this.select(branch.id, index),
     }));
     this.place.replaceChildren(...this.panels.map((panel) => panel.element));
     this.draw();
