@@ -3,7 +3,7 @@
 import pytest
 
 from naive import EOS, info, make_guided, reward
-from rgtg.decoding import guided as guided_module
+from rgtg.decoding import decoder as decoder_module
 from rgtg.errors import NonFiniteError
 
 PROMPTS = [[0, 9, 14, 30], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
@@ -60,13 +60,13 @@ def test_the_trace_is_the_winners():
 
 
 def test_the_prompt_is_read_once_whatever_n(monkeypatch):
-    calls, make = [], guided_module.make_runner
+    calls, make = [], decoder_module.make_runner
 
     def counting(*args, **more):
         calls.append(make(*args, **more))
         return calls[-1]
 
-    monkeypatch.setattr(guided_module, "make_runner", counting)
+    monkeypatch.setattr(decoder_module, "make_runner", counting)
     make_guided("best-of-n", n=5, token_tree=True).generate_ids([PROMPTS[0]], max_new_tokens=6, min_new_tokens=6)
     assert [runner.calls for runner in calls] == [6]  # the prompt, and each token but the last
 
