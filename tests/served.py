@@ -18,6 +18,7 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.serving.app import create_app
 from rgtg.serving.engine import Engine
 from rgtg.serving.models import ServedModels
+from rgtg.serving.server import load_engine
 from rgtg.serving.service import Service
 from rgtg.serving.settings import ServeSettings
 
@@ -54,10 +55,19 @@ class Served:
     """A running engine behind an app; ``client`` speaks HTTP in this process, ``openai`` is OpenAI's SDK on it."""
 
     def __init__(self, models=None, **given):
-        self.settings = settings(**given)
-        self.models = models or tiny_models()
-        self.engine = Engine(self.models, self.settings)
-        self.engine.start()
+        engine = Engine(models or tiny_models(), settings(**given))
+        engine.start()
+        self._open(engine)
+
+    @classmethod
+    def of(cls, settings):
+        """What ``rgtg serve`` makes of these settings, models loaded."""
+        made = cls.__new__(cls)
+        made._open(load_engine(settings))
+        return made
+
+    def _open(self, engine):
+        self.engine, self.models, self.settings = engine, engine.models, engine.settings
         self.service = Service(self.settings)
         self.service.open(self.engine)
         self.app = create_app(self.service)

@@ -5,6 +5,7 @@ A block that cannot run here is marked ``<!-- needs: WHAT -->`` on the line befo
 """
 
 import ast
+import contextlib
 import functools
 import json
 import os
@@ -26,6 +27,8 @@ from conftest import verb
 from judge_server import serve
 from rgtg.cli.main import app
 from rgtg.errors import RgtgError
+from rgtg.serving.settings import ServeSettings
+from served import Served, on_a_socket
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -33,7 +36,7 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
     if "```" in path.read_text()
 )
-MARKED = 4
+MARKED = 5
 _FENCE = re.compile(r"(?:<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 # What a tiny world needs less of than the documentation's reader; every setting keeps its meaning.
 SMALLER = {
@@ -84,9 +87,37 @@ def world(built, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(rgtg, "make_rollouts", functools.partial(rgtg.make_rollouts, **FEW), raising=False)
-    with serve(lambda shown, _: f"[[{'A' if shown[0] < shown[1] else 'B'}]]") as judge:
+    with serve(lambda shown, _: f"[[{'A' if shown[0] < shown[1] else 'B'}]]") as judge, SERVER:
         monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
         yield folder, judge.url
+
+
+class Server:
+    """What a page's ``rgtg serve`` started, until the page ends; its address stands for the one on the page."""
+
+    def __enter__(self):
+        self.stack, self.url = contextlib.ExitStack(), None
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def start(self, words):
+        """Serve with these options, on a free port."""
+        names = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+        given = {name: [] for name in names}
+        for option, value in zip(words[::2], words[1::2], strict=True):
+            given[option.removeprefix("--").replace("-", "_")].append(value)
+        flags = {name: values if name == "scorer" else values[0] for name, values in given.items()}
+        served = Served.of(ServeSettings.resolve(None, None, flags | {"port": 0}))
+        self.stack.callback(served.close)
+        self.url = self.stack.enter_context(on_a_socket(served))
+
+    def on_the_page(self, text):
+        """A line of the page, with the address that is served."""
+        return text.replace("http://localhost:8000", self.url) if self.url else text
+
+
+SERVER = Server()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -118,8 +149,9 @@ def context():
 
 
 def run_python(block, names, url, monkeypatch):
-    lines = block.body.split("\n")
-    for statement in ast.parse(block.body).body:
+    body = SERVER.on_the_page(block.body)
+    lines = body.split("\n")
+    for statement in ast.parse(body).body:
         fails = statement.lineno > 1 and "an error here" in lines[statement.lineno - 2]
         code = compile(ast.Module([statement], []), f"{block.page}:{block.line}", "exec")
         if fails:
@@ -138,7 +170,12 @@ def run_bash(block, names, url, monkeypatch):
 
 
 def command(words, where, url, monkeypatch):
-    if words[0] == "rgtg":
+    if words[:2] == ["rgtg", "serve"]:
+        SERVER.start(words[2:])
+    elif words[0] == "curl":
+        told = subprocess.run(map(SERVER.on_the_page, words), capture_output=True, text=True, timeout=60, check=True)
+        assert "error" not in json.loads(told.stdout), f"{where}: {told.stdout}"
+    elif words[0] == "rgtg":
         rgtg_command(words[1:], where, url)
     elif words[0] == "make":
         # -o: set-up is not considered; a line with $(MAKE) in it would run even here
