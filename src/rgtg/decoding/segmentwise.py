@@ -110,30 +110,30 @@ class SegmentStopping(Stopping):
             request.finish_reason = PAUSED
 
 
-class Lanes(Alone):
-    """Rows that stop one by one without leaving the cache: a lane that has stopped reads a token nobody looks at."""
+class Tracks(Alone):
+    """Rows that stop one by one without leaving the cache: a track that has stopped reads a token nobody looks at."""
 
-    def __init__(self, policy: Runner, lanes: int) -> None:
+    def __init__(self, policy: Runner, tracks: int) -> None:
         super().__init__(policy)
-        self.read = [0] * lanes
-        self._living = torch.arange(lanes)
+        self.read = [0] * tracks
+        self._living = torch.arange(tracks)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Only these lanes go on."""
+        """Only these tracks go on."""
         self._living = self._living[rows.cpu()]
         if len(self.token):
             self.token = self.token[rows.to(self.token.device)]
 
     def advance(self) -> Tensor:
-        """One token through every lane; the logits of those that go on."""
+        """One token through every track; the logits of those that go on."""
         living = self._living.tolist()
         tokens = torch.zeros(len(self.read), 1, dtype=torch.long, device=self.token.device)
         tokens[self._living] = self.token
         states = self.policy.states(TokenTree.chain(tokens))[:, 0]
         counts = [0] * len(self.read)
-        for lane in living:
-            self.read[lane] += 1
-            counts[lane] = 1
+        for track in living:
+            self.read[track] += 1
+            counts[track] = 1
         self.policy.keep(torch.zeros(len(tokens), 1, dtype=torch.long), counts)
         return self.policy.readout(self.policy.model, states[living])
 
@@ -206,9 +206,9 @@ def _draw(
     """N segments of each row, side by side, and how many tokens of each lie in the policy's cache now."""
     drawn = [_branch(row.request, len(row.tried) + j) for row in rows for j in range(n)]
     branches = policy if n == 1 else fork(policy, n)
-    lanes = Lanes(branches, len(drawn))
+    tracks = Tracks(branches, len(drawn))
     starts = logits.repeat_interleave(n, 0)
-    for _ in decode(drawn, lanes, rule, stopping, starts):
+    for _ in decode(drawn, tracks, rule, stopping, starts):
         pass
     if isinstance(branches, SharedPromptRunner):
         branches.drop_branches()
@@ -217,7 +217,7 @@ def _draw(
         row.request.policy_calls += sum(segment.policy_calls for segment in mine)
         row.request.scorer_calls += n
         row.request.drafted += sum(len(segment.new) for segment in mine)
-    return drawn, lanes.read
+    return drawn, tracks.read
 
 
 def _branch(request: Request, j: int) -> Segment:
