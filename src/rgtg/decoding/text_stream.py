@@ -8,7 +8,7 @@ from rgtg.decoding.requests import settled
 from rgtg.models.encoding import decode_completion
 
 # Tokens that are decoded anew with each one that comes; more context than any tokenizer's spacing rules look back.
-_WINDOW = 48
+_WINDOW = 16
 # SentencePiece's name of a byte. A run of them is decoded as one: a byte too many turns all of it into U+FFFD.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

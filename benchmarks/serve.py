@@ -1,0 +1,276 @@
+"""What a server makes of its models: throughput and latency by concurrency, its cost over the engine, long prompts.
+
+    python benchmarks/serve.py [--parts concurrency overhead prefill] [--dtype bf16] [--repeats 5] [--output FILE]
+
+Policy and scorer are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, saved to a folder and served
+by ``rgtg serve`` in a process of its own; clients speak HTTP from this one, over loopback. Prompts are random tokens,
+new ones every time, so that nothing has been read before; no token ends a completion, so that all are equally long.
+Requests are guided (pargs, k = 10) unless --unguided. The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from decode import DTYPES, build, ratio, table
+from rgtg.config import DecodingSettings, EngineSettings
+from rgtg.serving.engine import Engine
+from rgtg.serving.jobs import Job, Row, Step
+from rgtg.serving.models import ServedModels
+
+SHORT, LONG = 16, 1000  # tokens of prompts in the part on prefilling
+
+
+def tokenizer(vocab):
+    """A word for every token, so that text has to be made of them."""
+    words = {f"▁w{i}": i for i in range(vocab)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="▁w0"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False)
+
+
+def save(args, folder):
+    """Policy and scorer as people have them: folders."""
+    for name, head, seed in (("policy", LlamaForCausalLM, 0), ("scorer", LlamaForSequenceClassification, 1)):
+        model = build(args, args.dtype, head, seed)
+        model.config.eos_token_id = model.config.bos_token_id = None
+        if model.can_generate():
+            model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
+        model.save_pretrained(folder / name)
+        tokenizer(args.vocab).save_pretrained(folder / name)
+
+
+class Server:
+    """``rgtg serve`` on a free port."""
+
+    def __init__(self, args, folder):
+        command = [
+            sys.executable, "-c", "from rgtg.cli.main import main; main()", "serve", "--policy", folder / "policy",
+            "--scorer", f"scorer={folder / 'scorer'}", "--port", 0, "--json", "--quiet", "--device", args.device,
+            "--max-batch", args.max_batch, "--max-queue", 256,
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=environment)
+        self.url = json.loads(self.process.stdout.readline())["url"]
+        self.host, self.port = self.url.removeprefix("http://").split(":")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(60)
+
+
+class Answer:
+    """Times of one request: when it was sent, and when each event with text came."""
+
+    def __init__(self, start, times):
+        self.start, self.times = start, times
+        self.first, self.seconds = times[0] - start, times[-1] - start
+
+
+async def ask(server, args, prompt, tokens, *, stream=True):
+    """One request over a connection of its own; raw, so that the client costs next to nothing."""
+    model = "policy" if args.unguided else "policy+scorer"
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": stream, "guidance": {"top_k": args.top_k}}
+    data = json.dumps(body).encode()
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
+    reader, writer = await asyncio.open_connection(server.host, int(server.port), limit=2**24)
+    start = time.perf_counter()
+    writer.write("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+    times, told = [], b""
+    while line := await reader.readline():
+        if line.startswith(b"{") or (line.startswith(b"data: ") and b'"finish_reason":null' in line):
+            times.append(time.perf_counter())
+        told = line if line.startswith((b"data: ", b"{", b"HTTP")) else told
+    writer.close()
+    if not times or (stream and told != b"data: [DONE]\n"):
+        raise SystemExit(f"the server answered: {told.decode()}")
+    return Answer(start, times)
+
+
+def prompts(args, length):
+    """Random prompts without end, no two alike."""
+    draw = random.Random(length)
+    while True:
+        yield [draw.randrange(3, args.vocab) for _ in range(length)]
+
+
+def percentiles(values):
+    """Milliseconds that so many in a hundred do not exceed."""
+    ordered = sorted(values)
+    return {f"p{p}": round(1e3 * ordered[math.ceil(len(ordered) * p / 100) - 1], 1) for p in (50, 95, 99)}
+
+
+def show(title, rows):
+    """A table with the three percentiles of a figure in one cell."""
+    flat = {
+        name: {
+            f"{key}: 50/95/99 %" if isinstance(value, dict) else key: " / ".join(map(str, value.values()))
+            if isinstance(value, dict) else value
+            for key, value in row.items()
+        }
+        for name, row in rows.items()
+    }  # fmt: skip
+    table(title, flat)
+
+
+def by_concurrency(args, server, _):
+    """Clients that ask again as soon as they are answered: tokens per second, and how long they wait."""
+    rows, source = {}, prompts(args, args.prompt)
+
+    async def client(answers, requests):
+        for _ in range(requests):
+            answers.append(await ask(server, args, next(source), args.tokens))
+
+    async def crowd(clients, requests):
+        answers = []
+        start = time.perf_counter()
+        await asyncio.gather(*(client(answers, requests) for _ in range(clients)))
+        return answers, time.perf_counter() - start
+
+    asyncio.run(crowd(2, 1))  # warms up
+    for clients in args.concurrency:
+        answers, seconds = asyncio.run(crowd(clients, args.requests))
+        gaps = [b - a for answer in answers for a, b in zip(answer.times, answer.times[1:], strict=False)]
+        rows[str(clients)] = {
+            "tokens per second": round(len(answers) * args.tokens / seconds, 1),
+            "latency ms": percentiles([answer.seconds for answer in answers]),
+            "first token ms": percentiles([answer.first for answer in answers]),
+            "between tokens ms": percentiles(gaps),
+        }
+        print(f"  {clients} clients done", file=sys.stderr, flush=True)
+    one = rows[str(args.concurrency[0])]["tokens per second"]
+    for row in rows.values():
+        row["× one client"] = round(row["tokens per second"] / one, 2)
+    show(f"by clients: prompt {args.prompt}, {args.tokens} tokens", rows)
+    return rows
+
+
+def engine_alone(args, folder):
+    """The engine in this process, on the same folders; a function that takes a prompt and gives seconds."""
+    loaded = ServedModels.load(str(folder / "policy"), {"scorer": str(folder / "scorer")}, device=args.device)
+    engine = Engine(loaded, EngineSettings(max_batch=args.max_batch))
+    engine.start()
+    method = {"method": "policy"} if args.unguided else {"method": "pargs"}
+    row = Row(
+        DecodingSettings(**method, top_k=args.top_k, max_new_tokens=args.tokens),
+        () if args.unguided else ("scorer",),
+    )
+
+    def run(prompt):
+        ended = threading.Event()
+        start = time.perf_counter()
+        engine.submit(Job("", tuple(prompt), (row,)), lambda event: None if isinstance(event, Step) else ended.set())
+        ended.wait()
+        return time.perf_counter() - start
+
+    return run
+
+
+def overhead(args, server, folder):
+    """One client: what HTTP, text and JSON cost over the engine alone, in turn, repeat after repeat."""
+    alone, source = engine_alone(args, folder), prompts(args, args.prompt)
+
+    def over_http(stream):
+        return asyncio.run(ask(server, args, next(source), args.tokens, stream=stream)).seconds
+
+    ways = {"engine alone": lambda: alone(next(source)), "streamed": lambda: over_http(True)}
+    ways |= {"at once": lambda: over_http(False)}
+    seconds = {name: [] for name in ways}
+    for repeat in range(args.repeats + 1):
+        for name, run in ways.items():
+            took = run()
+            if repeat:  # the first round warms up
+                seconds[name].append(took)
+    rows = {
+        name: {
+            "ms per request": round(1e3 * statistics.median(took), 1),
+            "tokens per second": round(args.tokens / statistics.median(took), 1),
+            "over the engine": f"{100 * (ratio(took, seconds['engine alone']) - 1):.1f} %",
+            "× engine": ratio(took, seconds["engine alone"]),
+        }
+        for name, took in seconds.items()
+    }
+    show(f"one client: prompt {args.prompt}, {args.tokens} tokens", rows)
+    return rows
+
+
+def prefill(args, server, _):
+    """First token of a short request: nothing else runs, or a long prompt is being read."""
+    short, long = prompts(args, SHORT), prompts(args, LONG)
+    idle, beside, whole = [], [], []
+
+    async def beside_a_long_one():
+        begun = asyncio.create_task(ask(server, args, next(long), 1))
+        await asyncio.sleep(args.delay)
+        answer = await ask(server, args, next(short), 2)
+        other = await begun
+        if other.times[0] < answer.times[0]:
+            raise SystemExit("the long prompt was read before the short request came: give a smaller --delay")
+        return answer.first, other.first
+
+    for repeat in range(args.repeats + 1):
+        quiet = asyncio.run(ask(server, args, next(short), 2)).first
+        busy, read = asyncio.run(beside_a_long_one())
+        if repeat:
+            idle.append(quiet)
+            beside.append(busy)
+            whole.append(read)
+    rows = {
+        "idle": {"first token ms": percentiles(idle), "× idle": 1.0},
+        f"beside {LONG} tokens": {"first token ms": percentiles(beside), "× idle": ratio(beside, idle)},
+        f"the {LONG} tokens": {"first token ms": percentiles(whole), "× idle": ratio(whole, idle)},
+    }
+    show(f"first token of a short request ({SHORT} tokens)", rows)
+    return rows
+
+
+PARTS = {"concurrency": by_concurrency, "overhead": overhead, "prefill": prefill}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--unguided", action="store_true")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--delay", type=float, default=0.1, help="seconds between the long request and the short one")
+    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    for name, value in {
+        "layers": 12, "width": 768, "vocab": 32000, "prompt": 128, "top-k": 10, "tokens": 64, "requests": 6,
+        "repeats": 7, "max-batch": 16,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory(prefix="rgtg-serve-") as made:
+        save(args, Path(made))
+        with Server(args, Path(made)) as server:
+            results = {part: PARTS[part](args, server, Path(made)) for part in args.parts}
+    settings = vars(args) | {"output": args.output and args.output.name}
+    record = {"benchmark": "serve", "settings": settings, "torch": torch.__version__, "results": results}
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
