@@ -206,11 +206,11 @@ def test_farma_never_takes_tokens_the_tokenizer_has_not(tmp_path):
 
 
 @torch.no_grad()
-def test_a_head_reads_the_best_next_token_at_the_state_after_each_prefix():
+def test_a_head_reads_the_best_next_token_at_the_state_after_each_prefix(tmp_path):
     pairs = [TokenizedPair([0, 9, 4], [7, 30, 31, 2], [7, 8, 2]), TokenizedPair([0, 5], [6, 2], [40, 41, 42, 2])]
     cache = cache_states(tiny_policy(), pairs, [2], "vocab")
     head = new_head(cache.states[2], 8, starting_table(tiny_policy(), 4, 0), seed=0)
-    settings = TrainSettings(pairs="p", base="b", output="o")
+    settings = TrainSettings(pairs="p", base="b", output=tmp_path)
     from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
 
     ours = HeadTrainer(

@@ -1,24 +1,18 @@
 """The trainers as trl users meet them, their batches and figures, and two processes against one."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 from trl import RewardConfig
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
+from conftest import tiny_reward_model, tiny_tokenizer
 from rgtg.errors import DataError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.training.full_reward import FullRewardTrainer
 from rgtg.training.pairwise import PairScores, align_pairs, pair_figures, read_positions
 from rgtg.training.prefix_reward import PrefixRewardTrainer
-from synthetic import synthetic_rows, write_rows
+from synthetic import synthetic_rows
 
 ROWS = {
     "chosen_ids": [[5, 6, 20, 21, 2], [5, 30, 2]],
@@ -147,52 +141,3 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
         PrefixRewardTrainer(
             bert, config(tmp_path), train_dataset=Dataset.from_dict(ROWS), processing_class=tiny_tokenizer()
         )
-
-
-SCRIPT = """
-import sys
-from rgtg.cli.common import hush_libraries
-from rgtg.config import TrainSettings
-hush_libraries()
-from rgtg.training.run import train_scorer
-pairs, base, output, size, objective = sys.argv[1:]
-train = {"per_device_train_batch_size": int(size), "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
-report = train_scorer(TrainSettings(pairs=pairs, base=base, output=output, objective=objective,
-                                    eval_fraction=0.3, train=train))
-print(report.model_dump_json())
-"""
-
-
-@pytest.mark.parametrize("objective", ["prefix-bt", "farma"])
-def test_two_processes_give_what_one_gives_at_the_same_global_batch(tmp_path, objective):
-    tiny_policy().save_pretrained(tmp_path / "policy")
-    tiny_tokenizer().save_pretrained(tmp_path / "policy")
-    pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(41))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    fixed = (tmp_path / "script.py", pairs, tmp_path / "policy")
-    runs = [
-        subprocess.Popen(
-            [*launcher, *map(str, fixed), str(tmp_path / name), size, objective],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for launcher, name, size in (([sys.executable], "one", "8"), (torchrun, "two", "4"))
-    ]  # fmt: skip
-    try:
-        for run in runs:
-            _, stderr = run.communicate(timeout=120)
-            assert run.returncode == 0, stderr
-            assert "Warning" not in stderr
-    finally:
-        for run in runs:
-            run.kill()
-            run.communicate()
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
-    logs = [(tmp_path / name / "train-log.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1])
-    for line, other in zip(*(map(json.loads, log) for log in logs), strict=True):
-        for key in ("loss", "accuracy_100", "margin", "eval_loss", "eval_accuracy_100"):
-            assert line.get(key) == pytest.approx(other.get(key), abs=1e-4), (key, line, other)

@@ -66,8 +66,9 @@ _OWNED = {
     "do_eval": "give --eval-pairs or --set eval_fraction",
     "do_predict": "use rgtg score",
     "push_to_hub": "upload the finished folder yourself",
-    "fsdp": "use rgtg.PrefixRewardTrainer in a script of your own",
-    "deepspeed": "use rgtg.PrefixRewardTrainer in a script of your own",
+    "fsdp": "start rgtg train with accelerate launch --use_fsdp (docs/scaling.md)",
+    "fsdp_config": "start rgtg train with accelerate launch --use_fsdp (docs/scaling.md)",
+    "deepspeed": "start rgtg train with accelerate launch --use_deepspeed (docs/scaling.md)",
 }
 
 

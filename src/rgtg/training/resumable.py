@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
@@ -163,6 +164,10 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         if self.trainer.request:
             self.trainer.request.deferred = True
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Once the epoch's batches are being read."""
+        mend_remainder(self.trainer.accelerator.gradient_state.active_dataloader)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After transformers' own decisions about logs, evaluations and checkpoints."""
         ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
@@ -205,6 +210,20 @@ def require_not_stopped(trainer: ResumableTrainer) -> None:
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in "
             f"{trainer.args.output_dir}: the same command with --resume goes on from it"
         )
+
+
+def mend_remainder(loader: Any) -> None:
+    """Tell a loader how many rows of its last batch are real, where its epoch is gone on with in its midst.
+
+    Of several processes the others are repeated, and counted in no figure; accelerate looks for the size of a batch
+    where its `SkipBatchSampler` has none, and then does not know.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    inner = getattr(sampler, "batch_sampler", None)
+    if isinstance(sampler, SkipBatchSampler) and loader.remainder == -1 and not getattr(inner, "drop_last", False):
+        for name, default in (("batch_size", None), ("num_processes", 1), ("split_batches", False)):
+            setattr(sampler, name, getattr(inner, name, default))
+        loader.remainder = len(loader.dataset) % loader.total_batch_size
 
 
 def require_finite_weights(model: Any) -> None:
