@@ -1,16 +1,19 @@
 """train_scorer end to end on tiny models: what is learnt, what is saved, what is refused."""
 
+import itertools
 import json
+import time
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import TensorBoardCallback
 
 from conftest import tiny_policy, tiny_tokenizer
 from rgtg.config import TrainSettings
-from rgtg.errors import DataError, NonFiniteError, OutputError, UsageError
+from rgtg.errors import DataError, MissingExtraError, NonFiniteError, OutputError, UsageError
 from rgtg.models.checkpoint import read_info
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.prefix_scorer import PrefixScorer, pad_right
@@ -133,6 +136,53 @@ def test_non_finite_loss_stops_and_names_the_step(policy_folder, pairs_file, tmp
 def test_train_names_are_checked(policy_folder, pairs_file, tmp_path, train, message):
     with pytest.raises(UsageError, match=message):
         train_scorer(settings(policy_folder, pairs_file, tmp_path / "out", train=train))
+
+
+@pytest.mark.parametrize("changes", [{}, {"trunk": "own", "head": "state", "layer": 1, "width": 8}])
+def test_reports_go_where_they_are_asked_to(policy_folder, pairs_file, tmp_path, monkeypatch, changes):
+    output, real, ticks = tmp_path / "out", time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + next(ticks))  # files of the same second have the same name
+    start, writers = TensorBoardCallback._init_summary_writer, []
+
+    def keep(self, args):
+        start(self, args)
+        writers.append(self.tb_writer)
+
+    monkeypatch.setattr(TensorBoardCallback, "_init_summary_writer", keep)
+    train_scorer(settings(policy_folder, pairs_file, output, train={"report_to": "tensorboard"}, **changes))
+    for writer in writers:
+        writer.close()  # as the end of the process does
+    events = [e for path in output.glob("checkpoints/**/events.out.tfevents.*") for e in read_events(path)]
+    told = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
+    lines = [json.loads(line) for line in (output / "train-log.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("loss", "accuracy_50"):
+            if name in line:
+                assert told[line["step"], f"train/{name}"] == pytest.approx(line[name])
+    assert told[lines[-1]["step"], "eval/loss"] == pytest.approx(lines[-1]["eval_loss"])
+
+
+def read_events(path):
+    """Records of a TFRecord file: length, its checksum, what is told, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = path.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def test_where_no_report_can_go_is_told_first(policy_folder, pairs_file, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for name, error, message in (
+        ("wandb", MissingExtraError, "report_to=wandb: .*pip install wandb"),
+        ("nowhere", UsageError, "report_to=nowhere: .*tensorboard"),
+    ):
+        with pytest.raises(error, match=message):
+            train_scorer(settings(policy_folder, pairs_file, tmp_path / "out", train={"report_to": name}))
 
 
 def test_scientific_notation_in_yaml_is_a_number(tmp_path):

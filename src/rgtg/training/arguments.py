@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import RewardConfig
 
 from rgtg.config import TrainSettings
-from rgtg.errors import UsageError
+from rgtg.errors import MissingExtraError, UsageError
 from rgtg.training.save import finish_saving
 
 CHECKPOINTS = "checkpoints"
@@ -91,12 +92,34 @@ def reward_config(settings: TrainSettings, max_length: int | None, defaults: dic
         | given
     )
     try:
-        return RewardConfig(
+        config = RewardConfig(
             output_dir=str(settings.output / CHECKPOINTS), seed=settings.seed, max_length=max_length,
             disable_tqdm=True, logging_nan_inf_filter=False, **values,
         )  # fmt: skip
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"the train settings are refused: {' '.join(str(error).split())}") from error
+    _require_reporters(config.report_to)
+    return config
+
+
+def _require_reporters(names: list[str]) -> None:
+    """Try what ``report_to`` names, before the work begins.
+
+    Raises:
+        UsageError: transformers knows no such place.
+        MissingExtraError: its package is not installed.
+    """
+    for name in names:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            callback()
+        except ValueError as error:
+            raise UsageError(f"train.report_to={name}: {error}") from error
+        except (RuntimeError, ImportError) as error:
+            why = " ".join(str(error).split())
+            raise MissingExtraError(
+                f"train.report_to={name}: {why} Or leave it out: train-log.jsonl is written"
+            ) from error
 
 
 def require_known(train: dict[str, Any]) -> None:
