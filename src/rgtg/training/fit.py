@@ -20,6 +20,12 @@ def require_fit(settings: TrainSettings) -> None:
     for wrong, why in (*_unfit_data(settings), *_unfit_options(settings), *_unfit_trunk(settings)):
         if wrong:
             raise UsageError(why)
+    adapts = settings.trunk == "shared" or settings.lora is not None
+    if adapts and is_adapter(settings.base):  # last, since it may look on the hub
+        raise UsageError(
+            f"{settings.base} is an adapter itself, and an adapter of an adapter could not be loaded: train it further "
+            "without lora, or start from its base"
+        )
 
 
 def _unfit_data(settings: TrainSettings) -> list[tuple[bool, str]]:
@@ -79,13 +85,7 @@ def _unfit_options(settings: TrainSettings) -> list[tuple[bool, str]]:
 def _unfit_trunk(settings: TrainSettings) -> list[tuple[bool, str]]:
     row = OBJECTIVES[settings.objective]
     own, shared = settings.trunk == "own", settings.trunk == "shared"
-    adapter = is_adapter(settings.base)
     return [
-        (
-            adapter and (shared or settings.lora is not None),
-            f"{settings.base} is an adapter itself, and an adapter of an adapter could not be loaded: train it further "
-            "without lora, or start from its base",
-        ),
         (
             own and row.name == "autoregressive",
             "autoregressive trains a language model, whose log-probabilities are the scores: leave --trunk out "
