@@ -110,7 +110,7 @@ def _param_of(text: str) -> str | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """The first thing that is wrong with a body, in a line; ``errors`` are pydantic's."""
     first = errors[0]
-    where = [part for part in first["loc"] if part != "body"]
+    where = [part if isinstance(part, int) else part[:80] for part in first["loc"] if part != "body"]
     param = _dotted(where)
     match first["type"]:
         case "json_invalid":
@@ -127,7 +127,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 
 def _unknown(where: Sequence[Any]) -> ApiError:
-    name = str(where[-1])[:80]
+    name = str(where[-1])
     param = ".".join(filter(None, (_dotted(where[:-1]), name)))
     elsewhere = _PARAMS.get(name, "") if len(where) == 1 else ""
     hint = f"; did you mean {elsewhere}?" if elsewhere else ""

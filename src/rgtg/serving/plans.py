@@ -144,7 +144,7 @@ class Planner:
         elif find_method(method).scorer is not None and not scorers:
             scorers = self._only_scorer(method)
         given = self._given(body, guidance, scorers) | {"method": method}
-        given["max_new_tokens"] = self._length(given.get("max_new_tokens"), prompts, scorers, tokens)
+        given["max_new_tokens"] = self._length(body, prompts, scorers, tokens)
         settings = validate(DecodingSettings, given)
         _, resolved = self.models.resolve(settings, scorers)
         trace = bool(guidance.trace)
@@ -197,16 +197,16 @@ class Planner:
         if "top_k" in guidance.model_fields_set:
             own["top_k"] = guidance.top_k
         shared = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops or None}
-        length = {"max_new_tokens": body.max_tokens or getattr(body, "max_completion_tokens", None)}
-        return {k: v for k, v in (shared | length).items() if v is not None} | own | _strengths(guidance, scorers)
+        return {k: v for k, v in shared.items() if v is not None} | own | _strengths(guidance, scorers)
 
-    def _length(self, asked: int | None, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
+    def _length(self, body: Sampling, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
         """New tokens: as asked, or as many as there is room for, up to the default."""
-        if asked is not None:
-            if asked > self.settings.max_tokens:
-                limit = self.settings.max_tokens
-                raise ApiError(400, f"max_tokens: this server makes at most {limit} new tokens", param="max_tokens")
-            return asked
+        for name in ("max_tokens", "max_completion_tokens"):
+            if (asked := getattr(body, name, None)) is not None:
+                if asked > self.settings.max_tokens:
+                    limit = self.settings.max_tokens
+                    raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
+                return int(asked)
         loaded = [self.models.scorers[name] for name in scorers]
         limits = [self.models.max_length, *(one.max_length for one in loaded if not isinstance(one, TextScorer))]
         longest = max(len(prompt.ids) for prompt in prompts)

@@ -8,6 +8,8 @@ from rgtg.decoding.methods import METHODS
 from rgtg.serving.errors import ApiError
 
 _BIG = 1e6  # a strength beyond any use, far from overflow
+Name = Annotated[str, Field(max_length=512)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]  # each is looked for after every token
 
 
 def _kind(given: Any) -> str:
@@ -97,8 +99,8 @@ class Guidance(Body):
     )
     scorers: (
         Annotated[
-            Annotated[dict[str, Strength], Tag("#map"), Field(min_length=1, max_length=16)]
-            | Annotated[list[str], Tag("#list"), Field(min_length=1, max_length=16)],
+            Annotated[dict[Name, Strength], Tag("#map"), Field(min_length=1, max_length=16)]
+            | Annotated[list[Name], Tag("#list"), Field(min_length=1, max_length=16)],
             Discriminator(_kind, custom_error_type="kind", custom_error_message="expected names, or names with betas"),
         ]
         | None
@@ -133,14 +135,13 @@ class StreamOptions(Body):
 class Sampling(Body):
     """What all requests for completions share."""
 
-    model: str = Field(max_length=512, description="a name of GET /v1/models; POLICY+SCORER is steered by that scorer")
+    model: Name = Field(description="a name of GET /v1/models; POLICY+SCORER is steered by that scorer")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="most new tokens")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="nucleus of the candidates; default 1")
     stop: (
         Annotated[
-            Annotated[str, Tag("#text"), Field(min_length=1)]
-            | Annotated[list[Annotated[str, Field(min_length=1)]], Tag("#list"), Field(max_length=4)],
+            Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Tag("#list"), Field(max_length=4)],
             _texts,
         ]
         | None
@@ -255,7 +256,7 @@ OnePrompt = Annotated[
 class CompareRequest(Sampling, _OnePrompt):
     """``POST /v1/compare``: one prompt, guided and unguided, from one seed."""
 
-    model: str | None = Field(None, max_length=512)  # type: ignore[assignment]
+    model: Name | None = None  # type: ignore[assignment]
     prompt: OnePrompt | None = Field(  # type: ignore[assignment]
         None, description="a text or token ids; or give messages"
     )
@@ -264,7 +265,7 @@ class CompareRequest(Sampling, _OnePrompt):
 class ScoreRequest(_OnePrompt):
     """``POST /v1/score``: what a scorer says of completions."""
 
-    model: str | None = Field(None, max_length=512, description="a scorer's name; default: the only one")
+    model: Name | None = Field(None, description="a scorer's name; default: the only one")
     completion: Annotated[Text | Annotated[list[str], Tag("#list"), Field(min_length=1)], _texts] = Field(
         description="a text, or a list"
     )
@@ -275,12 +276,12 @@ class ScoreRequest(_OnePrompt):
 class TokenizeRequest(_OnePrompt):
     """``POST /tokenize``: tokens as prompts are read here."""
 
-    model: str | None = Field(None, max_length=512)
+    model: Name | None = None
     add_special_tokens: bool = Field(True, description="as a prompt's are; a chat template writes its own")
 
 
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    model: str | None = Field(None, max_length=512)
+    model: Name | None = None
     tokens: list[TokenId]

@@ -87,8 +87,8 @@ def serve(settings: ServeSettings, ready: Callable[[str, ServedModels], None]) -
         def load() -> None:
             try:
                 engine = load_engine(settings)
-                service.open(engine)
-                ready(url, engine.models)
+                if service.open(engine):
+                    ready(url, engine.models)
             except BaseException as error:
                 failed.append(error)
                 server.should_exit = True

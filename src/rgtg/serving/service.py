@@ -23,11 +23,15 @@ class Service:
         self._planner: Planner | None = None
         self._known: TokenBytes | None = None
 
-    def open(self, engine: Engine) -> None:
-        """Take requests: the engine runs."""
+    def open(self, engine: Engine) -> bool:
+        """Take requests, since the engine runs; whether they are taken: not where the server was told to stop."""
+        if self.status == "draining":
+            engine.stop()
+            return False
         self._planner = Planner(engine.models, self.settings)
         self._known = TokenBytes(engine.models.tokenizer)
         self.engine, self.status = engine, "ready"
+        return True
 
     def drain(self) -> None:
         """Take no new requests, and wait for those that were taken, as long as they are given; then stop the engine."""
