@@ -230,3 +230,13 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
     assert pargs["scorer_calls_per_token"] == 1.0
     assert policy["less_pargs"]["mean"] == -2.0
     assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
+
+
+@pytest.mark.parametrize("name", ["study-stories-first.json", "study-demo.json"])
+def test_committed_tables_come_out_of_the_committed_rows(name: str, capsys: Any) -> None:
+    path = Path(__file__).parents[1] / "docs/results" / name
+    kept = json.loads(path.read_text())
+    gold = list(kept["tables"])[-1]
+    assert tables.show(path, [0, 1, 2], [gold]) == 0
+    expected = tables.markdown(gold, kept["tables"][gold], tables.EQUAL_KL[name.split("-")[1].split(".")[0]])
+    assert capsys.readouterr().out.strip() == expected.strip()

@@ -13,7 +13,7 @@ from rgtg.outputs import write_text
 
 from .figures_of import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
-from .record import named, restored, slim, whole
+from .record import named, restored, slim, spread, whole
 from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
@@ -48,18 +48,24 @@ def arrays(cells, gold):
     """
     parts, tuned = {}, {}
     for cell in (c for c in cells if c["gold"] == gold):
-        scores = {}
+        scores, tested = {}, {}
         for part in cell["rows"]:
             if part["split"] == "tune":
                 scores.setdefault(part["row"], {})[part["value"]] = part
             else:
                 parts.setdefault(part["row"], {}).setdefault(part["value"], {})[cell["seed"]] = part
-        for name in parts:
+            if part["split"] == "test":
+                tested.setdefault(part["row"], []).append(part["value"])
+        for name, values in tested.items():
             row = BY_NAME[name]
-            if len(row.grid) == 1 or row.group == "best-of-n":
-                tuned.setdefault(name, {})[cell["seed"]] = row.grid[-1]
-            elif name in scores:
-                tuned.setdefault(name, {})[cell["seed"]] = chosen(row, scores[name], scores["policy"][None])
+            if row.group == "best-of-n":
+                best = row.grid[-1]
+            elif name in scores and row.group != "policy":
+                cut = scores.get("policy", {}).get(None) or parts["policy"][None][cell["seed"]]
+                best = chosen(row, scores[name], cut)
+            else:
+                best = values[0]  # nothing was tuned
+            tuned.setdefault(name, {})[cell["seed"]] = best
     return parts, tuned
 
 
@@ -166,6 +172,16 @@ def plot(cells, golds, path, names):
         if column == 0:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=140, metadata={"Software": ""})
+
+
+def show(path, seeds, golds=None):
+    """The tables of a committed JSON, of some of its training seeds and golds only, on stdout."""
+    record = json.loads(path.read_text())
+    cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"] if c["seed"] in seeds]
+    targets = EQUAL_KL[path.stem.split("-")[1]]
+    golds = golds or list(dict.fromkeys(c["gold"] for c in cells))
+    print("\n".join(markdown(gold, summarise(cells, gold, targets), targets) for gold in golds))
+    return 0
 
 
 def write(work, track, output):
