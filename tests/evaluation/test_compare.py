@@ -308,15 +308,13 @@ def test_a_scorer_called_reward_is_not_taken_for_gold(settings, tmp_path):
     assert row.settings["scorers"] == ["reward"]
 
 
-def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, tmp_path):
+def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, policy_folder):
     settings.reward = None
-    rows = expand_runs(
-        [CompareRun(method="pargs"), CompareRun(method="best-of-n"), CompareRun(method="genarm", scorer="policy")],
-        settings,
-    )
+    alone = CompareRun(method="genarm", scorer=str(policy_folder))
+    rows = expand_runs([CompareRun(method="pargs"), CompareRun(method="best-of-n"), alone], settings)
     first, second, third = (keys_of(row)[0] for row in rows)
     assert first == second
-    assert (third.name, third.language_model) == ("policy", True)
+    assert (third.name, third.language_model) == (str(policy_folder), True)
 
 
 def test_several_scorers_and_a_language_model_steer_through_compare(settings, policy_folder):

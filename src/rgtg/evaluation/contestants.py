@@ -1,7 +1,7 @@
 """The models of a comparison, each loaded once, and the refusal of a reward that any row used."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 class Contestants:
     """Everything a comparison runs with.
 
-    ``proxies`` are the rewards beside gold; ``names`` are short ones of models.
+    ``proxies`` are the rewards beside gold; ``names`` are short ones of models; ``given`` are scorers that came loaded.
     """
 
     policy: Policy
@@ -43,6 +43,7 @@ class Contestants:
     proxies: dict[str, Reward] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     gold_model: Any = None
+    given: Mapping[str, AnyScorer] = field(default_factory=dict)
 
     def policy_of(self, row: Row) -> Policy:
         """The row's own policy, or the one that all are measured against."""
@@ -50,11 +51,11 @@ class Contestants:
 
     def scorers_of(self, row: Row) -> list[AnyScorer]:
         """What steers or selects in a row."""
-        return [self.scorers[key] for key in keys_of(row)]
+        return [self.scorers[key] for key in keys_of(row, self.given)]
 
     def guided_by(self, row: Row) -> list[str]:
         """The row's scorers by their names as proxies, those that can score finished completions."""
-        named = dict.fromkeys(self.names[key.name] for key in keys_of(row))
+        named = dict.fromkeys(self.names[key.name] for key in keys_of(row, self.given))
         return [name for name in named if name in self.proxies]
 
     def modules(self) -> dict[str, Any]:
@@ -80,21 +81,22 @@ def load_contestants(
         UsageError: no reward, no policy, a row without its scorer, or a reward model that a row uses.
         ModelNotFoundError: nothing loadable under a name.
     """
-    _require_scorers(rows, scorers or {})
+    given = scorers or {}
+    _require_scorers(rows, given)
     where = {"dtype": settings.dtype, "device": settings.device}
-    adapters = any(key.joined for row in rows for key in keys_of(row))
+    adapters = any(key.joined for row in rows for key in keys_of(row, given))
     if policy is None:
         name = _name_of(settings.policy, "policy", "causal language model")
         policy = laid_out(load_policy(name, **where), grouped=adapters)
     judge = None
     if reward is None:
         judge = PrefixScorer.from_pretrained(_name_of(settings.reward, "reward", "held-out reward model"), **where)
-    found = Contestants(policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None)
+    found = Contestants(policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None, given=given)
     found.policies = {name: laid_out(load_policy(name, **where), grouped=adapters) for name in _own_policies(rows)}
     for row in rows:
-        for key in keys_of(row):
+        for key in keys_of(row, given):
             if key not in found.scorers:
-                found.scorers[key] = _load_scorer(key, row, found, scorers or {}, where)
+                found.scorers[key] = _load_scorer(key, row, found, where)
     found.names = short_names(list(dict.fromkeys([*found.policies, *(key.name for key in found.scorers)])))
     found.proxies, models = _proxies(settings, found, proxies or {}, where)
     if judge is not None:
@@ -106,12 +108,12 @@ def load_contestants(
     return found
 
 
-def keys_of(row: Row) -> list[Key]:
-    """A row's scorers, none where its method reads none."""
+def keys_of(row: Row, given: Container[str] = ()) -> list[Key]:
+    """A row's scorers, none where its method reads none; those ``given`` need no look at their files."""
     method = METHODS[row.method]
     keys = []
     for name in row.scorers if method.scorer else ():
-        trunk = trunk_of(name)
+        trunk = "separate" if name in given else trunk_of(name)
         joined = trunk == "shared" and method.unit == "token"
         own = None if trunk == "separate" else row.policy
         keys.append(Key(name, own, joined, method.scorer == "autoregressive"))
@@ -221,7 +223,7 @@ def _proxies(
         models[name] = load_scorer(source, policy=found.policy, **where)
     own: dict[str, Any] = {}
     for (name, *_), scorer in found.scorers.items():
-        if not hasattr(scorer, "score") and Path(name).is_dir() and trunk_of(name) == "shared":
+        if not hasattr(scorer, "score") and name not in found.given and trunk_of(name) == "shared":
             scorer = load_scorer(name, **where)  # as a reward model of its own: joined, it reads candidates only
         if hasattr(scorer, "score"):
             own[found.names[name]] = scorer
@@ -232,11 +234,9 @@ def _proxies(
     return rewards, models
 
 
-def _load_scorer(
-    key: Key, row: Row, found: Contestants, given: Mapping[str, AnyScorer], where: dict[str, Any]
-) -> AnyScorer:
-    if key.name in given:
-        return given[key.name]
+def _load_scorer(key: Key, row: Row, found: Contestants, where: dict[str, Any]) -> AnyScorer:
+    if key.name in found.given:
+        return found.given[key.name]
     return load_for_method(key.name, found.policy_of(row), row.method, where["dtype"], where["device"], pack=True)
 
 
