@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgtg.decoding.kv_cache import TreeCache
 from rgtg.decoding.token_tree import TokenTree
+from rgtg.models import one_query
 from rgtg.models.own_state import watching
 from rgtg.models.prefix_scorer import pad_right, trunk
 
@@ -358,7 +359,7 @@ def _has_known_layers(model: Any) -> bool:
         return False
     if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
         return False
-    if model.config._attn_implementation not in ("sdpa", "eager"):
+    if model.config._attn_implementation not in ("sdpa", "eager", one_query.NAME):
         try:  # flash and flex back-ends take no arbitrary 4-D mask
             model.set_attn_implementation("sdpa")
         except (ValueError, ImportError, AttributeError):

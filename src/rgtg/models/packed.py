@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgtg.models import one_query
 from rgtg.models.checkpoint import fingerprint_weights
 
 # Weights that fit a processor's cache gain nothing.
@@ -180,6 +181,8 @@ def group_linears(model: Any, *, pack: bool) -> Any:
         group = LinearGroup([_weight(m) for m in layers], [m.bias for m in layers], pack=pack)
         for index, name in enumerate(names):
             twin.set_submodule(name, GroupedLinear(group, index))
+    if pack:
+        one_query.use_on(twin)
     twin._rgtg_fingerprint = fingerprint_weights(model)
     try:
         got = _first_output(twin(input_ids=ids, use_cache=False))
