@@ -257,15 +257,13 @@ def test_a_process_that_is_told_to_stop_loses_nothing(policy_folder, scorer_fold
     ]
     for each in asking:
         each.start()
-    while "prompt_tokens_total 0.0" in httpx2.get(f"{server.url}/metrics").text:
-        time.sleep(0.005)
+    while f"prompt_tokens_total {8 * len('Once upon')}.0" not in httpx2.get(f"{server.url}/metrics").text:
+        time.sleep(0.005)  # not all are accepted yet
     code, out, errors = server.end(signal.SIGTERM)
     for each in asking:
         each.join()
     assert (code, out) == (0, "")
-    assert len(answers) == 8
-    assert {answer.status_code for answer in answers} <= {200, 503}
-    assert 200 in {answer.status_code for answer in answers}
+    assert [answer.status_code for answer in answers] == [200] * 8
     assert "Traceback" not in errors
     assert str(policy_folder) not in "".join(answer.text for answer in answers)
 
