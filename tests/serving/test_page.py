@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
-from browser import PATIENCE, Page, open_browser
-from page_server import Answers, serve_page
 
+from browser import PATIENCE, Page, open_browser
 from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
 from naive import info
+from page_server import Answers, serve_page
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.decoding.rules import guided_log_probs
@@ -249,6 +249,7 @@ def test_the_unguided_text_gets_its_scores_afterwards(page, answers):
     assert (path, body["model"], body["prefixes"]) == ("/v1/score", "kind", True)
     assert body["completion"] == "".join(page.tokens(0)).replace("</s>", "").replace("↵", "")
     assert len(page.all(".tv-path")) == 2
+    assert "score1.00" in page.text(".tv-panel .tv-figures")
     label = page.one(".tv-plot svg").get_attribute("aria-label")
     assert "Unguided: from" in label
     assert "Guided: from" in label
@@ -285,7 +286,7 @@ def test_stop_keeps_what_has_come_and_frees_the_server(page, answers):
     page.put("#prompt", PROMPT)
     page.one("#run").click()
     page.until(lambda: len(page.tokens(0)) == 2 and len(page.tokens(1)) == 2, "two tokens of each side")
-    page.one("#stop").click()
+    page.one("#prompt").send_keys("\ue00c")  # Escape does what the button does
     page.done()
     assert page.text(".tv-panel .tv-state") == "stopped by you"
     answers.gate.release(500)
@@ -361,6 +362,8 @@ def test_files_of_strangers_give_text_or_a_message_never_a_script(page, browser,
     assert page.tokens(0)[0].replace("· ", " ") == HOSTILE
     assert page.tokens(0)[0] != HOSTILE, "spaces are shown"
     assert page.js("return document.querySelectorAll('#viewer img, #viewer script').length") == 0
+    reasons = {button.get_attribute("title") for button in page.all(".tv-fork")}
+    assert reasons == {f"this trace is of another policy, {HOSTILE}"}
     table = page.text(".tv-inspector table")
     assert "E4 B8" in table  # bytes that are no text
     assert "U+202E" in table  # an override of direction acts no more

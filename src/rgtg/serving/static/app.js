@@ -26,7 +26,7 @@ async function meet() {
   } catch (error) {
     if (error.status === 401) at("key-box").open = true;
     at("about").textContent = error.status === 401 ? "waiting for the API key" : "no models yet";
-    showError(error, meet);
+    if (error.status !== 503 || at("banner").hidden) showError(error, meet); // said once, however long the models load
     if (error.status === 503) setTimeout(meet, 2000);
   }
   setBusy(false);
@@ -161,20 +161,21 @@ async function complete(request, branch, signal, started, begun = () => {}) {
   });
 }
 
-/** Ask each scorer what it says of the unguided text as it grows, for its curve; the text stays as it is without it. */
+/** Ask each scorer what it says of the unguided text, and of it as it grows, for its curve; the text stays as it is without. */
 async function scoreUnguided(request, [unguided, guided], signal) {
   const { scorers, betas } = guided.rule;
-  if (!guided.steps.some((step) => step.scores) || !unguided.text) return;
+  if (!scorers.length || !unguided.text) return;
   const { prompt, messages } = request;
-  const body = (model) => ({ model, ...(messages ? { messages } : { prompt }), completion: unguided.text, finished: unguided.finish_reason === "stop", prefixes: true });
+  const prefixes = guided.steps.some((step) => step.scores);
+  const body = (model) => ({ model, ...(messages ? { messages } : { prompt }), completion: unguided.text, finished: unguided.finish_reason === "stop", prefixes });
+  const joined = (scores) => (scores.length > 1 ? scores.reduce((sum, score, j) => sum + betas[j] * score, 0) : scores[0]);
   try {
-    const answers = await Promise.all(scorers.map((name) => ask("v1/score", body(name), signal)));
-    const each = answers.map((answer) => answer.data[0].prefixes ?? []);
-    const same = each.every((prefixes) => unguided.steps.every((step, i) => i >= prefixes.length || prefixes[i].token_id === step.token_id));
-    if (!same) return; // the text reads as other tokens than those drawn: their places would not be the strip's
-    const several = scorers.length > 1;
-    unguided.prefix_scores = unguided.steps.map((_, i) => (each.every((prefixes) => i < prefixes.length)
-      ? each.reduce((sum, prefixes, j) => sum + (several ? betas[j] : 1) * prefixes[i].score, 0) : null));
+    const told = (await Promise.all(scorers.map((name) => ask("v1/score", body(name), signal)))).map((answer) => answer.data[0]);
+    unguided.guidance.score = joined(told.map((one) => one.score));
+    const each = told.map((one) => one.prefixes ?? []);
+    const same = each.every((scores) => unguided.steps.every((step, i) => i >= scores.length || scores[i].token_id === step.token_id));
+    if (!prefixes || !same) return; // where the text reads as other tokens than those drawn, their places are not the strip's
+    unguided.prefix_scores = unguided.steps.map((_, i) => (each.every((scores) => i < scores.length) ? joined(each.map((scores) => scores[i].score)) : null));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
   }
@@ -186,6 +187,7 @@ async function scoreUnguided(request, [unguided, guided], signal) {
 function forkable(branchId, index, candidate) {
   if (running) return "wait until the texts are written, or stop them";
   if (!server) return "the server is not there";
+  if (trace.policy !== server.policy) return `this trace is of another policy, ${trace.policy}`;
   if (!trace.prompt_token_ids || !trace.request) return "this trace does not hold what it takes to go on from it";
   const step = path(trace, branchId)[index];
   if ((server.end_token_ids ?? []).includes(step.candidate_ids[candidate])) return "this token ends the text";
@@ -228,6 +230,7 @@ async function chooseFile(file) {
 at("form").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 at("form").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); } });
 at("stop").addEventListener("click", () => running?.abort());
+addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 at("save").addEventListener("click", () => saveTrace(trace));
 at("export").addEventListener("click", () => exportPage(trace).catch(showError));
 at("load").addEventListener("click", () => at("file").click());

@@ -12,7 +12,7 @@ export class Strip {
     this.selected = null;
     this.reader = new TokenReader();
     this.element = h("div", {
-      class: "tv-strip", role: "listbox", "aria-label": label, dir: "auto", "aria-orientation": "horizontal",
+      class: "tv-strip", role: "group", "aria-label": label, dir: "auto",
       on: {
         click: (event) => this.#clicked(event),
         keydown: onKeys({
@@ -38,6 +38,7 @@ export class Strip {
     if (same >= 0) this.#truncate(same);
     for (const step of steps.slice(this.tokens.length)) this.#append(step);
     this.#showPlain(steps.length ? "" : text);
+    this.element.setAttribute("role", steps.length ? "listbox" : "group"); // a text without steps is read as text
     const focusable = this.selected ?? 0;
     this.tokens.forEach((token, i) => { token.node.tabIndex = i === focusable ? 0 : -1; });
   }
@@ -109,7 +110,7 @@ export class Strip {
 
   #showPlain(text) {
     this.plain?.remove();
-    this.plain = text ? h("span", { class: "tv-untokened", role: "presentation" }, text) : null;
+    this.plain = text ? h("span", { class: "tv-untokened" }, text) : null;
     if (this.plain) this.element.append(this.plain);
   }
 
