@@ -281,6 +281,21 @@ def test_refusals_are_said_at_the_field_or_above_the_texts(page, answers):
     page.complaints()  # the browser logs refused requests as errors of its own
 
 
+def test_a_fork_that_is_refused_leaves_no_branch(page, answers):
+    page.write(PROMPT)
+    page.token(1, 4).click()
+    answers.refusals = [(429, {"message": "the queue is full", "param": None})]
+    page.all(".tv-fork:not([disabled])")[0].click()
+    page.done()
+    assert "busy" in page.text("#banner")
+    assert page.all('[role="treeitem"]') == []
+    assert len(page.tokens(1)) == LENGTH
+    page.one("#banner button").click()
+    page.done()
+    assert len(page.all('[role="treeitem"]')) == 3
+    page.complaints()  # the browser logs refused requests as errors of its own
+
+
 def test_stop_keeps_what_has_come_and_frees_the_server(page, answers):
     answers.gate = threading.Semaphore(4)
     page.put("#prompt", PROMPT)

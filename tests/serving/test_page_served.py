@@ -1,10 +1,11 @@
 """The playground on the real server: what it shows is what GuidedPolicy gives, for every kind of method."""
 
 import pytest
-from browser import Page, open_browser
 
+from browser import Page, open_browser
 from rgtg.decoding.guided import GuidedPolicy
-from served import on_a_socket, serving
+from rgtg.serving.models import ServedModels
+from served import on_a_socket, serving, tiny_models
 
 PROMPT = "Once upon a time"
 SEED = 1  # of a chat that does not end at once
@@ -129,3 +130,19 @@ def test_a_refusal_of_the_server_is_shown_at_its_field(page):
     field = page.one('[aria-invalid="true"]')
     assert field.get_property("id") in ("prompt", "max_tokens")
     page.complaints()  # the browser logs a refused request as an error of its own
+
+
+def test_a_policy_alone_is_written_too(browser):
+    with serving(ServedModels(tiny_models().policy, {}, "tiny")) as alone, on_a_socket(alone) as url:
+        page = Page(browser, url)
+        page.ready()
+        page.put("#max_tokens", "8")
+        page.write(PROMPT)
+        assert len(page.all(".tv-panel")) == 1
+        assert shown(page, 0) == expected(alone, "policy", (), length=8).text
+        assert not page.one("#scorers").is_displayed()
+        page.token(0, 2).click()
+        page.all(".tv-fork:not([disabled])")[1].click()
+        page.done()
+        assert len(page.all('[role="treeitem"]')) == 2
+        assert page.complaints() == []

@@ -29,7 +29,7 @@ async function meet() {
     if (error.status !== 503 || at("banner").hidden) showError(error, meet); // said once, however long the models load
     if (error.status === 503) setTimeout(meet, 2000);
   }
-  setBusy(false);
+  setBusy(running !== null);
 }
 
 // ---- messages
@@ -46,8 +46,9 @@ function banner(heading, ...rest) {
 /** Say what went wrong: at its field where the server names one, and above the texts. */
 function showError(error, again = null) {
   if (error.name === "AbortError") return;
-  if (!(error instanceof ApiError || error instanceof TraceError)) throw error;
-  const [heading, advice] = error instanceof TraceError ? ["This file cannot be shown", ""] : explain(error);
+  const ours = error instanceof ApiError || error instanceof TraceError;
+  if (!ours) console.error(error);
+  const [heading, advice] = error instanceof ApiError ? explain(error) : [ours ? "This trace cannot be shown" : "Something failed in this page", ""];
   if (error.param) form.mark(error.param, error.message);
   banner(heading, h("p", {}, [error.message, advice].filter(Boolean).join(" ")),
     error.requestId && h("p", { class: "soft" }, `request ${error.requestId}`),
@@ -209,7 +210,11 @@ async function fork(parentId, index, candidate) {
   const { max_tokens: limit, guidance, ...settings } = trace.request;
   const alone = { method: "policy", top_k: guidance.top_k ?? null };
   const request = { ...settings, model: trace.policy, prompt: [...trace.prompt_token_ids, ...kept], max_tokens: limit - kept.length, guidance: parent.side === "unguided" ? alone : guidance };
-  await write([branch], null, (signal, started) => complete(request, branch, signal, started));
+  await write([branch], () => fork(parentId, index, candidate), (signal, started) => complete(request, branch, signal, started));
+  if (branch.finish_reason === "error" && !branch.steps.length && !branch.text) { // refused: no fork came of it
+    trace.branches.splice(trace.branches.indexOf(branch), 1);
+    viewer.showBranch(parentId);
+  }
 }
 
 // ---- files, and what starts it all

@@ -1,7 +1,7 @@
 // The texts that grew from one another, as a tree that the arrow keys walk.
 import { h, onKeys, tokenNodes } from "./dom.js";
 import { chosenIndex } from "./rule.js";
-import { candidateText, number, pieces, spoken, TokenReader } from "./text.js";
+import { candidateText, number, spoken, TokenReader } from "./text.js";
 import { path } from "./trace.js";
 
 export class Forks {
@@ -29,7 +29,10 @@ export class Forks {
   show(document, shown) {
     const forks = document.branches.some((branch) => branch.parent !== null);
     this.element.hidden = !forks;
-    if (!forks) return;
+    if (!forks) {
+      this.list.replaceChildren();
+      return;
+    }
     const focused = this.list.contains(window.document.activeElement);
     const roots = document.branches.filter((branch) => branch.parent === null);
     this.list.replaceChildren(...roots.map((branch) => this.#item(document, branch, shown, 1)));
@@ -72,7 +75,8 @@ function nodeLabel(document, branch) {
   const score = last?.scores && at >= 0 ? h("span", { class: "tv-soft" }, ` ${number(last.scores[at])}`) : null;
   if (branch.parent === null) return [h("bdi", {}, branch.label), score];
   const before = path(document, branch.parent)[branch.at];
-  return [`${branch.at + 1}: `, tokenWord(before, branch.token_id), h("span", { class: "tv-soft" }, " for "), tokenWord(before, before.token_id), score];
+  const instead = branch.token_id === before.token_id ? h("span", { class: "tv-soft" }, " again") : [h("span", { class: "tv-soft" }, " for "), tokenWord(before, before.token_id)];
+  return [`${branch.at + 1}: `, tokenWord(before, branch.token_id), instead, score];
 }
 
 function tokenWord(step, id) {
@@ -87,5 +91,5 @@ function read(step, id) {
 export function forkName(document, branch) {
   if (branch.parent === null) return branch.label;
   const before = path(document, branch.parent)[branch.at];
-  return `${branch.label}, from token ${branch.at + 1} on with ${spoken(read(before, branch.token_id) ?? pieces(""))}`;
+  return `${branch.label}, from token ${branch.at + 1} on with ${spoken(read(before, branch.token_id)).replace(/^“ +(?=[^”])/, "“")}`;
 }
