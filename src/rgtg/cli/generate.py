@@ -2,8 +2,11 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,16 +16,13 @@ from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.errors import RgtgError, UsageError
 
 if TYPE_CHECKING:
-    from rgtg.decoding.guided import GuidedPolicy
+    from rgtg.data_prompts import PromptFile
     from rgtg.types_jobs import JobResult
 
 _FILE = "A file of prompts"
-_OF_FILES = ("batch_size", "batch_tokens", "on_bad", "output_format", "force")
-_DECODING = (
-    "temperature", "top_p", "min_new_tokens", "max_new_tokens", "stop", "repetition_penalty", "no_repeat_ngram_size",
-    "draft_length", "entropy_gate", "segment_length", "min_segment", "entropy_threshold", "reward_threshold",
-    "threshold_start", "retries",
-)  # fmt: skip
+_RAY = "A file of prompts, on many machines"
+_OF_FILES = ("batch_size", "batch_tokens", "on_bad", "output_format", "force", "ray")
+_OF_RAY = ("address", "actors", "gpus_per_actor", "cpus_per_actor")
 
 
 @verb
@@ -80,6 +80,22 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output of other settings or models.", rich_help_panel=_FILE)
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Complete it by workers of a Ray cluster.", rich_help_panel=_RAY)
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of its head node, or auto. Default: one on this machine.", rich_help_panel=_RAY),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(help="Workers. Default: what the GPUs allow, else one per node.", rich_help_panel=_RAY)
+    ] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="Default: 1 where there are GPUs.", rich_help_panel=_RAY)
+    ] = None,
+    cpus_per_actor: Annotated[
+        int | None, typer.Option(help="Default: 1 beside a GPU, else an equal share.", rich_help_panel=_RAY)
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Keep every candidate's figures of every step.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
@@ -117,43 +133,27 @@ def _require_target(settings: GenerateSettings) -> None:
         raise UsageError("give either --prompt TEXT or --prompts FILE --output FILE")
     if (settings.prompts is None) != (settings.output is None):
         raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
-    of_files = [name for name in _OF_FILES if getattr(settings, name) != GenerateSettings.model_fields[name].default]
-    if settings.prompts is None and of_files:
-        raise UsageError(f"{', '.join(of_files)}: only a file of prompts (--prompts) uses it")
+    if settings.prompts is None and (given := _given(settings, _OF_FILES)):
+        raise UsageError(f"{', '.join(given)}: only a file of prompts (--prompts) uses it")
+    if not settings.ray and (given := _given(settings, _OF_RAY)):
+        raise UsageError(f"{', '.join(given)}: only --ray uses it")
 
 
-def load_guided(settings: GenerateSettings) -> "GuidedPolicy":
-    """The policy and scorer of the settings, joined."""
-    from rgtg.decoding.guided import GuidedPolicy
-
-    assert settings.policy is not None, "checked before anything is loaded"
-    given = settings.model_fields_set
-    return GuidedPolicy.from_pretrained(
-        settings.policy,
-        settings.scorer,
-        method=settings.method,
-        beta=settings.beta if "beta" in given else None,
-        n=settings.n if "n" in given else None,
-        top_k=settings.top_k if "top_k" in given else "default",
-        dtype=settings.dtype,
-        device=settings.device,
-        scorer_device=settings.scorer_device,
-        draft=settings.draft,
-    )
-
-
-def _decoding(settings: GenerateSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in _DECODING if name in settings.model_fields_set}
+def _given(settings: GenerateSettings, names: tuple[str, ...]) -> list[str]:
+    """Which of these settings are not at their default."""
+    return [name for name in names if getattr(settings, name) != GenerateSettings.model_fields[name].default]
 
 
 def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
-    guided = load_guided(settings)
+    from rgtg.jobs.load import decoding_of, load_guided
+
+    guided, decoding = load_guided(settings), decoding_of(settings)
     assert settings.prompt is not None, "checked before anything is loaded"
     if as_json or settings.trace:
-        (done,) = guided.generate(settings.prompt, seed=settings.seed, trace=settings.trace, **_decoding(settings))
+        (done,) = guided.generate(settings.prompt, seed=settings.seed, trace=settings.trace, **decoding)
         sys.stdout.write(done.model_dump_json() + "\n")
         return
-    pieces = guided.stream(settings.prompt, seed=settings.seed, **_decoding(settings))
+    pieces = guided.stream(settings.prompt, seed=settings.seed, **decoding)
     first = next(pieces, "")  # errors come before anything is printed
     sys.stdout.write(("" if quiet else settings.prompt) + first)
     for piece in pieces:
@@ -164,20 +164,21 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
     from rgtg.data_prompts import read_prompt_rows, refuse_rows
+    from rgtg.integrations.ray_cluster import require_ray
     from rgtg.jobs.place import Place
-    from rgtg.jobs.run import run_job
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
+    if settings.ray:
+        require_ray()
     with resumable("the same command goes on from the rows that are finished"):
         with reading_bar("reading", quiet=quiet or as_json) as progress:
             prompts = read_prompt_rows(settings.prompts, progress=progress)
         if settings.on_bad == "error":  # before any model is loaded
             refuse_rows(prompts.source, prompts.bad, prompts.total)
         Place(settings.output).check(force=settings.force)
-        guided = load_guided(settings)
-        with job_bar("generating", quiet=quiet or as_json) as tell:
-            result = run_job(settings, _decoding(settings), prompts, guided, progress=tell)
+        with _ready(settings, prompts) as run, job_bar("generating", quiet=quiet or as_json) as tell:
+            result = run(progress=tell)
     _save_settings(settings, result)
     _say(result, settings, as_json=as_json, quiet=quiet)
     if result.undecoded:
@@ -185,6 +186,21 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
             f"{result.undecoded} of {result.rows} rows failed while they were decoded: see "
             f"{Place(settings.output).errors}; the same command tries them again"
         )
+
+
+@contextmanager
+def _ready(settings: GenerateSettings, prompts: "PromptFile") -> "Iterator[Callable[..., JobResult]]":
+    """Models loaded, in this process or in workers of a Ray cluster; yields what completes the prompts with them."""
+    if settings.ray:
+        from rgtg.integrations.ray_batch import on_ray
+
+        with redirect_stdout(sys.stderr), on_ray(settings, prompts) as run:  # Ray tells of deaths on stdout
+            yield run
+        return
+    from rgtg.jobs.load import decoding_of, load_guided
+    from rgtg.jobs.run import run_job
+
+    yield partial(run_job, settings, decoding_of(settings), prompts, load_guided(settings))
 
 
 def _save_settings(settings: GenerateSettings, result: "JobResult") -> None:

@@ -75,7 +75,8 @@ class ModelSettings(Settings):
 class GenerateSettings(DecodingSettings, ModelSettings):
     """``rgtg generate``; several scorers, with a beta each, steer together.
 
-    The fields from ``batch_size`` to ``force`` are of a file of prompts.
+    The fields from ``batch_size`` to ``force`` are of a file of prompts, those from ``ray`` to ``cpus_per_actor`` of
+    one that is completed on Ray.
     """
 
     scorer: str | list[str] | None = None  # type: ignore[assignment]
@@ -91,9 +92,28 @@ class GenerateSettings(DecodingSettings, ModelSettings):
         "auto", description="lines of the output: records of rgtg, or of an OpenAI batch; auto follows the prompts"
     )
     force: bool = Field(False, description="make anew an output of other settings, models or prompts")
+    ray: bool = Field(False, description="complete a file of prompts by workers of a Ray cluster")
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the cluster's head node, or auto; default: RAY_ADDRESS, else one on this machine",
+    )
+    actors: int | None = Field(
+        None, ge=1, description="workers, each with models of its own; default: what the GPUs allow, else one per node"
+    )
+    gpus_per_actor: float | None = Field(None, ge=0, description="default: 1 where the cluster has GPUs, else 0")
+    cpus_per_actor: int | None = Field(
+        None, ge=1, description="also its threads; default: 1 beside a GPU, else an equal share of the cluster"
+    )
     trace: bool = False
     scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
     draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _part_or_whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus % 1:
+            raise ValueError("a part of one GPU (0.5), or a whole number of them")
+        return gpus
 
 
 class ScoreSettings(Settings):

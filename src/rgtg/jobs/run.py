@@ -12,14 +12,15 @@ from rgtg.data_prompts import BadRow, PromptFile, refuse_rows
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.errors import DataError, RgtgError
 from rgtg.evaluation.provenance import provenance
-from rgtg.jobs.lines import COUNTED, Shape, entry_of, failure_of, shape_of
+from rgtg.jobs.lines import COUNTED, entry_of, failure_of, shape_of
 from rgtg.jobs.log import Entry, JobLog
 from rgtg.jobs.place import Place, sums
-from rgtg.jobs.work import Batch, Done, Failed, Outcome, complete_batches, plan_batches, prepare
+from rgtg.jobs.work import Batch, Done, Failed, Outcome, Task, complete_batches, plan_batches, prepare
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import Policy
 from rgtg.models.scorer import weights_of
+from rgtg.types import Provenance
 from rgtg.types_jobs import JobResult
 
 _HOPELESS = 32  # rows that fail without one success, after which the fault is not theirs
@@ -40,6 +41,23 @@ class JobState:
 
 
 Progress = Callable[[JobState], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What only the loaded models can say of a job; it can be pickled.
+
+    Attributes:
+        tasks: of the rows that can be completed.
+        unfit: the others that were read.
+        made_with: all that the lines of the output depend on.
+        provenance: of the result.
+    """
+
+    tasks: list[Task]
+    unfit: list[BadRow]
+    made_with: dict[str, Any]
+    provenance: Provenance
 
 
 def run_job(
@@ -71,51 +89,82 @@ def run_job(
         OutputError: a file that cannot be written; finished rows are kept.
         RgtgError: every row fails.
     """
-    assert settings.output is not None, "checked before anything is loaded"
+    here = partial(complete_batches, guided, settings=decoding, trace=settings.trace)
+    plan = plan_job(settings, decoding, prompts, guided)
+    return run_plan(settings, prompts, plan, complete or here, progress=progress)
+
+
+def plan_job(
+    settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
+) -> Plan:  # fmt: skip
+    """The part of `run_job` that needs the models; the rest is `run_plan`, in whatever process.
+
+    Raises:
+        UsageError: settings that cannot be used.
+    """
     tasks, unfit = prepare(guided, prompts.rows, decoding, settings.seed)
-    bad = _bad_rows(prompts, unfit, settings.on_bad)
+    return Plan(
+        tasks, unfit, made_with(settings, decoding, prompts, guided), _provenance(settings, prompts, guided)
+    )  # fmt: skip
+
+
+def run_plan(
+    settings: GenerateSettings,
+    prompts: PromptFile,
+    plan: Plan,
+    complete: Complete,
+    *,
+    progress: Progress | None = None,
+) -> JobResult:
+    """The part of `run_job` that needs no models, but for ``complete``; arguments and errors are those of `run_job`."""
+    assert settings.output is not None, "checked before anything is loaded"
+    tasks, bad = plan.tasks, _bad_rows(prompts, plan.unfit, settings.on_bad)
     if not tasks:
         raise DataError(f"{prompts.source}: no row can be completed, the first one since {bad[0].error}")
     place, shape = Place(settings.output), shape_of(settings.output_format, prompts.rows)
     name = _model_name(settings)
     _say_who_answers(prompts, name)
-    made = made_with(settings, decoding, prompts, guided, shape)
-    kept = place.finished(made, force=settings.force)
+    kept = place.finished(plan.made_with, force=settings.force)
     if kept is not None and not kept.undecoded:
         return kept
-    with JobLog.open(place.log, made, rows=len(tasks), sums=len(COUNTED), force=settings.force) as log:
+    with JobLog.open(place.log, plan.made_with, rows=len(tasks), sums=len(COUNTED), force=settings.force) as log:
         if kept is not None:
             place.reopen(log, {task.row.id: task.index for task in tasks})
-        here = partial(complete_batches, guided, settings=decoding, trace=settings.trace)
         batches = plan_batches(tasks, rows=settings.batch_size, tokens=settings.batch_tokens)
-        failed = _complete(
-            log, batches, complete or here, partial(entry_of, shape=shape, model=name), prompts.total, progress
-        )
+        failed = _complete(log, batches, complete, partial(entry_of, shape=shape, model=name), prompts.total, progress)
         without: list[BadRow | Failed] = [*bad, *failed]
         failures = sorted(map(failure_of, without), key=lambda failure: failure.line)
         result = JobResult(
             rows=prompts.total, completions=log.finished, failed=len(failures), undecoded=len(failed),
-            counts=sums(log.counts), made_with=made, provenance=_provenance(settings, prompts, guided),
+            counts=sums(log.counts), made_with=plan.made_with, provenance=plan.provenance,
         )  # fmt: skip
         place.write(log, failures, result, shape)
     return result
 
 
 def made_with(
-    settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy, shape: Shape
+    settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
 ) -> dict[str, Any]:
     """All that the lines of an output depend on."""
-    draft = guided.draft
+    shape = shape_of(settings.output_format, prompts.rows)
     return guided.resolve(decoding, complete=True).model_dump(mode="json", exclude={"seed"}) | {
         "seed": settings.seed,
         "trace": settings.trace,
-        "draft": fingerprint_weights(draft.model) if isinstance(draft, Policy) else draft,
         "format": shape,
+        **models_of(guided),
+        "prompts": prompts.fingerprint,
+        **({"model": _model_name(settings)} if shape == "openai" else {}),
+    }
+
+
+def models_of(guided: GuidedPolicy) -> dict[str, Any]:
+    """Fingerprints of the models, among all that a job is made with."""
+    draft = guided.draft
+    return {
+        "draft": fingerprint_weights(draft.model) if isinstance(draft, Policy) else draft,
         "policy": fingerprint_weights(guided.policy.model),
         "tokenizer": tokenizer_hash(guided.policy.tokenizer),
         "scorers": [fingerprint_weights(weights_of(scorer)) for scorer in guided.scorers],
-        "prompts": prompts.fingerprint,
-        **({"model": _model_name(settings)} if shape == "openai" else {}),
     }
 
 
@@ -165,7 +214,7 @@ def _cost(batch: Batch) -> int:
     return sum(task.columns for task in batch.tasks)
 
 
-def _provenance(settings: GenerateSettings, prompts: PromptFile, guided: GuidedPolicy) -> Any:
+def _provenance(settings: GenerateSettings, prompts: PromptFile, guided: GuidedPolicy) -> Provenance:
     models = {"policy": guided.policy.model}
     for i, scorer in enumerate(guided.scorers):
         models[f"scorer {i + 1}" if len(guided.scorers) > 1 else "scorer"] = weights_of(scorer)

@@ -1,0 +1,187 @@
+"""A file of prompts on a Ray cluster: the same bytes as without it, whoever dies, and however it is stopped."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import rgtg
+from conftest import verb
+from ray_hands import Fake, Faulty, Other, Stillborn, notes, slow_worker
+from ray_world import save_models, write_prompts
+from rgtg.config import GenerateSettings
+from rgtg.data_prompts import PromptRow, read_prompt_rows
+from rgtg.errors import RgtgError
+from rgtg.integrations import ray_pool
+from rgtg.integrations.ray_batch import on_ray
+from rgtg.integrations.ray_cluster import Room, cluster
+from rgtg.jobs.work import Batch, Failed, Task
+from rgtg.types_jobs import JobResult
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is absent: pip install '.[ray]'"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's processes outlive their handles
+]
+generate = verb("generate")
+ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Two CPUs, for two workers with one each."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(rgtg.__file__).parents[1])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)  # so that workers of these tests can be imported there
+        patch.setattr(os, "cpu_count", lambda: 2)
+        with cluster(GenerateSettings(ray=True, actors=2, cpus_per_actor=1)) as started_here:
+            assert started_here
+            yield
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Settings of a job, and what it writes without Ray."""
+    folder = save_models(tmp_path_factory.mktemp("ray"))
+    write_prompts(folder / "prompts.jsonl", ROWS)
+    given = {
+        "policy": str(folder / "policy"), "scorer": str(folder / "scorer"), "prompts": folder / "prompts.jsonl",
+        "seed": 3, "max_new_tokens": 12, "batch_tokens": 256, "on_bad": "skip", "device": "cpu",
+    }  # fmt: skip
+    done = generate(*arguments(given, folder / "whole.jsonl"))
+    assert done.exit_code == 0, done.output
+    return given, {name: (folder / f"whole.jsonl{name}").read_bytes() for name in ("", ".errors.jsonl")}
+
+
+def arguments(given, output):
+    flags = [("--set", f"{name}={value}") for name, value in given.items() if name != "prompts"]
+    return ["--prompts", given["prompts"], "--output", output, *chain(*flags)]
+
+
+def written(output):
+    return {name: output.with_name(output.name + name).read_bytes() for name in ("", ".errors.jsonl")}
+
+
+def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_without_ray(
+    ray_cluster, job, tmp_path, monkeypatch
+):
+    given, whole = job
+    monkeypatch.setattr(ray_pool, "Worker", slow_worker())
+    settings = GenerateSettings(**given, output=tmp_path / "out.jsonl", ray=True, actors=2)
+    killed = []
+
+    def kill_one(state):
+        if state.done > 20 and not killed:
+            begun, ended = (notes(settings.output, name) for name in ("given", "done"))
+            killed.extend(pid for pid, rows in begun if [pid, rows] not in ended)  # one is at work, the other waits
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.warns(UserWarning, match="a worker died .process .*its rows are done again"):  # noqa: SIM117
+        with on_ray(settings, read_prompt_rows(settings.prompts)) as run:
+            result = run(progress=kill_one)
+    assert len(killed) == 1
+    assert (result.rows, result.completions, result.failed) == (ROWS + 1, ROWS, 1)
+    assert written(settings.output) == whole
+    begun, ended = ([rows for _, rows in notes(settings.output, name)] for name in ("given", "done"))
+    assert sorted(chain(*ended)) == sorted(f"p{i}" for i in range(ROWS)), "each row was done once"
+    assert len(begun) == len(ended) + 1, "one batch was in flight at the worker that was killed"
+    local = given["prompts"].with_name("whole.jsonl.job.json")
+    assert result.made_with == JobResult.model_validate_json(local.read_bytes()).made_with
+    again = generate(*arguments(given | {"temperature": 0.5}, settings.output))
+    assert again.exit_code == 2
+    assert "temperature" in again.output
+
+
+def test_sigterm_ends_with_75_and_the_job_goes_on_without_ray(ray_cluster, job, tmp_path):
+    import ray
+
+    given, whole = job
+    output = tmp_path / "out.jsonl"
+    partial = output.with_name("out.jsonl.partial")
+    words = [*map(str, arguments(given, output)), "--ray", "--address", ray.get_runtime_context().gcs_address]
+    code = "import ray_hands; from rgtg.integrations import ray_pool; ray_pool.Worker = ray_hands.slow_worker()"
+    command = f"{code}; from rgtg.cli.main import app; app()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "generate", *words], stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for _ in range(6000):
+            if process.poll() is not None or (partial.exists() and partial.read_bytes().count(b"\n") > 5):
+                break
+            try:
+                process.wait(0.01)
+            except subprocess.TimeoutExpired:
+                continue
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "the same command goes on" in said
+    assert not output.exists()
+    done = generate(*arguments(given, output))
+    assert done.exit_code == 0, done.output
+    assert written(output) == whole
+
+
+@pytest.fixture
+def pool(ray_cluster, tmp_path, monkeypatch):
+    """Outcomes of batches by workers of a kind."""
+
+    def run(kind, batches, actors=1, version=rgtg.__version__):
+        monkeypatch.setattr(ray_pool, "Worker", kind)
+        settings = GenerateSettings(policy=version, output=tmp_path / "out.jsonl")
+        with ray_pool.Pool(settings, Room(actors, 1, 0)).open() as opened:
+            return list(opened.complete(batches))
+
+    return run
+
+
+def batch(*prompts):
+    start = ord(prompts[0][0])
+    rows = [PromptRow(number=i, id=text, prompt=text) for i, text in enumerate(prompts, start)]
+    return Batch(tuple(Task(row.number, row, 0, 1, 1) for row in rows))
+
+
+def test_a_batch_that_kills_workers_is_done_row_by_row():
+    whole = batch("a", "b", "c")
+    assert ray_pool._again(whole, 1) == ([ray_pool._completing(whole)], [])
+    again, outcomes = ray_pool._again(whole, 2)
+    assert [call.arguments[0] for call in again] == [batch("a"), batch("b"), batch("c")]
+    assert len({call.name for call in again}) == 3, "each of them is counted by itself"
+    assert not outcomes
+
+
+@pytest.mark.filterwarnings("ignore:a worker died:UserWarning")
+def test_a_row_that_kills_workers_is_given_up_and_the_others_are_done(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_pool, "_DEATHS", 1)
+    (failed,), rest = pool(Fake, [batch("b?"), batch("d", "e")])
+    assert isinstance(failed, Failed)
+    assert (failed.task.row.id, failed.reason) == ("b?", "worker died")
+    assert rest == [100, 101]
+    assert notes(tmp_path / "out.jsonl", "given") == [["b?"], ["d", "e"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "about", "told"),
+    [
+        (Stillborn, {}, "a worker died 3 times while it loaded the models .process"),
+        (Other, {"actors": 2}, "process .* has another policy than the worker before it"),
+        (Fake, {"version": "0.0.1"}, "has rgtg 0.0.1, and this is .*: install the same one"),
+    ],
+)
+def test_workers_that_cannot_work(pool, kind, about, told):
+    with pytest.raises(RgtgError, match=told):
+        pool(kind, [batch(chr(97 + i)) for i in range(40)], **about)
+
+
+def test_a_fault_in_a_worker_is_not_hidden(pool):
+    with pytest.raises(KeyError, match="a fault of the program"):
+        pool(Faulty, [batch("a")])
+
+
+def test_no_room_is_said(pool, monkeypatch):
+    monkeypatch.setattr(ray_pool, "_ROOM_SECONDS", 0.0)
+    with pytest.raises(RgtgError, match="no node of the cluster had room for a worker with 1 CPUs and 0 GPUs"):
+        pool(Fake, [batch("a")])

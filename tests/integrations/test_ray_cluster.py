@@ -1,0 +1,75 @@
+"""Where a job on Ray runs: addresses, shares of a cluster, and settings that need Ray. No cluster is started."""
+
+import importlib.util
+import socket
+
+import pytest
+
+from conftest import verb
+from rgtg.config import GenerateSettings
+from rgtg.errors import EndpointError, MissingExtraError, UsageError
+from rgtg.integrations.ray_cluster import Room, cluster, require_ray, share
+
+generate = verb("generate")
+NO_RAY = importlib.util.find_spec("ray") is None
+SMALL, LARGE = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "room", "fit"),
+    [
+        ({}, [SMALL, SMALL], Room(2, 4, 0), 2),
+        ({"actors": 3}, [SMALL, SMALL], Room(3, 2, 0), 4),
+        ({"actors": 3, "cpus_per_actor": 4}, [SMALL, SMALL], Room(3, 4, 0), 2),
+        ({}, [LARGE, SMALL], Room(4, 1, 1), 4),
+        ({"gpus_per_actor": 2}, [LARGE, LARGE], Room(4, 1, 2), 4),
+        ({"gpus_per_actor": 0.4}, [LARGE], Room(8, 1, 0.4), 8),
+        ({"gpus_per_actor": 0.25, "cpus_per_actor": 2}, [LARGE], Room(16, 2, 0.25), 8),
+        ({"device": "cpu"}, [LARGE, SMALL], Room(2, 8, 0), 2),
+        ({"gpus_per_actor": 1}, [SMALL], Room(1, 1, 1), 0),
+    ],
+)
+def test_what_each_worker_gets(asked, nodes, room, fit):
+    assert share(GenerateSettings(**asked), nodes) == (room, fit)
+
+
+@pytest.mark.skipif(NO_RAY, reason="ray is absent: pip install '.[ray]'")
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", "head:x", "head:99999", ":6379"])
+def test_an_address_of_another_form(address):
+    with pytest.raises(UsageError, match="expected HOST:PORT of the cluster's head node"), cluster(_at(address)):
+        pass
+
+
+@pytest.mark.skipif(NO_RAY, reason="ray is absent: pip install '.[ray]'")
+def test_an_address_where_nothing_is():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = pytest.raises(EndpointError, match=f"no Ray cluster at {address}: Connection refused")
+        with refused, cluster(_at(address)):
+            pass
+
+
+def _at(address):
+    return GenerateSettings(ray=True, address=address)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'rgtg\[ray\]'"):
+        require_ray()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--prompts", "p.jsonl", "--output", "o.jsonl", "--actors", 2, "--address", "auto"], "address, actors: only"),
+        (["--prompt", "a", "--ray"], "ray: only a file of prompts"),
+        (["--prompts", "p.jsonl", "--output", "o.jsonl", "--ray", "--gpus-per-actor", 1.5], "a part of one GPU"),
+        (["--prompts", "p.jsonl", "--output", "o.jsonl", "--ray", "--actors", 0], "actors = 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(options, told):
+    done = generate("--policy", "p", *options)
+    assert done.exit_code == 2
+    assert told in " ".join(done.output.split())

@@ -1,0 +1,27 @@
+"""Tiny models in folders, and prompts for them."""
+
+import json
+import random
+from pathlib import Path
+
+from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
+from naive import info
+from rgtg.models.checkpoint import write_info
+
+
+def save_models(folder: Path) -> Path:
+    """``policy`` and ``scorer`` in a folder."""
+    tiny_policy().save_pretrained(folder / "policy")
+    tiny_reward_model().save_pretrained(folder / "scorer")
+    write_info(folder / "scorer", info())
+    for name in ("policy", "scorer"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def write_prompts(path, rows):
+    """A file of so many prompts of many lengths, and a last row that is none."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdef ghij", k=draw.randint(2, 40))) + "." for _ in range(rows)]
+    lines = [json.dumps({"prompt": text, "id": f"p{i}"}) for i, text in enumerate(texts)]
+    path.write_text("".join(f"{line}\n" for line in [*lines, '{"prompt": ""}']))
