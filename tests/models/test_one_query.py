@@ -1,4 +1,4 @@
-"""One query asked twice gives what one gives, and only where it pays."""
+"""One query of widened keys and values gives what it gives in bf16, and is widened only where it pays."""
 
 import pytest
 import torch
@@ -29,31 +29,34 @@ def inputs(queries, heads=4, key_heads=4, rows=3, keys=9, dtype=torch.bfloat16):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("queries", "key_heads"), [(1, 4), (1, 2), (3, 4)])
-def test_it_is_the_attention_of_transformers(queries, key_heads, dtype, masked):
+@pytest.mark.parametrize("cache", [1, 2 * 9 * 8 * 4 * 3, 2**23])  # one head, three heads, everything at once
+def test_it_is_the_attention_of_transformers(queries, key_heads, dtype, masked, cache, monkeypatch):
+    monkeypatch.setattr(one_query, "_CACHE_BYTES", cache)
     query, key, value, mask = inputs(queries, key_heads=key_heads, dtype=dtype)
     given = (Layer(4 // key_heads), query, key, value, mask if masked else None)
     got, _ = one_query.attend(*given, scaling=8**-0.5)
     expected, _ = sdpa_attention_forward(*given, scaling=8**-0.5)
     assert got.shape == expected.shape == (3, queries, 4, 8)
+    assert got.dtype == dtype
     torch.testing.assert_close(got, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
 
 
-def test_a_single_query_is_asked_twice_in_bf16_alone(monkeypatch):
+@pytest.mark.parametrize(("cache", "parts"), [(1, 12), (2 * 9 * 8 * 4 * 3, 6), (2 * 9 * 8 * 4 * 4 * 2, 2), (2**23, 1)])
+def test_a_single_query_is_widened_in_bf16_alone(cache, parts, monkeypatch):
     asked = []
 
     def counting(module, query, *args, **kwargs):
-        asked.append(query.shape[2])
+        asked.append((query.dtype, query.shape[2]))
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
     monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", counting)
-    for case in (
-        {"queries": 1},
-        {"queries": 1, "dtype": torch.float32},
-        {"queries": 2},
-        {"queries": 1, "key_heads": 2},
-    ):
+    monkeypatch.setattr(one_query, "_CACHE_BYTES", cache)
+    one_query.attend(Layer(1), *inputs(1), scaling=0.3)
+    assert asked == [(torch.float32, 1)] * parts
+    asked.clear()
+    for case in ({"queries": 1, "dtype": torch.float32}, {"queries": 2}, {"queries": 1, "key_heads": 2}):
         one_query.attend(Layer(4 // case.get("key_heads", 4)), *inputs(**case), scaling=0.3)
-    assert asked == [2, 1, 2, 1]
+    assert asked == [(torch.float32, 1), (torch.bfloat16, 2), (torch.bfloat16, 1)]
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))

@@ -42,6 +42,11 @@ def test_what_cannot_be_loaded(tmp_path):
         load_policy(str(tmp_path))
 
 
+def test_weights_that_are_missing_are_not_drawn_at_random(scorer_folder):
+    with pytest.raises(UsageError, match=r"no whole language model \(lm_head\.weight not in its weights"):
+        load_policy(str(scorer_folder))
+
+
 def test_dtypes_and_devices():
     assert resolve_dtype(None) == "auto"
     assert resolve_dtype("fp16") is torch.float16

@@ -92,7 +92,24 @@ def require_safe_weights(source: str) -> str:
         raise UsageError(
             f"{source} holds pickled weights only, which can run code when loaded; convert them to safetensors"
         )
+    for index in path.glob("*.safetensors.index.json"):
+        _require_inside(index)
     return str(path)
+
+
+def _require_inside(index: Path) -> None:
+    """Refuse an index of weights that names files elsewhere.
+
+    Raises:
+        UsageError: a name that is no plain file name, or an index that is none.
+    """
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+        odd = sorted(name for name in named if Path(name).name != name or "\\" in name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{index} is damaged: it maps no weights to files") from error
+    if odd:
+        raise UsageError(f"{index} names {odd[0]!r}: weights must lie in the model's own folder")
 
 
 def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:

@@ -158,12 +158,18 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_gener
 
     Raises:
         UsageError: the tokenizer has no chat template.
+        DataError: the template refuses the messages, or tries what its sandbox forbids.
     """
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             "the data holds chat messages, but the tokenizer has no chat template: set one in its "
             "tokenizer_config.json, or give prompt, chosen and rejected as plain text"
         )
-    return str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error

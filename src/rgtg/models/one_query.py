@@ -1,4 +1,4 @@
-"""Attention of one query in bf16 on a CPU: torch's kernel takes two in less than half the time of one."""
+"""Attention of one query in bf16 on a CPU: torch's kernel for fp32 is faster, even if it must be widened first."""
 
 from typing import Any
 
@@ -7,15 +7,18 @@ from torch import Tensor
 
 # Under this name transformers finds it; models whose attention is ``sdpa`` may have it instead.
 NAME = "rgtg_one_query"
+# Of keys and values in fp32: what a core's second and third cache hold, beside the weights that stream through them.
+_CACHE_BYTES = 2**23
 
 
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' ``sdpa`` attention, a single query asked twice.
+    """Transformers' ``sdpa`` attention, with keys and values widened to fp32 for a single bf16 query.
 
-    One query goes through a matrix-vector product that widens every key and value by itself (240 µs for 12 heads of 190
-    keys where two queries take 100). With grouped heads a single query is several already.
+    In bf16 one query goes through matrix-vector products that widen every key and value by themselves: 0.10 ms for 12
+    heads of 160 keys, and 0.05 ms so; 6.4 and 1.5 ms for eight rows of 1100. Rows and heads are taken as many at a time
+    as a cache holds widened. With grouped heads a single query is several already.
 
     Args:
         module: the attention layer.
@@ -29,12 +32,21 @@ def attend(
 
     if query.shape[2] > 1 or query.shape[1] != key.shape[1] or query.dtype != torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    twice = None if attention_mask is None else attention_mask.expand(-1, -1, 2, -1)
-    # never causal: with a query at the last place both see all keys
-    out, _ = sdpa_attention_forward(
-        module, query.expand(-1, -1, 2, -1), key, value, twice, **kwargs | {"is_causal": False}
-    )
-    return out[:, :1], None
+    kwargs |= {"is_causal": False}  # a query at the last place sees all keys
+    out = query.new_empty(query.shape[0], 1, *query.shape[1::2])  # (B, 1, heads, dim)
+    widened = 2 * key[0, 0].numel() * 4  # bytes of one head of one row
+    for rows in _slices(query.shape[0], widened * query.shape[1]):
+        mask = None if attention_mask is None else attention_mask[rows].float()
+        for heads in _slices(query.shape[1], widened):
+            part = (tensor[rows, heads].float() for tensor in (query, key, value))
+            out[rows, :, heads] = sdpa_attention_forward(module, *part, mask, **kwargs)[0]
+    return out, None
+
+
+def _slices(count: int, nbytes: int) -> list[slice]:
+    """So many things, each of so many bytes, in slices that a cache holds, each of one thing or more."""
+    size = max(1, _CACHE_BYTES // max(nbytes, 1))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def use_on(model: Any) -> None:

@@ -74,10 +74,14 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
     Raises:
         ModelNotFoundError: the folder or hub id cannot be loaded.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    unusual = (SafetensorError, StrictDataclassError)  # of damaged weights and configs, with no base in common
     folder = require_safe_weights(source)
     try:
         found = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, *unusual) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first}. {EXPECTED}") from error
     if folder != source:  # what is made from the model names the repository, not a cache
@@ -107,7 +111,8 @@ def load_policy(
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: ``dtype``, ``device`` or ``revision`` given for a loaded model, or a revision of a folder.
+        UsageError: ``dtype``, ``device`` or ``revision`` given for a loaded model, a revision of a folder, or weights
+            that are missing.
     """
     if not isinstance(source, str):
         if dtype is not None or device is not None or revision is not None:
@@ -118,6 +123,15 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     source = named(source, revision)
-    model = load_pretrained(AutoModelForCausalLM, source, "policy", dtype=resolve_dtype(dtype), use_safetensors=True)
+    model, report = load_pretrained(
+        AutoModelForCausalLM, source, "policy",
+        dtype=resolve_dtype(dtype), use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(
+            f"{source} is no whole language model ({missing} not in its weights, and would be drawn at random): is "
+            "it a reward model, or was its saving cut off?"
+        )
     model.to(resolve_device(device)).eval().requires_grad_(False)
     return Policy(model, load_tokenizer(source, "policy"))

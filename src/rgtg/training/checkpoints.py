@@ -74,6 +74,8 @@ def verify(folder: Path) -> Marker | str:
         return f"its {MARKER} is damaged"
     for name, expected in marker.files.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its {MARKER} names {name!r}, outside of it"
         if not path.is_file():
             return f"{name} is missing"
         if (size := path.stat().st_size) != expected.bytes:

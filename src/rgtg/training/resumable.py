@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from rgtg.errors import NonFiniteError, OutputError, StoppedError
+from rgtg.errors import DataError, NonFiniteError, OutputError, StoppedError
 from rgtg.training.callbacks import TrainLog
 from rgtg.training.checkpoints import PREFIX, newest_valid, seal
 from rgtg.training.stopping import StopRequest
@@ -37,14 +38,24 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_Flow(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As transformers' own; ``True`` goes on from the newest checkpoint that is complete and undamaged."""
+        """As transformers' own; ``True`` goes on from the newest checkpoint that is complete and undamaged.
+
+        Raises:
+            DataError: a file of the checkpoint is a pickle of more than tensors and numbers; it is not loaded.
+        """
         if resume_from_checkpoint is True:
             found = newest_valid(Path(self.args.output_dir))
             resume_from_checkpoint = str(found[0]) if found else None
         self._checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._checkpoint is not None:
             self.args.eval_on_start = False  # that was before the first step
-        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except UnpicklingError as error:
+            raise DataError(
+                f"{self._checkpoint} holds a pickle of more than tensors and numbers, which no training saves and "
+                "which could run code: it was not loaded. Delete that checkpoint, and find out who wrote it"
+            ) from error
         loss = self._mean_loss()
         return TrainOutput(done.global_step, loss, done.metrics | {"train_loss": loss})
 
