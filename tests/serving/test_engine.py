@@ -2,6 +2,7 @@
 
 import itertools
 import queue
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from naive import info, tiny_scorer
 from other_tokenizers import byte_level, encoder_with, reward_model_with
 from rgtg.config import DecodingSettings, EngineSettings
 from rgtg.decoding.guided import GuidedPolicy
-from rgtg.decoding.lanes import lane_key
+from rgtg.decoding.lanes import lane_key, make_prefill
 from rgtg.decoding.requests import row_seeds
 from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
 from rgtg.models.encoding import encode_source
@@ -336,6 +337,22 @@ def test_draining_finishes_what_was_taken_in_and_takes_nothing_more(models, serv
         engine.run(lambda: 1)
 
 
+def test_draining_waits_for_what_is_between_the_queue_and_its_place(models, serving, monkeypatch):
+    engine, begun = serving(), threading.Event()
+
+    def slowly(*args):
+        begun.set()
+        time.sleep(0.3)
+        return make_prefill(*args)
+
+    monkeypatch.setattr("rgtg.serving.engine.make_prefill", slowly)
+    listener = Heard()
+    engine.submit(job("Hi", row(max_new_tokens=2)), listener)
+    assert begun.wait(30)
+    assert engine.drain(30)
+    assert isinstance(listener.events[-1], Finished)
+
+
 def test_stopping_fails_what_is_left(models, serving):
     engine = serving(max_batch=2)
     heard = [Heard() for _ in range(5)]
@@ -353,6 +370,45 @@ def test_work_between_steps(models, engine):
     with pytest.raises(ZeroDivisionError):
         engine.run(lambda: 1 / 0).result(30)
     assert listener.finished()
+
+
+def test_works_of_one_request_are_taken_in_together_and_done_in_turn(models, serving):
+    engine, order, gate = serving(max_queue=0, max_batch=1), [], threading.Event()
+    first = engine.run_all([gate.wait, *(lambda i=i: order.append(("a", i)) for i in range(3))])
+    with pytest.raises(BusyError):
+        engine.run_all([lambda: None] * 2)  # the four count as one
+    gate.set()
+    assert [future.result(30) for future in first[1:]] == [None] * 3
+    assert order == [("a", 0), ("a", 1), ("a", 2)]
+    assert engine.run_all([]) == []
+
+
+def test_requests_that_score_take_turns_with_each_other_and_with_steps(models, serving):
+    engine, order, gate = serving(), [], threading.Event()
+    blocked = engine.run(gate.wait)
+    mine = engine.run_all([lambda i=i: order.append(("a", i)) for i in range(3)])
+    theirs = engine.run_all([lambda i=i: order.append(("b", i)) for i in range(2)])
+    listener = Heard()
+    engine.submit(job("Hi", row(max_new_tokens=6)), lambda event: (order.append("step"), listener(event)))
+    gate.set()
+    assert blocked.result(30)
+    assert engine.drain(30)
+    assert [one for one in order if one != "step"] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    assert "step" in order[: order.index(("a", 2))]
+    assert all(future.done() for future in (*mine, *theirs))
+    assert listener.finished()
+
+
+def test_stopping_fails_calls_that_wait(models, serving):
+    engine, begun, gate = serving(), threading.Event(), threading.Event()
+    running, left, cancelled = engine.run_all([lambda: (begun.set(), gate.wait(30)), lambda: 1, lambda: 2])
+    assert begun.wait(30)
+    cancelled.cancel()
+    threading.Timer(0.1, gate.set).start()
+    engine.stop()
+    assert running.result(30)
+    assert isinstance(left.exception(30), StoppedError)
+    assert cancelled.cancelled()
 
 
 def test_a_listener_that_raises_harms_nobody(models, engine, caplog):

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from rgtg.serving.models import ServedModels
 from rgtg.serving.seats import Arrival, Seat, Solo, internal_error, rows_of, send
 
 T = TypeVar("T")
+Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one request, in their order
 _log = logging.getLogger("rgtg.serving")
 # How long the thread sleeps when there is nothing to do and nobody wakes it.
 _IDLE_SECONDS = 0.5
@@ -72,7 +73,7 @@ class Engine:
         self.models, self.settings = models, settings
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._calls: deque[Calls] = deque()
         self._arrivals: list[Arrival] = []
         self._lanes: dict[LaneKey, Lane] = {}
         self._seats: dict[Member, Seat] = {}
@@ -81,6 +82,7 @@ class Engine:
         self._seconds: dict[str, float] = defaultdict(float)  # of lanes that are gone
         self._turns = self._nan = 0
         self._draining = self._stopping = False
+        self._idle = True  # as the engine's thread last found it, with nothing in its hands
         self._thread = threading.Thread(target=self._serve, name="rgtg-engine", daemon=True)
 
     # -- any thread ------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ class Engine:
         with self._wake:
             self._require_room()
             self._waiting.append(ticket)
-            self._wake.notify()
+            self._rouse()
         return ticket
 
     def run(self, work: Callable[[], T]) -> "Future[T]":
@@ -121,12 +123,29 @@ class Engine:
         Raises:
             BusyError, NotServingError: as ``submit``.
         """
-        future: Future[T] = Future()
+        (future,) = self.run_all([work])
+        return future
+
+    def run_all(self, works: Sequence[Callable[[], T]]) -> "list[Future[T]]":
+        """Run several things, each between two steps; they are taken in, or refused, together.
+
+        Raises:
+            BusyError, NotServingError: as ``submit``.
+        """
+        calls: Calls = deque((Future(), work) for work in works)
+        futures = [future for future, _ in calls]
+        if not futures:
+            return []
         with self._wake:
             self._require_room()
-            self._calls.append((future, work))
-            self._wake.notify()
-        return future
+            self._calls.append(calls)
+            self._rouse()
+        return futures
+
+    def _rouse(self) -> None:
+        """There is work; the lock is held."""
+        self._idle = False
+        self._wake.notify_all()
 
     def _require_room(self) -> None:
         if self._draining or self._stopping or not self._thread.is_alive():
@@ -174,7 +193,7 @@ class Engine:
         """Take nothing more in, and wait until what was taken in is done; whether it was, within ``seconds``."""
         with self._wake:
             self._draining = True
-            return self._wake.wait_for(self._is_idle, seconds)
+            return self._wake.wait_for(lambda: self._idle, seconds)
 
     def stop(self) -> None:
         """End the thread; what has not finished fails with ``StoppedError``."""
@@ -192,15 +211,16 @@ class Engine:
     def _serve(self) -> None:
         while not self._stopping:
             with self._wake:
-                if self._is_idle():
+                self._idle = self._is_idle()
+                if self._idle:
                     self._wake.notify_all()  # whoever drains
                     self._wake.wait(_IDLE_SECONDS)
             self._turn()
         self._fail_all(StoppedError("the server was stopped"))
 
     def _turn(self) -> None:
-        """One step of all that decodes, and one part of one prompt."""
-        self._run_calls()
+        """One step of all that decodes, one call, and one part of one prompt."""
+        self._run_call()
         self._drop_given_up()
         self._admit()
         for key, lane in list(self._lanes.items()):
@@ -210,16 +230,21 @@ class Engine:
         self._solos = [solo for solo in self._solos if not solo.done]
         self._read_prompt()
 
-    def _run_calls(self) -> None:
+    def _run_call(self) -> None:
+        """The next call of the request that was served longest ago; those given up cost no turn."""
         while self._calls:
             with self._wake:
-                future, work = self._calls.popleft()
+                calls = self._calls.popleft()
+                future, work = calls.popleft()
+                if calls:
+                    self._calls.append(calls)
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(work())
             except Exception as error:  # the caller's to handle
                 future.set_exception(error)
+            return
 
     # -- who comes and goes ----------------------------------------------------------------------------------------
 
@@ -338,11 +363,13 @@ class Engine:
         self._arrivals, self._lanes, self._seats, self._solos = [], {}, {}, []
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
-            calls, self._calls = list(self._calls), deque()
+            futures = [future for calls in self._calls for future, _ in calls]
+            self._calls = deque()
         for ticket in waiting:
             _refuse(ticket, why)
-        for future, _ in calls:
-            future.set_exception(why)
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(why)
 
 
 def _refuse(ticket: Ticket, why: RgtgError) -> None:

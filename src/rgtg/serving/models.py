@@ -12,6 +12,7 @@ from rgtg.decoding.loading import laid_out, packed_beside
 from rgtg.decoding.methods import find_method
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import read_info
+from rgtg.models.hub import local_folder
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.scorer import load_scorer, trunk_of
 from rgtg.models.text_scorer import TextScorer
@@ -132,7 +133,7 @@ def _kind_of(source: str) -> Literal["autoregressive"] | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_folder(source), trust_remote_code=False)
     except (OSError, ValueError):
         return None  # loading says why
     names = config.architectures or []

@@ -123,16 +123,20 @@ async def read_all(service: Service, found: Sequence[Reading]) -> list[list[floa
         ApiError: the queue is full, the time is over, or a score is no number.
     """
     engine, seconds = service.require(), service.settings.request_seconds
-    scores = []
+    works = [work for reading in found for work in reading.work]
+    futures = []
     try:
+        futures = engine.run_all(works)
         async with asyncio.timeout(seconds):
-            for reading in found:
-                parts = [await asyncio.wrap_future(engine.run(work)) for work in reading.work]
-                scores.append([score for part in parts for score in part])
+            parts = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     except TimeoutError:
         raise from_rgtg(DeadlineError("the request was not finished in its time")) from None
     except RgtgError as error:
         raise from_rgtg(error, "completion") from error
+    finally:
+        for future in futures:
+            future.cancel()  # what is still to be read, where one part failed
+    scores = [[score for _ in reading.work for score in next(parts)] for reading in found]
     if not all(math.isfinite(score) for each in scores for score in each):
         service.metrics.scored_nan += 1
         raise from_rgtg(NonFiniteError("the scorer returned NaN or infinite scores"))
