@@ -1,30 +1,29 @@
-"""Every promise of SECURITY.md, by its number."""
+"""Every promise of SECURITY.md, by its number; those about model files are in test_security_models.py."""
 
+import hmac
 import json
-import os
 import re
 import shutil
 import socket
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 
 import hub_server
-from conftest import tiny_policy, tiny_tokenizer, verb
+from conftest import verb
 from judge_server import serve
 from made_report import audit, steered
 from publishing.test_push import scorer as pushed_scorer  # noqa: F401  a folder as rgtg train leaves it
-from rgtg import GuidedPolicy
 from rgtg.config import TrainSettings
-from rgtg.errors import DataError, ModelNotFoundError, OutputError, UsageError
-from rgtg.models.policy import load_policy
+from rgtg.errors import DataError, OutputError
 from rgtg.outputs import atomic_write
 from rgtg.report import write_report
 from rgtg.training.checkpoints import MARKER, Marker, seal
 from rgtg.training.run import train_scorer
+from served import serving
 from synthetic import synthetic_rows, write_rows
+from test_security_models import Bomb
 
 ROOT = Path(__file__).parents[1]
 # the hub client uploads large files by a name that httpx2 calls old
@@ -32,101 +31,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 SCRIPT = "<script>alert(1)</script>"
 
 
-class Bomb:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
 def test_every_promise_has_a_test_and_every_test_a_promise():
-    promised = set(re.findall(r"^\| (S\d\d) \|", (ROOT / "SECURITY.md").read_text(), re.M))
-    tested = {name[5:8].upper() for name in globals() if re.match(r"test_s\d\d_", name)}
-    assert promised == tested
-    assert promised
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "consolidated.00.pth"])
-def test_s01_pickles_are_not_loaded_as_models(policy_folder, tmp_path, hub, name):
-    (policy_folder / "model.safetensors").unlink()
-    torch.save(Bomb(tmp_path / "ran"), policy_folder / name)
-    hub.put("me/pickled", {path.name: path.read_bytes() for path in policy_folder.iterdir()})
-    for source in (str(policy_folder), "me/pickled"):
-        with pytest.raises(UsageError, match="pickled weights only, which can run code"):
-            load_policy(source)
-    assert not (tmp_path / "ran").exists()
-    assert not [path for _, path in hub.requests if path.endswith(name)]
-
-
-def test_s02_code_of_a_repository_does_not_run(policy_folder, tmp_path, hub):
-    config = json.loads((policy_folder / "config.json").read_text())
-    evil = config | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
-    (policy_folder / "config.json").write_text(json.dumps(evil))
-    (policy_folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
-    hub.put("me/evil", {path.name: path.read_bytes() for path in policy_folder.iterdir()})
-    for source in (str(policy_folder), "me/evil"):
-        with pytest.raises(ModelNotFoundError, match="cannot load the policy"):
-            load_policy(source)
-    assert not (tmp_path / "ran").exists()
-    assert not [path for _, path in hub.requests if path.endswith(".py")]
-
-
-def test_s02_chat_templates_run_in_a_sandbox():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    guided = GuidedPolicy.from_pretrained((tiny_policy(), tokenizer), method="policy")
-    with pytest.raises(DataError, match="chat template refuses"):
-        guided.generate([[{"role": "user", "content": "Hi"}]])
-
-
-def header(length, body=b"{}"):
-    return struct.pack("<Q", length) + body
-
-
-def spoil_weights(content):
-    return lambda folder: (folder / "model.safetensors").write_bytes(content)
-
-
-def spoil_config(**values):
-    def spoil(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | values))
-
-    return spoil
-
-
-def point_outside(folder):
-    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tiny_policy().state_dict(), "../outside.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-TERABYTES = json.dumps({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
-HOSTILE = {
-    "a header that is too large": spoil_weights(header(2**60)),
-    "a header that is cut off": spoil_weights(header(1000)),
-    "an empty file": spoil_weights(b""),
-    "terabytes in a small file": spoil_weights(header(len(TERABYTES), TERABYTES)),
-    "weights outside of the folder": point_outside,
-    "an index that is none": lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
-    "nesting without end": lambda folder: (folder / "config.json").write_text("[" * 100_000),
-    "sizes beyond any memory": spoil_config(hidden_size=10**9, vocab_size=10**9),
-    "sizes that are none": spoil_config(hidden_size="many"),
-    "a tokenizer that is none": lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'),
-    "no text": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_s03_hostile_model_files_end_in_one_line(policy_folder, what):
-    HOSTILE[what](policy_folder)
-    ran = verb("generate")("--policy", policy_folder, "--method", "policy", "--prompt", "Hi")
-    assert ran.exit_code == 2, ran.exception
-    assert [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in ran.stderr
+    promised = dict(re.findall(r"^\| (S\d\d) \| (.*) \|$", (ROOT / "SECURITY.md").read_text(), re.M))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_security*.py"))
+    here = {number.upper() for number in re.findall(r"^def test_(s\d\d)_", sources, re.M)}
+    assert here <= set(promised)
+    for number, text in promised.items():
+        elsewhere = re.findall(r"`(tests/[\w/]+\.py)`: ((?:`test_\w+`(?:, )?)+)", text)
+        assert number in here or elsewhere, f"{number} has no test"
+        for path, names in elsewhere:
+            for name in re.findall(r"test_\w+", names):
+                assert f"def {name}(" in (ROOT / path).read_text(), f"{number}: {path} has no {name}"
 
 
 @pytest.fixture
@@ -288,3 +203,45 @@ def test_s12_containers_run_without_privileges():
         users = re.findall(r"^USER (\S+)$", path.read_text(), re.M)
         assert users, path
         assert users[-1] not in ("root", "0"), path
+
+
+# The server; its other tests are named in SECURITY.md.
+
+
+def test_s14_keys_are_compared_in_constant_time_and_stand_nowhere(monkeypatch):
+    compared = []
+    real = hmac.compare_digest
+    monkeypatch.setattr("rgtg.serving.gate.hmac.compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    with serving(api_key="sesame") as served:
+        answers = [
+            served.client.get("/v1/models", headers={"Authorization": f"Bearer {given}"})
+            for given in ("", "s", "sesam", "sesame", "sesame" * 1000)
+        ]
+        shown = served.client.get("/metrics", headers={"Authorization": "Bearer sesame"}).text
+    assert [answer.status_code for answer in answers] == [401, 401, 401, 200, 401]
+    assert len(compared) == 6
+    assert len({len(side) for pair in compared for side in pair}) == 1, "of one length, whatever was given"
+    assert "sesame" not in shown + "".join(answer.text for answer in answers)
+
+
+ASKED_FOR = [
+    *({"model": name} for name in ("/etc/passwd", "../policy", "tiny+/etc/passwd", "owner/name", "file:///etc/passwd")),
+    *({"guidance": {"scorers": [name]}} for name in ("/etc", "../x", "owner/name")),
+    *({name: "{{ 1 }}"} for name in ("chat_template", "template", "policy", "trust_remote_code", "code", "revision")),
+    {"guidance": {"scorers": ["kind"], "revision": "main"}}, {"tools": [{"type": "function"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED_FOR, ids=str)
+def test_s15_requests_choose_among_what_was_started_with(asked, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("a request loads nothing")
+
+    for name in ("policy.load_policy", "policy.load_pretrained", "scorer.load_scorer", "hub.local_folder"):
+        monkeypatch.setattr(f"rgtg.models.{name}", load)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    with serving() as served:
+        answer = served.post("/v1/chat/completions", **chat | asked)
+        assert answer.status_code in (400, 404), answer.text
+        assert "root:" not in answer.text
+        assert served.post("/v1/chat/completions", **chat).status_code == 200

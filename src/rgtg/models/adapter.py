@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from rgtg.errors import MissingExtraError, ModelNotFoundError
+from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError
+from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.hub import local_folder, named
 from rgtg.models.policy import load_pretrained
@@ -30,13 +32,15 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
     Raises:
         MissingExtraError: peft is not installed.
         ModelNotFoundError: the base model cannot be loaded.
+        UsageError: an adapter of another kind, or in a pickle.
+        DataError: an adapter that is damaged, or does not fit its base.
     """
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
-    folder = local_folder(source)
-    config = PeftConfig.from_pretrained(folder)
+    folder = require_safe_weights(source)
+    config = _config(PeftConfig, folder, source)
     base = config.base_model_name_or_path
     base = base if Path(base).exists() else named(base, config.revision)
     try:
@@ -53,7 +57,33 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing a user could act on
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
+        try:
+            return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+            raise DataError(f"the LoRA adapter {source} does not fit {base}, or is damaged: {_first(error)}") from error
+
+
+def _config(kind: Any, folder: str, source: str) -> Any:
+    """An adapter's description, of a LoRA that names its base.
+
+    Raises:
+        DataError: it is damaged.
+        UsageError: it describes another kind of adapter.
+    """
+    try:
+        config = kind.from_pretrained(folder)
+        what, base = str(getattr(config.peft_type, "value", config.peft_type)), config.base_model_name_or_path
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"the adapter_config.json of {source} is damaged, or of no LoRA: {_first(error)}") from error
+    if what != "LORA":
+        raise UsageError(f"{source} is an adapter of the kind {what}; expected a LoRA")
+    if not isinstance(base, str):
+        raise DataError(f"the adapter_config.json of {source} names no base model (base_model_name_or_path)")
+    return config
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def output_name(model: Any) -> str | None:

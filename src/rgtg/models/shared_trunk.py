@@ -78,7 +78,8 @@ def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]
     """
     path = Path(local_folder(folder))
     try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+        alpha = float(config["lora_alpha"])
         with safe_open(path / ADAPTER_FILE, framework="pt") as file:
             tensors = {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own, without a common base
@@ -93,7 +94,7 @@ def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]
         name = key.removesuffix(".lora_A.weight")
         down, up = tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
         rank = down.shape[0]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapter[name] = (down, up * scale)
     head = tensors.pop("score.weight", None)
     if head is None or head.shape[0] != 1 or tensors:
