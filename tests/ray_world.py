@@ -1,4 +1,4 @@
-"""Tiny models in folders, and prompts for them."""
+"""Ray on loopback only; tiny models in folders, and prompts for them."""
 
 import json
 import random
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
 from naive import info
+from rgtg.integrations.ray_cluster import _prepare_environment
 from rgtg.models.checkpoint import write_info
+
+_prepare_environment(local=True)  # before any test imports Ray
 
 
 def save_models(folder: Path) -> Path:

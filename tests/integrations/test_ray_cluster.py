@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+import ray_world  # noqa: F401
 from conftest import verb
 from rgtg.config import GenerateSettings
 from rgtg.errors import EndpointError, MissingExtraError, UsageError

@@ -1,7 +1,6 @@
 """``rgtg serve``: an OpenAI-compatible server with guidance per request, and a page to watch it."""
 
 import json
-import logging
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,11 +79,11 @@ def command(
     flags = {k: v for k, v in given.items() if k in ServeSettings.model_fields and v != [] and v is not False}
     settings = ServeSettings.resolve(config, overrides, flags)
     hush_libraries()
-    _log_to_stderr(errors_only=quiet or settings.log == "errors")
     try:
-        from rgtg.serving.server import serve
+        from rgtg.serving.server import log_to_stderr, serve
     except ImportError as error:
         raise MissingExtraError("rgtg serve needs its extra: pip install 'rgtg[serve]'") from error
+    log_to_stderr(errors_only=quiet or settings.log == "errors")
 
     def ready(url: str, models: "ServedModels") -> None:
         names = [models.policy_name, *models.scorers]
@@ -97,12 +96,3 @@ def command(
         sys.stdout.flush()
 
     serve(settings, ready)
-
-
-def _log_to_stderr(*, errors_only: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("rgtg.serving")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.ERROR if errors_only else logging.INFO)

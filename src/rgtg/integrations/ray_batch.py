@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rgtg.config import GenerateSettings
 from rgtg.data_prompts import PromptFile
 from rgtg.errors import RgtgError, UsageError
-from rgtg.integrations.ray_cluster import Room, cluster, nodes_alive, share
+from rgtg.integrations.ray_cluster import Room, cluster, nodes_alive, share, whole_path
 from rgtg.integrations.ray_pool import Pool
 from rgtg.jobs.run import run_plan
 from rgtg.types_jobs import JobResult
@@ -61,13 +60,9 @@ def _room(settings: GenerateSettings, *, growing: bool) -> Room:
 
 def _placed(settings: GenerateSettings, room: Room) -> GenerateSettings:
     """The settings as workers load models by them: whole paths of what is here, and no GPU that they were not given."""
-
-    def whole(source: Any) -> Any:
-        if isinstance(source, list):
-            return [whole(one) for one in source]
-        return str(Path(source).absolute()) if source is not None and Path(source).is_dir() else source
-
-    changed = {name: whole(getattr(settings, name)) for name in ("policy", "scorer", "draft")}
+    changed: dict[str, Any] = {name: whole_path(getattr(settings, name)) for name in ("policy", "draft")}
+    scorer = settings.scorer
+    changed["scorer"] = [whole_path(one) for one in scorer] if isinstance(scorer, list) else whole_path(scorer)
     if settings.device is None and not room.gpus:
         changed["device"] = "cpu"
     return settings.model_copy(update={k: v for k, v in changed.items() if v != getattr(settings, k)})

@@ -9,10 +9,12 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rgtg.config import GenerateSettings
 from rgtg.errors import EndpointError, MissingExtraError, RgtgError, UsageError
@@ -34,8 +36,8 @@ def require_ray() -> None:
 def cluster(settings: GenerateSettings) -> Iterator[bool]:
     """A connection to the cluster of the settings; where this process has one already, that one, and it stays.
 
-    A cluster that is started here listens on loopback only, has no dashboard and ends with the block. Yields whether it
-    was.
+    A cluster that is started here has no dashboard and ends with the block; where Ray had not been imported before, it
+    listens on loopback only and asks for a token. Yields whether it was started here.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -61,14 +63,15 @@ def cluster(settings: GenerateSettings) -> Iterator[bool]:
 
 
 def _prepare_environment(*, local: bool) -> None:
-    """Settings that Ray reads from the environment only, some of them when it is imported."""
+    """Settings that Ray reads from the environment only."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if local:
-        # Despite its name, on every system: 0 keeps all of Ray's processes on loopback.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Ray would leave a token in the home folder; a cluster of an hour has one of an hour.
-        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not local or "ray" in sys.modules:  # the others are read when it is imported, and by its processes: as one
+        return
+    # Despite its name, on every system: 0 keeps all of Ray's processes on loopback.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray would leave a token in the home folder; a cluster of an hour has one of an hour.
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _cpus(settings: GenerateSettings) -> int:
@@ -178,3 +181,8 @@ def nodes_alive() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def whole_path(source: str | None) -> str | None:
+    """A model's folder as every process of this machine finds it; a hub id as it is."""
+    return str(Path(source).absolute()) if source is not None and Path(source).is_dir() else source

@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -123,3 +124,12 @@ def load_engine(settings: ServeSettings) -> Engine:
     engine = Engine(models, settings)
     engine.start()
     return engine
+
+
+def log_to_stderr(*, errors_only: bool) -> None:
+    """Write a line for every request, or for errors only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.handlers = [handler]
+    _log.propagate = False
+    _log.setLevel(logging.ERROR if errors_only else logging.INFO)
