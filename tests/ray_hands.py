@@ -67,7 +67,7 @@ def slow_worker():
         def complete(self, batch):
             about = [os.getpid(), [task.row.id for task in batch.tasks]]
             note(self.settings, "given", about)
-            time.sleep(0.15)
+            time.sleep(0.25)
             answer = super().complete(batch)
             note(self.settings, "done", about)
             return answer

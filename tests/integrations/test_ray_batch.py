@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def written(output):
     return {name: output.with_name(output.name + name).read_bytes() for name in ("", ".errors.jsonl")}
 
 
+def at_work_on(output):
+    """Processes that have begun a batch and not ended it."""
+    ended = notes(output, "done")
+    return [pid for pid, rows in notes(output, "given") if [pid, rows] not in ended]
+
+
 def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_without_ray(
     ray_cluster, job, tmp_path, monkeypatch
 ):
@@ -76,8 +83,9 @@ def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_withou
 
     def kill_one(state):
         if state.done > 20 and not killed:
-            begun, ended = (notes(settings.output, name) for name in ("given", "done"))
-            killed.extend(pid for pid, rows in begun if [pid, rows] not in ended)  # one is at work, the other waits
+            while not (at_work := at_work_on(settings.output)):
+                time.sleep(0.002)
+            killed.append(at_work[0])
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.warns(UserWarning, match="a worker died .process .*its rows are done again"):  # noqa: SIM117

@@ -122,7 +122,6 @@ class Pool:
         """The pool with its workers on their way; they end with the block."""
         import ray
 
-        self._limit = time.monotonic() + _ROOM_SECONDS
         try:
             for _ in range(self.room.actors):
                 self._hire()
@@ -155,9 +154,7 @@ class Pool:
         waiting = deque(calls)
         working = 0
         while waiting or working:
-            while waiting and self._idle:
-                self._give(self._idle.pop(), waiting.popleft())
-                working += 1
+            working += self._hand_out(waiting)
             hand, call, answer = self._next()
             asked_for = call not in (_BEGIN, _LOAD)
             working -= asked_for
@@ -168,15 +165,25 @@ class Pool:
                     yield outcomes
             elif asked_for:
                 self._idle.append(hand)
+                working += self._hand_out(waiting)  # it need not wait until the answer is written
                 yield _unwrapped(answer)
             else:
                 self._go_on(hand, call, _unwrapped(answer))
+
+    def _hand_out(self, waiting: deque[_Call]) -> int:
+        """Give those that are idle what waits; how many got something."""
+        given = min(len(waiting), len(self._idle))
+        for _ in range(given):
+            self._give(self._idle.pop(), waiting.popleft())
+        return given
 
     def _hire(self) -> None:
         import ray
 
         # it is replaced here and never by Ray, which would not say what it was at
         actor = ray.remote(Worker).options(max_restarts=0, max_task_retries=0, **self.room.options)
+        if not self._idle and all(call is _BEGIN for _, call in self._at.values()):  # nobody is there any more
+            self._limit = self._limit or time.monotonic() + _ROOM_SECONDS
         self._give(_Hand(actor.remote(self.settings)), _BEGIN)
 
     def _give(self, hand: _Hand, call: _Call) -> None:
@@ -192,7 +199,8 @@ class Pool:
         if not ready:
             raise RgtgError(
                 f"no node of the cluster had room for a worker with {self.room.cpus} CPUs and {self.room.gpus:g} GPUs "
-                f"within {_ROOM_SECONDS / 60:.0f} minutes: lower --cpus-per-actor or --gpus-per-actor, or add nodes"
+                f"within {_ROOM_SECONDS / 60:.0f} minutes: lower --cpus-per-actor or --gpus-per-actor, or add nodes; "
+                "the same command goes on from the rows that are finished"
             )
         hand, call = self._at.pop(ready[0])
         try:
@@ -233,8 +241,10 @@ class Pool:
         deaths = self._deaths[call.name]
         if call.method == "complete":
             self._hire()
-            warnings.warn(f"a worker died ({hand.where}: {death.why}); its rows are done again", stacklevel=2)
-            return _again(call.arguments[0], deaths)
+            again, outcomes = _again(call.arguments[0], deaths)
+            then = "its rows are done again" if again else "its row is given up"
+            warnings.warn(f"a worker died ({hand.where}: {death.why}); {then}", stacklevel=2)
+            return again, outcomes
         if deaths >= _DEATHS_OF_START:
             raise RgtgError(f"a worker died {deaths} times while {call.name} ({hand.where}: {death.why})")
         self._hire()
