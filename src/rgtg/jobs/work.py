@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from rgtg.data_prompts import BadRow, PromptRow
 from rgtg.data_sources import Reason
@@ -137,7 +138,8 @@ class _Costs:
         except UsageError:  # no chat template: no row of this kind can be done
             raise
         except DataError as error:
-            raise _UnfitError(Reason.EMPTY_PROMPT.value, error) from error
+            refused = isinstance(error.__cause__, TemplateError)
+            raise _UnfitError((Reason.CHAT_TEMPLATE if refused else Reason.EMPTY_PROMPT).value, error) from error
         except Exception as error:  # a template is a program: it may refuse roles, or fail in any way
             raise _UnfitError(Reason.CHAT_TEMPLATE.value, error) from error
 
