@@ -46,6 +46,7 @@ bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/serve.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py
 
 study: setup  ## one row of docs/results/study-demo.json measured again, to the digit (minutes: it trains a policy and a scorer)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study demo --work study-output --only "pargs β=2"

@@ -105,7 +105,9 @@ class Hub:
 
     def file(self, name, revision, path, *, token, **_):
         repo = self._repo(name, token)
-        data = repo.commits.get(repo.resolve(revision), {}).get(path) if repo else None
+        if repo is None:
+            return 401, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
+        data = repo.commits.get(repo.resolve(revision), {}).get(path)
         if data is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
         etag = f'"{hashlib.sha1(data).hexdigest()}"'

@@ -20,7 +20,8 @@ LAYERS = {
     "rgtg.data_completions": 2, "rgtg.data_rollouts": 2, "rgtg.data_rejects": 2, "rgtg.data_prompts": 2,
     "rgtg.data_openai": 2, "rgtg.data_tokens": 2, "rgtg.jobs": 4,
     "rgtg.training": 3, "rgtg.decoding": 3,
-    "rgtg.evaluation": 4, "rgtg.serving": 4, "rgtg.integrations": 4, "rgtg.demo": 4, "rgtg.publishing": 4,
+    "rgtg.evaluation": 4, "rgtg.serving": 4, "rgtg.integrations": 4, "rgtg.demo": 4,
+    "rgtg.publishing": 4, "rgtg.planning": 4,
     "rgtg.report": 5, "rgtg.cli": 5,
 }  # fmt: skip
 MODULES = {

@@ -11,6 +11,7 @@ from rgtg.cli import (
     generate,
     judge,
     methods,
+    plan,
     push,
     report,
     score,
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 for _module in (
-    train, audit, generate, score, serve, compare, judge, report, push, methods, sweep, theory, demo, doctor,
+    train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, doctor,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 

@@ -15,6 +15,7 @@ from rgtg.config.evaluation import EvaluationSettings as EvaluationSettings
 from rgtg.config.evaluation import GuidingScorer as GuidingScorer
 from rgtg.config.evaluation import SweepSettings as SweepSettings
 from rgtg.config.judging import JudgeSettings as JudgeSettings
+from rgtg.config.planning import PlanSettings as PlanSettings
 from rgtg.config.publishing import PushSettings as PushSettings
 from rgtg.config.serving import EngineSettings as EngineSettings
 from rgtg.config.tools import DataCheckSettings as DataCheckSettings

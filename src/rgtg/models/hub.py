@@ -33,6 +33,32 @@ def local_folder(source: str) -> str:
     return source if Path(source).exists() else _snapshot(*split_revision(source))
 
 
+def local_file(source: str, name: str) -> Path:
+    """One file of a folder, or of a hub repository: nothing else of it is downloaded.
+
+    Raises:
+        ModelNotFoundError: no such folder or repository, or no such file in it.
+    """
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(source).exists():
+        path = Path(source) / name
+        if not path.is_file():
+            raise ModelNotFoundError(f"{source} has no {name}. {EXPECTED}")
+        return path
+    repo, revision = split_revision(source)
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, library_name="rgtg"))
+    except EntryNotFoundError as error:
+        if not isinstance(error, FileNotFoundError):  # what is raised without a network is both
+            raise ModelNotFoundError(f"{source} has no {name}. {EXPECTED}") from error
+        raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
+    except (OSError, httpx2.HTTPError, ValueError) as error:
+        raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
+
+
 def split_revision(source: str) -> tuple[str, str | None]:
     """Repository and revision of a hub id.
 

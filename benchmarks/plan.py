@@ -1,0 +1,213 @@
+"""Is ``rgtg plan`` right? What it says of every method, beside what the same job took here, on this processor.
+
+    python benchmarks/plan.py [--rounds 2] [--batches 1 8] [--output docs/results/plan.json]
+
+Policies and scorers are Llama-shaped with random weights, in shapes that calibration does not use (CASES). In each
+round and case the machine's rates are measured first (``rgtg.planning.calibrate``), then every row of a plan is decoded
+from prompt to last token by ``GuidedPolicy``; the median of the rounds' ratios counts. Of cards, a plan takes how much
+is drawn and scored as given: here, as the job drew and scored. One thread, and its own processor time, so that other
+work on the machine counts little; memory that others keep busy does count. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rgtg import GuidedPolicy
+from rgtg.config import PlanSettings
+from rgtg.models.checkpoint import ScorerInfo
+from rgtg.models.own_state import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.packed import pack_linears
+from rgtg.models.policy import Policy
+from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.shared_trunk import SharedTrunkScorer
+from rgtg.models.vocab_scorer import VocabularyScorer
+from rgtg.planning.calibrate import measure_device
+from rgtg.planning.shapes import count
+from rgtg.planning.ways import HEAD_RANK, HEAD_WIDTH, LORA_RANK, Job, job_cost, ways
+
+# name: dtype, and layers, width and key-value heads of policy and scorer
+CASES = {
+    "bf16, 12x768 with 6x512": ("bfloat16", (12, 768, 12), (6, 512, 8)),
+    "bf16, grouped heads, 6x1280 with 12x768": ("bfloat16", (6, 1280, 4), (12, 768, 3)),
+    "fp32, 12x768 with 6x512": ("float32", (12, 768, 12), (6, 512, 8)),
+}
+TINY = {"fp32, 2x128 with 2x64": ("float32", (2, 128, 2), (2, 64, 1))}
+KINDS = {"none", "separate", "vocabulary", "adapter", "state head", "vocabulary head"}
+PROMPT, TOKENS, K, N, WITHIN = 96, 24, 10, 4, 0.25
+
+
+class Case:
+    """Policy and scorers, laid out for decoding, and the shapes that a plan knows of them."""
+
+    def __init__(self, dtype, policy, scorer, vocabulary):
+        self.dtype, self.vocabulary, self.tokenizer = dtype, vocabulary, words(vocabulary)
+        stock = self.build(LlamaForCausalLM, policy)
+        self.policy_shape = count(stock, "policy")
+        self.policy = Policy(pack_linears(stock), self.tokenizer)
+        self.scorer_shape = count(self.build(LlamaForCausalLM, scorer), "scorer")
+        language_model = self.build(LlamaForCausalLM, scorer, 2)
+        table = VocabularyScorer(Policy(language_model, self.tokenizer), info=info(head="vocab"))
+        table.model = pack_linears(language_model)
+        width = policy[1]
+        self.scorers = {
+            "none": None,
+            "separate": PrefixScorer(
+                pack_linears(self.build(LlamaForSequenceClassification, scorer, 1)), self.tokenizer, info=info()
+            ),
+            "vocabulary": table,
+            "adapter": SharedTrunkScorer(self.policy, adapter_of(stock), torch.randn(1, width) * 0.02, info=info()),
+            "state head": OwnStateScorer(
+                self.policy, StateHead(width, HEAD_WIDTH), info(trunk="own", head="state", layer=policy[0])
+            ),
+            "vocabulary head": OwnStateScorer(
+                self.policy, VocabularyHead(width, HEAD_WIDTH, HEAD_RANK, vocabulary),
+                info(trunk="own", head="vocab", layer=policy[0]),
+            ),
+        }  # fmt: skip
+
+    def build(self, kind, size, seed=0):
+        torch.manual_seed(seed)
+        layers, width, kv_heads = size
+        config = LlamaConfig(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=kv_heads,
+            intermediate_size=width * 8 // 3, vocab_size=self.vocabulary, max_position_embeddings=2048, num_labels=1,
+            pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+        )  # fmt: skip
+        return kind(config).to(getattr(torch, self.dtype)).eval().requires_grad_(False)
+
+    def guided(self, way):
+        return GuidedPolicy.from_pretrained(self.policy, scorer=self.scorers[way.kind], method=way.method.name)
+
+
+def words(vocabulary):
+    """A tokenizer of as many words; every word is a token."""
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w2"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1", unk_token="w2")
+
+
+def info(objective="prefix-bt", **about):
+    same = dict.fromkeys(("rgtg_version", "base_model", "base_fingerprint", "tokenizer_hash", "data_fingerprint"), "")
+    return ScorerInfo(**same, objective=objective, append_eos=False, **about)
+
+
+def adapter_of(model):
+    """A random adapter on every linear layer of the trunk."""
+    return {
+        name: (torch.randn(LORA_RANK, m.weight.shape[1]) * 0.02, torch.randn(m.weight.shape[0], LORA_RANK) * 0.02)
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and name.startswith("model.")
+    }
+
+
+def prompts(batch, vocabulary):
+    draw = torch.Generator().manual_seed(0)
+    return [" ".join(f"w{i}" for i in row) for row in torch.randint(3, vocabulary, (batch, PROMPT), generator=draw)]
+
+
+def measured(guided, way, batch, vocabulary, tries=2):
+    """Processor time of the quicker of some tries, and the completions."""
+    settings = {"max_new_tokens": TOKENS}
+    settings |= {"n": N} if "n" in way.method.takes else {}
+    settings |= {"reward_threshold": 0.0} if way.method.rule == "accept" else {}
+    taken = []
+    for _ in range(tries):
+        start = time.process_time()
+        done = guided.generate(prompts(batch, vocabulary), batch_size=batch, **settings)
+        taken.append(time.process_time() - start)
+    return min(taken), done
+
+
+def predicted(case, way, device, batch, done):
+    given = {"policy": "", "prompt_tokens": PROMPT, "new_tokens": TOKENS, "n": N}
+    if way.method.rule == "accept":
+        tokens = sum(len(row.token_ids) for row in done)
+        given["cards_drawn"] = sum(row.drafted for row in done) / tokens
+        given["cards_scored"] = sum(row.scorer_calls for row in done) / tokens
+    job = Job(PlanSettings(**given), case.policy_shape, case.scorer_shape, device, 1, batch)
+    return job_cost(way, job).seconds
+
+
+def compare(cases, args):
+    """(case, method, scorer, batch) → predicted and measured seconds of every round; and the rates measured last."""
+    found, devices = {}, {}
+    for name, (dtype, policy, scorer) in cases.items():
+        case = Case(dtype, policy, scorer, args.vocabulary)
+        rows = [(way, case.guided(way)) for way in ways(KINDS)]
+        for number in range(args.rounds):
+            device = devices[name] = measure_device("cpu", dtype, args.tries, clock=time.process_time)
+            for batch in args.batches:
+                for way, guided in rows:
+                    took, done = measured(guided, way, batch, args.vocabulary)
+                    said = predicted(case, way, device, batch, done)
+                    found.setdefault((name, way.method.name, way.kind, batch), []).append((said, took))
+            print(f"  {name}: round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
+    return found, devices
+
+
+def record_of(found, devices, args):
+    rows = [
+        {
+            "case": case, "method": method, "scorer": kind, "batch": batch,
+            "predicted_ms": round(1e3 * statistics.median(said for said, _ in pairs) / TOKENS, 2),
+            "measured_ms": round(1e3 * statistics.median(took for _, took in pairs) / TOKENS, 2),
+            "ratio": round(statistics.median(said / took for said, took in pairs), 3),
+        }
+        for (case, method, kind, batch), pairs in found.items()
+    ]  # fmt: skip
+    worst = max(rows, key=lambda row: max(row["ratio"], 1 / row["ratio"]))
+    return {
+        "benchmark": "plan", "command": "python benchmarks/plan.py", "torch": torch.__version__, "threads": 1,
+        "load_before": args.load, "settings": {"prompt": PROMPT, "tokens": TOKENS, "k": K, "n": N,
+        "vocabulary": args.vocabulary, "rounds": args.rounds, "batches": args.batches}, "worst": worst,
+        "within_25_percent": [sum(abs(row["ratio"] - 1) <= WITHIN for row in rows), len(rows)],
+        "rows": rows, "devices": {name: device.model_dump() for name, device in devices.items()},
+    }  # fmt: skip
+
+
+def show(record):
+    table = Table(title="ms per token of every row, prompts included: plan / measured")
+    for heading in ("case", "method", "scorer", "batch", "plan", "measured", "ratio"):
+        table.add_column(heading, no_wrap=True)
+    for row in record["rows"]:
+        style = "" if abs(row["ratio"] - 1) <= WITHIN else "bold"
+        table.add_row(*(str(row[name]) for name in ("case", "method", "scorer", "batch")), f"{row['predicted_ms']:.1f}",
+                      f"{row['measured_ms']:.1f}", f"{row['ratio']:.2f}", style=style)  # fmt: skip
+    Console(width=140).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--tiny", action="store_true", help="two layers, one round: it runs, no more")
+    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    args = parser.parse_args()
+    args.load, args.vocabulary, args.tries = round(os.getloadavg()[0], 2), 32_000, 12
+    cases = {name: CASES[name] for name in args.cases}
+    if args.tiny:
+        cases, args.rounds, args.batches, args.vocabulary, args.tries = TINY, 1, [2], 500, 1
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    record = record_of(*compare(cases, args), args)
+    show(record)
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Measure this machine's rates in a few seconds, by the operations that decoding is made of.
+
+Every figure is the best of several tries, so that what else runs on the machine counts as little as it can.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgtg.config import DecodingSettings
+from rgtg.decoding.requests import Request, Stopping
+from rgtg.decoding.runner import TreeRunner
+from rgtg.decoding.token_tree import TokenTree
+from rgtg.decoding.tokenwise import TokenRule, decode
+from rgtg.models import one_query
+from rgtg.models.packed import StackedWeights, pack_linears
+from rgtg.models.policy import DTYPES
+from rgtg.models.readout import policy_logits
+from rgtg.planning.costs import OVERLAP, both
+from rgtg.planning.hardware import Device
+
+_TRIES = 12
+# Products of a layer 1024 wide, of more layers than a processor's caches hold: outputs, inputs.
+_SIDES, _LAYERS, _ROWS = ((3072, 1024), (1024, 1024), (5632, 1024), (1024, 2816)), 5, 64
+_CACHES, _BATCH, _HEADS, _COLUMNS, _HEAD_DIM = 24, 4, 12, 128, 64
+_TRUNK = 10  # weights of a small model's layer, in squares of its width: 4 for attention, 3 of twice that
+
+
+Clock = Callable[[], float]
+Best = Callable[[Callable[[], Any]], float]
+
+
+def measure_device(name: str, dtype: str, tries: int = _TRIES, clock: Clock = time.perf_counter) -> Device:
+    """Rates of the CPU, or of the first GPU, in one dtype.
+
+    Args:
+        name: ``cpu`` or ``cuda``.
+        dtype: float32, bfloat16 or float16.
+        tries: of each operation; the best counts.
+        clock: in seconds. On a CPU that others use too, ``time.process_time`` with one thread leaves them out.
+    """
+    device = torch.device(name)
+    best = functools.partial(_best, tries=tries, clock=clock)
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        bandwidth, compute = _products(device, dtype, best)
+        one, several, operations = _attention(device, dtype, best)
+        whole, layer, row = _passes(device, dtype, best, bandwidth, compute)
+        step, logit = _steps(device, best)
+    return Device(
+        name=name, dtype=dtype, memory=_memory(device), bandwidth=bandwidth, compute=compute,
+        attention_bandwidth=[one, several], attention_compute=operations, row_seconds=row, layer_seconds=layer,
+        pass_seconds=whole, step_seconds=step, logit_seconds=logit, measured=True,
+        source=f"measured here, {torch.get_num_threads()} threads" if device.type == "cpu" else "measured here",
+    )  # fmt: skip
+
+
+def _best(run: Callable[[], Any], tries: int, clock: Clock) -> float:
+    times = []
+    for _ in range(tries + 1):
+        _settle()
+        start = clock()
+        run()
+        _settle()
+        times.append(clock() - start)
+    return min(times[1:])
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, float]:
+    """Bytes per second with one row, operations per second with many."""
+    kind = _kind(dtype)
+    pack = device.type == "cpu" and _can_pack(kind)
+    sides = [side for _ in range(_LAYERS) for side in _SIDES]
+    weights = [StackedWeights(torch.randn(side, device=device).mul(0.02).to(kind), None, pack=pack) for side in sides]
+    size = sum(weight.nbytes for weight in weights)
+
+    def run(rows: int) -> float:
+        inputs = {side: torch.randn(1, rows, side, device=device).to(kind) for _, side in _SIDES}
+        pairs = [(weight, inputs[inside]) for weight, (_, inside) in zip(weights, sides, strict=True)]
+        return best(lambda: [weight(x) for weight, x in pairs])
+
+    reading = run(1)
+    return size / reading, 2 * size / kind.itemsize * _ROWS / _apart(run(_ROWS), reading)
+
+
+def _apart(together: float, one: float) -> float:
+    """The other of two times that overlap as ``both`` says; at least half of the whole."""
+    return float(max(together**OVERLAP - one**OVERLAP, (0.5 * together) ** OVERLAP) ** (1 / OVERLAP))
+
+
+def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, float, float]:
+    """Bytes of a cache per second, with one query and with eight, and operations per second with many queries."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    kind = _kind(dtype)
+    attend = one_query.attend if device.type == "cpu" and _can_pack(kind) else sdpa_attention_forward
+    layer = SimpleNamespace(is_causal=False, training=False)
+    shape = (_BATCH, _HEADS, 2 * _COLUMNS, _HEAD_DIM)  # half of them in use: views, as in the middle of a completion
+    pools = [torch.randn(shape, device=device).to(kind)[:, :, :_COLUMNS] for _ in range(2 * _CACHES)]
+    caches = [pools[i : i + 2] for i in range(0, len(pools), 2)]
+
+    def run(queries: int, over: Sequence[list[Tensor]]) -> float:
+        query = torch.randn(_BATCH, _HEADS, queries, _HEAD_DIM, device=device).to(kind)
+        mask = torch.zeros(_BATCH, 1, queries, _COLUMNS, device=device, dtype=kind)
+        return best(lambda: [attend(layer, query, keys, values, mask) for keys, values in over])
+
+    numbers = _BATCH * _HEADS * _COLUMNS * _HEAD_DIM
+    size = 2 * _CACHES * numbers * kind.itemsize
+    compute = 4 * 256 * numbers / run(256, caches[:1])
+    several = _apart(run(8, caches), 4 * 8 * _CACHES * numbers / compute)
+    return size / run(1, caches), size / several, compute
+
+
+def _passes(
+    device: torch.device, dtype: str, best: Best, bandwidth: float, compute: float
+) -> tuple[float, float, float]:
+    """Seconds of a pass, of each layer, and of each row of a layer by hidden dimension, products aside."""
+    few, many = _runner(device, dtype, 2, 64), _runner(device, dtype, 10, 64)
+    single = torch.full((1, 1), 7)
+    short, long = (best(lambda r=r: _read(r, single)) for r in (few, many))  # type: ignore[misc]
+    layer = max(long - short, 1e-6) / 8
+    layers, width, rows = 4, 512, (16, 64)
+    wide = _runner(device, dtype, layers, width)
+    taken = [best(lambda n=n: _read(wide, torch.full((1, n), 7))) for n in rows]  # type: ignore[misc]
+    trunk = layers * _TRUNK * width**2
+    products = [both(trunk * _kind(dtype).itemsize / bandwidth, 2 * trunk * n / compute) for n in rows]
+    more = (taken[1] - taken[0]) - (products[1] - products[0])
+    row = more / (layers * (rows[1] - rows[0]) * width)
+    return max(short - 2 * layer, 0.0), layer, max(row, 0.0)
+
+
+def _read(runner: TreeRunner, tokens: Tensor) -> Tensor:
+    """A pass over leaves, of which the first is kept and forgotten again."""
+    states = runner.states(TokenTree.leaves(tokens))
+    runner.keep(torch.zeros(1, 1, dtype=torch.long))
+    runner.forget([1])
+    return states
+
+
+def _runner(device: torch.device, dtype: str, layers: int, width: int) -> TreeRunner:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
+        intermediate_size=2 * width, vocab_size=64, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device, _kind(dtype)).eval()
+    runner = TreeRunner(pack_linears(model), policy_logits, 256)
+    runner.prefill([[5] * 16])
+    return runner
+
+
+class _NoModel:
+    """A stepper whose policy says the same of every token: what is left is the loop."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self.logits
+
+    def score(self, candidate_ids: Tensor) -> Tensor | None:
+        return torch.zeros(candidate_ids.shape, device=candidate_ids.device)
+
+    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        pass
+
+    def skip(self, tokens: Tensor) -> None:
+        pass
+
+    def select_rows(self, rows: Tensor) -> None:
+        pass
+
+    def advance(self) -> Tensor:
+        return self.logits
+
+
+def _steps(device: torch.device, best: Best) -> tuple[float, float]:
+    """Seconds of a step of the loop, and of each row and token of the vocabulary."""
+    small, large = (best(_next_token(device, batch, 32_000)) for batch in (1, 8))
+    each = max(large - small, 0.0) / (7 * 32_000)
+    return max(small - 32_000 * each, 0.0), each
+
+
+def _next_token(device: torch.device, batch: int, vocabulary: int) -> Callable[[], Any]:
+    requests = [Request("", [5], seed, []) for seed in range(batch)]
+    rule = TokenRule(beta=1.0, top_k=10, top_p=1.0, temperature=1.0, greedy=False)
+    stopping = Stopping(None, set(), DecodingSettings(max_new_tokens=10**6))
+    steps: Iterator[Any] = decode(requests, _NoModel(torch.randn(batch, vocabulary, device=device)), rule, stopping)
+    return lambda: next(steps)
+
+
+def _kind(dtype: str) -> torch.dtype:
+    kind = DTYPES[dtype]
+    assert isinstance(kind, torch.dtype), "a plan's dtype is a name of one"
+    return kind
+
+
+def _can_pack(kind: torch.dtype) -> bool:
+    if kind not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return kind == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

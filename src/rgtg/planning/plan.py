@@ -1,0 +1,217 @@
+"""The plan: for every method, does it fit, how fast is it, what does the whole job take."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from rgtg.config.planning import PlanSettings
+from rgtg.errors import DataError, UsageError
+from rgtg.planning.hardware import (
+    BYTES,
+    HERE,
+    REACHED_BANDWIDTH,
+    REACHED_COMPUTE,
+    REACHED_LINK,
+    Device,
+    from_sheet,
+    parse_hardware,
+)
+from rgtg.planning.shapes import Shape, shape_of
+from rgtg.planning.ways import (
+    HEAD_RANK,
+    HEAD_WIDTH,
+    LORA_RANK,
+    Job,
+    Kind,
+    Way,
+    cache_bytes,
+    job_cost,
+    token_cost,
+    ways,
+    weight_bytes,
+    work_bytes,
+)
+from rgtg.types import FORMAT_VERSION, Record
+
+SPARE = 0.9  # of a device's memory; the rest is the allocator's and the driver's
+LARGEST_BATCH = 64
+
+
+class PlanRow(Record):
+    """One method with one kind of scorer."""
+
+    method: str
+    scorer: Kind
+    fits: bool
+    batch: int = Field(description="prompts decoded together by one copy of the models")
+    tensor_parallel: int = Field(description="devices that share one copy")
+    copies: int
+    weights_gb: float = Field(description="on each device")
+    caches_gb: float = Field(description="on each device, at their longest")
+    work_gb: float = Field(description="on each device: states, masks, log-probabilities")
+    ms_per_token: float = Field(description="one token of every row of a batch, prompts aside")
+    limit_ms: float = Field(description="what reading weights and caches alone would take")
+    tokens_per_second: float = Field(description="of completions, on all devices together, prompts included")
+    hours: float
+    device_hours: float
+
+
+class PlanResult(Record):
+    """What ``rgtg plan`` prints."""
+
+    version: int = FORMAT_VERSION
+    policy: Shape
+    scorer: Shape | None
+    device: Device
+    devices: int
+    settings: dict[str, Any]
+    rows: list[PlanRow]
+    assumptions: list[str]
+
+
+def make_plan(settings: PlanSettings) -> PlanResult:
+    """Plan a job.
+
+    Raises:
+        UsageError: unknown hardware, a split that the devices do not allow, or a scorer that is part of another model.
+        ModelNotFoundError: a folder or hub id without a config.json of a decoder.
+        DataError: a hardware file that is damaged.
+    """
+    policy = shape_of(settings.policy)
+    scorer, kinds = _scorer(settings.scorer)
+    device, devices = _hardware(settings)
+    if settings.tensor_parallel is not None and devices % settings.tensor_parallel:
+        raise UsageError(f"tensor_parallel {settings.tensor_parallel} does not divide {devices} devices")
+    rows = [_row(way, settings, policy, scorer, device, devices) for way in ways(kinds)]
+    return PlanResult(
+        policy=policy, scorer=scorer, device=device, devices=devices, rows=rows,
+        settings=settings.model_dump(mode="json"), assumptions=_assumptions(settings, policy, scorer, device),
+    )  # fmt: skip
+
+
+def _scorer(source: str | None) -> tuple[Shape | None, set[Kind]]:
+    """The scorer's sizes, and the kinds of scorers that the plan has rows for."""
+    small: set[Kind] = {"none", "adapter", "state head", "vocabulary head"}
+    if source is None:
+        return None, small
+    if Path(source).exists() or "/" in source:
+        from rgtg.models.checkpoint import read_info
+
+        info = read_info(source) if Path(source).exists() else None
+        if info is not None and info.trunk == "shared":
+            return None, {"none", "adapter"}
+        if info is not None and info.trunk == "own":
+            return None, {"none", "vocabulary head" if info.head == "vocab" else "state head"}
+        if info is not None:
+            return shape_of(source), {"none", "vocabulary" if info.head == "vocab" else "separate"}
+    return shape_of(source), {*small, "separate", "vocabulary"}
+
+
+def _hardware(settings: PlanSettings) -> tuple[Device, int]:
+    path = Path(settings.hardware)
+    if path.suffix == ".json":
+        return _read_device(path, settings.dtype), 1
+    name, count = parse_hardware(settings.hardware)
+    if name not in HERE:
+        return from_sheet(name, settings.dtype), count
+    from rgtg.models.policy import resolve_device
+    from rgtg.planning.calibrate import measure_device
+
+    resolve_device(name)
+    device = measure_device(name, settings.dtype)
+    if settings.save_hardware is not None:
+        from rgtg.outputs import write_text
+
+        write_text(settings.save_hardware, device.model_dump_json(indent=2) + "\n")
+    return device, count
+
+
+def _read_device(path: Path, dtype: str) -> Device:
+    try:
+        device = Device.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the hardware {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise DataError(f"{path} is not what --save-hardware writes: {error.errors()[0]['msg']}") from error
+    if device.dtype != dtype:
+        raise UsageError(f"{path} was measured in {device.dtype}, and --dtype is {dtype}")
+    return device
+
+
+def _row(
+    way: Way, settings: PlanSettings, policy: Shape, scorer: Shape | None, device: Device, devices: int
+) -> PlanRow:
+    """The cheapest way to place one method on the devices, or the smallest that does not fit."""
+    splits = (
+        [settings.tensor_parallel] if settings.tensor_parallel else [d for d in _powers(devices) if not devices % d]
+    )
+    batches = [settings.batch_size] if settings.batch_size else _powers(min(LARGEST_BATCH, settings.prompts))[::-1]
+    placed = [_placed(way, Job(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches]
+    fitting = [row for row in placed if row.fits]
+    return min(fitting, key=lambda row: row.device_hours) if fitting else placed[-1]
+
+
+def _powers(limit: int) -> list[int]:
+    """1, 2, 4 … and the limit itself.
+
+    Example:
+        >>> _powers(6)
+        [1, 2, 4, 6]
+    """
+    return sorted({limit, *(2**i for i in range(limit.bit_length()) if 2**i <= limit)})
+
+
+def _placed(way: Way, job: Job, devices: int) -> PlanRow:
+    s, parallel = job.settings, job.parallel
+    weights = weight_bytes(way, job) / parallel
+    caches = cache_bytes(way, job) / min(parallel, job.policy.kv_heads)
+    work = work_bytes(way, job)
+    whole, token = job_cost(way, job), token_cost(way, job)
+    copies = devices // parallel
+    batches = -(-s.prompts // (job.batch * copies))  # each copy's, rounded up
+    hours = batches * whole.seconds / 3600
+    return PlanRow(
+        method=way.method.name, scorer=way.kind, fits=weights + caches + work <= SPARE * job.device.memory,
+        batch=job.batch, tensor_parallel=parallel, copies=copies, weights_gb=weights / 1e9, caches_gb=caches / 1e9,
+        work_gb=work / 1e9, ms_per_token=1e3 * token.seconds, limit_ms=1e3 * token.limit,
+        tokens_per_second=s.prompts * s.new_tokens / (3600 * hours), hours=hours, device_hours=hours * devices,
+    )  # fmt: skip
+
+
+def _assumptions(settings: PlanSettings, policy: Shape, scorer: Shape | None, device: Device) -> list[str]:
+    """What a reader must know to believe the plan, or not to."""
+    shapes = (("policy", policy), ("scorer", scorer))
+    return [
+        *(_of_size(role, shape) for role, shape in shapes if shape is not None and not shape.exact),
+        *_of_device(device),
+        f"every prompt has {settings.prompt_tokens} tokens and every completion {settings.new_tokens}; batches "
+        "start and end together; loading the models is not counted",
+        f"weights and caches in {settings.dtype}, {BYTES[settings.dtype]} bytes a number; {SPARE:.0%} of a device's "
+        "memory is used",
+        "policy and scorer lie on the same devices and take turns; batch and split are those of fewest device-hours",
+        f"heads are {HEAD_WIDTH} wide, and of rank {HEAD_RANK} where they score the vocabulary; adapters have rank "
+        f"{LORA_RANK}; no speculation, no entropy gate",
+        f"cards draws {settings.cards_drawn:g} tokens and scores {settings.cards_scored:g} segments for a token that "
+        "stays, as in docs/results/study-stories.json; its threshold moves both (--set cards_drawn=…)",
+    ]
+
+
+def _of_size(role: str, shape: Shape) -> str:
+    return (
+        f"{role} {shape.name}: {shape.layers} layers × {shape.hidden}, {shape.kv_heads} of {shape.heads} heads cached, "
+        f"vocabulary {shape.vocabulary:,}, as in a widely used model; a folder or hub id is counted exactly"
+    )
+
+
+def _of_device(device: Device) -> list[str]:
+    if device.measured:
+        return [f"{device.name}: rates {device.source}; they hold while the machine is as free as it was then"]
+    return [
+        f"{device.name}: {device.source}, of which {REACHED_BANDWIDTH:.0%} of the bandwidth, {REACHED_COMPUTE:.0%} of "
+        f"the arithmetic and {REACHED_LINK:.0%} of the link are assumed to be reached: no GPU was measured (on one, "
+        "--hardware cuda does)",
+        f"eager PyTorch is assumed to take {1e3 * device.layer_seconds:.2g} ms for each layer of a pass, "
+        f"{1e3 * device.pass_seconds:.2g} ms for a pass and {1e3 * device.step_seconds:.2g} ms for choosing a token, "
+        "whatever the size: at small batches this, not the bandwidth, is the limit",
+    ]

@@ -1,0 +1,194 @@
+"""The arithmetic of a plan, by hand on small numbers, and beside what the engine allocates."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import tiny_policy
+from rgtg import GuidedPolicy
+from rgtg.config import PlanSettings
+from rgtg.decoding import readers
+from rgtg.decoding.kv_cache import TreeCache
+from rgtg.decoding.methods import METHODS
+from rgtg.planning.costs import Pass, attention_seconds, both, exchange_seconds, pass_cost, step_seconds
+from rgtg.planning.hardware import Device, from_sheet
+from rgtg.planning.shapes import Shape, count
+from rgtg.planning.ways import (
+    MAX_WIDTH,
+    Job,
+    Way,
+    adapter_weights,
+    cache_bytes,
+    candidates,
+    head_weights,
+    job_cost,
+    prompt_cost,
+    token_cost,
+    ways,
+    weight_bytes,
+)
+from scorer_kinds import kinds, lora
+
+# 2 layers of 4 × 4 heads: q, k, v, o 16 weights each, three sides of 4 × 8; vocabulary 10
+SHAPE = Shape.llama("small", 2, 4, 2, 8, 10, head_dim=2, heads=2)
+DEVICE = Device(
+    name="slow", dtype="bfloat16", memory=1e6, bandwidth=100.0, compute=1000.0, attention_bandwidth=[50.0, 25.0],
+    attention_compute=500.0, row_seconds=0.001, layer_seconds=0.1, pass_seconds=0.5, step_seconds=2.0,
+    logit_seconds=0.01, link=10.0, link_seconds=0.3, measured=True, source="invented",
+)  # fmt: skip
+NAMES = {
+    "separate": "separate", "state head": "state", "vocabulary head": "vocab", "adapter": "adapter",
+    "vocabulary": "vocabulary scorer",
+}  # fmt: skip
+ALL = {"none", *NAMES}
+
+
+def job(settings, policy=SHAPE, scorer=SHAPE, device=DEVICE, parallel=1, batch=1):
+    return Job(PlanSettings(policy="", **settings), policy, scorer, device, parallel, batch)
+
+
+def test_sizes_of_a_small_shape():
+    assert SHAPE.trunk == 2 * (4 * 16 + 3 * 32) == 320
+    assert (SHAPE.head, SHAPE.total) == (40, 320 + 2 * 8 + 4 + 80)
+    assert SHAPE.cache_bytes(2) == 2 * 2 * 4 * 2  # keys and values, layers, numbers, bytes
+
+
+def test_a_pass_by_hand():
+    # one row, one new token behind nine, no logits: 640 bytes at 100 a second, 640 operations at 1000
+    products = both(6.4, 0.64)
+    # per layer: 1 · 10 columns · 8 bytes of keys and values per head (2 · 2 · 2), two heads, at 50 a second;
+    # 4 · 2 heads · 10 columns · 2 = 160 operations at 500
+    attention = 2 * both(160 / 50, 160 / 500)
+    rest = 2 * 1 * 4 * 0.001 + 2 * 0.1 + 0.5
+    cost = pass_cost(SHAPE, DEVICE, Pass(1, 1, 9))
+    assert cost.seconds == pytest.approx(products + attention + rest)
+    assert cost.limit == pytest.approx((640 + 9 * 32) / 100)
+    # the output layer: 80 bytes, and 80 operations of the one state
+    with_logits = pass_cost(SHAPE, DEVICE, Pass(1, 1, 9, 1))
+    assert with_logits.seconds - cost.seconds == pytest.approx(both(0.8, 0.08))
+    assert step_seconds(DEVICE, 3, 10) == pytest.approx(2.3)
+
+
+def test_two_devices_share_a_pass_and_exchange_states():
+    one, two = (pass_cost(SHAPE, DEVICE, Pass(4, 3, 7), parallel) for parallel in (1, 2))
+    exchange = exchange_seconds(DEVICE, 12 * 4 * 2, 2)
+    assert exchange == pytest.approx(0.3 + 96 / 10)  # 2 · ½ of what is added up, both ways
+    fixed = 2 * 12 * 4 * 0.001 + 2 * 0.1 + 0.5
+    assert two.seconds == pytest.approx(fixed + (one.seconds - fixed) / 2 + 2 * 2 * exchange)
+    assert exchange_seconds(DEVICE.model_copy(update={"link": 0.0}), 1, 2) == math.inf
+
+
+def test_grouped_heads_are_expanded_where_several_queries_read_them():
+    grouped = SHAPE.model_copy(update={"heads": 4, "kv_heads": 2})
+    head = 2 * 1 * 12 * 2 * 2  # keys and values of one head, 12 columns
+    many = attention_seconds(grouped, DEVICE, Pass(1, 2, 10))
+    assert many == pytest.approx(head * 6 / 100 + both(head * 4 / 25, 4 * 2 * 4 * 12 * 2 / 500))
+    assert attention_seconds(grouped, DEVICE, Pass(1, 1, 11)) == pytest.approx(
+        both(head * 2 / 25, 4 * 1 * 4 * 12 * 2 / 500)
+    )
+
+
+def test_both_lies_between_the_larger_limit_and_the_sum():
+    assert both(3.0, 0.0) == pytest.approx(3)
+    assert 3 < both(3.0, 2.0) < 5
+    assert both(2.0, 3.0) == both(3.0, 2.0)
+
+
+def test_experts_are_read_as_rows_meet_them():
+    mixture = SHAPE.model_copy(update={"experts": 160, "routed": 8, "active": 2})
+    assert mixture.used_per_row == 320 - 160 + 40
+    assert mixture.read_per_pass(1) == mixture.used_per_row
+    assert mixture.read_per_pass(2) == pytest.approx(160 + 160 * (1 - 0.75**2))
+    assert mixture.read_per_pass(1000) == pytest.approx(320)
+
+
+def test_tokens_of_a_job_by_hand():
+    asked = job({"prompt_tokens": 6, "new_tokens": 8})
+    way = Way(METHODS["policy"], "none")
+    token = pass_cost(SHAPE, DEVICE, Pass(1, 1, 10, 1)).seconds + 2.1  # behind 6 and half of 8; ten logits
+    prompt = pass_cost(SHAPE, DEVICE, Pass(1, 6, 0, 1)).seconds
+    assert token_cost(way, asked).seconds == pytest.approx(token)
+    # eight are chosen; the prompts' pass gave the first, so seven are read
+    assert job_cost(way, asked).seconds == pytest.approx(prompt + 8 * token - (token - 2.1))
+    pargs = Way(METHODS["pargs"], "separate")
+    scored = pass_cost(SHAPE.without_head(), DEVICE, Pass(1, 3, 10)).seconds
+    asked = job({"prompt_tokens": 6, "new_tokens": 8, "k": 3})
+    assert token_cost(pargs, asked).seconds == pytest.approx(token + scored)
+    best, asked = Way(METHODS["best-of-n"], "separate"), job({"prompt_tokens": 6, "new_tokens": 8, "n": 4})
+    drawn = pass_cost(SHAPE, DEVICE, Pass(1, 4, 6 + 4 * 4, 4)).seconds + 2 + 4 * 0.1
+    rewards = pass_cost(SHAPE.without_head(), DEVICE, Pass(4, 14, 0)).seconds
+    assert token_cost(best, asked).seconds == pytest.approx(drawn + rewards / 8)
+
+
+def test_every_method_has_a_way_and_costs_at_least_the_policy():
+    planned = ways(ALL)
+    assert {way.method.name for way in planned} == set(METHODS)
+    asked = job({}, device=from_sheet("h200", "bfloat16"), batch=4)
+    least = token_cost(Way(METHODS["policy"], "none"), asked)
+    for way in planned:
+        cost = token_cost(way, asked)
+        # cd-blockwise does not read a segment's last token, and shares what it draws among n
+        assert cost.seconds > 0.9 * least.seconds
+        assert cost.limit < cost.seconds
+        assert prompt_cost(way, asked).seconds > 0
+    assert {way.kind for way in ways({"none"})} == {"none"}
+
+
+def test_candidates_are_the_methods_own_unless_given():
+    assert candidates(Way(METHODS["rad"], "separate"), PlanSettings(policy=""), 1000) == 20
+    assert candidates(Way(METHODS["rad"], "separate"), PlanSettings(policy="", k=5), 1000) == 5
+    assert candidates(Way(METHODS["farma"], "vocabulary"), PlanSettings(policy="", k=5), 1000) == 1000
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every cache that is filled."""
+    caches, start = {}, TreeCache.start
+
+    def noted(self, rows):
+        caches[id(self)] = self
+        start(self, rows)
+
+    monkeypatch.setattr(TreeCache, "start", noted)
+    return caches
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained on")
+@pytest.mark.parametrize("way", ways(ALL), ids=lambda way: f"{way.method.name}, {way.kind}")
+def test_caches_are_as_large_as_the_engine_makes_them(way, made):
+    policy, scorers = kinds()
+    scorer = None if way.kind == "none" else scorers[NAMES[way.kind]][0]
+    guided = GuidedPolicy.from_pretrained(policy, scorer=scorer, method=way.method.name)
+    asked = {"n": 3} if "n" in way.method.takes else {}
+    given = asked | ({"reward_threshold": -9.0} if way.method.rule == "accept" else {})
+    for _ in range(2):  # the first time, a trial says whether the models read trees
+        made.clear()
+        guided.generate(["The cat sat", "The dog ran"], max_new_tokens=5, batch_size=2, **given)
+    shapes = (count(policy.model, "policy"), None if scorer is None else count(tiny_policy(), "scorer"))
+    planned = job({"prompt_tokens": 11, "new_tokens": 5, **asked}, *shapes, from_sheet("h200", "float32"), batch=2)
+    assert cache_bytes(way, planned) == sum(cache.nbytes for cache in made.values()) > 0
+
+
+def test_weights_are_counted():
+    model = tiny_policy()
+    shape = count(model, "tiny")
+    assert shape.total == sum(p.numel() for p in model.parameters())
+    trunk = [
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    ]
+    assert shape.trunk == sum(trunk)
+    assert shape.head == model.lm_head.weight.numel()
+    adapter, _ = lora(model, rank=3)
+    assert adapter_weights(shape, 3) == sum(a.numel() + b.numel() for a, b in adapter.values())
+    device = from_sheet("h200", "bfloat16")
+    for kind, held in {
+        "none": 2 * shape.total, "adapter": 2 * (shape.total + adapter_weights(shape)),
+        "state head": 2 * shape.total + 4 * head_weights(shape, "state head"),
+        "vocabulary": 4 * shape.total, "separate": 2 * (2 * shape.total - shape.head),
+    }.items():  # fmt: skip
+        assert weight_bytes(Way(METHODS["pargs"], kind), job({}, shape, shape, device)) == held
+
+
+def test_passes_are_as_wide_as_the_engine_makes_them():
+    assert MAX_WIDTH == readers.MAX_WIDTH
