@@ -121,6 +121,23 @@ def test_tokens_of_a_job_by_hand():
     assert token_cost(best, asked).seconds == pytest.approx(drawn + rewards / 8)
 
 
+def test_tokens_of_segments_by_hand():
+    asked = job(
+        {"prompt_tokens": 6, "new_tokens": 8, "n": 2, "segment_tokens": 4, "cards_drawn": 2, "cards_scored": 0.5}
+    )
+    reward = SHAPE.without_head()
+    drawn = pass_cost(SHAPE, DEVICE, Pass(1, 2, 10 + 2 * 4 / 2, 2)).seconds * 3 / 4 + 2 + 2 * 0.1
+    scored, kept = (pass_cost(reward, DEVICE, Pass(1, nodes, 10)).seconds for nodes in (2 * 4, 4))
+    again = pass_cost(SHAPE, DEVICE, Pass(1, 4, 10, 1)).seconds
+    ended = pass_cost(reward, DEVICE, Pass(2, 14, 0)).seconds  # two completions, read whole
+    blockwise = token_cost(Way(METHODS["cd-blockwise"], "separate"), asked).seconds
+    assert blockwise == pytest.approx(drawn + (scored + again + kept) / 4 + ended / 8)
+    # cards: two tokens drawn for one that stays, in segments of four, half of which are kept
+    token = pass_cost(SHAPE, DEVICE, Pass(1, 1, 10, 1)).seconds + 2.1
+    cards = token_cost(Way(METHODS["cards"], "separate"), asked).seconds
+    assert cards == pytest.approx(2 * token + kept * (0.5 + 0.5 / 2) + ended / 8)
+
+
 def test_every_method_has_a_way_and_costs_at_least_the_policy():
     planned = ways(ALL)
     assert {way.method.name for way in planned} == set(METHODS)

@@ -121,7 +121,7 @@ def token_cost(way: Way, job: Job) -> Cost:
             return (
                 job.policy_token(job.settings.n)
                 + job.step(job.settings.n)
-                + _rewards(job) * (1 / job.settings.new_tokens)
+                + _rewards(job, job.settings.n) * (1 / job.settings.new_tokens)
             )
     return _cards(job) if way.method.rule == "accept" else _blockwise(way, job)
 
@@ -145,11 +145,11 @@ def _stepwise(way: Way, job: Job, k: int) -> Cost:
             return job.read(more, Pass(2 * batch, k, columns, batch)) + job.step() + _adapter_cost(job)
 
 
-def _rewards(job: Job) -> Cost:
-    """A reward model reads n finished completions of every prompt, a few together."""
+def _rewards(job: Job, n: float) -> Cost:
+    """A reward model reads n finished completions of every prompt from their beginning, a few together."""
     s = job.settings
-    passes = job.batch * s.n / _SCORED_TOGETHER
-    together = min(_SCORED_TOGETHER, job.batch * s.n)
+    passes = job.batch * n / _SCORED_TOGETHER
+    together = min(_SCORED_TOGETHER, job.batch * n)
     return job.read(job.reward, Pass(together, s.prompt_tokens + s.new_tokens, 0)) * max(passes, 1)
 
 
@@ -163,7 +163,8 @@ def _blockwise(way: Way, job: Job) -> Cost:
     scored = job.read(job.reward, Pass(job.batch, s.n * length / passes, job.columns)) * passes
     again = job.read(job.policy, Pass(job.batch, length, job.columns, job.batch))
     kept = job.read(job.reward, Pass(job.batch, length, job.columns))
-    return drawn + (scored + again + kept) * (1 / length)
+    ended = _rewards(job, s.n) * (1 / s.new_tokens)  # what ends a completion is scored as a whole text
+    return drawn + (scored + again + kept) * (1 / length) + ended
 
 
 def _cards(job: Job) -> Cost:
@@ -172,7 +173,8 @@ def _cards(job: Job) -> Cost:
     drawn = (job.policy_token() + job.step()) * s.cards_drawn
     length = s.cards_drawn / s.cards_scored
     scored = job.read(job.reward, Pass(job.batch, length, job.columns))
-    return drawn + scored * (s.cards_scored + s.cards_scored / s.cards_drawn)
+    ended = _rewards(job, s.cards_drawn) * (1 / s.new_tokens)
+    return drawn + scored * (s.cards_scored + s.cards_scored / s.cards_drawn) + ended
 
 
 def adapter_weights(shape: Shape, rank: int = LORA_RANK) -> int:
