@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 
 LONGEST = 500  # characters of a completion
+LONGEST_READ = 1000  # of a reply that only the policy reads
 LONGEST_PROMPT = 400  # characters of a turn or instruction
 SCORER_PART, JUDGE_PART = 0.45, 0.90
 HH_FILES = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -100,14 +101,13 @@ def all_pairs(folder):
     return parts
 
 
-def policy_texts(folder, parts, outputs=6000, dialogues=4000, novels=1_000_000):
+def policy_texts(folder, parts, dialogues=4000, novels=1_000_000):
     """Texts in dialogue form that the policy reads: the scorers' half of the pairs, and text beside the pairs."""
     texts = [row["prompt"] + row[side] for row in parts["scorers"] for side in ("chosen", "rejected")]
     asked = {r["instruction_id"]: r["instruction"] for r in lines(folder / "instructions/instructions.jsonl.xz")}
-    short = [r for r in lines(folder / "instructions/outputs.jsonl.xz") if len(r["output"]) <= LONGEST]
-    for row in random.Random(0).sample(short, min(outputs, len(short))):
+    for row in lines(folder / "instructions/outputs.jsonl.xz"):
         prompt = as_dialogue(asked[row["instruction_id"]])
-        if part_of(prompt) == "scorers":
+        if len(row["output"]) <= LONGEST_READ and part_of(prompt) == "scorers":
             texts.append(f"{prompt} {row['output'].strip()}")
     for row in lines(folder / "tldr/reddit_tldr.jsonl.xz"):
         text = " ".join(row["post"].split())[: LONGEST_PROMPT - 20]

@@ -58,7 +58,7 @@ def new_optimizers(model, args):
 
 
 def train(args):
-    """Train for a number of minutes: the rate falls with the time that is left, so the end is always a finished run."""
+    """Train for minutes of processor time: the rate falls with what is left, so the end is always a finished run."""
     parts = all_pairs(args.data)
     texts = policy_texts(args.data, parts)
     print({k: len(v) for k, v in parts.items()}, len(texts), "texts", flush=True)
@@ -69,8 +69,8 @@ def train(args):
     model = new_model(args)
     optimizers = new_optimizers(model, args)
     generator = torch.Generator().manual_seed(args.seed)
-    order, start, step, losses = torch.randperm(len(blocks), generator=generator), time.time(), 0, []
-    while (spent := (time.time() - start) / (60 * args.minutes)) < 1:
+    order, start, step, losses = torch.randperm(len(blocks), generator=generator), time.process_time(), 0, []
+    while (spent := (time.process_time() - start) / (60 * args.minutes)) < 1:
         share = min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["highest"] * share
@@ -85,14 +85,15 @@ def train(args):
             optimizer.step()
         losses.append(loss.item())
         if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}  {time.process_time() - start:.0f} s", flush=True)
         step += 1
     model.eval().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     facts = {
         "parameters": model.num_parameters(), "steps": step, "tokens": step * args.batch * args.context,
         "corpus_tokens": len(ids), "final_loss_nats": sum(losses[-20:]) / len(losses[-20:]),
-        "minutes": args.minutes, "seed": args.seed, "vocab": args.vocab, "layers": args.layers, "width": args.width,
+        "processor_minutes": args.minutes, "seed": args.seed, "vocab": args.vocab, "layers": args.layers,
+        "width": args.width,
     }  # fmt: skip
     (args.output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(facts, flush=True)
@@ -102,7 +103,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=25, help="of processor time, so that other work costs nothing")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--matrix-rate", type=float, default=0.02)
     for name, value in {"seed": 0, "layers": 4, "width": 192, "vocab": 4096, "context": 256, "batch": 16}.items():

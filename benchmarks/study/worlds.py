@@ -18,7 +18,7 @@ from rgtg.outputs import write_text
 from .golds import GOLDS
 
 MOST_DRAWS = 10  # of as many openings as are needed
-JUDGED = 1500  # pairs of the judge; training time, not data, was what there was too little of
+JUDGED = 5000  # pairs of the judge, at most: its whole half has fewer
 
 
 @dataclass
