@@ -4,7 +4,7 @@
     python -m benchmarks.study human --policy POLICY --data DATA --work WORK
     python -m benchmarks.study demo --work WORK [--only "pargs β=2"]
     python -m benchmarks.study tables --work WORK --track stories
-    python -m benchmarks.study tables --json docs/results/study-stories-first.json --seeds 0 1
+    python -m benchmarks.study tables --json docs/results/study-stories.json
     python -m benchmarks.study restore --work WORK --track stories
 
 ``restore`` makes parts of the committed JSON, so that a study whose parts were lost can go on: first run one row, so
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--policy")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--json", type=Path, help="tables of this committed JSON, of --seeds alone, instead of WORK's")
+    parser.add_argument("--json", type=Path, help="tables of this committed JSON instead of WORK's")
     parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables or parts")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--golds", nargs="+")
@@ -111,11 +111,7 @@ def main():
     if args.track == "tables":
         from . import tables
 
-        return (
-            tables.show(args.json, args.seeds, args.golds)
-            if args.json
-            else tables.write(args.work, args.of, args.output)
-        )
+        return tables.show(args.json, args.golds) if args.json else tables.write(args.work, args.of, args.output)
     if args.track == "restore":
         from . import record
 

@@ -19,7 +19,7 @@ def slim(part, private):
     tune = part["split"] == "tune"  # chosen by these means; single figures are of the test prompts
     for name in MEANS["tune" if tune else "test"]:
         part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
-    if private or tune:
+    if private or part["split"] != "test":
         part.pop("samples", None)
     if not tune:
         part["kl"], part["rewards"] = ([round(v, 3) for v in part[k]] for k in ("kl", "rewards"))

@@ -78,7 +78,8 @@ def chosen(row, parts, cut):
         parts: figures per prompt, ``kl`` to the policy's whole distribution.
         cut: the unguided row's part on the same prompts: the policy cut to ten candidates.
     """
-    mean = {value: {k: sum(p[k]) / len(p[k]) for k in ("rewards", "kl")} for value, p in parts.items()}
+    tried = {value: parts[value] for value in row.grid if value in parts}  # in this order: ties go to the first
+    mean = {value: {k: sum(p[k]) / len(p[k]) for k in ("rewards", "kl")} for value, p in tried.items()}
     most = MOST_NATS + sum(cut["kl"]) / len(cut["kl"])
     near = {value: m for value, m in mean.items() if m["kl"] <= most}
     if near or row.group == "greedy":

@@ -18,6 +18,8 @@ from .rows import BY_NAME, ROWS, chosen
 from .worlds import read_rows
 
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
+DRAWN = ("policy", "best-of-n", "guided", "heads", "fine-tuned", "newer")
+MOST_DRAWN = 45.0  # nats, in the figure
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
 COMMANDS = {
     "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2 "
@@ -76,7 +78,7 @@ def stack(parts, tuned, name, field, seeds):
 
 
 def summarise(cells, gold, targets):
-    """The table of one gold: one line per row at its tuned value, reward at equal KL, and differences to pargs."""
+    """The table of one gold: one line per row at its tuned value, reward at equal KL, differences to pargs and dpo."""
     parts, tuned = arrays(cells, gold)
     lines, tests = [], []
     for row in ROWS:
@@ -101,9 +103,11 @@ def summarise(cells, gold, targets):
         }  # fmt: skip
         if row.group == "fine-tuned":
             line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
-        base = stack(parts, tuned, "pargs", "rewards", seeds)
-        if base is not None and row.name != "pargs":
-            line["less_pargs"] = paired(rewards, base)
+        for name in ("pargs", "dpo"):
+            base = stack(parts, tuned, name, "rewards", seeds)
+            if base is not None and row.name != name:
+                line[f"less_{name}"] = paired(rewards, base)
+        if "less_pargs" in line:
             tests.append(line)
         lines.append(line)
     for line, p in zip(tests, holm([t["less_pargs"]["p"] for t in tests]), strict=True):
@@ -157,7 +161,7 @@ def markdown(gold, lines, targets):
 
 def plot(cells, golds, path, names):
     """Reward against KL: one panel per gold, means over seeds."""
-    figure, panels = new_figure(4.6 * len(golds), 4.4, columns=len(golds))
+    figure, panels = new_figure(4.6 * len(golds), 5.6, columns=len(golds))
     for column, (gold, axes) in enumerate(zip(golds, np.atleast_1d(panels), strict=True)):
         parts, _ = arrays(cells, gold)
         for index, name in enumerate(n for n in names if n in parts):
@@ -165,19 +169,19 @@ def plot(cells, golds, path, names):
             for by_seed in parts[name].values():
                 cut = [{f: np.mean(p[f][:FRONTIER]) for f in ("kl", "rewards")} for p in by_seed.values()]
                 points.append(tuple(np.mean([p[f] for p in cut]) for f in ("kl", "rewards")))
-            x, y = zip(*sorted(points), strict=True)
+            x, y = zip(*sorted(p for p in points if p[0] <= MOST_DRAWN) or [(np.nan, np.nan)], strict=True)
             marker = "ox^sD*"[index // len(COLOURS)]
             axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=4, label=name)
-        axes.set(xlabel="KL to the policy (nats)", ylabel="held-out reward", title=gold, xlim=(None, 45))
+        axes.set(xlabel="KL to the policy (nats)", ylabel="held-out reward", title=gold)
         if column == 0:
-            axes.legend(fontsize=7)
+            figure.legend(fontsize=7, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=140, metadata={"Software": ""})
 
 
-def show(path, seeds, golds=None):
-    """The tables of a committed JSON, of some of its training seeds and golds only, on stdout."""
+def show(path, golds=None):
+    """The tables again from the rows of a committed JSON, on stdout."""
     record = json.loads(path.read_text())
-    cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"] if c["seed"] in seeds]
+    cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"]]
     targets = EQUAL_KL[path.stem.split("-")[1]]
     golds = golds or list(dict.fromkeys(c["gold"] for c in cells))
     print("\n".join(markdown(gold, summarise(cells, gold, targets), targets) for gold in golds))
@@ -217,6 +221,6 @@ def write(work, track, output):
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(whole(json.loads(json.dumps(record, default=str))), separators=(",", ":"))
     write_text(output / f"study-{track}.json", text + "\n")
-    plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group != "options"])
+    plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group in DRAWN])
     print("\n".join(markdown(gold, lines, targets) for gold, lines in tables.items()))
     return 0
