@@ -131,11 +131,11 @@ def test_tokens_of_segments_by_hand():
     again = pass_cost(SHAPE, DEVICE, Pass(1, 4, 10, 1)).seconds
     ended = pass_cost(reward, DEVICE, Pass(2, 14, 0)).seconds  # two completions, read whole
     blockwise = token_cost(Way(METHODS["cd-blockwise"], "separate"), asked).seconds
-    assert blockwise == pytest.approx(drawn + (scored + again + kept) / 4 + ended / 8)
+    assert blockwise == pytest.approx(drawn + (scored + again + kept) / 8 + ended / 8)  # one of two segments
     # cards: two tokens drawn for one that stays, in segments of four, half of which are kept
     token = pass_cost(SHAPE, DEVICE, Pass(1, 1, 10, 1)).seconds + 2.1
     cards = token_cost(Way(METHODS["cards"], "separate"), asked).seconds
-    assert cards == pytest.approx(2 * token + kept * (0.5 + 0.5 / 2) + ended / 8)
+    assert cards == pytest.approx(2 * token + kept * (0.5 + 0.5 / 2) / 2 + ended / 8)
 
 
 def test_every_method_has_a_way_and_costs_at_least_the_policy():

@@ -163,8 +163,8 @@ def _blockwise(way: Way, job: Job) -> Cost:
     scored = job.read(job.reward, Pass(job.batch, s.n * length / passes, job.columns)) * passes
     again = job.read(job.policy, Pass(job.batch, length, job.columns, job.batch))
     kept = job.read(job.reward, Pass(job.batch, length, job.columns))
-    ended = _rewards(job, s.n) * (1 / s.new_tokens)  # what ends a completion is scored as a whole text
-    return drawn + (scored + again + kept) * (1 / length) + ended
+    ended = _rewards(job, s.n) * (1 / s.new_tokens)  # what ends a completion is scored as a whole text, and not kept
+    return drawn + (scored + again + kept) * (1 / length - 1 / s.new_tokens) + ended
 
 
 def _cards(job: Job) -> Cost:
@@ -174,7 +174,8 @@ def _cards(job: Job) -> Cost:
     length = s.cards_drawn / s.cards_scored
     scored = job.read(job.reward, Pass(job.batch, length, job.columns))
     ended = _rewards(job, s.cards_drawn) * (1 / s.new_tokens)
-    return drawn + scored * (s.cards_scored + s.cards_scored / s.cards_drawn) + ended
+    inside = max(0.0, 1 - length / s.new_tokens)  # the share of segments that end no completion
+    return drawn + scored * (inside * (s.cards_scored + s.cards_scored / s.cards_drawn)) + ended
 
 
 def adapter_weights(shape: Shape, rank: int = LORA_RANK) -> int:
