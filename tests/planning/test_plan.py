@@ -45,7 +45,7 @@ def test_the_issues_example_says_what_it_assumes():
     assert all(row["fits"] for row in said["rows"])
     assert said["settings"]["prompts"] == 1_000_000
     assumed = "\n".join(said["assumptions"])
-    for told in ("H200 SXM data sheet", "75%", "no GPU was measured", "256 tokens", "bfloat16", "cards draws 1.11"):
+    for told in ("H200 SXM data sheet", "75%", "no GPU was measured", "256 tokens", "bfloat16", "cards draws 2.6"):
         assert told in assumed
     shown = plan(*EIGHT).stdout
     for told in ("pargs-greedy", "state head", "device-h", *said["assumptions"]):

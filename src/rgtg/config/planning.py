@@ -24,11 +24,9 @@ class PlanSettings(Settings):
     k: int = Field(10, ge=1, description="candidates per step; default: the method's own")
     n: int = Field(10, ge=1, description="of best-of-n and cd-blockwise")
     segment_tokens: int = Field(16, ge=1, description="of a segment of cd-blockwise")
-    cards_drawn: float = Field(
-        1.11, ge=1, description="tokens that cards draws for one that stays; measured on stories"
-    )
+    cards_drawn: float = Field(2.6, ge=1, description="tokens that cards draws for one that stays; measured on stories")
     cards_scored: float = Field(
-        0.07, gt=0, le=1, description="segments that cards scores for a token; measured likewise"
+        0.16, gt=0, le=1, description="segments that cards scores for a token; measured likewise"
     )
     batch_size: int | None = Field(
         None, ge=1, description="prompts decoded together; default: the largest up to 64 that fits"

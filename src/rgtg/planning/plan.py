@@ -193,7 +193,7 @@ def _assumptions(settings: PlanSettings, policy: Shape, scorer: Shape | None, de
         f"heads are {HEAD_WIDTH} wide, and of rank {HEAD_RANK} where they score the vocabulary; adapters have rank "
         f"{LORA_RANK}; no speculation, no entropy gate",
         f"cards draws {settings.cards_drawn:g} tokens and scores {settings.cards_scored:g} segments for a token that "
-        "stays, as in docs/results/study-stories.json; its threshold moves both (--set cards_drawn=…)",
+        "stays, as on average in docs/results/study-stories.json; its threshold moves both (--set cards_drawn=…)",
     ]
 
 
