@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.study import again, figures_of, golds, human_data, record, rows, scorers, tables, worlds
+import torch
+from benchmarks.study import again, figures_of, golds, human_data, human_policy, record, rows, scorers, tables, worlds
 from benchmarks.study.__main__ import best_value
 from benchmarks.study.measure import measured, settings_of
 
@@ -59,6 +60,26 @@ def test_human_parts_share_no_prompt(shared_data: Path) -> None:
     assert not prompts["judge"] & prompts["prompts"]
     sources = {row["source"] for row in parts["scorers"]}
     assert sources == {"dialogue", "instruction", "summary"}
+
+
+def test_the_policy_that_was_cut_off_learns_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    args = argparse.Namespace(seed=0, layers=1, width=32, vocab=50, rate=3e-3, matrix_rate=0.02)
+
+    def learn(model: Any, optimizers: Any, steps: range) -> list[float]:
+        draws = [torch.Generator().manual_seed(step) for step in steps]
+        return [human_policy.train_step(model, optimizers, torch.randint(3, 50, (2, 8), generator=g)) for g in draws]
+
+    model = human_policy.new_model(args)
+    whole = learn(model, human_policy.new_optimizers(model, args), range(6))
+    model = human_policy.new_model(args)
+    optimizers = human_policy.new_optimizers(model, args)
+    losses = learn(model, optimizers, range(3))
+    human_policy.keep(tmp_path / "unfinished.pt", model, optimizers, step=3, losses=losses, seconds=2.0)
+    model = human_policy.new_model(args)
+    optimizers = human_policy.new_optimizers(model, args)
+    step, losses, seconds = human_policy.go_on(tmp_path / "unfinished.pt", model, optimizers)
+    assert (step, seconds) == (3, 2.0)
+    assert losses + learn(model, optimizers, range(3, 6)) == whole
 
 
 def test_a_prompt_is_in_one_part_whatever_else_there_is() -> None:

@@ -1,6 +1,8 @@
 """Track B's policy: a small Llama with its own tokenizer, trained from nothing on the text of human_data.
 
 python -m benchmarks.study.human_policy --data DATA --output FOLDER [--minutes 25]
+
+A run that was cut off goes on from its last hundredth step.
 """
 
 import argparse
@@ -57,46 +59,78 @@ def new_optimizers(model, args):
     return optimizers
 
 
-def train(args):
-    """Train for minutes of processor time: the rate falls with what is left, so the end is always a finished run."""
+def read_blocks(args):
+    """The tokenizer, and its tokens of all texts in rows of one length."""
     parts = all_pairs(args.data)
     texts = policy_texts(args.data, parts)
     print({k: len(v) for k, v in parts.items()}, len(texts), "texts", flush=True)
     tokenizer = train_tokenizer(texts[:20_000], args.vocab)
     ids = [i for text in tokenizer(texts).input_ids for i in [*text, tokenizer.eos_token_id]]
-    blocks = torch.tensor(ids[: len(ids) // args.context * args.context]).view(-1, args.context)
     print(f"{len(ids)} tokens", flush=True)
-    model = new_model(args)
+    return tokenizer, torch.tensor(ids[: len(ids) // args.context * args.context]).view(-1, args.context)
+
+
+def keep(path, model, optimizers, **more):
+    """What training goes on from, whole or not at all."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def go_on(path, model, optimizers):
+    """Steps, losses and seconds of the run that wrote ``path``; models and optimizers are as it left them."""
+    if not path.exists():
+        return 0, [], 0.0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+    return state["step"], state["losses"], state["seconds"]
+
+
+def train(args):
+    """Train for minutes of processor time: the rate falls with what is left, so the end is always a finished run."""
+    tokenizer, blocks = read_blocks(args)
+    model, path = new_model(args), args.output / "unfinished.pt"
     optimizers = new_optimizers(model, args)
-    generator = torch.Generator().manual_seed(args.seed)
-    order, start, step, losses = torch.randperm(len(blocks), generator=generator), time.process_time(), 0, []
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed))
+    args.output.mkdir(parents=True, exist_ok=True)
+    step, losses, before = go_on(path, model, optimizers)
+    start = time.process_time() - before
     while (spent := (time.process_time() - start) / (60 * args.minutes)) < 1:
         share = min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * spent)))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["highest"] * share
-        rows = order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]
-        batch = blocks[rows]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch, labels=batch).loss
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
+        batch = blocks[order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]]
+        losses.append(train_step(model, optimizers, batch))
         if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}  {time.process_time() - start:.0f} s", flush=True)
+            print(f"step {step}: loss {losses[-1]:.3f}  {time.process_time() - start:.0f} s", flush=True)
         step += 1
+        if step % 100 == 0:
+            keep(path, model, optimizers, step=step, losses=losses, seconds=time.process_time() - start)
     model.eval().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     facts = {
         "parameters": model.num_parameters(), "steps": step, "tokens": step * args.batch * args.context,
-        "corpus_tokens": len(ids), "final_loss_nats": sum(losses[-20:]) / len(losses[-20:]),
+        "corpus_tokens": blocks.numel(), "final_loss_nats": sum(losses[-20:]) / len(losses[-20:]),
         "processor_minutes": args.minutes, "seed": args.seed, "vocab": args.vocab, "layers": args.layers,
         "width": args.width,
     }  # fmt: skip
     (args.output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    path.unlink(missing_ok=True)
     print(facts, flush=True)
+
+
+def train_step(model, optimizers, batch):
+    """The loss, in nats per token, before the step that it leads to."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch, labels=batch).loss
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
 
 
 def main():
