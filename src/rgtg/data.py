@@ -181,16 +181,26 @@ def split_pairs(pairs: list[PromptedT], eval_fraction: float, seed: int) -> tupl
     Raises:
         UsageError: ``eval_fraction`` outside [0, 1).
     """
+    held = held_out_prompts(np.array([place_of(pair.prompt, seed) for pair in pairs]), eval_fraction)
+    sides: tuple[list[PromptedT], list[PromptedT]] = [], []
+    for pair, out in zip(pairs, held, strict=True):
+        sides[int(out)].append(pair)
+    return sides
+
+
+def held_out_prompts(places: "np.ndarray[Any, Any]", eval_fraction: float) -> "np.ndarray[Any, Any]":
+    """Which rows ``split_pairs`` holds out, as a mask, by the places of their prompts (`place_of`).
+
+    Raises:
+        UsageError: ``eval_fraction`` outside [0, 1).
+    """
     if not 0 <= eval_fraction < 1:
         raise UsageError(f"eval_fraction = {eval_fraction}: expected a fraction of the prompts, 0 <= fraction < 1")
-    places = {pair.prompt: _place(pair.prompt, seed) for pair in pairs}
-    held_out = {prompt for prompt, place in places.items() if place < eval_fraction}
-    if eval_fraction > 0 and places:
-        held_out = held_out or {min(places, key=places.__getitem__)}
-        if len(held_out) == len(places):
-            held_out.remove(max(places, key=places.__getitem__))
-    train = [pair for pair in pairs if pair.prompt not in held_out]
-    return train, [pair for pair in pairs if pair.prompt in held_out]
+    held = places < eval_fraction
+    if eval_fraction > 0 and len(places):
+        held = held if held.any() else places == places.min()
+        held = held & (places != places.max()) if held.all() else held
+    return held
 
 
 def tokenize_pairs(pairs: Sequence[PreferencePair], tokenizer: Any, *, append_eos: bool = True) -> list[TokenizedPair]:
@@ -233,7 +243,8 @@ def _completion_ids(
     return ids
 
 
-def _place(prompt: str, seed: int) -> float:
+def place_of(prompt: str, seed: int) -> float:
+    """A prompt's hash with the seed, as a number in [0, 1)."""
     digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rgtg.data_completions import completion_text
 from rgtg.data_rejects import RefusedRows, check_arguments, reject_line, rejects_writer
-from rgtg.data_sources import Reason, RowProblem, iter_rows, parse_row
+from rgtg.data_sources import Progress, Reason, RowProblem, iter_rows, parse_row
 from rgtg.errors import DataError
 from rgtg.models.encoding import encode_completion, encode_prompt
 
@@ -58,6 +58,7 @@ def read_rollouts(
     reward_range: tuple[float, float] | None = None,
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
+    progress: Progress | None = None,
 ) -> Rollouts:
     """Read what ``rgtg generate`` and then ``rgtg score`` write: rows of prompt, text (or completion) and reward.
 
@@ -72,6 +73,7 @@ def read_rollouts(
         reward_range: (lowest, highest) reward, which become 0 and 1; what lies between is scaled linearly.
         on_bad: ``error`` refuses the file if any row is bad; ``skip`` leaves bad rows out.
         rejects: where ``skip`` writes each bad row.
+        progress: told now and then how much of the source is read, and how much there is.
 
     Raises:
         DataError: bad rows (``error``), with file and line; no usable row; a file that is empty or corrupt.
@@ -81,7 +83,7 @@ def read_rollouts(
     check_arguments(source, tokenizer, max_length, on_bad, rejects)
     refused, kept, digest = RefusedRows(str(source)), [], hashlib.sha256()
     with rejects_writer(rejects if on_bad == "skip" else None) as write:
-        for line, raw in iter_rows(source, _COLUMNS):
+        for line, raw in iter_rows(source, _COLUMNS, progress=progress):
             refused.rows += 1
             try:
                 rollout = _rollout(parse_row(raw), labels, reward_range)

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 from conftest import tiny_reward_model, tiny_tokenizer
 from naive import write_head
 from rgtg.cli import audit
+from rgtg.evaluation import rollouts
 from synthetic import write_rows
 
 app = typer.Typer()
@@ -148,6 +151,28 @@ def test_rollouts_are_made_kept_and_written_beside_the_pairs(tmp_path, rolling, 
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     for name in ("rollout-audit.json", "rollouts.jsonl"):
         assert str(tmp_path) not in (out / name).read_text()
+
+
+def test_sigterm_stops_with_75_and_the_same_command_goes_on(tmp_path, rolling, monkeypatch):
+    file, whole, made = tmp_path / "kept.jsonl", tmp_path / "whole.jsonl", rollouts.roll_out
+    calls = []
+
+    def stop_at_the_third(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments, **settings)
+
+    monkeypatch.setattr(rollouts, "roll_out", stop_at_the_third)
+    stopped = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)])
+    assert stopped.exit_code == 75, stopped.output
+    assert f"the roll-outs are kept in {file}; the same command goes on" in stopped.stderr
+    assert len(file.read_text().splitlines()) == 3
+    for path, count in ((file, 2), (whole, 4)):
+        calls[:] = [1] * 3
+        ran = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(path), "--quiet"])
+        assert (ran.exit_code, len(calls) - 3) == (0, count), ran.stderr
+    assert file.read_bytes() == whole.read_bytes()
 
 
 def test_a_file_of_rollouts_serves_every_further_scorer(tmp_path, rolling, policy_folder):

@@ -16,6 +16,7 @@ from rgtg.cli.common import (
     emit,
     hush_libraries,
     make_folder,
+    resumable,
     save_settings,
     verb,
     write_json,
@@ -88,7 +89,10 @@ def command(
         make_folder(settings.output)
     model, loaded = _load(settings)
     by_pairs = _audit_pairs(model, settings) if settings.pairs else None
-    by_rollouts = _audit_rollouts(model, loaded, settings, quiet=quiet or as_json) if settings.rollouts else None
+    by_rollouts = None
+    if settings.rollouts:
+        with resumable(f"the roll-outs are kept in {_rollouts_path(settings)}; the same command goes on from there"):
+            by_rollouts = _audit_rollouts(model, loaded, settings, quiet=quiet or as_json)
     if settings.output:
         save_settings(settings.output, settings)
     results = [result for result in (by_pairs, by_rollouts) if result is not None]
@@ -167,14 +171,13 @@ def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) 
     assert settings.prompts is not None, "checked with the settings"
     assert settings.reward is not None, "checked with the settings"
     reward = PrefixScorer.from_pretrained(settings.reward, dtype=settings.dtype, device=settings.device)
-    path = settings.rollouts_file or (settings.output or Path()) / "rollouts.jsonl"
     with Progress(disable=quiet, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("rolling out", total=settings.prefixes)
         return make_rollouts(
             policy,
             settings.prompts,
             reward,
-            path=path,
+            path=_rollouts_path(settings),
             prefixes=settings.prefixes,
             candidates=settings.candidates,
             per_candidate=settings.per_candidate,
@@ -183,6 +186,10 @@ def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) 
             batch_size=settings.rollouts_batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+
+
+def _rollouts_path(settings: AuditSettings) -> Path:
+    return settings.rollouts_file or (settings.output or Path()) / "rollouts.jsonl"
 
 
 def show(*results: AuditResult | RolloutAuditResult) -> None:

@@ -119,11 +119,14 @@ def emit(result: Any, *, as_json: bool, quiet: bool, show: Callable[[], None]) -
         show()
 
 
-def hush_libraries() -> None:
-    """Keep the libraries' own progress bars and advice off the terminal; ours say what matters."""
+def hush_libraries(*, forks: bool = True) -> None:
+    """Keep the libraries' own progress bars and advice off the terminal; ours say what matters.
+
+    Where nothing ``forks`` the process (to load data), tokenizers may use all cores.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if forks else "true")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

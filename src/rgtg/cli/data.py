@@ -81,7 +81,7 @@ def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> 
     if settings.tokenizer is not None:
         from rgtg.models.policy import load_tokenizer
 
-        hush_libraries()
+        hush_libraries(forks=False)
         tokenizer = load_tokenizer(settings.tokenizer, "data check")
     with reading_bar("checking", quiet=quiet) as progress:
         reader = PairReader(

@@ -119,7 +119,7 @@ def command(
             flags[name] = one[0]
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
-    hush_libraries()
+    hush_libraries(forks=False)
     if settings.prompts and settings.output:
         _complete_file(settings, as_json=as_json, quiet=quiet)
     else:

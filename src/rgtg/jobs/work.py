@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
+from rgtg.config import DecodingSettings
 from rgtg.data_prompts import BadRow, PromptRow
 from rgtg.data_sources import Reason
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
 from rgtg.decoding.requests import Request, RowSeeds
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, UsageError
-from rgtg.models.encoding import encode_source
+from rgtg.models.encoding import encode_prompts, render_chat
+from rgtg.models.text_scorer import TextScorer
 from rgtg.types import Completion
+
+_CHUNK = 512  # rows that are tokenised at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,16 @@ def prepare(
     tasks: list[Task] = []
     bad: list[BadRow] = []
     seeds, costs = RowSeeds(seed), _Costs(guided, settings)
-    for row in rows:
-        try:
-            length, columns, ids = costs.of(row)
-        except _UnfitError as problem:
-            bad.append(BadRow(row.number, row.id, problem.reason, str(problem)))
-            continue
-        drawn = seeds.next(ids) if row.seed is None else row.seed
-        tasks.append(Task(len(tasks), row, drawn, length, columns))
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        for row, source in zip(part, costs.encode(part), strict=True):
+            try:
+                length, columns = costs.of(row, source)
+            except _UnfitError as problem:
+                bad.append(BadRow(row.number, row.id, problem.reason, str(problem)))
+                continue
+            drawn = seeds.next(source.ids) if row.seed is None else row.seed
+            tasks.append(Task(len(tasks), row, drawn, length, columns))
     return tasks, bad
 
 
@@ -104,44 +109,76 @@ class _UnfitError(Exception):
         super().__init__(f"{reason}: {' '.join(str(error).split())[:300]}")
 
 
+@dataclass
+class _Source:
+    """A row as the policy reads it, or why it cannot."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    problem: _UnfitError | None = None
+
+
 class _Costs:
     """What rows come to in tokens; settings are resolved once for all rows that share them."""
 
     def __init__(self, guided: GuidedPolicy, settings: dict[str, Any]) -> None:
         self.guided, self.settings = guided, settings
         self._resolved: dict[str, Any] = {}
+        self._fits: dict[str, int] = {}  # the longest prompt that is known to fit, by settings
 
-    def of(self, row: PromptRow) -> tuple[int, int, list[int]]:
-        settings = self._resolve(row.settings)
-        text, ids = self._encode(row)
+    def encode(self, rows: Sequence[PromptRow]) -> list[_Source]:
+        """Texts and token ids of rows, texts and chats in one call each."""
+        sources = [self._render(row) for row in rows]
+        for templated in (False, True):
+            kind = [s for s, row in zip(sources, rows, strict=True) if isinstance(row.prompt, list) == templated]
+            if mine := [source for source in kind if source.problem is None]:
+                texts = [source.text for source in mine]
+                ids = encode_prompts(self.guided.policy.tokenizer, texts, templated=templated)
+                for source, found in zip(mine, ids, strict=True):
+                    source.ids = found
+        return sources
+
+    def of(self, row: PromptRow, source: _Source) -> tuple[int, int]:
+        """Tokens of the prompt, and those that the row may come to hold."""
+        if source.problem is not None:
+            raise source.problem
+        settings, key = self._resolve(row.settings)
+        length = len(source.ids)
+        if length > self._fits.get(key, 0) or length == 0 or self._reads_text:
+            self._require_room(row, source, settings)
+            self._fits[key] = length
+        return length, length + settings.max_new_tokens + branch_columns(self.guided.method, settings)
+
+    @property
+    def _reads_text(self) -> bool:
+        return any(isinstance(scorer, TextScorer) for scorer in self.guided.used)
+
+    def _render(self, row: PromptRow) -> _Source:
+        if isinstance(row.prompt, str):
+            return _Source(row.prompt)
         try:
-            self.guided.require_room(Request(text, ids, 0, [], source=row.prompt), settings)
+            return _Source(render_chat(self.guided.policy.tokenizer, row.prompt, add_generation_prompt=True))
+        except UsageError:  # no chat template: no row of this kind can be done
+            raise
+        except Exception as error:  # a template is a program: it may refuse roles, or fail in any way
+            return _Source(problem=_UnfitError(Reason.CHAT_TEMPLATE.value, error))
+
+    def _require_room(self, row: PromptRow, source: _Source, settings: DecodingSettings) -> None:
+        try:
+            self.guided.require_room(Request(source.text, source.ids, 0, [], source=row.prompt), settings)
         except PromptTooLongError as error:
             raise _UnfitError(Reason.TOO_LONG.value, error) from error
         except DataError as error:
             raise _UnfitError(Reason.EMPTY_PROMPT.value, error) from error
-        columns = len(ids) + settings.max_new_tokens + branch_columns(self.guided.method, settings)
-        return len(ids), columns, ids
 
-    def _resolve(self, own: dict[str, Any]) -> Any:
-        key = repr(sorted(own.items()))
+    def _resolve(self, own: dict[str, Any]) -> tuple[DecodingSettings, str]:
+        key = repr(sorted(own.items())) if own else ""
         if key not in self._resolved:
             try:
                 self._resolved[key] = self.guided.resolve(self.settings | own, complete=True)
             except UsageError as error:
                 raise _UnfitError(Reason.BAD_VALUE.value, error) from error
-        return self._resolved[key]
-
-    def _encode(self, row: PromptRow) -> tuple[str, list[int]]:
-        try:
-            return encode_source(self.guided.policy.tokenizer, row.prompt)
-        except UsageError:  # no chat template: no row of this kind can be done
-            raise
-        except DataError as error:
-            refused = isinstance(error.__cause__, TemplateError)
-            raise _UnfitError((Reason.CHAT_TEMPLATE if refused else Reason.EMPTY_PROMPT).value, error) from error
-        except Exception as error:  # a template is a program: it may refuse roles, or fail in any way
-            raise _UnfitError(Reason.CHAT_TEMPLATE.value, error) from error
+        return self._resolved[key], key
 
 
 def plan_batches(tasks: Iterable[Task], *, rows: int | None, tokens: int) -> list[Batch]:

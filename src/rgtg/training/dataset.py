@@ -1,16 +1,19 @@
 """Preference pairs as the trainers read them: a dataset of token ids, and batches of it."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers.data.data_collator import DataCollatorMixin
 
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.models.prefix_scorer import pad_right
 
+IN_MEMORY = 100_000  # pairs
 COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")
 
 
@@ -54,16 +57,48 @@ def pad_rows(
 def pairs_dataset(pairs: Sequence[Any], trust: Sequence[Sequence[float]] | None = None) -> Dataset:
     """A dataset of tokenised pairs in trl's columns: prompt and completion together, plus the prompt's length.
 
+    More than ``IN_MEMORY`` pairs lie in a file in the temporary folder (TMPDIR), which goes with the dataset.
+
     Args:
         pairs: anything with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (completions only).
         trust: how far each pair's judgement is trusted at each prefix, as many as the longer completion has tokens.
     """
-    return Dataset.from_dict({
+    if len(pairs) <= IN_MEMORY:
+        return Dataset.from_dict(_columns(pairs, trust))
+    folder = tempfile.TemporaryDirectory(prefix="rgtg-pairs-")
+    path = Path(folder.name) / "pairs.arrow"
+    try:
+        _write_arrow(path, pairs, trust)
+    except OSError as error:
+        raise OutputError(
+            f"no room for the pairs in {tempfile.gettempdir()}: {error}; name another folder (TMPDIR=...)"
+        ) from error
+    dataset = Dataset.from_file(str(path))
+    dataset.rgtg_folder = folder  # removed with it
+    return dataset
+
+
+def _columns(pairs: Sequence[Any], trust: Sequence[Sequence[float]] | None) -> dict[str, list[Any]]:
+    return {
         "chosen_ids": [[*pair.prompt_ids, *pair.chosen_ids] for pair in pairs],
         "rejected_ids": [[*pair.prompt_ids, *pair.rejected_ids] for pair in pairs],
         "prompt_length": [len(pair.prompt_ids) for pair in pairs],
         **({} if trust is None else {"trust": [list(row) for row in trust]}),
-    })  # fmt: skip
+    }
+
+
+def _write_arrow(path: Path, pairs: Sequence[Any], trust: Sequence[Sequence[float]] | None) -> None:
+    """The columns as an Arrow stream, a thousand pairs at a time."""
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    fields = {"chosen_ids": ids, "rejected_ids": ids, "prompt_length": pyarrow.int32()}
+    schema = pyarrow.schema(fields | ({} if trust is None else {"trust": pyarrow.list_(pyarrow.float64())}))
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, len(pairs), 1000):
+            part = slice(start, start + 1000)
+            columns = _columns(pairs[part], None if trust is None else trust[part])
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
 
 
 def prepare(dataset: Any, tokenizer: Any, max_length: int | None, name: str) -> Any:

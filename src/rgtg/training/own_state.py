@@ -22,18 +22,17 @@ from rgtg.training.callbacks import LOG_FILE, TrainLog
 from rgtg.training.card import model_card
 from rgtg.training.common import (
     HeadChoice,
-    TrainData,
     TrainReport,
     drop_empty_checkpoints,
     figures_of,
     keep_quiet,
     longest,
-    read_data,
     shown,
 )
 from rgtg.training.fitted import Fitted, FittedRecord, find_fitted, keep_fitted
 from rgtg.training.heads import HeadTrainer, RolloutHeadTrainer, StatePairs, StateRollouts
 from rgtg.training.new_head import new_head, starting_table, vocabulary_size
+from rgtg.training.reading import TrainData, read_data
 from rgtg.training.resumable import require_finite_weights, require_not_stopped
 from rgtg.training.resume import Finished, find_checkpoint, find_start, run_facts
 from rgtg.training.save import save_own_state
@@ -109,7 +108,7 @@ def train_head(settings: TrainSettings, request: StopRequest, *, show: bool = Fa
     rank = _rank(settings, policy.model) if settings.head == "vocab" else None
     max_length = longest(settings, policy.model)
     make_folder(settings.output)
-    data = read_data(settings, config, policy.tokenizer, max_length)
+    data = read_data(settings, config, policy.tokenizer, max_length, show=show)
     if len(layers) * len(widths) > 1 and not data.held_out:
         raise UsageError(
             f"layer and width are chosen by held-out {data.kind}: give --eval-{data.kind}, or say --set layer=N "

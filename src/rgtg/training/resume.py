@@ -13,7 +13,8 @@ from rgtg.errors import UsageError
 from rgtg.models.checkpoint import INFO_FILE, ScorerInfo
 from rgtg.training.arguments import CHECKPOINTS
 from rgtg.training.checkpoints import changes, newest_valid, require_resumable
-from rgtg.training.common import TrainData, TrainReport
+from rgtg.training.common import TrainReport
+from rgtg.training.reading import TrainData
 from rgtg.types import Record
 
 REPORT_FILE = "train-report.json"

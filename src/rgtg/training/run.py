@@ -22,13 +22,11 @@ from rgtg.training.base_model import load_base, load_language_base, lora_config
 from rgtg.training.callbacks import LOG_FILE, TrainLog
 from rgtg.training.card import model_card
 from rgtg.training.common import (
-    TrainData,
     TrainReport,
     drop_empty_checkpoints,
     figures_of,
     keep_quiet,
     longest,
-    read_data,
     shown,
 )
 from rgtg.training.dataset import pairs_dataset
@@ -37,6 +35,7 @@ from rgtg.training.full_reward import CoherentRewardTrainer, FullRewardTrainer
 from rgtg.training.language_model import AutoregressiveTrainer, FarmaTrainer
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.prefix_reward import PrefixRewardTrainer
+from rgtg.training.reading import TrainData, read_data
 from rgtg.training.resumable import require_finite_weights, require_not_stopped
 from rgtg.training.resume import Finished, find_start, run_facts
 from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
@@ -100,7 +99,7 @@ def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> T
     if config.world_size > 1:
         atexit.register(_leave_group)
     make_folder(settings.output)
-    data = read_data(settings, config, tokenizer, max_length, is_main=is_main)
+    data = read_data(settings, config, tokenizer, max_length, is_main=is_main, show=show)
     trust = trust_of(settings, data, tokenizer, config.device)
     about |= {"reference_fingerprint": trust.reference}
     info = _info(settings, model, tokenizer, data.fingerprint, max_length).model_copy(update=about)

@@ -12,7 +12,7 @@ from rgtg.losses import agreement, prefix_margins
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import same_tokenizer
 from rgtg.models.scorer import load_named_scorer, weights_of
-from rgtg.training.common import TrainData
+from rgtg.training.reading import TrainData
 
 
 class Trust(NamedTuple):
