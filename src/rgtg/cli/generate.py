@@ -99,7 +99,11 @@ def command(
     trace: Annotated[bool, typer.Option("--trace", help="Keep every candidate's figures of every step.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="In place of --device: auto spreads the policy over GPUs, memory and disk.")
+    ] = None,
     scorer_device: Annotated[str | None, typer.Option(help="Of a separate scorer; default the policy's.")] = None,
+    scorer_device_map: Annotated[str | None, typer.Option(help="Of a separate scorer, as --device-map.")] = None,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,

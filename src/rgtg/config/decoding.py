@@ -105,7 +105,11 @@ class GenerateSettings(DecodingSettings, ModelSettings):
         None, ge=1, description="also its threads; default: 1 beside a GPU, else an equal share of the cluster"
     )
     trace: bool = False
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="of the policy, in place of device: auto, or a device for each module"
+    )
     scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
+    scorer_device_map: str | dict[str, int | str] | None = Field(None, description="as device_map")
     draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
 
     @field_validator("gpus_per_actor")

@@ -11,6 +11,7 @@ from rgtg.decoding.methods import find_method
 from rgtg.decoding.requests import row_seeds, settled, to_completion
 from rgtg.errors import UsageError
 from rgtg.models.encoding import decode_completion, encode_source
+from rgtg.models.placement import DeviceMap, Placement
 from rgtg.models.policy import Policy
 from rgtg.types import Completion
 
@@ -35,7 +36,9 @@ class GuidedPolicy(Decoder):
         n: int | None = None,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        device_map: DeviceMap | None = None,
         scorer_device: "str | torch.device | None" = None,
+        scorer_device_map: DeviceMap | None = None,
         token_tree: bool | None = None,
         overlap: bool | None = None,
         draft: str | Policy | None = None,
@@ -54,7 +57,10 @@ class GuidedPolicy(Decoder):
             n: completions that best-of-n draws (default 10).
             dtype: of models loaded by name; default the checkpoint's own.
             device: of models loaded by name; default the first GPU, else the CPU.
+            device_map: of a policy loaded by name, in place of ``device``: ``auto`` or a device for each module, over
+                GPUs, memory and disk (accelerate). Scorers do not follow it.
             scorer_device: of a separate scorer loaded by name; default the policy's.
+            scorer_device_map: of a separate scorer loaded by name, as ``device_map``.
             token_tree: force the one-pass tree (True) or the whole-text fallback (False); None finds out.
             overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
                 different devices.
@@ -70,8 +76,10 @@ class GuidedPolicy(Decoder):
         """
         find_method(method)
         loaded, scorers, drafter = load_models(
-            policy, scorer, draft, method, dtype=dtype, device=device, scorer_device=scorer_device, pack=pack
-        )
+            policy, scorer, draft, method, pack=pack,
+            of_policy=Placement(dtype, device, device_map),
+            of_scorers=Placement(dtype, scorer_device, scorer_device_map),
+        )  # fmt: skip
         return cls(
             loaded, scorers, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,
             draft=drafter,

@@ -46,7 +46,8 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             if isinstance(where, slice):
                 buffer[:, :, where] = states
             else:
-                buffer[where[0], :, where[1]] = states.transpose(1, 2)
+                rows, columns = (index.to(buffer.device) for index in where)
+                buffer[rows, :, columns] = states.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -71,8 +72,10 @@ class TreeCache(Cache):  # type: ignore[misc]
     leave make place for those that join.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
+    def __init__(self, layers: int, capacity: int, *, spread: bool = False) -> None:
+        """``spread``: the layers may be on several devices, and none of these gets room for all of them."""
         self.capacity = capacity
+        self.spread = spread
         self.lengths: list[int] = []
         self.pools: list[Tensor] = []
         self._used: list[int] = []
@@ -105,10 +108,13 @@ class TreeCache(Cache):  # type: ignore[misc]
         batch, heads, _, dim = like.shape
         shape = (batch, heads, self.capacity, dim)
         for i, pool in enumerate(self.pools):
-            if pool.shape[1:] == shape and pool.dtype == like.dtype and self._used[i] < len(pool):
+            alike = pool.shape[1:] == shape and pool.dtype == like.dtype and pool.device == like.device
+            if alike and self._used[i] < len(pool):
                 self._used[i] += 1
                 return i, self._used[i] - 1
         room = 2 * len(self.layers) if not self.pools else 2
+        if self.spread:
+            room = min(2 * len(self.layers), 16)  # eight layers, as they fill up
         # zeros: see select_rows
         self.pools.append(torch.zeros((room, *shape), dtype=like.dtype, device=like.device))
         self._used.append(1)
@@ -218,7 +224,7 @@ class TreeCache(Cache):  # type: ignore[misc]
     def copy_of(self, rows: Sequence[int]) -> "TreeCache":
         """What is kept of some rows, which are equally long, in a cache of their own without room for more."""
         length = self.lengths[rows[0]]
-        copied = TreeCache(len(self.layers), length)
+        copied = TreeCache(len(self.layers), length, spread=self.spread)
         copied._used, copied.lengths = list(self._used), [length] * len(rows)
         copied.pools = [pool[:, list(rows), :, :length] for pool in self.pools]
         for mine, theirs in zip(copied.layers, self.layers, strict=True):

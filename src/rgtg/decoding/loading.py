@@ -1,6 +1,7 @@
 """Models by name, or loaded: policy, scorers and drafter as decoding wants them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from rgtg.decoding.join import DRAFTS, AnyScorer
@@ -8,6 +9,7 @@ from rgtg.decoding.methods import find_method
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import read_info
 from rgtg.models.packed import group_linears, groups_of, pack_linears
+from rgtg.models.placement import Placement
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer, trunk_of
@@ -15,6 +17,7 @@ from rgtg.models.vocab_scorer import VocabularyScorer
 
 # A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
 Source = str | AnyScorer | tuple[Any, Any]
+_PLACES = "scorer_device and scorer_device_map"
 
 
 def load_models(
@@ -23,24 +26,26 @@ def load_models(
     draft: "str | Policy | None",
     method: str,
     *,
-    dtype: Any,
-    device: Any,
-    scorer_device: Any,
+    of_policy: Placement,
+    of_scorers: Placement,
     pack: bool,
 ) -> "tuple[Policy, list[AnyScorer], str | Policy | None]":
     """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
-    loaded = load_policy(policy, **({"dtype": dtype, "device": device} if isinstance(policy, str) else {}))
-    sources = listed(scorer)
+    sources, apart = listed(scorer), of_scorers != Placement(of_scorers.dtype)
+    if of_policy.device_map is not None and not isinstance(policy, str):
+        raise UsageError("device_map applies to a policy loaded by name; load yours with a device_map of its own")
+    loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}))
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
         loaded = laid_out(loaded, pack=pack, grouped=joined)
-    if scorer_device is not None and not all(isinstance(one, str | tuple) for one in sources):
-        raise UsageError("scorer_device applies to a scorer loaded by name; move a loaded model yourself")
-    scorers = [load_for_method(one, loaded, method, dtype, scorer_device or device, pack=pack) for one in sources]
-    if scorer_device is not None and not (scorers and all(isinstance(one, PrefixScorer) for one in scorers)):
-        raise UsageError("scorer_device applies to a scorer that is a model of its own")
+    if apart and not all(isinstance(one, str | tuple) for one in sources):
+        raise UsageError(f"{_PLACES} apply to a scorer loaded by name; move a loaded model yourself")
+    where = of_scorers if apart else replace(of_scorers, device=of_policy.device)
+    scorers = [load_for_method(one, loaded, method, where, pack=pack) for one in sources]
+    if apart and not (scorers and all(isinstance(one, PrefixScorer | VocabularyScorer) for one in scorers)):
+        raise UsageError(f"{_PLACES} apply to a scorer that is a model of its own")
     if isinstance(draft, str) and draft not in DRAFTS:
-        draft = load_policy(draft, dtype=dtype, device=loaded.model.device)
+        draft = load_policy(draft, dtype=of_policy.dtype, device=loaded.model.device)
         draft.model = pack_linears(draft.model) if pack else draft.model
     return loaded, scorers, draft
 
@@ -67,7 +72,7 @@ def listed(scorer: Any) -> list[Any]:
     return list(scorer) if isinstance(scorer, list) else [scorer]
 
 
-def load_for_method(source: Source, policy: Policy, method: str, dtype: Any, device: Any, *, pack: bool) -> AnyScorer:
+def load_for_method(source: Source, policy: Policy, method: str, where: Placement, *, pack: bool) -> AnyScorer:
     """A scorer by name, as a method reads it; one that is not part of the policy is packed as the policy is.
 
     Where a method reads a language model's log-probabilities (GenARM), a folder without rgtg.json holds one.
@@ -78,7 +83,9 @@ def load_for_method(source: Source, policy: Policy, method: str, dtype: Any, dev
     kind: Literal["autoregressive"] | None = None
     if row.scorer == "autoregressive" and _says_nothing(source):
         kind = "autoregressive"
-    placed = {"dtype": dtype, "device": device or policy.model.device} if isinstance(source, str) else {}
+    if where.device_map is None:
+        where = replace(where, device=where.device or policy.model.device)
+    placed = vars(where) if isinstance(source, str) else {}
     scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)
     return packed_beside(scorer) if pack and isinstance(source, str) else scorer
 

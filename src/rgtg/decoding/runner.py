@@ -12,6 +12,7 @@ from rgtg.decoding.kv_cache import TreeCache
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.models import one_query
 from rgtg.models.own_state import watching
+from rgtg.models.placement import is_spread
 from rgtg.models.prefix_scorer import pad_right, trunk
 
 # readout(model, states (…, H)) → one vector or scalar per state
@@ -95,7 +96,7 @@ class TreeRunner:
         self.trunk = trunk(model)
         self.device = model.device
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.cache = TreeCache(text.num_hidden_layers, capacity)
+        self.cache = TreeCache(text.num_hidden_layers, capacity, spread=is_spread(model))
         self.windows = mask_windows(model.config)
         self.layer = layer
         self.grows = False  # whether a pass that needs more columns makes room for them

@@ -14,6 +14,7 @@ from rgtg.errors import UsageError
 from rgtg.evaluation.running import Reward, RewardFunction
 from rgtg.evaluation.runs import Row
 from rgtg.models.checkpoint import cast_fingerprints, fingerprint_weights
+from rgtg.models.placement import Placement
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.scorer import load_scorer, trunk_of, weights_of
@@ -237,7 +238,7 @@ def _proxies(
 def _load_scorer(key: Key, row: Row, found: Contestants, where: dict[str, Any]) -> AnyScorer:
     if key.name in found.given:
         return found.given[key.name]
-    return load_for_method(key.name, found.policy_of(row), row.method, where["dtype"], where["device"], pack=True)
+    return load_for_method(key.name, found.policy_of(row), row.method, Placement(**where), pack=True)
 
 
 def _own_policies(rows: Sequence[Row]) -> list[str]:

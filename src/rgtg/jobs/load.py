@@ -30,7 +30,9 @@ def load_guided(settings: GenerateSettings) -> GuidedPolicy:
         top_k=settings.top_k if "top_k" in given else "default",
         dtype=settings.dtype,
         device=settings.device,
+        device_map=settings.device_map,
         scorer_device=settings.scorer_device,
+        scorer_device_map=settings.scorer_device_map,
         draft=settings.draft,
     )
 

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from rgtg.config.training import Objective as Objective
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.hub import holds_only_pickles, local_folder
+from rgtg.models.placement import whole_weights
 from rgtg.types import FORMAT_VERSION, Record
 
 INFO_FILE = "rgtg.json"
@@ -122,7 +123,7 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
     if isinstance(kept, str) and dtype is None:
         return kept
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(whole_weights(model).items()):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)]
         if dtype is not None and sample.is_floating_point():

@@ -16,6 +16,7 @@ from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
 from rgtg.models.heads import VocabularyHead as VocabularyHead
 from rgtg.models.hub import local_folder
+from rgtg.models.placement import DeviceMap, Placement
 from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 
@@ -54,21 +55,25 @@ class OwnStateScorer(ReadsCompletions):
         policy: Policy | None = None,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        device_map: DeviceMap | None = None,
     ) -> "OwnStateScorer":
         """Load a head from its folder, onto ``policy`` or the policy that it names.
 
+        The other arguments are of a policy that is loaded (`rgtg.models.policy.load_policy`).
+
         Raises:
             ModelNotFoundError: no such folder, or its policy cannot be loaded.
-            UsageError: no head in the folder, another policy than the one it was trained on, or ``dtype`` or
-                ``device`` at odds with the given policy.
+            UsageError: no head in the folder, another policy than the one it was trained on, or a place at odds with
+                the given policy.
             DataError: files that are damaged.
         """
         info = _require_head(folder)
         head = load_head(Path(local_folder(folder)), info)
+        placement = Placement(dtype, device, device_map)
         if policy is None:
-            policy = _load_own_policy(folder, info, dtype, device)
+            policy = _load_own_policy(folder, info, placement)
         else:
-            _require_placed(policy, dtype, device)
+            _require_placed(policy, placement)
         require_same_policy(policy, info, folder)
         return cls(policy, head, info, name=folder)
 
@@ -124,10 +129,12 @@ def observed(model: Any, layer: int) -> nn.Module:
 def watching(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While the block runs, each forward leaves its states (B, T, H) of these layers in the dictionary; no others."""
     seen: dict[int, Tensor] = {}
+    home = model.device  # a layer may be elsewhere
 
     def keep(layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen[layer] = output if isinstance(output, Tensor) else output[0]
+            states = output if isinstance(output, Tensor) else output[0]
+            seen[layer] = states.to(home)
 
         return hook
 
@@ -220,9 +227,9 @@ def _require_head(folder: str) -> ScorerInfo:
     return info
 
 
-def _load_own_policy(folder: str, info: ScorerInfo, dtype: Any, device: Any) -> Policy:
+def _load_own_policy(folder: str, info: ScorerInfo, placement: Placement) -> Policy:
     try:
-        return load_policy(info.base_model, dtype=dtype, device=device)
+        return load_policy(info.base_model, **vars(placement))
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"the head {folder} reads the states of {info.base_model}, which cannot be loaded ({error}); name the "
@@ -230,8 +237,11 @@ def _load_own_policy(folder: str, info: ScorerInfo, dtype: Any, device: Any) -> 
         ) from error
 
 
-def _require_placed(policy: Policy, dtype: Any, device: Any) -> None:
+def _require_placed(policy: Policy, placement: Placement) -> None:
+    dtype, device = placement.dtype, placement.device
     wanted = resolve_dtype(dtype)
+    if placement.device_map is not None:
+        raise UsageError("device_map is of a model of its own; a head is where its policy is")
     if wanted not in ("auto", policy.model.dtype):
         raise UsageError(f"dtype {dtype} is asked of a head whose policy is loaded in {policy.model.dtype}")
     if device is not None and resolve_device(device).type != policy.model.device.type:

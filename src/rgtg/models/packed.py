@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgtg.errors import UsageError
 from rgtg.models import one_query
 from rgtg.models.checkpoint import fingerprint_weights
+from rgtg.models.placement import is_spread
 
 # Weights that fit a processor's cache gain nothing.
 MIN_WEIGHT_BYTES = 8 * 2**20
@@ -146,6 +148,8 @@ class GroupedLinear(nn.Module):
 def can_pack(model: Any) -> bool:
     """Whether packing is available for the model's device and dtype, and worth it for its size."""
     weight = model.get_input_embeddings().weight
+    if is_spread(model):
+        return False
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
@@ -171,7 +175,15 @@ def group_linears(model: Any, *, pack: bool) -> Any:
     """A twin whose linear layers are grouped by the input they read, found by watching one small pass.
 
     Where the twin does not reproduce the model (a layer that reads another's weight, say), the model itself.
+
+    Raises:
+        UsageError: the model's weights are in several places.
     """
+    if is_spread(model):
+        raise UsageError(
+            "an adapter is read in one pass with its policy where that is whole, on one device: load the policy "
+            "without device_map"
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(5)]], device=model.device)
     twin = structural_copy(model)

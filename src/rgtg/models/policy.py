@@ -8,6 +8,7 @@ import torch
 from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.hub import EXPECTED, named
+from rgtg.models.placement import DeviceMap, Placement, settle
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -81,7 +82,7 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
     folder = require_safe_weights(source)
     try:
         found = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, *unusual) as error:
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AssertionError, *unusual) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first}. {EXPECTED}") from error
     if folder != source:  # what is made from the model names the repository, not a cache
@@ -103,20 +104,31 @@ def load_policy(
     revision: str | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
+    device_map: DeviceMap | None = None,
 ) -> Policy:
     """Load a frozen policy from a folder or hub id, or wrap a (model, tokenizer) pair that is already loaded.
 
-    A loaded model stays where it is and as it is: ``dtype``, ``device`` and ``revision`` must then be None. A
-    ``revision`` is a branch, tag or commit of a hub repository; ``owner/name@revision`` says the same.
+    A loaded model stays where it is and as it is: the arguments must then be None.
+
+    Args:
+        source: folder, hub id, or what is loaded.
+        revision: branch, tag or commit of a hub repository; ``owner/name@revision`` says the same.
+        dtype: default the checkpoint's own.
+        device: default the first GPU, else the CPU.
+        device_map: in place of ``device``: ``auto`` or a device for each module, over GPUs, memory and disk.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: ``dtype``, ``device`` or ``revision`` given for a loaded model, a revision of a folder, or weights
+        UsageError: arguments given for a loaded model, a device beside a device map, a revision of a folder, or weights
             that are missing.
+        MissingExtraError: a device map without accelerate.
     """
+    placement = Placement(dtype, device, device_map)
     if not isinstance(source, str):
-        if dtype is not None or device is not None or revision is not None:
-            raise UsageError("dtype, device and revision are of a policy loaded by name; move a loaded model yourself")
+        if placement != Placement() or revision is not None:
+            raise UsageError(
+                "dtype, device, device_map and revision are of a policy loaded by name; move a loaded model yourself"
+            )
         policy = source if isinstance(source, Policy) else Policy(*source)
         policy.model.eval()
         return policy
@@ -125,7 +137,7 @@ def load_policy(
     source = named(source, revision)
     model, report = load_pretrained(
         AutoModelForCausalLM, source, "policy",
-        dtype=resolve_dtype(dtype), use_safetensors=True, output_loading_info=True,
+        dtype=resolve_dtype(dtype), use_safetensors=True, output_loading_info=True, **placement.arguments(),
     )  # fmt: skip
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -133,5 +145,14 @@ def load_policy(
             f"{source} is no whole language model ({missing} not in its weights, and would be drawn at random): is "
             "it a reward model, or was its saving cut off?"
         )
-    model.to(resolve_device(device)).eval().requires_grad_(False)
+    settled(model, placement)
     return Policy(model, load_tokenizer(source, "policy"))
+
+
+def settled(model: Any, placement: Placement) -> Any:
+    """A loaded model where it belongs, frozen and in evaluation mode.
+
+    Raises:
+        UsageError: a device that cannot be used, or a map that leaves the embedding without one.
+    """
+    return settle(model, placement, resolve_device(placement.device) if placement.device_map is None else None)

@@ -11,7 +11,8 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt
-from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_device, resolve_dtype
+from rgtg.models.placement import DeviceMap, Placement
+from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype, settled
 
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
 
@@ -43,8 +44,11 @@ class PrefixScorer:
         *,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        device_map: DeviceMap | None = None,
     ) -> "PrefixScorer":
         """Load a reward model from a folder or hub id, or wrap a loaded (model, tokenizer) pair.
+
+        ``dtype``, ``device`` and ``device_map`` as of `rgtg.models.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: nothing loadable at ``source``.
@@ -56,8 +60,7 @@ class PrefixScorer:
             return cls(*source)
         info = read_info(source)
         tokenizer = load_tokenizer(source, "scorer")
-        model = _load_classifier(source, resolve_dtype(dtype), tokenizer)
-        model.to(resolve_device(device)).requires_grad_(False)
+        model = _load_classifier(source, Placement(dtype, device, device_map), tokenizer)
         return cls(model, tokenizer, info=info, name=source)
 
     @torch.inference_mode()
@@ -270,14 +273,17 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[
     return ids.to(device), mask.to(device)
 
 
-def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
+def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
+    dtype, auto_class = resolve_dtype(placement.dtype), AutoModelForSequenceClassification
     if is_adapter(source):
-        return load_merged(AutoModelForSequenceClassification, source, "scorer", tokenizer, dtype=dtype, num_labels=1)
+        where = placement.arguments()
+        model = load_merged(auto_class, source, "scorer", tokenizer, dtype=dtype, num_labels=1, **where)
+        return settled(model, placement)
     model, report = load_pretrained(
-        AutoModelForSequenceClassification, source, "scorer",
-        dtype=dtype, use_safetensors=True, output_loading_info=True,
+        auto_class, source, "scorer",
+        dtype=dtype, use_safetensors=True, output_loading_info=True, **placement.arguments(),
     )  # fmt: skip
     if missing := [key for key in report["missing_keys"] if "score" in key or any(h in key for h in _ENCODER_HEADS)]:
         raise UsageError(
@@ -285,4 +291,4 @@ def _load_classifier(source: str, dtype: Any, tokenizer: Any) -> Any:
             f"language model, not a reward model. Train one: rgtg train --base {source} (or read "
             'its own log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
         )
-    return model
+    return settled(model, placement)

@@ -54,10 +54,13 @@ def _forward_over(model: Any, states: Tensor) -> Tensor:
 
     body = trunk(model)
     flat = states.reshape(1, -1, states.shape[-1])
+    before = vars(body).get("forward")  # the class's own, unless accelerate has put one around it
     body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=flat)
     try:
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=states.device)
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
-        del body.forward  # the class's own again
+        del body.forward
+        if before is not None:
+            body.forward = before
     return logits.reshape(*states.shape[:-1], -1)  # type: ignore[no-any-return]

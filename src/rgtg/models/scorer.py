@@ -9,6 +9,7 @@ from rgtg.errors import UsageError
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.hub import named
 from rgtg.models.own_state import OwnStateScorer
+from rgtg.models.placement import DeviceMap
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
@@ -65,6 +66,7 @@ def load_scorer(
     policy: Policy | None = None,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
+    device_map: DeviceMap | None = None,
     join: bool = False,
 ) -> AnyScorer:
     """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
@@ -77,6 +79,7 @@ def load_scorer(
         policy: the loaded policy; a head on its states shares it, other scorers do not need it.
         dtype: of weights that are loaded.
         device: for weights that are loaded.
+        device_map: in place of ``device``, as of `rgtg.models.policy.load_policy`.
         join: read an adapter on the policy's trunk in one pass with the policy; else it is a reward model of its own.
 
     Raises:
@@ -88,8 +91,9 @@ def load_scorer(
         if not isinstance(source, str):
             raise UsageError("revision applies to a scorer loaded by its hub id")
         source = named(source, revision)
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
     if kind is not None:
-        return _as_autoregressive(source, kind, dtype, device)
+        return _as_autoregressive(source, kind, where)
     if isinstance(source, VocabularyScorer):
         return source
     if isinstance(source, OwnStateScorer):
@@ -98,12 +102,14 @@ def load_scorer(
         return source
     if isinstance(source, str) and (info := read_info(source)):
         if info.trunk == "own":
-            return OwnStateScorer.from_pretrained(source, policy=policy, dtype=dtype, device=device)
+            return OwnStateScorer.from_pretrained(source, policy=policy, **where)
         if info.trunk == "shared" and join and policy is not None:
+            if device_map is not None:
+                raise UsageError("device_map is of a model of its own; an adapter is where its policy is")
             return SharedTrunkScorer.from_pretrained(source, policy)
         if info.head == "vocab":
-            return VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
-    return PrefixScorer.from_pretrained(source, dtype=dtype, device=device)
+            return VocabularyScorer.from_pretrained(source, **where)
+    return PrefixScorer.from_pretrained(source, **where)
 
 
 def load_named_scorer(
@@ -133,11 +139,11 @@ def trunk_of(source: str) -> str:
     return info.trunk if info else "separate"
 
 
-def _as_autoregressive(source: Any, kind: str, dtype: Any, device: Any) -> VocabularyScorer:
+def _as_autoregressive(source: Any, kind: str, where: dict[str, Any]) -> VocabularyScorer:
     if kind != "autoregressive":
         raise UsageError(f"kind={kind!r}: expected 'autoregressive', or None where rgtg.json says what a scorer is")
     if isinstance(source, str):
-        scorer = VocabularyScorer.from_pretrained(source, dtype=dtype, device=device)
+        scorer = VocabularyScorer.from_pretrained(source, **where)
     else:
         scorer = source if isinstance(source, VocabularyScorer) else VocabularyScorer(load_policy(source))
     if scorer.objective != "autoregressive":

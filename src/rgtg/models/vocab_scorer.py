@@ -1,7 +1,7 @@
 """A scorer that says of every next token at once how good it is: one row of one token through a model of its own."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -11,13 +11,14 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.heads import MANY
+from rgtg.models.placement import DeviceMap, Placement, is_spread
 from rgtg.models.policy import (
     Policy,
     context_length,
     load_policy,
     load_tokenizer,
-    resolve_device,
     resolve_dtype,
+    settled,
 )
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 from rgtg.models.readout import head_is_plain, policy_logits
@@ -50,6 +51,7 @@ class VocabularyScorer(ReadsCompletions):
         self.weight, self.bias = output.weight, getattr(output, "bias", None)
         self.info, self.name = info, name
         self.objective: str = objective or (info.objective if info else "autoregressive")
+        self.gathers = not is_spread(scorer.model)  # whether rows of its output layer can be read
         self.layer = scorer.model.config.get_text_config().num_hidden_layers
         self.max_length = context_length(scorer.model.config)
         self.append_eos = info.append_eos if info else True  # a language model closes what it has finished
@@ -61,10 +63,12 @@ class VocabularyScorer(ReadsCompletions):
         *,
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        device_map: DeviceMap | None = None,
     ) -> Self:
         """Load a scorer trained with ``farma`` or ``autoregressive`` (LoRA adapters merged), or any language model.
 
-        A folder without rgtg.json is a language model, and is read as an autoregressive scorer.
+        A folder without rgtg.json is a language model, and is read as an autoregressive scorer. ``dtype``, ``device``
+        and ``device_map`` as of `rgtg.models.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: nothing loadable at ``source``.
@@ -76,7 +80,7 @@ class VocabularyScorer(ReadsCompletions):
                 f"{source} was trained with {info.objective} and has a {info.head} head (trunk {info.trunk}): it is no "
                 "language model that scores next tokens; load it with load_scorer and without a kind"
             )
-        return cls(load_language_model(source, dtype, device), info=info, name=source)
+        return cls(load_language_model(source, Placement(dtype, device, device_map)), info=info, name=source)
 
     def head(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
@@ -86,8 +90,9 @@ class VocabularyScorer(ReadsCompletions):
         For an autoregressive scorer they are logits, which differ from log π_r(y_i | y_{<i}) by a term of the prefix
         alone: it cancels among the candidates.
         """
-        # a cap or a scale on the logits; or so many that gathering their rows would copy most of W
-        if not head_is_plain(self.model) or candidate_ids.shape[1] > len(self.weight) // MANY:
+        # weights elsewhere, a cap or a scale on the logits; or so many that gathering their rows would copy most of W
+        gathers = self.gathers and head_is_plain(self.model)
+        if not gathers or candidate_ids.shape[1] > len(self.weight) // MANY:
             return policy_logits(self.model, states).gather(-1, candidate_ids).float()
         rows = torch.nn.functional.embedding(candidate_ids, self.weight)  # (B, K, H)
         scores = (rows @ states[..., None])[..., 0].float()
@@ -131,16 +136,16 @@ class VocabularyScorer(ReadsCompletions):
         return torch.cat(parts).double().cumsum(0).float().cpu()
 
 
-def load_language_model(source: str, dtype: Any = None, device: Any = None) -> Policy:
+def load_language_model(source: str, placement: Placement) -> Policy:
     """A causal language model and its tokenizer; a LoRA adapter is merged into its base.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
     """
     if not is_adapter(source):
-        return load_policy(source, dtype=dtype, device=device)
+        return load_policy(source, **vars(placement))
     from transformers import AutoModelForCausalLM
 
-    model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(dtype))
-    model.to(resolve_device(device)).eval().requires_grad_(False)
-    return Policy(model, load_tokenizer(source, "scorer"))
+    where = placement.arguments()
+    model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(placement.dtype), **where)
+    return Policy(settled(model, placement), load_tokenizer(source, "scorer"))

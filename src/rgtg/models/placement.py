@@ -1,0 +1,96 @@
+"""Where a model's weights are held: on one device, or spread over GPUs, memory and disk by a device map."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgtg.errors import MissingExtraError, UsageError
+
+# A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
+DeviceMap = str | dict[str, int | str]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is said of one model's dtype and place.
+
+    ``device`` moves it whole; ``device_map`` spreads its layers over devices, and over memory and disk (accelerate).
+    """
+
+    dtype: "str | torch.dtype | None" = None
+    device: "str | torch.device | None" = None
+    device_map: DeviceMap | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``from_pretrained``, beside the dtype.
+
+        Raises:
+            UsageError: a device and a map.
+            MissingExtraError: accelerate is not installed.
+        """
+        if self.device_map is None:
+            return {}
+        if self.device is not None:
+            raise UsageError("device and device_map each say where a model goes: give one of them")
+        _require_accelerate()
+        return {"device_map": self.device_map}
+
+
+def settle(model: Any, placement: Placement, device: torch.device | None) -> Any:
+    """Put a loaded model where it belongs, frozen and in evaluation mode.
+
+    Args:
+        model: just loaded with ``placement.arguments()``.
+        placement: as it was asked for.
+        device: of a model without a map.
+
+    Raises:
+        UsageError: a map that leaves the embedding without a device, where inputs are given.
+    """
+    if placement.device_map is None:
+        model.to(device)
+    elif is_spread(model):
+        if model.device.type == "meta":
+            raise UsageError("device_map: the input embedding must be on a device, not on the disk")
+        _bring_home(model)
+    return model.eval().requires_grad_(False)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a model's weights are in several places; asked when a model is loaded or joined, never in a step."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def whole_weights(model: Any) -> "dict[str, Tensor]":
+    """All tensors of a model by name; those on the disk are read."""
+    tensors = dict(model.state_dict())
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            module, _, leaf = name.rpartition(".")
+            tensors[name] = model.get_submodule(module)._hf_hook.weights_map[leaf]
+    return tensors
+
+
+def _bring_home(model: Any) -> None:
+    """Give what trunk and head return on the device that inputs are on, wherever their last layer is."""
+    home = model.device
+    heads = (getattr(model, "score", None), model.get_output_embeddings())
+    for module in (model.base_model, *heads):
+        if isinstance(module, nn.Module):
+            module.register_forward_hook(lambda _module, _inputs, output: _moved(output, home))
+
+
+def _moved(output: Any, home: torch.device) -> Any:
+    if isinstance(output, Tensor):
+        return output.to(home)
+    output.last_hidden_state = output.last_hidden_state.to(home)
+    return output
+
+
+def _require_accelerate() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("device_map needs accelerate: pip install 'rgtg[train]'") from error
