@@ -13,6 +13,7 @@ from naive import info
 from rgtg.errors import ModelNotFoundError
 from rgtg.models.checkpoint import write_info
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.training.checkpoints import seal
 from synthetic import synthetic_rows, write_rows
 
 resource = pytest.importorskip("resource", reason="this system has no limit on the size of a file")
@@ -103,6 +104,36 @@ def test_a_checkpoint(policy_folder, tmp_path, no_room):
     refused(run("train", *arguments), "checkpoint-1: is the disk full?")
     assert not list((output / "checkpoints").glob("checkpoint-*"))  # what was half there makes room
     assert not (output / "rgtg.json").exists()
+
+
+def test_an_earlier_checkpoint_survives_a_full_disk_and_a_read_only_folder(
+    policy_folder, tmp_path, no_room, unprivileged
+):
+    """The first checkpoint has room, the second has none; then nothing may be written; then the run goes on."""
+    pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
+    arguments = ["--pairs", pairs, "--base", policy_folder, "--quiet", "--resume", "--set", "train.save_steps=1"]
+    arguments += ["--set", "train.per_device_train_batch_size=4", "--set", "train.max_steps=3"]
+    assert run("train", *arguments, "--output", tmp_path / "whole").exit_code == 0
+
+    def seal_the_last(folder, **about):
+        seal(folder, **about)
+        no_room()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("rgtg.training.resumable.seal", seal_the_last)
+        refused(run("train", *arguments, "--output", output), "Earlier checkpoints are untouched: make room, then")
+    assert [path.name for path in (output / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    output.chmod(0o555)
+    for file in policy_folder.iterdir():
+        file.chmod(0o644)
+    with unprivileged():
+        refused(run("train", *arguments, "--output", output), f"cannot write to {output}: Permission denied")
+    output.chmod(0o755)
+    ran = run("train", *arguments, "--output", output, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert json.loads(ran.stdout)["resumed_from"].endswith("checkpoint-1")
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

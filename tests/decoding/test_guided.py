@@ -13,6 +13,7 @@ from rgtg.decoding.methods import METHODS
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, TokenizerMismatchError, UsageError
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.vocab_scorer import VocabularyScorer
 
 TEXTS = ["Once upon a time", "Hi", "What is it?"]
 
@@ -267,3 +268,27 @@ def test_any_language_model_can_be_genarms_scorer(policy_folder):
         assert guided.scorers[0].name == str(policy_folder) or guided is loaded
     with pytest.raises(UsageError, match="language model, not a reward model"):
         GuidedPolicy.from_pretrained(str(policy_folder), str(policy_folder), method="pargs")
+
+
+@pytest.mark.parametrize("kind", ["prefix", "vocabulary"])
+def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused_when_it_is_joined(kind):
+    small = tiny_policy() if kind == "vocabulary" else tiny_reward_model()
+    small.resize_token_embeddings(60)
+    scorer = (
+        VocabularyScorer(Policy(small, tiny_tokenizer()), name="small")
+        if kind == "vocabulary"
+        else PrefixScorer(small, tiny_tokenizer(), info=info(), name="small")
+    )
+    with pytest.raises(UsageError, match=r"small has embeddings for 60 tokens, and the tokenizer has 64: .*resize"):
+        GuidedPolicy(Policy(*policy()), scorer, method="genarm" if kind == "vocabulary" else "pargs")
+
+
+def test_embeddings_behind_the_last_token_matter_where_the_whole_vocabulary_is_scored():
+    padded, rows = tiny_policy(), len(tiny_tokenizer())
+    padded.resize_token_embeddings(rows + 6)
+    padded.get_output_embeddings().weight[rows:] = 0.0  # no candidates among the best
+    scorer = VocabularyScorer(Policy(tiny_policy(seed=2), tiny_tokenizer()), name="tight")
+    guided = GuidedPolicy(Policy(padded, tiny_tokenizer()), scorer, method="genarm", top_k=5)
+    assert all(guided.generate(TEXTS, max_new_tokens=4, seed=1))
+    with pytest.raises(UsageError, match=r"embeddings for 64 tokens, and the policy's embedding has 70"):
+        guided.generate(TEXTS, max_new_tokens=4, top_k=None)

@@ -16,6 +16,7 @@ from rgtg.decoding.join import (
     make_segment_reader,
     make_speculation,
     make_stepper,
+    require_embeddings,
 )
 from rgtg.decoding.loading import listed
 from rgtg.decoding.methods import (
@@ -95,6 +96,9 @@ class Decoder:
         if settings.method != self.method.name:
             raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
+        if settings.top_k is None and self.method.scorer and self.method.unit == "token":
+            for one in self.scorers:
+                require_embeddings(self.policy, one, whole=True)
         if complete:
             require_complete(self.method, settings)
         if self.used and len(betas_of(settings)) != len(self.used):

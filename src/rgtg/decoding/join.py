@@ -37,13 +37,38 @@ def as_read_beside(policy: Policy, scorer: AnyScorer) -> AnyScorer:
 
     Raises:
         TokenizerMismatchError: another tokenizer, and a scorer that scores the policy's tokens or reads its states.
+        UsageError: a scorer without an embedding for some token of the tokenizer.
     """
     if isinstance(scorer, TextScorer):
         return scorer
     if isinstance(scorer, PrefixScorer) and not (scorer.causal and same_tokenizer(policy.tokenizer, scorer.tokenizer)):
         return TextScorer(scorer)
     require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+    require_embeddings(policy, scorer, whole=False)
     return scorer
+
+
+def require_embeddings(policy: Policy, scorer: AnyScorer, *, whole: bool) -> None:
+    """Refuse a scorer of the policy's tokens that cannot read one of them.
+
+    Args:
+        policy: whose next tokens are candidates.
+        scorer: of any kind; those that read text or the policy's states are passed over.
+        whole: every row of the policy's embedding may be a candidate, padding behind the tokenizer's last id too.
+
+    Raises:
+        UsageError: the scorer's embedding has fewer rows than there are tokens.
+    """
+    if not isinstance(scorer, PrefixScorer | VocabularyScorer):
+        return
+    rows, of_policy = (len(one.model.get_input_embeddings().weight) for one in (scorer, policy))
+    wanted = of_policy if whole else min(of_policy, len(policy.tokenizer))
+    if rows < wanted:
+        whose = "the policy's embedding has" if whole else "the tokenizer has"
+        raise UsageError(
+            f"{scorer.name} has embeddings for {rows} tokens, and {whose} {wanted}: train it from the policy's own "
+            f"base model, or give it more (model.resize_token_embeddings({wanted})) and train and save it so"
+        )
 
 
 def make_stepper(
