@@ -1,6 +1,7 @@
 """What every command's settings share: one base model, YAML and overrides, errors in words."""
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -33,6 +34,8 @@ class Settings(BaseModel):
         return validate(cls, merged)
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 200, 200
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
@@ -55,7 +58,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: unreadable, not YAML, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the config {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -63,6 +66,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"the config {path} must hold settings as 'name: value', not a {type(loaded).__name__}")
     return loaded
+
+
+def _yaml(text: str) -> Any:
+    """A YAML value; what the parser stumbles over is a ``YAMLError`` too: depth, long numbers, impossible dates."""
+    try:
+        return yaml.safe_load(text)
+    except (RecursionError, ValueError, TypeError, AttributeError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def _set_dotted(target: dict[str, Any], item: str) -> None:
@@ -78,7 +89,7 @@ def _set_dotted(target: dict[str, Any], item: str) -> None:
             raise UsageError(f"--set {item!r}: {parent} is a single value and has no {last}")
         target = child
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = _yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {item!r}: {text!r} is not a YAML value") from error
 
@@ -92,4 +103,7 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{name} is required (--{name.replace('_', '-')})"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{name} = {detail['input']!r}: {message}" if name else message  # no name: several settings at odds
+    if not name:  # several settings at odds
+        return message
+    # in brief: a few lines of YAML that refer to each other can be gigabytes when they are written out
+    return f"{name} = {_BRIEF.repr(detail['input'])}: {message}"

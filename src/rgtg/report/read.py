@@ -56,7 +56,7 @@ def read_audits(sources: list[str]) -> tuple[dict[str, AuditResult], dict[str, R
 def _is_rollouts(path: Path) -> bool:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False  # what is wrong with it is said when it is read
     return isinstance(found, dict) and "by_position" in found
 
