@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import time
 
 import pytest
 
@@ -16,7 +17,7 @@ ROWS = 500
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Arguments of the job, and the bytes of its output where nothing disturbs it."""
+    """Arguments of the job, and the bytes of its output and the seconds it takes where nothing disturbs it."""
     folder = tmp_path_factory.mktemp("killed")
     tiny_policy().save_pretrained(folder / "policy")
     tiny_reward_model().save_pretrained(folder / "scorer")
@@ -32,8 +33,10 @@ def job(tmp_path_factory):
         prompts, "--batch-tokens", 512, "--set", "device=cpu", "--seed", 3,
     ]  # fmt: skip
     whole = folder / "whole.jsonl"
+    in_process("--version").join()  # the process that all are forked from has imported everything
+    start = time.monotonic()
     assert finish(in_process(*arguments, "--output", whole)) == 0
-    return arguments, whole.read_bytes()
+    return arguments, whole.read_bytes(), time.monotonic() - start
 
 
 def held(output):
@@ -43,8 +46,8 @@ def held(output):
 
 
 def survives(job, output, kills, draw):
-    """Kill the job so many times while it has work left, with some rows done in between; then let it finish."""
-    arguments, whole = job
+    """Kill the job up to so many times while it has work left, then let it finish; the kills that hit it at work."""
+    arguments, whole, seconds = job
     killed = progressed = 0
     for _ in range(kills):
         process, before = in_process(*arguments, "--output", output), held(output)
@@ -53,11 +56,10 @@ def survives(job, output, kills, draw):
             wait_until(lambda held_before=before: held(output) > held_before or output.exists(), process)
             killed += kill(process, draw.uniform(0, 0.1)) == -signal.SIGKILL
         else:
-            killed += kill(process, draw.uniform(0, 1.5)) == -signal.SIGKILL
+            killed += kill(process, draw.uniform(0, seconds)) == -signal.SIGKILL
         progressed += held(output) > before
         if output.exists():
             break
-    assert killed, "no kill came in time"
     assert finish(in_process(*arguments, "--output", output)) == 0
     assert output.read_bytes() == whole
     ids = [json.loads(line)["id"] for line in whole.splitlines()]
@@ -66,23 +68,29 @@ def survives(job, output, kills, draw):
     return killed, progressed
 
 
+def killed_until(job, folder, kills, draw):
+    """Outputs are begun anew until so many kills have hit a job that was not done, and some left rows to keep."""
+    killed = progressed = 0
+    for round_ in range(10 * kills):  # a job may be done before its kill comes: that is no failure, but no kill either
+        hit = survives(job, folder / f"out{round_}.jsonl", max(kills - killed, 1), draw)
+        killed, progressed = killed + hit[0], progressed + hit[1]
+        if killed >= kills and progressed:
+            return
+    pytest.fail(f"{killed} kills came in time, {progressed} of them after rows were added")
+
+
 def test_a_few_kills(job, tmp_path):
-    _, progressed = survives(job, tmp_path / "out.jsonl", 4, random.Random(1))
-    assert progressed
+    killed_until(job, tmp_path, 4, random.Random(1))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_kills(job, tmp_path):
-    """Outputs are begun anew until twenty kills have hit a job that was not done."""
-    draw, killed, round_ = random.Random(2), 0, 0
-    while killed < 20:
-        round_ += 1
-        killed += survives(job, tmp_path / f"out{round_}.jsonl", 20 - killed, draw)[0]
+    killed_until(job, tmp_path, 20, random.Random(2))
 
 
 def test_sigterm_ends_with_75_and_the_same_command_goes_on(job, tmp_path):
-    arguments, whole = job
+    arguments, whole, _ = job
     output = tmp_path / "out.jsonl"
     process = in_process(*arguments, "--output", output)
     wait_until(lambda: held(output) > 10, process)
