@@ -1,9 +1,12 @@
 """Best-of-n: n different completions, each scored once, the best one kept."""
 
+import math
+
 import pytest
 
 from naive import EOS, info, make_guided, reward
 from rgtg.decoding import decoder as decoder_module
+from rgtg.decoding.segmentwise import _highest
 from rgtg.errors import NonFiniteError
 
 PROMPTS = [[0, 9, 14, 30], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
@@ -107,3 +110,12 @@ def test_nan_rewards_are_refused():
     guided.scorer.model.score.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="scorer returned NaN"):
         guided.generate_ids(PROMPTS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "place"),
+    [([0.1, 0.5, 0.4], 1), ([0.5, 0.5 + 1e-8], 0), ([0.5, 0.501], 1), ([-math.inf, -math.inf], 0),
+     ([-math.inf, 3.0], 1), ([1e6, 1e6 + 0.1, 2e6], 2)],
+)  # fmt: skip
+def test_of_equals_up_to_rounding_the_first_is_the_highest(rewards, place):
+    assert _highest(rewards) == place

@@ -1,6 +1,7 @@
 """The engine alone: what it gives equals GuidedPolicy, whatever else is running."""
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -12,6 +13,7 @@ from naive import info, tiny_scorer
 from other_tokenizers import byte_level, encoder_with, reward_model_with
 from rgtg.config import DecodingSettings, EngineSettings
 from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.lane import Lane
 from rgtg.decoding.lanes import lane_key, make_prefill
 from rgtg.decoding.requests import row_seeds
 from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
@@ -438,6 +440,86 @@ def test_a_model_that_raises_ends_its_requests_and_no_more(models, broken, monke
     assert listener.finished()
 
 
+def test_a_closed_gate_is_closed_among_steered_neighbours_too(models, serving):
+    """Rows with two scorers that steer nowhere, beside rows that one of them steers."""
+    engine, gated = serving(), {"entropy_gate": 50.0, "beta": [1.0, 1.0]}
+    asked = [row("pargs", ["kind", "text"], seed=1, max_new_tokens=12, **gated)]
+    asked += [row("pargs", ["kind"], seed=2, max_new_tokens=12), row("pargs", ["text"], seed=3, max_new_tokens=12)]
+    alone = []
+    for each in asked:
+        listener = Heard()
+        engine.submit(job("Hello", each), listener)
+        alone.append(listener.finished()[0])
+    heard = [Heard() for _ in asked]
+    for each, listener in zip(asked, heard, strict=True):
+        engine.submit(job("Hello", each), listener)
+    assert [listener.finished()[0].token_ids for listener in heard] == [done.token_ids for done in alone]
+
+
+def test_a_scorer_without_figures_harms_no_row_whose_gate_is_closed(models, serving, monkeypatch):
+    engine, scorer = serving(), models.scorers["kind"]
+    head = scorer.model.score
+    monkeypatch.setattr(head, "forward", lambda states: states[..., :1] * math.nan)
+    shut, open_ = Heard(), Heard()
+    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=12)), open_)
+    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=12, entropy_gate=50.0)), shut)
+    assert isinstance(open_.ended()[0].error, NonFiniteError)
+    assert len(shut.finished()[0].token_ids) > 0
+
+
+def test_rows_that_cannot_enter_a_lane_end_with_those_in_it(models, serving, monkeypatch):
+    engine, join, times = serving(), Lane.join, itertools.count()
+
+    def failing(*args):
+        if next(times) == 1:
+            raise RuntimeError("out of memory")
+        return join(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "join", failing)
+        listener = Heard()
+        engine.submit(job("Hello", row(seed=1), row(seed=2)), listener)
+        assert [str(end.error) for end in listener.ended(2)] == ["the request failed inside the server"] * 2
+    listener = Heard()
+    engine.submit(job("Hello", row(max_new_tokens=3)), listener)
+    assert listener.finished()
+
+
+@pytest.mark.parametrize("place", ["rgtg.serving.engine.make_prefill", "rgtg.decoding.decoder.Decoder.steps"])
+def test_a_job_that_cannot_begin_fails_alone(models, serving, place, monkeypatch):
+    engine = serving()
+    method = row("best-of-n", ["kind"], n=2) if "steps" in place else row()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *args, **kwargs: 1 / 0)
+        listener = Heard()
+        engine.submit(job("Hello", method), listener)
+        assert str(listener.ended()[0].error) == "the request failed inside the server"
+    listener = Heard()
+    engine.submit(job("Hello", row(max_new_tokens=3)), listener)
+    assert listener.finished()
+
+
+def test_a_defect_of_the_engine_leaves_nobody_waiting(models, serving, monkeypatch):
+    engine, listener = serving(), Heard()
+    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    assert engine.alive
+    engine.submit(job("Hello", row()), listener)
+    assert str(listener.ended()[0].error) == "the request failed inside the server"
+    with pytest.raises(NotServingError):
+        engine.submit(job("Hello", row()), Heard())
+    assert not engine.alive
+
+
+@pytest.mark.parametrize("method", [row("best-of-n", ["kind"], n=2), row("cd-blockwise", ["kind"], n=2)])
+def test_segments_and_whole_texts_without_figures_are_counted(models, serving, method, monkeypatch):
+    engine, listener = serving(on_nan="unguided"), Heard()
+    monkeypatch.setattr(models.scorers["kind"].model.score, "forward", lambda states: states[..., :1] * math.nan)
+    engine.submit(job("Hello", method), listener)
+    assert isinstance(listener.ended()[0].error, NonFiniteError)
+    assert engine.drain(30)
+    assert engine.snapshot().nan == 1
+
+
 REFUSED = [
     (row("none"), "unknown method"),
     (row("pargs"), "needs a scorer"),
@@ -450,6 +532,8 @@ REFUSED = [
     (row("farma", ["kind"]), "asks for the scores of all next tokens"),
     (row("cards", ["kind"]), "needs reward_threshold"),
     (row("best-of-n", ["kind"], n=9), "at most 8"),
+    (row("cd-blockwise", ["kind"], n=9), "at most 8"),
+    (row("cards", ["kind"], reward_threshold=1.0, segment_length=10**9), "segment_length = 1000000000"),
     (row("pargs", ["kind"], draft_length=3), "draft_length"),
 ]
 

@@ -5,6 +5,7 @@ import collections
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 import uvicorn
 
+from rgtg.serving.flights import FAREWELL_SECONDS
 from rgtg.serving.jobs import Step
 from rgtg.serving.server import DrainingServer, listen
 from served import events_of, on_a_socket, serving, settings
@@ -220,6 +222,55 @@ def test_draining_ends_after_its_time():
         assert time.monotonic() - start < 10
     assert {answer.status_code for answer in answers} == {503}
     assert {answer.json()["error"]["code"] for answer in answers} == {"not_serving"}
+
+
+def test_a_server_whose_engine_has_failed_says_so(monkeypatch):
+    with serving() as served:
+        assert [served.client.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]
+        monkeypatch.setattr(served.engine, "_admit", lambda: 1 / 0)
+        assert served.post("/v1/completions", **LONG | {"stream": False}).status_code == 500
+        assert [served.client.get(path).status_code for path in ("/livez", "/readyz")] == [503, 503]
+        refused = served.post("/v1/completions", **SHORT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_serving")
+
+
+def test_a_path_is_one_word_of_the_log(caplog):
+    with serving() as served, caplog.at_level("INFO", "rgtg.serving"):
+        served.client.get("/nope%0a2026-01-01 POST /v1/completions 200%1b[31m" + "x" * 500)
+    (line,) = [record.getMessage() for record in caplog.records if "nope" in record.getMessage()]
+    assert line.startswith("GET /nope%0A2026-01-01%20POST")
+    assert len(line) < 300
+
+
+def test_a_slow_reader_gets_what_was_made_before_the_end():
+    """A client that stops reading while the server drains: its answer is finished, and still on its way."""
+    with serving() as served, listen(settings(port=0)) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        server = DrainingServer(
+            uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS),
+            served.service,
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        body = json.dumps({
+            "model": "tiny", "prompt": "a", "max_tokens": 40, "n": 4, "stream": True,
+            "guidance": {"method": "policy", "top_k": 64, "trace": True},
+        }).encode()  # fmt: skip
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(bound.getsockname())
+            head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+            client.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+            got = client.recv(1000)
+            server.handle_exit(signal.SIGTERM, None)
+            time.sleep(1.5)
+            client.settimeout(20)
+            while more := client.recv(2**16):
+                got += more
+        thread.join(30)
+    assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 class Process:

@@ -233,3 +233,13 @@ def test_a_scorer_that_returns_nan_fails_that_request_alone():
         choice = served.post("/v1/completions", **body | {"model": "tiny+broken"}).json()["choices"][0]
         assert choice["guidance"]["fallback"] is True
         assert "rgtg:fallback_total 1.0" in served.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("number", [0, 2**31, 10**30, 10**4000])
+@pytest.mark.parametrize("where", ["n", "max_tokens", "guidance.n", "guidance.top_k", "guidance.segment_length"])
+def test_numbers_without_measure_are_refused(where, number):
+    outer, _, inner = where.partition(".")
+    body = {"model": "tiny", "prompt": "a", outer: {inner: number} if inner else number}
+    with serving() as served:
+        answer = served.post("/v1/completions", **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, where)

@@ -186,7 +186,8 @@ class Lane:
             scores = self.stepper.score(self._lead_ids)
             assert scores is not None, "the lead has a scorer"
             for group in groups:
-                group.scores[name] = scores[group.places, : group.proposal.ids.shape[1]]
+                if group.proposal.is_steered:
+                    group.scores[name] = scores[group.places, : group.proposal.ids.shape[1]]
 
     def _score_by_head(self, name: str, head: Any, groups: list[Group]) -> None:
         """Candidates of the members that name a head, at the policy's state."""
@@ -212,12 +213,15 @@ class Lane:
         if isinstance(beside.reader, PrefixReader):  # any number of candidates, block by block
             beside.reader.catch_up()
             for group, mine, rows in blocks:
-                self._give(group, name, mine, beside.reader.score_rows(torch.tensor(rows), group.proposal.ids[mine]))
+                if group.proposal.is_steered:
+                    scores = beside.reader.score_rows(torch.tensor(rows), group.proposal.ids[mine])
+                    self._give(group, name, mine, scores)
             return
         beside.scored = _rectangle([(rows, group.proposal.ids[mine]) for group, mine, rows in blocks])
         scores = beside.reader.score(beside.scored)
         for group, mine, rows in blocks:
-            self._give(group, name, mine, scores[rows, : group.proposal.ids.shape[1]])
+            if group.proposal.is_steered:  # as alone, where it would not have been asked
+                self._give(group, name, mine, scores[rows, : group.proposal.ids.shape[1]])
 
     def _give(self, group: Group, name: str, mine: list[int], scores: Tensor) -> None:
         given = torch.zeros(group.proposal.ids.shape, device=scores.device)
@@ -245,8 +249,9 @@ class Lane:
             if bool(finite.all()):
                 continue
             scores[~finite] = 0
+            hit = ~finite if group.proposal.steered is None else ~finite & group.proposal.steered
             steered = finite if steered is None else steered & finite
-            for i in (~finite).nonzero()[:, 0].tolist():
+            for i in hit.nonzero()[:, 0].tolist():
                 if self.on_nan == "unguided":
                     members[i].fallback += 1
                 else:
@@ -328,7 +333,7 @@ class Lane:
                 yield name, runner, [beside.members.index(member)]
 
     def _caches(self) -> list[TreeCache]:
-        readers = (getattr(beside.reader, "runner", None) for beside in self.beside.values())
+        readers = (getattr(beside.reader, "runner", None) for beside in list(self.beside.values()))
         return [runner.cache for runner in (self.stepper.policy, *readers) if isinstance(runner, TreeRunner)]
 
 

@@ -247,10 +247,10 @@ def _score(
 def _best(
     rows: Sequence[_Row], drawn: Sequence[Segment], rewards: list[list[float]], rule: SegmentRule, limit: int
 ) -> list[Segment | None]:
-    """Of each row's n segments the one of highest reward, the first of equals."""
+    """Of each row's n segments the one of highest reward, the first of equals up to rounding."""
     chosen: list[Segment | None] = []
     for i, row in enumerate(rows):
-        j = max(range(rule.n), key=rewards[i].__getitem__)
+        j = _highest(rewards[i])
         chosen.append(_commit(row, drawn[i * rule.n + j], rewards[i][j], best_of_n_kl(rule.n)))
     return chosen
 
@@ -277,11 +277,18 @@ def _accepted(
             nats = log_accept + sum(1 / t for t in range(1, tries))
             chosen.append(_commit(row, drawn[i], float(read[i]), nats))
         elif tries > rule.retries:
-            reward, best = max(row.tried, key=lambda pair: pair[0])
+            reward, best = row.tried[_highest([reward for reward, _ in row.tried])]
             chosen.append(_commit(row, best, reward, best_of_n_kl(tries)))
         else:
             chosen.append(None)
     return chosen
+
+
+def _highest(rewards: Sequence[float]) -> int:
+    """Place of the highest reward, the first of equals: segments that a scorer reads alike differ by rounding only."""
+    most = max(rewards)
+    alike = (reward == most or math.isclose(reward, most, rel_tol=1e-5, abs_tol=1e-5) for reward in rewards)
+    return next(j for j, found in enumerate(alike) if found)
 
 
 def _commit(row: _Row, segment: Segment, reward: float, nats: float) -> Segment:

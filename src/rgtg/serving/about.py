@@ -43,7 +43,9 @@ def health(service: Service) -> APIRouter:
 
     @router.get("/livez", response_model=None, responses=documented(Status))
     async def livez() -> Response:
-        """Whether the process lives."""
+        """Whether the process lives, and its engine with it: where this fails, start it again."""
+        if service.status == "ready":
+            service.require()
         return _json(Status(status="alive"))
 
     @router.get("/readyz", response_model=None, responses=documented(Status))

@@ -15,16 +15,15 @@ from rgtg.decoding.lanes import LaneKey, make_lane, make_prefill
 from rgtg.decoding.prefix_store import PrefixStore
 from rgtg.errors import (
     BusyError,
-    DeadlineError,
     NonFiniteError,
     NotServingError,
     RgtgError,
     StoppedError,
     UsageError,
 )
-from rgtg.serving.jobs import Failed, Job, Listener, Ticket
+from rgtg.serving.jobs import Job, Listener, Ticket
 from rgtg.serving.models import ServedModels
-from rgtg.serving.seats import Arrival, Seat, Solo, internal_error, rows_of, send
+from rgtg.serving.seats import Arrival, Seat, Solo, as_ours, given_up, refuse, rows_of, unsound
 
 T = TypeVar("T")
 Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one request, in their order
@@ -148,7 +147,7 @@ class Engine:
         self._wake.notify_all()
 
     def _require_room(self) -> None:
-        if self._draining or self._stopping or not self._thread.is_alive():
+        if self._draining or not self.alive:
             raise NotServingError("the server is not taking in requests: it is about to stop")
         waiting = len(self._waiting) + len(self._calls)
         if waiting >= self.settings.max_queue + max(self.settings.max_batch - self._running(), 0):
@@ -171,7 +170,7 @@ class Engine:
             waiting = sum(len(ticket.job.rows) for ticket in self._waiting) + len(self._calls)
         lanes, seconds = list(self._lanes.values()), dict(self._seconds)
         for lane in lanes:
-            for name, spent in lane.seconds.items():
+            for name, spent in list(lane.seconds.items()):
                 seconds[name] = seconds.get(name, 0.0) + spent
         return Snapshot(
             running=self._running(),
@@ -184,6 +183,11 @@ class Engine:
             scorer_seconds=seconds,
             nan=self._nan,
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: not before `start`, nor after `stop` or a defect that ended it."""
+        return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
         """Start the thread."""
@@ -209,14 +213,20 @@ class Engine:
         return not (self._waiting or self._calls or self._running())
 
     def _serve(self) -> None:
-        while not self._stopping:
-            with self._wake:
-                self._idle = self._is_idle()
-                if self._idle:
-                    self._wake.notify_all()  # whoever drains
-                    self._wake.wait(_IDLE_SECONDS)
-            self._turn()
-        self._fail_all(StoppedError("the server was stopped"))
+        why: RgtgError = StoppedError("the server was stopped")
+        try:
+            while not self._stopping:
+                with self._wake:
+                    self._idle = self._is_idle()
+                    if self._idle:
+                        self._wake.notify_all()  # whoever drains
+                        self._wake.wait(_IDLE_SECONDS)
+                self._turn()
+        except Exception as error:  # a defect; nobody is left waiting for an answer
+            why = as_ours(error)
+        with self._wake:
+            self._stopping = True
+        self._fail_all(why)
 
     def _turn(self) -> None:
         """One step of all that decodes, one call, and one part of one prompt."""
@@ -227,6 +237,7 @@ class Engine:
             self._step_lane(key, lane)
         for solo in self._solos:
             solo.step()
+            self._nan += solo.unsound
         self._solos = [solo for solo in self._solos if not solo.done]
         self._read_prompt()
 
@@ -253,21 +264,21 @@ class Engine:
         now = time.monotonic()
         with self._wake:
             waiting = list(self._waiting)
-            self._waiting = deque(ticket for ticket in waiting if _given_up(ticket, now) is None)
+            self._waiting = deque(ticket for ticket in waiting if given_up(ticket, now) is None)
         for ticket in waiting:
-            if (why := _given_up(ticket, now)) is not None:
-                _refuse(ticket, why)
+            if (why := given_up(ticket, now)) is not None:
+                refuse(ticket, why)
         for arrival in list(self._arrivals):
-            if (why := _given_up(arrival.seats[0].ticket, now)) is not None:
+            if (why := given_up(arrival.seats[0].ticket, now)) is not None:
                 self._arrivals.remove(arrival)
                 arrival.drop(why)
         for lane in self._lanes.values():
-            gone = {member: why for member in lane.members if (why := _given_up(self._seats[member].ticket, now))}
+            gone = {member: why for member in lane.members if (why := given_up(self._seats[member].ticket, now))}
             lane.leave(gone)
             for member, why in gone.items():
                 self._seats.pop(member).fail(why)
         for solo in self._solos:
-            if (why := _given_up(solo.seat.ticket, now)) is not None:
+            if (why := given_up(solo.seat.ticket, now)) is not None:
                 solo.fail(why)
         self._solos = [solo for solo in self._solos if not solo.done]
 
@@ -280,22 +291,27 @@ class Engine:
                 return
             with self._wake:
                 self._waiting.popleft()
-            self._seat([Seat(ticket, i, row, self.models, self.settings) for i, row in enumerate(ticket.job.rows)])
+            try:
+                self._seat([Seat(ticket, i, row, self.models, self.settings) for i, row in enumerate(ticket.job.rows)])
+            except Exception as error:  # nothing of it has a place yet
+                refuse(ticket, as_ours(error))
 
     def _seat(self, seats: list[Seat]) -> None:
         """Begin with the rows of one job: those of one lane share one reading of the prompt."""
         by_lane: dict[LaneKey, list[Seat]] = defaultdict(list)
+        solos = [Solo(seat) for seat in seats if seat.lane is None]
+        arrivals = []
         for seat in seats:
-            if seat.lane is None:
-                self._solos.append(Solo(seat))
-            else:
+            if seat.lane is not None:
                 by_lane[seat.lane].append(seat)
         for key, mine in by_lane.items():
             names = list(dict.fromkeys(name for seat in mine for name in seat.row.scorers))
             first = next((seat for seat in mine if seat.row.scorers), mine[0])
             mine.sort(key=lambda seat: seat is not first)  # readers are made for its request
             prefill = make_prefill(self.models.policy, self.models.scorers, key, names, first.request)
-            self._arrivals.append(Arrival(key, mine, prefill))
+            arrivals.append(Arrival(key, mine, prefill))
+        self._solos += solos
+        self._arrivals += arrivals
 
     def _read_prompt(self) -> None:
         """One part of one prompt: the shortest first, and every fourth time the one that waits longest."""
@@ -305,13 +321,13 @@ class Engine:
         arrival = self._arrivals[0] if self._turns % 4 == 0 else min(self._arrivals, key=lambda one: one.prefill.left)
         try:
             arrival.prefill.advance(self.settings.prefill_chunk, self._store)
-            if not arrival.prefill.left:
-                self._arrivals.remove(arrival)
-                self._enter(arrival)
         except Exception as error:
-            if arrival in self._arrivals:
-                self._arrivals.remove(arrival)
-            arrival.drop(_as_ours(error))
+            self._arrivals.remove(arrival)
+            arrival.drop(as_ours(error))
+            return
+        if not arrival.prefill.left:
+            self._enter(arrival)
+            self._arrivals.remove(arrival)
 
     def _enter(self, arrival: Arrival) -> None:
         """Let rows whose prompt has been read into their lane."""
@@ -319,8 +335,11 @@ class Engine:
             self._lanes[arrival.key] = make_lane(
                 self.models.policy, self.models.scorers, arrival.key, on_nan=self.settings.on_nan, store=self._store
             )
-        arrival.enter(self._lanes[arrival.key])
         self._seats |= {seat.member: seat for seat in arrival.seats}
+        try:
+            arrival.enter(self._lanes[arrival.key])
+        except Exception as error:  # some readers have taken a row in and some have not: the lane is of no use
+            self._break_lane(arrival.key, as_ours(error), [seat.member for seat in arrival.seats])
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -331,23 +350,27 @@ class Engine:
         try:
             stepped = lane.step()
         except Exception as error:
-            why = _as_ours(error)
-            self._forget_lane(key)
-            for member in lane.members:
-                if member in self._seats:
-                    self._seats.pop(member).fail(why)
+            self._break_lane(key, as_ours(error))
             return
         for member in stepped:
             seat = self._seats[member]
             if member.unsound is not None:
                 self._nan += 1
                 del self._seats[member]
-                seat.fail(NonFiniteError(_unsound(member.unsound)))
+                seat.fail(NonFiniteError(unsound(member.unsound)))
                 continue
             self._nan += seat.new_fallbacks()
             seat.tell()
             if member.request.finish_reason is not None:
                 del self._seats[member]
+
+    def _break_lane(self, key: LaneKey, why: RgtgError, more: Sequence[Member] = ()) -> None:
+        """Give a lane up, and the rows in it or on their way."""
+        members = dict.fromkeys([*self._lanes[key].members, *more])
+        self._forget_lane(key)
+        for member in members:
+            if member in self._seats:
+                self._seats.pop(member).fail(why)
 
     def _forget_lane(self, key: LaneKey) -> None:
         for name, spent in self._lanes.pop(key).seconds.items():
@@ -366,35 +389,7 @@ class Engine:
             futures = [future for calls in self._calls for future, _ in calls]
             self._calls = deque()
         for ticket in waiting:
-            _refuse(ticket, why)
+            refuse(ticket, why)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(why)
-
-
-def _refuse(ticket: Ticket, why: RgtgError) -> None:
-    for row in range(len(ticket.job.rows)):
-        send(ticket, Failed(row, why))
-
-
-def _given_up(ticket: Ticket, now: float) -> RgtgError | None:
-    """Why a job is not continued."""
-    if ticket.cancelled:
-        return StoppedError("the request was cancelled")
-    if ticket.job.deadline is not None and now > ticket.job.deadline:
-        return DeadlineError("the request was not finished in its time")
-    return None
-
-
-def _as_ours(error: Exception) -> RgtgError:
-    """An error for the client; what is not ours is logged and kept from it."""
-    if isinstance(error, RgtgError):
-        return error
-    _log.error("a request failed", exc_info=error)
-    return internal_error()
-
-
-def _unsound(what: str) -> str:
-    if what == "policy":
-        return "the policy gives no finite probability to any next token"
-    return f"the scorer {what} returned NaN or infinite scores for this text"

@@ -19,6 +19,8 @@ from rgtg.serving.metrics import Metrics
 T = TypeVar("T")
 # A client that reads nothing for so long is given up.
 _SEND_SECONDS = 60.0
+# Time that answers get to reach their clients once the server stops and all are made.
+FAREWELL_SECONDS = 5
 
 
 class ClientGone(Exception):
@@ -136,7 +138,9 @@ class Stream(EventSourceResponse):
 
     def __init__(self, flight: Flight, chunks: AsyncIterator[bytes], request_id: str) -> None:
         self.flight, self.request_id = flight, request_id
-        super().__init__(self._events(chunks), send_timeout=_SEND_SECONDS, sep="\n")
+        super().__init__(
+            self._events(chunks), send_timeout=_SEND_SECONDS, sep="\n", shutdown_grace_period=FAREWELL_SECONDS
+        )
 
     async def _events(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         try:

@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,6 +36,7 @@ class Identified:
         request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = request_id
         start, status = time.monotonic(), 0
+        path = quote(scope["path"])[:200]  # as one word: what was asked for is decoded, and may hold lines of a log
 
         async def identified(message: Message) -> None:
             nonlocal status
@@ -46,11 +48,11 @@ class Identified:
         try:
             await self.app(scope, receive, identified)
         except Exception:
-            _log.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
+            _log.exception("%s %s failed (%s)", scope["method"], path, request_id)
             if not status:
                 failed = ApiError(500, "the server failed; its log has more under the request id")
                 await failed.response(request_id)(scope, receive, identified)
-        _log.info("%s %s %d %.3f s %s", scope["method"], scope["path"], status, time.monotonic() - start, request_id)
+        _log.info("%s %s %d %.3f s %s", scope["method"], path, status, time.monotonic() - start, request_id)
 
 
 class Guarded:

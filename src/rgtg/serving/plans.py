@@ -18,6 +18,7 @@ from rgtg.serving.errors import ApiError, from_rgtg
 from rgtg.serving.jobs import Job, Row
 from rgtg.serving.models import ServedModels
 from rgtg.serving.schemas import Guidance, Message, Sampling
+from rgtg.serving.seats import rows_of
 from rgtg.serving.settings import ServeSettings
 
 Source = str | list[int] | list[Message]
@@ -228,7 +229,7 @@ class Planner:
         Raises:
             ApiError: more completions of one prompt than are ever decoded at once.
         """
-        draws = plan.resolved.n if plan.resolved.method == "best-of-n" else 1
+        draws = rows_of(plan.resolved)
         if n * draws > self.settings.max_batch:
             raise ApiError(
                 400,

@@ -87,6 +87,10 @@ Strength = Annotated[float, Field(ge=-_BIG, le=_BIG)]
 _named = Field(json_schema_extra={"enum": list(METHODS)})
 
 
+# A number of tokens, candidates or completions; limits of the server's own are lower.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class Guidance(Body):
     """How a completion is steered; what is left out is the method's own."""
 
@@ -94,7 +98,7 @@ class Guidance(Body):
         None, description="default: pargs where a scorer steers, else policy (nothing steers)"
     )
     beta: Strength | None = Field(None, description="guidance strength, of every scorer in a list; default 1")
-    top_k: Annotated[int, Field(ge=1)] | None = Field(
+    top_k: Count | None = Field(
         None, description="candidates per step; null, if sent, is the whole vocabulary; default: the method's own"
     )
     scorers: (
@@ -109,9 +113,9 @@ class Guidance(Body):
     entropy_gate: Annotated[float, Field(ge=0)] | None = Field(
         None, description="steer only where the policy's entropy, in nats, exceeds this"
     )
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="draws of best-of-n, or of cd-blockwise's segments")
-    segment_length: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens of a segment")
-    min_segment: Annotated[int, Field(ge=1)] | None = Field(None, description="cards: fewest tokens of a segment")
+    n: Count | None = Field(None, description="draws of best-of-n, or of cd-blockwise's segments")
+    segment_length: Count | None = Field(None, description="tokens of a segment")
+    min_segment: Count | None = Field(None, description="cards: fewest tokens of a segment")
     entropy_threshold: Annotated[float, Field(ge=0)] | None = Field(None, description="cards: ends a segment, in nats")
     reward_threshold: Strength | None = Field(None, description="cards: reward that a completion should reach")
     threshold_start: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="cards: first threshold")
@@ -136,7 +140,7 @@ class Sampling(Body):
     """What all requests for completions share."""
 
     model: Name = Field(description="a name of GET /v1/models; POLICY+SCORER is steered by that scorer")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="most new tokens")
+    max_tokens: Count | None = Field(None, description="most new tokens")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="nucleus of the candidates; default 1")
     stop: (
@@ -162,7 +166,7 @@ class Sampling(Body):
 class Choices(Sampling):
     """What OpenAI's two endpoints share."""
 
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="completions of each prompt; default 1")
+    n: Count | None = Field(None, description="completions of each prompt; default 1")
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -196,7 +200,7 @@ class ChatRequest(Choices):
     }  # fmt: skip
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="the newer name of max_tokens")
+    max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = Field(None, description="log-probabilities under the guided distribution")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="likeliest candidates per token")
 

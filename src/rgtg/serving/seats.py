@@ -9,7 +9,7 @@ from rgtg.decoding.lanes import LaneKey, lane_key
 from rgtg.decoding.methods import betas_of, scores_vocabulary
 from rgtg.decoding.prefill import Prefill
 from rgtg.decoding.requests import Request, to_completion
-from rgtg.errors import RgtgError, UsageError
+from rgtg.errors import DeadlineError, NonFiniteError, RgtgError, StoppedError, UsageError
 from rgtg.serving.jobs import Event, Failed, Finished, Row, Step, Ticket
 from rgtg.serving.models import ServedModels
 
@@ -30,8 +30,8 @@ def send(ticket: Ticket, event: Event) -> None:
 
 
 def rows_of(settings: DecodingSettings) -> int:
-    """Completions that are decoded at once for one row."""
-    return settings.n if settings.method == "best-of-n" else 1
+    """Completions, or segments of one, that are decoded at once for one row."""
+    return settings.n if settings.method in ("best-of-n", "cd-blockwise") else 1
 
 
 class Seat:
@@ -63,6 +63,8 @@ class Seat:
             raise UsageError(
                 f"{self.settings.max_new_tokens} new tokens; this server makes at most {limits.max_tokens}"
             )
+        if (length := self.settings.segment_length or 0) > limits.max_tokens:
+            raise UsageError(f"segment_length = {length}; this server makes at most {limits.max_tokens} tokens")
         widest = self.settings.top_k
         each = [scorer for scorer in self.decoder.used if not scores_vocabulary(scorer)]
         if each and self.decoder.method.unit == "token" and (widest is None or widest > limits.max_candidates):
@@ -121,19 +123,19 @@ class Solo:
 
     def __init__(self, seat: Seat) -> None:
         self.seat, self.rows = seat, rows_of(seat.settings)
-        self.done = False
+        self.done = self.unsound = False
         self._steps: Iterator[list[Request]] = seat.decoder.steps([seat.request], seat.settings, trace=seat.row.trace)
 
     def step(self) -> None:
         """Take one step; what goes wrong ends this row alone."""
         try:
             ended = next(self._steps, None) is None
-        except RgtgError as error:
-            self.fail(error)
+        except NonFiniteError:
+            self.unsound = True
+            self.fail(NonFiniteError("a model returned NaN or infinite values for this text"))
             return
-        except Exception:
-            _log.exception("a row failed")
-            self.fail(internal_error())
+        except Exception as error:
+            self.fail(as_ours(error))
             return
         self.done = ended
         if ended or self.seat.request.finish_reason is None:
@@ -143,3 +145,33 @@ class Solo:
         """End the row with an error."""
         self.done = True
         self.seat.fail(why)
+
+
+def refuse(ticket: Ticket, why: RgtgError) -> None:
+    """End all rows of a job that has no place yet."""
+    for row in range(len(ticket.job.rows)):
+        send(ticket, Failed(row, why))
+
+
+def given_up(ticket: Ticket, now: float) -> RgtgError | None:
+    """Why a job is not continued."""
+    if ticket.cancelled:
+        return StoppedError("the request was cancelled")
+    if ticket.job.deadline is not None and now > ticket.job.deadline:
+        return DeadlineError("the request was not finished in its time")
+    return None
+
+
+def as_ours(error: Exception) -> RgtgError:
+    """An error for the client; what is not ours is logged and kept from it."""
+    if isinstance(error, RgtgError):
+        return error
+    _log.error("a request failed", exc_info=error)
+    return internal_error()
+
+
+def unsound(what: str) -> str:
+    """What is said of a row whose policy (``policy``) or scorer, by name, is not finite."""
+    if what == "policy":
+        return "the policy gives no finite probability to any next token"
+    return f"the scorer {what} returned NaN or infinite scores for this text"

@@ -13,13 +13,12 @@ import uvicorn
 from rgtg.errors import UsageError
 from rgtg.serving.app import create_app
 from rgtg.serving.engine import Engine
+from rgtg.serving.flights import FAREWELL_SECONDS
 from rgtg.serving.models import ServedModels
 from rgtg.serving.service import Service
 from rgtg.serving.settings import ServeSettings
 
 _log = logging.getLogger("rgtg.serving")
-# Time that answers get to reach their clients once all are made.
-_FAREWELL_SECONDS = 5
 
 
 class DrainingServer(uvicorn.Server):
@@ -96,7 +95,7 @@ def serve(settings: ServeSettings, ready: Callable[[str, ServedModels], None]) -
 
         app = create_app(service, threading.Thread(target=load, name="rgtg-load", daemon=True).start)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=_FAREWELL_SECONDS,
+            app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS,
             server_header=False,
         )  # fmt: skip
         server = DrainingServer(config, service)

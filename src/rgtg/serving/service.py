@@ -50,6 +50,8 @@ class Service:
             raise NotServingError("the models are being loaded; try again in a moment")
         if self.status == "draining":
             raise NotServingError("the server is about to stop, and takes no new requests")
+        if not self.engine.alive:
+            raise NotServingError("the engine has failed, and its log says why; the server must be started again")
         return self.engine
 
     @property
