@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -262,7 +263,8 @@ def main():
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory(prefix="rgtg-serve-") as made:
-        save(args, Path(made))
+        with ThreadPoolExecutor(1) as apart:  # as ServedModels.load does: its OpenMP workers end with it
+            apart.submit(save, args, Path(made)).result()
         with Server(args, Path(made)) as server:
             results = {part: PARTS[part](args, server, Path(made)) for part in args.parts}
     settings = vars(args) | {"output": args.output and args.output.name}
