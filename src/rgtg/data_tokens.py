@@ -1,5 +1,6 @@
 """Tokenised pairs by the million: flat arrays instead of lists, on disk beyond a limit."""
 
+import os
 import tempfile
 import weakref
 from array import array
@@ -31,7 +32,6 @@ class TokenStore:
         self._ids = array("i")
         self._ends = array("q", [0])  # of each part of each pair, the parts of a pair one after another
         self._file: BinaryIO | None = None
-        self._mapped: Any = None
 
     def append(self, pair: TokenizedPair) -> None:
         """Add a pair.
@@ -56,9 +56,9 @@ class TokenStore:
     def pair(self, index: int) -> TokenizedPair:
         """One pair."""
         first = index * _PARTS
-        flat = self._flat()
         ends = self._ends[first : first + _PARTS + 1]
-        prompt, chosen, rejected = (flat[a:b].tolist() for a, b in pairwise(ends))
+        ids = self._read(ends[0], ends[-1])
+        prompt, chosen, rejected = (ids[a - ends[0] : b - ends[0]].tolist() for a, b in pairwise(ends))
         return TokenizedPair(prompt, chosen, rejected)
 
     @property
@@ -78,16 +78,16 @@ class TokenStore:
                 "(TMPDIR=...)"
             ) from error
         self._ids = array("i")
-        self._mapped = None
 
-    def _flat(self) -> Any:
+    def _read(self, begin: int, end: int) -> "array[int]":
+        """Ids of some places; those of the file are read and not mapped, since pages that are would count as memory."""
         if self._file is None:
-            return np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
+            return self._ids[begin:end]
         if self._ids:
             self._spill()
-        if self._mapped is None:
-            self._mapped = np.memmap(self._file, np.int32, mode="r")
-        return self._mapped
+        ids, size = array("i"), self._ids.itemsize
+        ids.frombytes(os.pread(self._file.fileno(), size * (end - begin), size * begin))
+        return ids
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
