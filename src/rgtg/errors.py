@@ -66,3 +66,13 @@ class NotServingError(RgtgError, ConnectionError):
 
 class DeadlineError(RgtgError, TimeoutError):
     """A request was not finished in its time."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first (the rest is often paragraphs), or its kind where it says nothing.
+
+    Example:
+        >>> first_line(KeyError()), first_line(ValueError("too long"))
+        ('KeyError', 'too long')
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__

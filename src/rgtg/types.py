@@ -1,8 +1,11 @@
 """The file formats: what commands hand each other, as pydantic models with a version in them."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rgtg.errors import DataError
 
 FORMAT_VERSION = 1
 COMPARISON_VERSION = 2
@@ -15,6 +18,20 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
+
+    @classmethod
+    def from_file(cls, path: Path, what: str, writer: str) -> Self:
+        """Read a file that ``writer`` wrote.
+
+        Raises:
+            DataError: it cannot be read, or is not what it should be.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"cannot read the {what} {path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise DataError(f"{path} is not what {writer} writes: {error.errors()[0]['msg']}") from error
 
 
 class PreferencePair(Record):

@@ -5,7 +5,8 @@ import torch
 
 from conftest import CONFIGS, tiny_policy, tiny_tokenizer
 from rgtg.errors import ModelNotFoundError, UsageError
-from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
+from rgtg.models.placement import resolve_device
+from rgtg.models.policy import Policy, context_length, load_policy, resolve_dtype
 
 
 def test_loads_frozen_from_a_folder(policy_folder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -166,17 +167,27 @@ def test_deadlines():
         assert served.idle()
 
 
-def drained(served, seconds, body, clients):
-    """Ask with so many clients, signal once all are accepted, and ask once more; all answers, then the late one's."""
-    answers, late = [], []
+@contextlib.contextmanager
+def until_told(served):
+    """A server of its own thread and socket, which is told to stop inside the block and has stopped behind it."""
     with listen(settings(port=0)) as bound:
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server = DrainingServer(uvicorn.Config(served.app, log_config=None, ws="none"), served.service)
-        served.service.settings.drain_seconds = seconds
+        config = uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS)
+        server = DrainingServer(config, served.service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         while not server.started:
             time.sleep(0.01)
+        yield server, bound
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def drained(served, seconds, body, clients):
+    """Ask with so many clients, signal once all are accepted, and ask once more; all answers, then the late one's."""
+    answers, late = [], []
+    with until_told(served) as (server, bound):
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        served.service.settings.drain_seconds = seconds
         asking = [
             threading.Thread(target=lambda: answers.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=60)))
             for _ in range(clients)
@@ -195,8 +206,6 @@ def drained(served, seconds, body, clients):
         ]
         for each in asking:
             each.join()
-        thread.join(30)
-        assert not thread.is_alive()
     return answers, late
 
 
@@ -244,16 +253,8 @@ def test_a_path_is_one_word_of_the_log(caplog):
 
 def test_a_slow_reader_gets_what_was_made_before_the_end():
     """A client that stops reading while the server drains: its answer is finished, and still on its way."""
-    with serving() as served, listen(settings(port=0)) as bound:
+    with serving() as served, until_told(served) as (server, bound):
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-        server = DrainingServer(
-            uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS),
-            served.service,
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
         body = json.dumps({
             "model": "tiny", "prompt": "a", "max_tokens": 40, "n": 4, "stream": True,
             "guidance": {"method": "policy", "top_k": 64, "trace": True},
@@ -269,7 +270,6 @@ def test_a_slow_reader_gets_what_was_made_before_the_end():
             client.settimeout(20)
             while more := client.recv(2**16):
                 got += more
-        thread.join(30)
     assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 

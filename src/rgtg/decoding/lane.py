@@ -208,20 +208,18 @@ class Lane:
             members = [self.members[place] for place in group.places]
             if mine := [i for i, member in enumerate(members) if member in row_of]:
                 blocks.append((group, mine, [row_of[members[i]] for i in mine]))
-        if not any(group.proposal.is_steered for group, _, _ in blocks):
+        steered = [block for block in blocks if block[0].proposal.is_steered]  # the others ask nothing, as when alone
+        if not steered:
             return
         if isinstance(beside.reader, PrefixReader):  # any number of candidates, block by block
             beside.reader.catch_up()
-            for group, mine, rows in blocks:
-                if group.proposal.is_steered:
-                    scores = beside.reader.score_rows(torch.tensor(rows), group.proposal.ids[mine])
-                    self._give(group, name, mine, scores)
+            for group, mine, rows in steered:
+                self._give(group, name, mine, beside.reader.score_rows(torch.tensor(rows), group.proposal.ids[mine]))
             return
         beside.scored = _rectangle([(rows, group.proposal.ids[mine]) for group, mine, rows in blocks])
         scores = beside.reader.score(beside.scored)
-        for group, mine, rows in blocks:
-            if group.proposal.is_steered:  # as alone, where it would not have been asked
-                self._give(group, name, mine, scores[rows, : group.proposal.ids.shape[1]])
+        for group, mine, rows in steered:
+            self._give(group, name, mine, scores[rows, : group.proposal.ids.shape[1]])
 
     def _give(self, group: Group, name: str, mine: list[int], scores: Tensor) -> None:
         given = torch.zeros(group.proposal.ids.shape, device=scores.device)

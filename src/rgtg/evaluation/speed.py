@@ -14,6 +14,7 @@ from rgtg.decoding.steps import Stepper
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.packed import decode_bytes
+from rgtg.models.placement import synchronize
 from rgtg.models.policy import Policy
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.types import Record
@@ -44,11 +45,11 @@ def seconds_per_token(
     # one more than is timed, so that the last step is like the others; no token ends a row
     steps = decode(requests, stepper, rule, Stopping(None, set(), DecodingSettings(max_new_tokens=tokens + 2)))
     next(steps)
-    _settle()
+    synchronize()
     start = time.perf_counter()
     for _ in range(tokens):
         next(steps)
-    _settle()
+    synchronize()
     return (time.perf_counter() - start) / tokens
 
 
@@ -57,10 +58,10 @@ def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:
     block = torch.ones(_PROBE_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(repeats + 1):
-        _settle()
+        synchronize()
         start = time.perf_counter()
         block.sum()
-        _settle()
+        synchronize()
         best = min(best, time.perf_counter() - start)
     return _PROBE_BYTES / best
 
@@ -129,9 +130,3 @@ def measure_speed(
         )
         for name, took in seconds.items()
     ]
-
-
-def _settle() -> None:
-    """Wait for work that a GPU still has."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

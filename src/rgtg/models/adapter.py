@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError
+from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
 from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.hub import local_folder, named
@@ -66,7 +66,9 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
         try:
             return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"the LoRA adapter {source} does not fit {base}, or is damaged: {_first(error)}") from error
+            raise DataError(
+                f"the LoRA adapter {source} does not fit {base}, or is damaged: {first_line(error)}"
+            ) from error
 
 
 def _config(kind: Any, folder: str, source: str) -> Any:
@@ -80,16 +82,14 @@ def _config(kind: Any, folder: str, source: str) -> Any:
         config = kind.from_pretrained(folder)
         what, base = str(getattr(config.peft_type, "value", config.peft_type)), config.base_model_name_or_path
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"the adapter_config.json of {source} is damaged, or of no LoRA: {_first(error)}") from error
+        raise DataError(
+            f"the adapter_config.json of {source} is damaged, or of no LoRA: {first_line(error)}"
+        ) from error
     if what != "LORA":
         raise UsageError(f"{source} is an adapter of the kind {what}; expected a LoRA")
     if not isinstance(base, str):
         raise DataError(f"the adapter_config.json of {source} names no base model (base_model_name_or_path)")
     return config
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def output_name(model: Any) -> str | None:

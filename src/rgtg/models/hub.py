@@ -4,7 +4,7 @@ import functools
 import re
 from pathlib import Path
 
-from rgtg.errors import ModelNotFoundError, UsageError
+from rgtg.errors import ModelNotFoundError, UsageError, first_line
 
 # What a model, a tokenizer or a scorer of ours is read from. No pickle and no code is downloaded.
 SAFE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "README.md")
@@ -51,11 +51,11 @@ def local_file(source: str, name: str) -> Path:
     repo, revision = split_revision(source)
     try:
         return Path(hf_hub_download(repo, name, revision=revision, library_name="rgtg"))
-    except EntryNotFoundError as error:
-        if not isinstance(error, FileNotFoundError):  # what is raised without a network is both
-            raise ModelNotFoundError(f"{source} has no {name}. {EXPECTED}") from error
-        raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
     except (OSError, httpx2.HTTPError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(
+            error, FileNotFoundError
+        ):  # both: without a network
+            raise ModelNotFoundError(f"{source} has no {name}. {EXPECTED}") from error
         raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
 
 
@@ -140,7 +140,7 @@ def _reason(error: Exception, repo: str) -> str:
             return "there is no such folder, nor such a model in the hub's cache, and HF_HUB_OFFLINE is set"
         case known.LocalEntryNotFoundError():
             return f"there is no such folder, and {constants.ENDPOINT} cannot be reached"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def holds_only_pickles(source: str) -> bool:

@@ -16,8 +16,8 @@ from rgtg.models.heads import Head, load_head, score_positions
 from rgtg.models.heads import StateHead as StateHead
 from rgtg.models.heads import VocabularyHead as VocabularyHead
 from rgtg.models.hub import local_folder
-from rgtg.models.placement import DeviceMap, Placement
-from rgtg.models.policy import Policy, context_length, load_policy, resolve_device, resolve_dtype
+from rgtg.models.placement import DeviceMap, Placement, resolve_device
+from rgtg.models.policy import Policy, context_length, load_policy, resolve_dtype
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")

@@ -148,18 +148,19 @@ class GroupedLinear(nn.Module):
 def can_pack(model: Any) -> bool:
     """Whether packing is available for the model's device and dtype, and worth it for its size."""
     weight = model.get_input_embeddings().weight
-    if is_spread(model):
+    if is_spread(model) or weight.device.type != "cpu" or not packs(weight.dtype):
         return False
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
+    size = sum(m.weight.nbytes for m in model.modules() if _is_linear(m))
+    return bool(size >= MIN_WEIGHT_BYTES)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this machine's processor, lays out weights of a dtype for a CPU."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    size = sum(m.weight.nbytes for m in model.modules() if _is_linear(m))
-    return bool(size >= MIN_WEIGHT_BYTES)
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def pack_linears(model: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgtg.errors import MissingExtraError, UsageError
+from rgtg.errors import MissingExtraError, UsageError, first_line
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -38,19 +38,34 @@ class Placement:
         return {"device_map": self.device_map}
 
 
-def settle(model: Any, placement: Placement, device: torch.device | None) -> Any:
+def resolve_device(device: "str | torch.device | None") -> torch.device:
+    """A torch device; None takes the first GPU where there is one.
+
+    Raises:
+        UsageError: a device that torch does not know or have.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    return resolved
+
+
+def settle(model: Any, placement: Placement) -> Any:
     """Put a loaded model where it belongs, frozen and in evaluation mode.
 
     Args:
         model: just loaded with ``placement.arguments()``.
         placement: as it was asked for.
-        device: of a model without a map.
 
     Raises:
-        UsageError: a map that leaves the embedding without a device, where inputs are given.
+        UsageError: a device that cannot be used, or a map that leaves the input embedding without one.
     """
     if placement.device_map is None:
-        model.to(device)
+        model.to(resolve_device(placement.device))
     elif is_spread(model):
         if model.device.type == "meta":
             raise UsageError("device_map: the input embedding must be on a device, not on the disk")
@@ -61,6 +76,12 @@ def settle(model: Any, placement: Placement, device: torch.device | None) -> Any
 def is_spread(model: Any) -> bool:
     """Whether a model's weights are in several places; asked when a model is loaded or joined, never in a step."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def synchronize() -> None:
+    """Wait until a GPU, where there is one, has done what it was given: only then does a clock tell something."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def whole_weights(model: Any) -> "dict[str, Tensor]":

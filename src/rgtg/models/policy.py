@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rgtg.errors import ModelNotFoundError, UsageError
+from rgtg.errors import ModelNotFoundError, UsageError, first_line
 from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.hub import EXPECTED, named
 from rgtg.models.placement import DeviceMap, Placement, settle
@@ -53,22 +53,6 @@ def resolve_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
     return DTYPES[dtype]
 
 
-def resolve_device(device: "str | torch.device | None") -> torch.device:
-    """A torch device; None takes the first GPU where there is one.
-
-    Raises:
-        UsageError: a device that torch does not know or have.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return resolved
-
-
 def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained`` with safe settings and errors that say what to do.
 
@@ -83,8 +67,7 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
     try:
         found = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AssertionError, *unusual) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first}. {EXPECTED}") from error
+        raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first_line(error)}. {EXPECTED}") from error
     if folder != source:  # what is made from the model names the repository, not a cache
         model = found[0] if isinstance(found, tuple) else found
         model.name_or_path = source
@@ -145,14 +128,5 @@ def load_policy(
             f"{source} is no whole language model ({missing} not in its weights, and would be drawn at random): is "
             "it a reward model, or was its saving cut off?"
         )
-    settled(model, placement)
+    settle(model, placement)
     return Policy(model, load_tokenizer(source, "policy"))
-
-
-def settled(model: Any, placement: Placement) -> Any:
-    """A loaded model where it belongs, frozen and in evaluation mode.
-
-    Raises:
-        UsageError: a device that cannot be used, or a map that leaves the embedding without one.
-    """
-    return settle(model, placement, resolve_device(placement.device) if placement.device_map is None else None)

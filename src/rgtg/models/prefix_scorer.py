@@ -11,8 +11,8 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt
-from rgtg.models.placement import DeviceMap, Placement
-from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype, settled
+from rgtg.models.placement import DeviceMap, Placement, settle
+from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
 
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
 
@@ -280,7 +280,7 @@ def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
     if is_adapter(source):
         where = placement.arguments()
         model = load_merged(auto_class, source, "scorer", tokenizer, dtype=dtype, num_labels=1, **where)
-        return settled(model, placement)
+        return settle(model, placement)
     model, report = load_pretrained(
         auto_class, source, "scorer",
         dtype=dtype, use_safetensors=True, output_loading_info=True, **placement.arguments(),
@@ -291,4 +291,4 @@ def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
             f"language model, not a reward model. Train one: rgtg train --base {source} (or read "
             'its own log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
         )
-    return settled(model, placement)
+    return settle(model, placement)

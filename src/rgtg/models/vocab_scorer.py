@@ -11,14 +11,13 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.heads import MANY
-from rgtg.models.placement import DeviceMap, Placement, is_spread
+from rgtg.models.placement import DeviceMap, Placement, is_spread, settle
 from rgtg.models.policy import (
     Policy,
     context_length,
     load_policy,
     load_tokenizer,
     resolve_dtype,
-    settled,
 )
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
 from rgtg.models.readout import head_is_plain, policy_logits
@@ -148,4 +147,4 @@ def load_language_model(source: str, placement: Placement) -> Policy:
 
     where = placement.arguments()
     model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(placement.dtype), **where)
-    return Policy(settled(model, placement), load_tokenizer(source, "scorer"))
+    return Policy(settle(model, placement), load_tokenizer(source, "scorer"))

@@ -18,7 +18,8 @@ from rgtg.decoding.runner import TreeRunner
 from rgtg.decoding.token_tree import TokenTree
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.models import one_query
-from rgtg.models.packed import StackedWeights, pack_linears
+from rgtg.models.packed import StackedWeights, pack_linears, packs
+from rgtg.models.placement import synchronize
 from rgtg.models.policy import DTYPES
 from rgtg.models.readout import policy_logits
 from rgtg.planning.costs import OVERLAP, both
@@ -63,23 +64,18 @@ def measure_device(name: str, dtype: str, tries: int = _TRIES, clock: Clock = ti
 def _best(run: Callable[[], Any], tries: int, clock: Clock) -> float:
     times = []
     for _ in range(tries + 1):
-        _settle()
+        synchronize()
         start = clock()
         run()
-        _settle()
+        synchronize()
         times.append(clock() - start)
     return min(times[1:])
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, float]:
     """Bytes per second with one row, operations per second with many."""
     kind = _kind(dtype)
-    pack = device.type == "cpu" and _can_pack(kind)
+    pack = device.type == "cpu" and packs(kind)
     sides = [side for _ in range(_LAYERS) for side in _SIDES]
     weights = [StackedWeights(torch.randn(side, device=device).mul(0.02).to(kind), None, pack=pack) for side in sides]
     size = sum(weight.nbytes for weight in weights)
@@ -103,7 +99,7 @@ def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, flo
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kind = _kind(dtype)
-    attend = one_query.attend if device.type == "cpu" and _can_pack(kind) else sdpa_attention_forward
+    attend = one_query.attend if device.type == "cpu" and packs(kind) else sdpa_attention_forward
     layer = SimpleNamespace(is_causal=False, training=False)
     shape = (_BATCH, _HEADS, 2 * _COLUMNS, _HEAD_DIM)  # half of them in use: views, as in the middle of a completion
     pools = [torch.randn(shape, device=device).to(kind)[:, :, :_COLUMNS] for _ in range(2 * _CACHES)]
@@ -204,12 +200,6 @@ def _kind(dtype: str) -> torch.dtype:
     kind = DTYPES[dtype]
     assert isinstance(kind, torch.dtype), "a plan's dtype is a name of one"
     return kind
-
-
-def _can_pack(kind: torch.dtype) -> bool:
-    if kind not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return kind == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _memory(device: torch.device) -> float:

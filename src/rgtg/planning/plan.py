@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from rgtg.config.planning import PlanSettings
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import UsageError
 from rgtg.planning.hardware import (
     BYTES,
     HERE,
@@ -115,7 +115,7 @@ def _hardware(settings: PlanSettings) -> tuple[Device, int]:
     name, count = parse_hardware(settings.hardware)
     if name not in HERE:
         return from_sheet(name, settings.dtype), count
-    from rgtg.models.policy import resolve_device
+    from rgtg.models.placement import resolve_device
     from rgtg.planning.calibrate import measure_device
 
     resolve_device(name)
@@ -128,12 +128,7 @@ def _hardware(settings: PlanSettings) -> tuple[Device, int]:
 
 
 def _read_device(path: Path, dtype: str) -> Device:
-    try:
-        device = Device.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the hardware {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise DataError(f"{path} is not what --save-hardware writes: {error.errors()[0]['msg']}") from error
+    device = Device.from_file(path, "hardware", "--save-hardware")
     if device.dtype != dtype:
         raise UsageError(f"{path} was measured in {device.dtype}, and --dtype is {dtype}")
     return device

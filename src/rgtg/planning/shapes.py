@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
-from rgtg.errors import DataError, ModelNotFoundError, UsageError
+from rgtg.errors import DataError, ModelNotFoundError, UsageError, first_line
 from rgtg.types import Record
 
 
@@ -130,8 +130,8 @@ def _from_config(source: str) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ModelNotFoundError(f"cannot tell the sizes of {source} by its config.json: {first}") from error
+        told = f"cannot tell the sizes of {source} by its config.json: {first_line(error)}"
+        raise ModelNotFoundError(told) from error
     return count(model, source)
 
 

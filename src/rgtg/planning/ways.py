@@ -80,8 +80,7 @@ class Job:
     @property
     def reward(self) -> Shape:
         """The scorer as a reward model."""
-        assert self.scorer is not None, "ways with a scorer of its own are planned where one is named"
-        return self.scorer.without_head()
+        return _scorer(self).without_head()
 
 
 def candidates(way: Way, settings: PlanSettings, vocabulary: int) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from rgtg.errors import DataError
 from rgtg.evaluation.provenance import without_folders
@@ -45,12 +44,7 @@ def read_audits(source: Path) -> list[Audit]:
 def _read(path: Path) -> Audit:
     name = "rollout-audit" if path.name.startswith("rollout") else "audit"
     kind: Any = RolloutAuditResult if name == "rollout-audit" else AuditResult
-    try:
-        found = kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the audit {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise DataError(f"{path} is not what rgtg audit writes: {error.errors()[0]['msg']}") from error
+    found = kind.from_file(path, "audit", "rgtg audit")
     figure = path.with_suffix(".png")
     return Audit(found, {f"{name}.json": path} | ({f"{name}.png": figure} if figure.is_file() else {}))
 

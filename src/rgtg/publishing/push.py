@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from rgtg.config.publishing import PushSettings
-from rgtg.errors import DataError, EndpointError, RgtgError, UsageError
+from rgtg.errors import DataError, EndpointError, RgtgError, UsageError, first_line
 from rgtg.models.checkpoint import INFO_FILE, ScorerInfo, fingerprint_weights
 from rgtg.publishing.card import Audit, is_public, published_card, published_settings, read_audits
 from rgtg.publishing.files import AUDITS, WEIGHTS, Selection, select_files
@@ -187,11 +187,7 @@ def _explained(endpoint: str, repo: str) -> Iterator[None]:
         said = (error.server_message or "").strip().partition("\n")[0]
         raise EndpointError(f"{endpoint} refuses ({status}{f', {said}' if said else ''}): {remedy}") from error
     except HFValidationError as error:
-        raise UsageError(str(error).partition("\n")[0]) from error
+        raise UsageError(first_line(error)) from error
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        told = ": ".join(_first_line(one) for one in (error, error.__cause__) if one is not None)
+        told = ": ".join(first_line(one) for one in (error, error.__cause__) if one is not None)
         raise EndpointError(f"cannot publish to {endpoint}: {told} (nothing was committed)") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

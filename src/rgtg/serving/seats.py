@@ -16,11 +16,6 @@ from rgtg.serving.models import ServedModels
 _log = logging.getLogger("rgtg.serving")
 
 
-def internal_error() -> RgtgError:
-    """What a client is told of a failure that is nobody's but the server's; its log has the rest."""
-    return RgtgError("the request failed inside the server")
-
-
 def send(ticket: Ticket, event: Event) -> None:
     """Tell a job's listener; one that raises harms nobody else."""
     try:
@@ -163,11 +158,11 @@ def given_up(ticket: Ticket, now: float) -> RgtgError | None:
 
 
 def as_ours(error: Exception) -> RgtgError:
-    """An error for the client; what is not ours is logged and kept from it."""
+    """An error for the client; what is nobody's but the server's is logged and kept from it."""
     if isinstance(error, RgtgError):
         return error
     _log.error("a request failed", exc_info=error)
-    return internal_error()
+    return RgtgError("the request failed inside the server")
 
 
 def unsound(what: str) -> str:
