@@ -325,6 +325,20 @@ def test_a_full_queue_refuses(models, serving):
     assert listener.finished()
 
 
+def test_prompts_of_one_request_are_taken_in_together_or_not_at_all(models, serving):
+    engine = serving(max_batch=1, max_queue=2)
+    heard = [Heard() for _ in range(3)]
+    work = job("Hi", row(max_new_tokens=40))
+    tickets = engine.submit_all([(work, listener) for listener in heard])
+    with pytest.raises(BusyError):
+        engine.submit_all([(work, Heard())] * 3)
+    assert len({ticket.number for ticket in tickets}) == 3
+    assert all(listener.finished() for listener in heard)
+    with pytest.raises(UsageError, match="4 prompts in one request; this server takes at most 3"):
+        engine.submit_all([(work, Heard())] * 4)
+    assert engine.snapshot().waiting == 0
+
+
 def test_draining_finishes_what_was_taken_in_and_takes_nothing_more(models, serving):
     engine = serving(max_batch=2)
     heard = [Heard() for _ in range(6)]

@@ -153,14 +153,25 @@ def encode_completion(
 
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """Text that ``completion_ids`` add after the prompt, leading space kept, special tokens left out."""
-    # A few tokens of context are enough to know whether a leading space belongs to the completion.
-    context = list(prompt_ids[-8:])
-    before = tokenizer.decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    whole = tokenizer.decode([*context, *completion_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if whole.startswith(before):
-        return str(whole[len(before) :])
-    # The prompt ends in the middle of a character, which the completion closes.
-    return str(tokenizer.decode(list(completion_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return decode_behind(tokenizer, context_of(tokenizer, prompt_ids), completion_ids)
+
+
+def context_of(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+    """A prompt's last tokens, and their text: enough to know whether a leading space belongs to the completion."""
+    last = list(prompt_ids[-8:])
+    return last, _text(tokenizer, last)
+
+
+def decode_behind(tokenizer: Any, context: tuple[list[int], str], completion_ids: Sequence[int]) -> str:
+    """``decode_completion`` where the prompt's ``context_of`` is known."""
+    last, before = context
+    whole = _text(tokenizer, [*last, *completion_ids])
+    # Else the prompt ends in the middle of a character, which the completion closes.
+    return whole[len(before) :] if whole.startswith(before) else _text(tokenizer, list(completion_ids))
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:

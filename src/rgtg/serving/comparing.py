@@ -149,8 +149,9 @@ def routes(service: Service) -> APIRouter:
         """Continue a prompt twice from one seed: guided and unguided."""
         duel = await run_in_threadpool(read, service.planner, service, body)
         param = "messages" if body.messages is not None else "prompt"
-        flight = Flight(service.require(), [duel.job], service.metrics, param)
-        if body.stream:
+        stream = bool(body.stream)
+        flight = Flight(service.require(), [duel.job], service.metrics, param, stepwise=stream)
+        if stream:
             return Stream(flight, chunks(duel, flight), request_id_of(request))
         with flight:
             ends = await flight.finished(request)

@@ -35,9 +35,9 @@ class Order:
     param: str
     traced: bool
 
-    def flight(self) -> Flight:
+    def flight(self, *, stepwise: bool) -> Flight:
         """Hand it to the engine."""
-        return Flight(self.service.require(), self.jobs, self.service.metrics, self.param)
+        return Flight(self.service.require(), self.jobs, self.service.metrics, self.param, stepwise=stepwise)
 
     def piece(self, index: int, end: Finished) -> Piece:
         """A choice as a whole."""
@@ -78,7 +78,7 @@ def read(planner: Planner, service: Service, body: Choices, sources: list[Source
 
 async def answer(request: Request, order: Order, form: Format, *, stream: bool) -> Response:
     """Make the completions, and write them as they come or at the end."""
-    flight = order.flight()
+    flight = order.flight(stepwise=stream)
     if stream:
         return Stream(flight, chunks(order, form, flight), request_id_of(request))
     with flight:

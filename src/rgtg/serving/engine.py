@@ -104,17 +104,30 @@ class Engine:
         """Take a job in; its events go to ``listener``, in the engine's thread.
 
         Raises:
-            BusyError: the queue is full.
-            NotServingError: the engine is draining or has stopped.
-            UsageError, DataError: as ``check``.
+            BusyError, NotServingError, UsageError, DataError: as ``submit_all``.
         """
-        self.check(job)
-        ticket = Ticket(job, listener)
-        with self._wake:
-            self._require_room()
-            self._waiting.append(ticket)
-            self._rouse()
+        (ticket,) = self.submit_all([(job, listener)])
         return ticket
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Listener]]) -> list[Ticket]:
+        """Take several jobs in, or none of them; the events of each go to its listener, in the engine's thread.
+
+        Raises:
+            BusyError: the queue is too full for them.
+            NotServingError: the engine is draining or has stopped.
+            UsageError: as ``check``, or more jobs than there is ever room for.
+            DataError: as ``check``.
+        """
+        if len(jobs) > (most := self.settings.max_queue + self.settings.max_batch):
+            raise UsageError(f"{len(jobs)} prompts in one request; this server takes at most {most}")
+        for job, _ in jobs:
+            self.check(job)
+        tickets = [Ticket(job, listener) for job, listener in jobs]
+        with self._wake:
+            self._require_room(len(jobs))
+            self._waiting += tickets
+            self._rouse()
+        return tickets
 
     def run(self, work: Callable[[], T]) -> "Future[T]":
         """Run something on the models between two steps.
@@ -146,11 +159,11 @@ class Engine:
         self._idle = False
         self._wake.notify_all()
 
-    def _require_room(self) -> None:
+    def _require_room(self, more: int = 1) -> None:
         if self._draining or not self.alive:
             raise NotServingError("the server is not taking in requests: it is about to stop")
         waiting = len(self._waiting) + len(self._calls)
-        if waiting >= self.settings.max_queue + max(self.settings.max_batch - self._running(), 0):
+        if waiting + more > self.settings.max_queue + max(self.settings.max_batch - self._running(), 0):
             raise BusyError(f"{waiting} requests wait already; try again in a moment")
 
     def _running(self) -> int:

@@ -1,6 +1,7 @@
 """Jobs under way: the engine's events on the server's event loop, until all rows have ended or the client is gone."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,7 @@ from sse_starlette import EventSourceResponse
 from rgtg.errors import RgtgError
 from rgtg.serving.engine import Engine
 from rgtg.serving.errors import ApiError, from_rgtg
-from rgtg.serving.jobs import Event, Failed, Finished, Job, Step, Ticket
+from rgtg.serving.jobs import Event, Failed, Finished, Job, Step
 from rgtg.serving.metrics import Metrics
 
 T = TypeVar("T")
@@ -33,45 +34,51 @@ class Flight:
     Rows are counted through all jobs: the first job's, then the second's.
     """
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, param: str | None) -> None:
+    def __init__(
+        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, param: str | None, *, stepwise: bool
+    ) -> None:
         """Hand the jobs in, all or none.
+
+        Args:
+            engine: takes them.
+            jobs: of the request.
+            metrics: count them.
+            param: of the request, which a refusal names.
+            stepwise: tokens are told as they come, not the ends alone: each wakes the event loop.
 
         Raises:
             ApiError: one is refused.
         """
         self.engine, self.metrics = engine, metrics
-        self.clock = metrics.clock()
+        self.clock, self.stepwise = metrics.clock(), stepwise
         self.rows = sum(len(job.rows) for job in jobs)
         self.left = self.rows
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        firsts = itertools.accumulate((len(job.rows) for job in jobs), initial=0)
+        heard = [(job, partial(self._hear, first)) for job, first in zip(jobs, firsts, strict=False)]
         try:
-            self._submit(jobs)
+            self._tickets = engine.submit_all(heard)
         except RgtgError as error:
-            self.cancel()
             raise from_rgtg(error, param) from error
         metrics.prompt_tokens.inc(sum(len(job.prompt_ids) for job in jobs))
 
-    def _submit(self, jobs: Sequence[Job]) -> None:
-        first = 0
-        for job in jobs:
-            self._tickets.append(self.engine.submit(job, partial(self._hear, first)))
-            first += len(job.rows)
-
     def _hear(self, first: int, event: Event) -> None:
         """In the engine's thread."""
+        row = first + event.row
+        self.clock.hear(row, event)
+        if isinstance(event, Step) and not self.stepwise:
+            return
         with suppress(RuntimeError):  # the event loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._take, first + event.row, event)
+            self._loop.call_soon_threadsafe(self._take, row, event)
 
     def _take(self, row: int, event: Event) -> None:
-        self.clock.hear(row, event)
         if not isinstance(event, Step):
             self.left -= 1
         self._events.put_nowait((row, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Step | Finished]]:
-        """Every row's tokens and ends, as they come.
+        """Every row's tokens, if they are told, and ends, as they come.
 
         Raises:
             ApiError: a row failed.
