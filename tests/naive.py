@@ -130,6 +130,19 @@ def write_head(folder, policy_folder, kind: str = "state"):
     return folder
 
 
+def write_adapter(folder, base):
+    """A LoRA adapter of a tiny reward model, which is written to ``base``."""
+    import peft
+
+    model = tiny_reward_model()
+    model.save_pretrained(base)
+    model.name_or_path = model.config._name_or_path = str(base)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], r=2, init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def segments_of(guided, prompt, begun, limit, *, length, unsure=None, shortest=1, **settings):
     """Every segment behind a started completion: its probability under the policy, and whether it ends the text."""
     done, open_ = {}, {(): 0.0}

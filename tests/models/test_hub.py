@@ -123,7 +123,7 @@ def test_a_folder_has_no_revision_and_two_revisions_are_one_too_many(policy_fold
         load_scorer("me/policy@v1", revision="v2")
     with pytest.raises(UsageError, match="revision applies to a scorer loaded by its hub id"):
         load_scorer((None, None), revision="v2")
-    with pytest.raises(UsageError, match="dtype, device, device_map and revision"):
+    with pytest.raises(UsageError, match="dtype, device, device_map, tp_plan and revision"):
         load_policy((None, None), revision="v2")
     assert split_revision("me/policy@refs/pr/1") == ("me/policy", "refs/pr/1")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer, verb
-from naive import info
+from naive import info, write_adapter
 from rgtg import GuidedPolicy
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.checkpoint import fingerprint_weights, write_info
@@ -96,16 +96,8 @@ def test_the_command_line_and_a_settings_file_spread_models(policy_folder, score
 @pytest.fixture
 def adapter_folder(tmp_path):
     """A LoRA adapter of a reward model, of the policy's trunk."""
-    peft = pytest.importorskip("peft")
-
-    base = tiny_reward_model()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
-    lora = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], r=2, init_lora_weights=False)
-    folder = tmp_path / "adapter"
-    peft.get_peft_model(base, lora).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    pytest.importorskip("peft")
+    return write_adapter(tmp_path / "adapter", tmp_path / "base")
 
 
 def test_an_adapter_is_merged_where_its_base_is(policy_folder, adapter_folder):
@@ -152,7 +144,7 @@ def test_a_map_is_of_models_loaded_by_name_and_of_their_own(policy_folder, score
     with pytest.raises(UsageError, match="loaded by name"):
         load_policy(loaded, device_map="auto")
     scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer())
-    with pytest.raises(UsageError, match="scorer_device_map apply to a scorer loaded by name"):
+    with pytest.raises(UsageError, match="scorer_device_map and scorer_tp_plan apply to a scorer loaded by name"):
         GuidedPolicy.from_pretrained(str(policy_folder), scorer, scorer_device_map="auto")
     with pytest.raises(UsageError, match="scorer that is a model of its own"):
         GuidedPolicy.from_pretrained(str(policy_folder), None, method="policy", scorer_device_map="auto")

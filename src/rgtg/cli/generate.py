@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _FILE = "A file of prompts"
 _RAY = "A file of prompts, on many machines"
 _OF_FILES = ("batch_size", "batch_tokens", "on_bad", "output_format", "force", "ray")
+_SPLIT = ("tp_plan", "scorer_tp_plan")
 _OF_RAY = ("address", "actors", "gpus_per_actor", "cpus_per_actor")
 
 
@@ -102,8 +104,12 @@ def command(
     device_map: Annotated[
         str | None, typer.Option(help="In place of --device: auto spreads the policy over GPUs, memory and disk.")
     ] = None,
+    tp_plan: Annotated[
+        str | None, typer.Option(help="In place of both: auto splits the policy's layers among torchrun's processes.")
+    ] = None,
     scorer_device: Annotated[str | None, typer.Option(help="Of a separate scorer; default the policy's.")] = None,
     scorer_device_map: Annotated[str | None, typer.Option(help="Of a separate scorer, as --device-map.")] = None,
+    scorer_tp_plan: Annotated[str | None, typer.Option(help="Of a separate scorer, as --tp-plan.")] = None,
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -124,10 +130,11 @@ def command(
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
     hush_libraries(forks=False)
-    if settings.prompts and settings.output:
-        _complete_file(settings, as_json=as_json, quiet=quiet)
-    else:
-        _complete_one(settings, as_json=as_json, quiet=quiet)
+    with _speaking_once(settings):
+        if settings.prompts and settings.output:
+            _complete_file(settings, as_json=as_json, quiet=quiet)
+        else:
+            _complete_one(settings, as_json=as_json, quiet=quiet)
 
 
 def _require_target(settings: GenerateSettings) -> None:
@@ -139,8 +146,23 @@ def _require_target(settings: GenerateSettings) -> None:
         raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
     if settings.prompts is None and (given := _given(settings, _OF_FILES)):
         raise UsageError(f"{', '.join(given)}: only a file of prompts (--prompts) uses it")
+    if (settings.ray or settings.prompts) and (given := _given(settings, _SPLIT)):
+        raise UsageError(f"{', '.join(given)}: processes that split a model complete one --prompt, here")
     if not settings.ray and (given := _given(settings, _OF_RAY)):
         raise UsageError(f"{', '.join(given)}: only --ray uses it")
+
+
+@contextmanager
+def _speaking_once(settings: GenerateSettings) -> Iterator[None]:
+    """Of the processes that split a model only the first prints; errors are every process's own."""
+    if _given(settings, _SPLIT):
+        from rgtg.models.processes import is_first
+
+        if not is_first():
+            with redirect_stdout(StringIO()):
+                yield
+            return
+    yield
 
 
 def _given(settings: GenerateSettings, names: tuple[str, ...]) -> list[str]:

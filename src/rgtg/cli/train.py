@@ -60,13 +60,14 @@ def command(
     settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
     try:
-        from rgtg.training.run import is_main_process, train_scorer
+        from rgtg.models.processes import is_first
+        from rgtg.training.run import train_scorer
     except ModuleNotFoundError as error:
         from rgtg.errors import MissingExtraError
 
         raise MissingExtraError(f"training needs {error.name}: pip install 'rgtg[train]'") from error
     report = train_scorer(settings, show=not (quiet or as_json))
-    if is_main_process():
+    if is_first():
         emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
 
 

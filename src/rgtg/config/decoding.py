@@ -108,8 +108,12 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     device_map: str | dict[str, int | str] | None = Field(
         None, description="of the policy, in place of device: auto, or a device for each module"
     )
+    tp_plan: Literal["auto"] | dict[str, str] | None = Field(
+        None, description="of the policy, in place of both: auto splits its layers among the processes of a torchrun"
+    )
     scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
     scorer_device_map: str | dict[str, int | str] | None = Field(None, description="as device_map")
+    scorer_tp_plan: Literal["auto"] | dict[str, str] | None = Field(None, description="as tp_plan")
     draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
 
     @field_validator("gpus_per_actor")

@@ -46,6 +46,7 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import require_same_tokenizer
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.processes import bind
 from rgtg.models.readout import policy_logits
 from rgtg.models.scorer import Scorer
 from rgtg.models.text_scorer import TextScorer
@@ -82,6 +83,9 @@ class Decoder:
         if self.method.scorer:
             self.scorers = [as_read_beside(policy, one) for one in self.scorers]
         self.resolve({})
+        read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
+        if bind(one.model for one in read) and overlap:
+            raise UsageError("overlap reads in two threads, and processes that split a model must read in one order")
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
         self.end_tokens = end_tokens(policy)

@@ -13,6 +13,7 @@ from rgtg.errors import UsageError
 from rgtg.models.encoding import decode_completion, encode_source
 from rgtg.models.placement import DeviceMap, Placement
 from rgtg.models.policy import Policy
+from rgtg.models.processes import TpPlan
 from rgtg.types import Completion
 
 
@@ -37,8 +38,10 @@ class GuidedPolicy(Decoder):
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         device_map: DeviceMap | None = None,
+        tp_plan: TpPlan | None = None,
         scorer_device: "str | torch.device | None" = None,
         scorer_device_map: DeviceMap | None = None,
+        scorer_tp_plan: TpPlan | None = None,
         token_tree: bool | None = None,
         overlap: bool | None = None,
         draft: str | Policy | None = None,
@@ -59,8 +62,11 @@ class GuidedPolicy(Decoder):
             device: of models loaded by name; default the first GPU, else the CPU.
             device_map: of a policy loaded by name, in place of ``device``: ``auto`` or a device for each module, over
                 GPUs, memory and disk (accelerate). Scorers do not follow it.
+            tp_plan: of a policy loaded by name, in place of both: ``auto`` (or styles by module) splits each layer
+                among the processes of a torchrun. All of them must make the same calls; all get the same completions.
             scorer_device: of a separate scorer loaded by name; default the policy's.
             scorer_device_map: of a separate scorer loaded by name, as ``device_map``.
+            scorer_tp_plan: of a separate scorer loaded by name, as ``tp_plan``.
             token_tree: force the one-pass tree (True) or the whole-text fallback (False); None finds out.
             overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
                 different devices.
@@ -77,8 +83,8 @@ class GuidedPolicy(Decoder):
         find_method(method)
         loaded, scorers, drafter = load_models(
             policy, scorer, draft, method, pack=pack,
-            of_policy=Placement(dtype, device, device_map),
-            of_scorers=Placement(dtype, scorer_device, scorer_device_map),
+            of_policy=Placement(dtype, device, device_map, tp_plan),
+            of_scorers=Placement(dtype, scorer_device, scorer_device_map, scorer_tp_plan),
         )  # fmt: skip
         return cls(
             loaded, scorers, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,

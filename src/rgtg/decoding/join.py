@@ -18,6 +18,7 @@ from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.packed import decode_bytes
 from rgtg.models.policy import Policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.processes import is_bound
 from rgtg.models.readout import policy_logits, scorer_scores
 from rgtg.models.scorer import Scorer
 from rgtg.models.shared_trunk import SharedTrunkScorer
@@ -90,7 +91,7 @@ def make_stepper(
         top_k: candidates per step; None for the whole vocabulary.
         tree: force the token tree (True) or the whole-text fallback (False); None finds out.
         overlap: let the policy read the candidates while a separate scorer scores them; None where the two are on
-            different devices.
+            different devices of one process.
         requests: whose prompts are read, in order: a scorer with a tokenizer of its own takes their texts from here.
     """
     width = min(top_k or MAX_WIDTH, MAX_WIDTH)
@@ -109,7 +110,8 @@ def make_stepper(
             return InOnePass(runner(scorer, width), scorer.head)
     reader = make_reader(policy, scorer, longest, top_k=top_k, tree=tree, requests=requests)
     if overlap is None:
-        overlap = not isinstance(scorer, VocabularyScorer) and policy.model.device != scorer.model.device
+        apart = not is_bound(policy.model) and policy.model.device != scorer.model.device
+        overlap = apart and not isinstance(scorer, VocabularyScorer)
     if overlap and (top_k or MAX_WIDTH + 1) <= MAX_WIDTH:
         return AtOnce(runner(policy, width), reader)
     return Apart(runner(policy, 1), reader)

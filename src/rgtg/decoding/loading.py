@@ -12,12 +12,13 @@ from rgtg.models.packed import group_linears, groups_of, pack_linears
 from rgtg.models.placement import Placement
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.processes import use_own_device
 from rgtg.models.scorer import load_scorer, trunk_of
 from rgtg.models.vocab_scorer import VocabularyScorer
 
 # A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
 Source = str | AnyScorer | tuple[Any, Any]
-_PLACES = "scorer_device and scorer_device_map"
+_PLACES = "scorer_device, scorer_device_map and scorer_tp_plan"
 
 
 def load_models(
@@ -32,13 +33,16 @@ def load_models(
 ) -> "tuple[Policy, list[AnyScorer], str | Policy | None]":
     """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
     sources, apart = listed(scorer), of_scorers != Placement(of_scorers.dtype)
-    if of_policy.device_map is not None and not isinstance(policy, str):
-        raise UsageError("device_map applies to a policy loaded by name; load yours with a device_map of its own")
+    for name in ("device_map", "tp_plan"):
+        if getattr(of_policy, name) is not None and not isinstance(policy, str):
+            raise UsageError(f"{name} applies to a policy loaded by name; load yours with a {name} of its own")
+    if of_policy.tp_plan is not None or of_scorers.tp_plan is not None:
+        use_own_device()
     loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}))
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
         loaded = laid_out(loaded, pack=pack, grouped=joined)
-    if apart and not all(isinstance(one, str | tuple) for one in sources):
+    if apart and not all(isinstance(one, str) for one in sources):
         raise UsageError(f"{_PLACES} apply to a scorer loaded by name; move a loaded model yourself")
     where = of_scorers if apart else replace(of_scorers, device=of_policy.device)
     scorers = [load_for_method(one, loaded, method, where, pack=pack) for one in sources]
@@ -83,7 +87,7 @@ def load_for_method(source: Source, policy: Policy, method: str, where: Placemen
     kind: Literal["autoregressive"] | None = None
     if row.scorer == "autoregressive" and _says_nothing(source):
         kind = "autoregressive"
-    if where.device_map is None:
+    if where.device_map is None and where.tp_plan is None:
         where = replace(where, device=where.device or policy.model.device)
     placed = vars(where) if isinstance(source, str) else {}
     scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)

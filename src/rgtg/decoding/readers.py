@@ -13,6 +13,7 @@ from torch import Tensor
 from rgtg.decoding.requests import Request
 from rgtg.decoding.runner import Runner, read
 from rgtg.decoding.token_tree import TokenTree
+from rgtg.models.processes import agreed
 
 # Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
 MAX_WIDTH = 128
@@ -176,7 +177,7 @@ def chain_and_leaves(chain: Tensor, leaves: Tensor) -> TokenTree:
 def head_at_prefix(head: Any, runner: Runner, candidate_ids: Tensor, first: int = 0) -> Tensor:
     """Scores (B, K) that a head gives next tokens at the newest observed states, of the rows from ``first``."""
     assert runner.seen is not None, "a head reads an observed layer"
-    return score_at(head, runner.seen[first:, -1], candidate_ids)
+    return agreed(runner.model, score_at(head, runner.seen[first:, -1], candidate_ids))
 
 
 def score_at(head: Any, states: Tensor, candidate_ids: Tensor) -> Tensor:

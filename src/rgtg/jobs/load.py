@@ -31,8 +31,10 @@ def load_guided(settings: GenerateSettings) -> GuidedPolicy:
         dtype=settings.dtype,
         device=settings.device,
         device_map=settings.device_map,
+        tp_plan=settings.tp_plan,
         scorer_device=settings.scorer_device,
         scorer_device_map=settings.scorer_device_map,
+        scorer_tp_plan=settings.scorer_tp_plan,
         draft=settings.draft,
     )
 

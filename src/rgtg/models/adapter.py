@@ -11,7 +11,7 @@ from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageE
 from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.encoding import ensure_pad_token
 from rgtg.models.hub import local_folder, named
-from rgtg.models.placement import is_spread
+from rgtg.models.placement import is_whole
 from rgtg.models.policy import load_pretrained
 
 
@@ -51,10 +51,10 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
             f"{source} is a LoRA adapter of {base}, which cannot be loaded ({error}). If the base model has moved, "
             f'write its new place as "base_model_name_or_path" into {Path(source) / "adapter_config.json"}'
         ) from error
-    if is_spread(model):
+    if not is_whole(model):
         raise UsageError(
             f"{source} is a LoRA adapter, and an adapter is merged into weights that are there, on one device: load it "
-            "without device_map, save the merged model, and spread that"
+            "without device_map or tp_plan, save the merged model, and spread that"
         )
     if tokenizer is not None:
         ensure_pad_token(tokenizer, model)

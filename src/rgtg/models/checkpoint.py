@@ -123,7 +123,7 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
     if isinstance(kept, str) and dtype is None:
         return kept
     digest = hashlib.sha256()
-    for name, tensor in sorted(whole_weights(model).items()):
+    for name, tensor in whole_weights(model):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)]
         if dtype is not None and sample.is_floating_point():

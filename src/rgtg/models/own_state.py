@@ -19,6 +19,7 @@ from rgtg.models.hub import local_folder
 from rgtg.models.placement import DeviceMap, Placement, resolve_device
 from rgtg.models.policy import Policy, context_length, load_policy, resolve_dtype
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
+from rgtg.models.processes import TpPlan, agreed
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 _EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
@@ -56,6 +57,7 @@ class OwnStateScorer(ReadsCompletions):
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         device_map: DeviceMap | None = None,
+        tp_plan: TpPlan | None = None,
     ) -> "OwnStateScorer":
         """Load a head from its folder, onto ``policy`` or the policy that it names.
 
@@ -69,7 +71,7 @@ class OwnStateScorer(ReadsCompletions):
         """
         info = _require_head(folder)
         head = load_head(Path(local_folder(folder)), info)
-        placement = Placement(dtype, device, device_map)
+        placement = Placement(dtype, device, device_map, tp_plan)
         if policy is None:
             policy = _load_own_policy(folder, info, placement)
         else:
@@ -99,7 +101,7 @@ class OwnStateScorer(ReadsCompletions):
             for row, i in enumerate(part):
                 window = slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1]))
                 read = positions_of(self.kind, states[row : row + 1], window)
-                scores[i] = score_positions(self.head, read, ids[row : row + 1, window])[0].cpu()
+                scores[i] = agreed(self.model, score_positions(self.head, read, ids[row : row + 1, window])[0]).cpu()
         return [scores[i] for i in range(len(rows))]
 
 
@@ -240,8 +242,8 @@ def _load_own_policy(folder: str, info: ScorerInfo, placement: Placement) -> Pol
 def _require_placed(policy: Policy, placement: Placement) -> None:
     dtype, device = placement.dtype, placement.device
     wanted = resolve_dtype(dtype)
-    if placement.device_map is not None:
-        raise UsageError("device_map is of a model of its own; a head is where its policy is")
+    if placement.device_map is not None or placement.tp_plan is not None:
+        raise UsageError("device_map and tp_plan are of a model of its own; a head is where its policy is")
     if wanted not in ("auto", policy.model.dtype):
         raise UsageError(f"dtype {dtype} is asked of a head whose policy is loaded in {policy.model.dtype}")
     if device is not None and resolve_device(device).type != policy.model.device.type:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rgtg.errors import UsageError
 from rgtg.models import one_query
 from rgtg.models.checkpoint import fingerprint_weights
-from rgtg.models.placement import is_spread
+from rgtg.models.placement import is_whole
 
 # Weights that fit a processor's cache gain nothing.
 MIN_WEIGHT_BYTES = 8 * 2**20
@@ -148,7 +148,7 @@ class GroupedLinear(nn.Module):
 def can_pack(model: Any) -> bool:
     """Whether packing is available for the model's device and dtype, and worth it for its size."""
     weight = model.get_input_embeddings().weight
-    if is_spread(model) or weight.device.type != "cpu" or not packs(weight.dtype):
+    if not is_whole(model) or weight.device.type != "cpu" or not packs(weight.dtype):
         return False
     size = sum(m.weight.nbytes for m in model.modules() if _is_linear(m))
     return bool(size >= MIN_WEIGHT_BYTES)
@@ -180,10 +180,10 @@ def group_linears(model: Any, *, pack: bool) -> Any:
     Raises:
         UsageError: the model's weights are in several places.
     """
-    if is_spread(model):
+    if not is_whole(model):
         raise UsageError(
             "an adapter is read in one pass with its policy where that is whole, on one device: load the policy "
-            "without device_map"
+            "without device_map and tp_plan"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(5)]], device=model.device)

@@ -1,5 +1,6 @@
-"""Where a model's weights are held: on one device, or spread over GPUs, memory and disk by a device map."""
+"""Where a model's weights are held: on one device, spread over several by a device map, or split among processes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rgtg.errors import MissingExtraError, UsageError, first_line
+from rgtg.models.processes import TpPlan, is_split, require_readable, split_arguments
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -16,20 +18,26 @@ DeviceMap = str | dict[str, int | str]
 class Placement:
     """What is said of one model's dtype and place.
 
-    ``device`` moves it whole; ``device_map`` spreads its layers over devices, and over memory and disk (accelerate).
+    ``device`` moves it whole; ``device_map`` spreads its layers over devices, and over memory and disk (accelerate);
+    ``tp_plan`` splits each layer among the processes of a torchrun.
     """
 
     dtype: "str | torch.dtype | None" = None
     device: "str | torch.device | None" = None
     device_map: DeviceMap | None = None
+    tp_plan: TpPlan | None = None
 
     def arguments(self) -> dict[str, Any]:
         """For ``from_pretrained``, beside the dtype.
 
         Raises:
-            UsageError: a device and a map.
+            UsageError: more than one of device, map and plan; or a plan without torchrun.
             MissingExtraError: accelerate is not installed.
         """
+        if self.tp_plan is not None:
+            if self.device is not None or self.device_map is not None:
+                raise UsageError("tp_plan puts a share of the model on each process's device: leave its device out")
+            return split_arguments(self.tp_plan)
         if self.device_map is None:
             return {}
         if self.device is not None:
@@ -62,9 +70,12 @@ def settle(model: Any, placement: Placement) -> Any:
         placement: as it was asked for.
 
     Raises:
-        UsageError: a device that cannot be used, or a map that leaves the input embedding without one.
+        UsageError: a device that cannot be used, a map that leaves the input embedding without one, or a plan that does
+            not fit.
     """
-    if placement.device_map is None:
+    if is_split(model):
+        require_readable(model)
+    elif placement.device_map is None:
         model.to(resolve_device(placement.device))
     elif is_spread(model):
         if model.device.type == "meta":
@@ -78,20 +89,28 @@ def is_spread(model: Any) -> bool:
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
+def is_whole(model: Any) -> bool:
+    """Whether a model's weights are all there, in one place: not spread by a map, and not split among processes."""
+    return not (is_spread(model) or is_split(model))
+
+
 def synchronize() -> None:
     """Wait until a GPU, where there is one, has done what it was given: only then does a clock tell something."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def whole_weights(model: Any) -> "dict[str, Tensor]":
-    """All tensors of a model by name; those on the disk are read."""
-    tensors = dict(model.state_dict())
-    for name, tensor in tensors.items():
+def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model with its name, in their order; those on the disk are read, one at a time.
+
+    Of a model that is split, all processes must ask: each puts its share in.
+    """
+    for name, tensor in sorted(model.state_dict().items()):
         if tensor.device.type == "meta":
             module, _, leaf = name.rpartition(".")
-            tensors[name] = model.get_submodule(module)._hf_hook.weights_map[leaf]
-    return tensors
+            yield name, model.get_submodule(module)._hf_hook.weights_map[leaf]
+        else:
+            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _bring_home(model: Any) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from rgtg.errors import ModelNotFoundError, UsageError, first_line
+from rgtg.errors import ModelNotFoundError, RgtgError, UsageError, first_line
 from rgtg.models.checkpoint import require_safe_weights
 from rgtg.models.hub import EXPECTED, named
 from rgtg.models.placement import DeviceMap, Placement, settle
+from rgtg.models.processes import TpPlan, require_divisible
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -58,14 +59,21 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
 
     Raises:
         ModelNotFoundError: the folder or hub id cannot be loaded.
+        UsageError: a model that cannot be split among processes, where it is to be.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     unusual = (SafetensorError, StrictDataclassError)  # of damaged weights and configs, with no base in common
-    folder = require_safe_weights(source)
+    folder, split = require_safe_weights(source), kwargs.get("distributed_config")
     try:
+        if split is not None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            require_divisible(config, split.tp_plan, f"the {role} {source}")
         found = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+    except RgtgError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AssertionError, *unusual) as error:
         raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first_line(error)}. {EXPECTED}") from error
     if folder != source:  # what is made from the model names the repository, not a cache
@@ -88,6 +96,7 @@ def load_policy(
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
     device_map: DeviceMap | None = None,
+    tp_plan: TpPlan | None = None,
 ) -> Policy:
     """Load a frozen policy from a folder or hub id, or wrap a (model, tokenizer) pair that is already loaded.
 
@@ -99,18 +108,21 @@ def load_policy(
         dtype: default the checkpoint's own.
         device: default the first GPU, else the CPU.
         device_map: in place of ``device``: ``auto`` or a device for each module, over GPUs, memory and disk.
+        tp_plan: in place of both: ``auto`` (or styles by module) splits each layer among the processes of a torchrun,
+            all of which load the policy.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: arguments given for a loaded model, a device beside a device map, a revision of a folder, or weights
-            that are missing.
+        UsageError: arguments given for a loaded model, a device beside a device map, a plan beside either or without
+            torchrun or that does not fit, a revision of a folder, or weights that are missing.
         MissingExtraError: a device map without accelerate.
     """
-    placement = Placement(dtype, device, device_map)
+    placement = Placement(dtype, device, device_map, tp_plan)
     if not isinstance(source, str):
         if placement != Placement() or revision is not None:
             raise UsageError(
-                "dtype, device, device_map and revision are of a policy loaded by name; move a loaded model yourself"
+                "dtype, device, device_map, tp_plan and revision are of a policy loaded by name; move a loaded model "
+                "yourself"
             )
         policy = source if isinstance(source, Policy) else Policy(*source)
         policy.model.eval()

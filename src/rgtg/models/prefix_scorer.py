@@ -13,6 +13,7 @@ from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.encoding import encode_completion, encode_prompt
 from rgtg.models.placement import DeviceMap, Placement, settle
 from rgtg.models.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.processes import TpPlan, agreed
 
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
 
@@ -45,10 +46,11 @@ class PrefixScorer:
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         device_map: DeviceMap | None = None,
+        tp_plan: TpPlan | None = None,
     ) -> "PrefixScorer":
         """Load a reward model from a folder or hub id, or wrap a loaded (model, tokenizer) pair.
 
-        ``dtype``, ``device`` and ``device_map`` as of `rgtg.models.policy.load_policy`.
+        ``dtype``, ``device``, ``device_map`` and ``tp_plan`` as of `rgtg.models.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: nothing loadable at ``source``.
@@ -60,7 +62,7 @@ class PrefixScorer:
             return cls(*source)
         info = read_info(source)
         tokenizer = load_tokenizer(source, "scorer")
-        model = _load_classifier(source, Placement(dtype, device, device_map), tokenizer)
+        model = _load_classifier(source, Placement(dtype, device, device_map, tp_plan), tokenizer)
         return cls(model, tokenizer, info=info, name=source)
 
     @torch.inference_mode()
@@ -132,7 +134,8 @@ class PrefixScorer:
         parts = []
         for start in range(0, len(texts), batch_size):
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
-            parts.append(self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu())
+            logits = self.model(**batch.to(self.model.device)).logits
+            parts.append(agreed(self.model, logits[:, 0].float()).cpu())
         return torch.cat(parts)
 
 
@@ -259,7 +262,7 @@ def position_scores(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
     scores: Tensor = scalar_head(model)(states)[..., 0]
-    return scores
+    return agreed(model, scores)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:

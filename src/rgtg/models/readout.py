@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rgtg.models.prefix_scorer import scalar_head, trunk
+from rgtg.models.processes import agreed
 
 _plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
@@ -17,7 +18,7 @@ def policy_logits(model: Any, states: Tensor) -> Tensor:
     So a token tree can be read first, and only the node that was chosen pays for the product with the vocabulary.
     """
     logits: Tensor = model.get_output_embeddings()(states) if head_is_plain(model) else _forward_over(model, states)
-    return logits
+    return agreed(model, logits)
 
 
 def head_is_plain(model: Any) -> bool:
@@ -30,7 +31,7 @@ def head_is_plain(model: Any) -> bool:
 def scorer_scores(model: Any, states: Tensor) -> Tensor:
     """Scalar head of a sequence-classification model: scores (…) of final states (…, H)."""
     scores: Tensor = scalar_head(model)(states)[..., 0]
-    return scores
+    return agreed(model, scores)
 
 
 @torch.inference_mode()

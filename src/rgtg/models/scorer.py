@@ -12,6 +12,7 @@ from rgtg.models.own_state import OwnStateScorer
 from rgtg.models.placement import DeviceMap
 from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.processes import TpPlan
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.vocab_scorer import VocabularyScorer
 
@@ -67,6 +68,7 @@ def load_scorer(
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
     device_map: DeviceMap | None = None,
+    tp_plan: TpPlan | None = None,
     join: bool = False,
 ) -> AnyScorer:
     """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
@@ -80,6 +82,7 @@ def load_scorer(
         dtype: of weights that are loaded.
         device: for weights that are loaded.
         device_map: in place of ``device``, as of `rgtg.models.policy.load_policy`.
+        tp_plan: in place of both, as there.
         join: read an adapter on the policy's trunk in one pass with the policy; else it is a reward model of its own.
 
     Raises:
@@ -91,7 +94,7 @@ def load_scorer(
         if not isinstance(source, str):
             raise UsageError("revision applies to a scorer loaded by its hub id")
         source = named(source, revision)
-    where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "tp_plan": tp_plan}
     if kind is not None:
         return _as_autoregressive(source, kind, where)
     if isinstance(source, VocabularyScorer):
@@ -104,8 +107,8 @@ def load_scorer(
         if info.trunk == "own":
             return OwnStateScorer.from_pretrained(source, policy=policy, **where)
         if info.trunk == "shared" and join and policy is not None:
-            if device_map is not None:
-                raise UsageError("device_map is of a model of its own; an adapter is where its policy is")
+            if device_map is not None or tp_plan is not None:
+                raise UsageError("device_map and tp_plan are of a model of its own; an adapter is where its policy is")
             return SharedTrunkScorer.from_pretrained(source, policy)
         if info.head == "vocab":
             return VocabularyScorer.from_pretrained(source, **where)

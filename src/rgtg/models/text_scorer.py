@@ -12,6 +12,7 @@ from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.checkpoint import ScorerInfo
 from rgtg.models.encoding import render_chat
 from rgtg.models.prefix_scorer import PrefixScorer, ended_flags, pad_right, position_scores
+from rgtg.models.processes import agreed
 from rgtg.models.retokenise import Retokeniser
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -212,7 +213,7 @@ class TextScorer:
         ids, mask = pad_right(rows, pad if pad is not None and pad < self._rows else 0, self.model.device)
         if not self.causal:
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
-            return logits[:, 0].float().cpu()
+            return agreed(self.model, logits[:, 0].float()).cpu()
         last = mask.sum(-1) - 1
         return position_scores(self.model, ids, mask).gather(1, last[:, None])[:, 0].float().cpu()
 

@@ -11,7 +11,7 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.adapter import is_adapter, load_merged
 from rgtg.models.checkpoint import ScorerInfo, read_info
 from rgtg.models.heads import MANY
-from rgtg.models.placement import DeviceMap, Placement, is_spread, settle
+from rgtg.models.placement import DeviceMap, Placement, is_whole, settle
 from rgtg.models.policy import (
     Policy,
     context_length,
@@ -20,6 +20,7 @@ from rgtg.models.policy import (
     resolve_dtype,
 )
 from rgtg.models.prefix_scorer import ReadsCompletions, batches_by_length, require_fit
+from rgtg.models.processes import TpPlan, agreed
 from rgtg.models.readout import head_is_plain, policy_logits
 
 TOKENS = 1024  # positions whose logits over the whole vocabulary are held at once
@@ -50,7 +51,7 @@ class VocabularyScorer(ReadsCompletions):
         self.weight, self.bias = output.weight, getattr(output, "bias", None)
         self.info, self.name = info, name
         self.objective: str = objective or (info.objective if info else "autoregressive")
-        self.gathers = not is_spread(scorer.model)  # whether rows of its output layer can be read
+        self.gathers = is_whole(scorer.model)  # whether rows of its output layer can be read
         self.layer = scorer.model.config.get_text_config().num_hidden_layers
         self.max_length = context_length(scorer.model.config)
         self.append_eos = info.append_eos if info else True  # a language model closes what it has finished
@@ -63,11 +64,12 @@ class VocabularyScorer(ReadsCompletions):
         dtype: "str | torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         device_map: DeviceMap | None = None,
+        tp_plan: TpPlan | None = None,
     ) -> Self:
         """Load a scorer trained with ``farma`` or ``autoregressive`` (LoRA adapters merged), or any language model.
 
-        A folder without rgtg.json is a language model, and is read as an autoregressive scorer. ``dtype``, ``device``
-        and ``device_map`` as of `rgtg.models.policy.load_policy`.
+        A folder without rgtg.json is a language model, and is read as an autoregressive scorer. ``dtype``, ``device``,
+        ``device_map`` and ``tp_plan`` as of `rgtg.models.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: nothing loadable at ``source``.
@@ -79,7 +81,7 @@ class VocabularyScorer(ReadsCompletions):
                 f"{source} was trained with {info.objective} and has a {info.head} head (trunk {info.trunk}): it is no "
                 "language model that scores next tokens; load it with load_scorer and without a kind"
             )
-        return cls(load_language_model(source, Placement(dtype, device, device_map)), info=info, name=source)
+        return cls(load_language_model(source, Placement(dtype, device, device_map, tp_plan)), info=info, name=source)
 
     def head(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
@@ -95,7 +97,7 @@ class VocabularyScorer(ReadsCompletions):
             return policy_logits(self.model, states).gather(-1, candidate_ids).float()
         rows = torch.nn.functional.embedding(candidate_ids, self.weight)  # (B, K, H)
         scores = (rows @ states[..., None])[..., 0].float()
-        return scores if self.bias is None else scores + self.bias[candidate_ids]
+        return agreed(self.model, scores if self.bias is None else scores + self.bias[candidate_ids])
 
     @torch.inference_mode()
     def score_prefixes(

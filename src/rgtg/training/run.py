@@ -1,13 +1,10 @@
 """``rgtg train`` from pairs to a saved scorer; the command line parses, calls this and prints."""
 
 import atexit
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import rgtg
 from rgtg.config import LoraSettings, TrainSettings
@@ -16,6 +13,7 @@ from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_we
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.hub import lasting_name
 from rgtg.models.policy import load_policy
+from rgtg.models.processes import is_first, leave_group
 from rgtg.outputs import make_folder
 from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
 from rgtg.training.base_model import load_base, load_language_base, lora_config
@@ -76,7 +74,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
     """
     require_known(settings.train)
     require_fit(settings)
-    if is_main_process():
+    if is_first():
         require_output(settings.output, settings.resume)
     again = "the same command with --resume goes on from the newest checkpoint"
     with StopRequest(f"{again}, if there is one in {settings.output / CHECKPOINTS}") as request:
@@ -97,7 +95,7 @@ def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> T
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
     if config.world_size > 1:
-        atexit.register(_leave_group)
+        atexit.register(leave_group)
     make_folder(settings.output)
     data = read_data(settings, config, tokenizer, max_length, is_main=is_main, show=show)
     trust = trust_of(settings, data, tokenizer, config.device)
@@ -123,17 +121,6 @@ def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> T
         _save(settings, trainer, tokenizer, info, report, is_main)
         trainer.accelerator.wait_for_everyone()
     return report
-
-
-def _leave_group() -> None:
-    """Close the process group before the interpreter ends: its threads may otherwise abort a run that has succeeded."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def is_main_process() -> bool:
-    """True in a single process, and in rank 0 under ``torchrun``."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _with_adapter(settings: TrainSettings) -> tuple[TrainSettings, dict[str, Any]]:
