@@ -172,6 +172,7 @@ def test_more_rows_and_layers_are_not_cheaper_here(quick):
         (("--policy", "8B", "--hardware", "tpu"), "unknown hardware 'tpu'; expected one of a100"),
         (("--policy", "8B", "--hardware", "h200x0"), "unknown hardware"),
         (("--policy", "3M", "--hardware", "h200"), "sizes from 10M"),
+        (("--policy", "70", "--hardware", "h200"), "it needs a unit: 70B or 70M"),
         (("--policy", "nowhere/at/all", "--hardware", "h200"), "no model folder nowhere/at/all"),
         (("--policy", "8B", "--hardware", "h200x8", "--tensor-parallel", "3"), "does not divide 8 devices"),
         (("--policy", "8B", "--hardware", "h200", "--save-hardware", "x.json"), "use it with --hardware cpu"),

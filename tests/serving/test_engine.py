@@ -16,6 +16,7 @@ from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.lane import Lane
 from rgtg.decoding.lanes import lane_key, make_prefill
 from rgtg.decoding.requests import row_seeds
+from rgtg.decoding.steps import Alone
 from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
 from rgtg.models.encoding import encode_source
 from rgtg.models.prefix_scorer import PrefixScorer
@@ -377,6 +378,15 @@ def test_stopping_fails_what_is_left(models, serving):
     assert not engine.drain(0.01)
     engine.stop()
     assert all(isinstance(listener.ended()[0].error, StoppedError) for listener in heard)
+
+
+def test_a_token_is_told_before_the_models_read_it(models, serving, monkeypatch):
+    engine, order = serving(), []
+    advance = Alone.advance
+    monkeypatch.setattr(Alone, "advance", lambda self: (order.append("read"), advance(self))[1])
+    engine.submit(job("Hi", row(max_new_tokens=3)), lambda event: order.append(type(event).__name__))
+    assert engine.drain(30)
+    assert order == ["Step", "read", "Step", "read", "Step", "Finished"]
 
 
 def test_work_between_steps(models, engine):

@@ -84,17 +84,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_few_steps():
 
     with serving(max_batch=1, max_queue=5) as served, on_a_socket(served) as url:
         heard = []
-        submit = served.engine.submit
-
-        def slow(job, listener):
-            def listen(event):
-                heard.append("step" if isinstance(event, Step) else "end")
-                time.sleep(0.02)  # so that there is time to leave
-                listener(event)
-
-            return submit(job, listen)
-
-        served.engine.submit = slow
+        slow_down(served.engine, 0.02, lambda event: heard.append("step" if isinstance(event, Step) else "end"))
         asyncio.run(asyncio.wait_for(scene(served, url, heard), 60))
         after = heard[heard.index("cancel") :]
         assert after.count("step") <= 3
@@ -148,6 +138,16 @@ def test_overload():
     overload(2)
 
 
+def slow_down(engine, seconds, hear=lambda event: None):
+    """Every event of the engine takes so long; ``hear`` is told of it first."""
+    take_in = engine.submit_all
+
+    def slowly(listener):
+        return lambda event: (hear(event), time.sleep(seconds), listener(event))
+
+    engine.submit_all = lambda jobs: take_in([(job, slowly(listener)) for job, listener in jobs])
+
+
 @pytest.mark.slow
 def test_a_minute_of_overload_keeps_memory_flat():
     seen, grown = overload(60)
@@ -157,8 +157,7 @@ def test_a_minute_of_overload_keeps_memory_flat():
 
 def test_deadlines():
     with serving(request_seconds=0.05, max_batch=1) as served:
-        engine_listener = served.engine.submit
-        served.engine.submit = lambda job, listener: engine_listener(job, lambda e: (time.sleep(0.02), listener(e)))
+        slow_down(served.engine, 0.02)
         answer = served.post("/v1/completions", **LONG | {"stream": False})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_exceeded")
         events, done = events_of(served.post("/v1/completions", **LONG))
@@ -224,8 +223,7 @@ def test_draining_finishes_what_was_accepted(stream):
 
 def test_draining_ends_after_its_time():
     with serving(max_batch=1, max_queue=10) as served:
-        submit = served.engine.submit
-        served.engine.submit = lambda job, listener: submit(job, lambda e: (time.sleep(0.05), listener(e)))
+        slow_down(served.engine, 0.05)
         start = time.monotonic()
         answers, _ = drained(served, 0.3, LONG | {"stream": False}, 4)
         assert time.monotonic() - start < 10

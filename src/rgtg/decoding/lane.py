@@ -127,8 +127,13 @@ class Lane:
             self.logits = self.logits[torch.tensor(order, device=self.logits.device)]
 
     @torch.inference_mode()
-    def step(self) -> list[Member]:
-        """Draw one token for every member; those that stepped, finished ones and unsound ones included."""
+    def step(self, told: Callable[[list[Member]], None] = lambda members: None) -> None:
+        """Draw one token for every member.
+
+        Args:
+            told: called with those that stepped, finished ones and unsound ones included, as soon as their tokens are
+                drawn: before the models read these.
+        """
         stepped = list(self.members)
         # 1. propose
         groups = self._propose()
@@ -139,13 +144,13 @@ class Lane:
         # 4. commit
         for member in stepped:
             member.stopping.update(member.request)
+        told(stepped)
         staying = [m for m in stepped if m.request.finish_reason is None and m.unsound is None]
         if staying:
             self._commit(groups, drawn)
         self._drop(set(stepped) - set(staying))
         if staying:
             self.logits = self.stepper.advance()
-        return stepped
 
     def _propose(self) -> list[Group]:
         whole = torch.log_softmax(self.logits.float(), -1)

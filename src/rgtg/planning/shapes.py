@@ -77,19 +77,21 @@ _KNOWN = {
     70.6e9: Shape.llama("70B", 80, 8192, 8, 28_672, 128_256),
     405.9e9: Shape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB])", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
 
 
 def shape_of(source: str) -> Shape:
     """Sizes of a model given as a size (70B, 350M), or as a folder or hub id, whose config.json is counted exactly.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither, or a size without its unit.
         ModelNotFoundError: no such folder or repository, or no decoder in it.
     """
     found = _SIZE.fullmatch(source)
     if found is None or Path(source).exists():
         return _from_config(source)
+    if not found[2]:
+        raise UsageError(f"{source} is no folder, and as a size it needs a unit: {source}B or {source}M parameters")
     return _by_size(source, float(found[1]) * (1e9 if found[2].upper() == "B" else 1e6))
 
 

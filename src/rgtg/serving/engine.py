@@ -361,10 +361,12 @@ class Engine:
             self._forget_lane(key)  # its cache with it
             return
         try:
-            stepped = lane.step()
+            lane.step(self._tell)
         except Exception as error:
             self._break_lane(key, as_ours(error))
-            return
+
+    def _tell(self, stepped: Sequence[Member]) -> None:
+        """Tell what a step has drawn; rows that ended have no seat from then on."""
         for member in stepped:
             seat = self._seats[member]
             if member.unsound is not None:
