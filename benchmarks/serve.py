@@ -3,9 +3,10 @@
     python benchmarks/serve.py [--parts concurrency overhead prefill] [--dtype bf16] [--repeats 5] [--output FILE]
 
 Policy and scorer are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, saved to a folder and served
-by ``rgtg serve`` in a process of its own; clients speak HTTP from this one, over loopback. Prompts are random tokens,
-new ones every time, so that nothing has been read before; no token ends a completion, so that all are equally long.
-Requests are guided (pargs, k = 10) unless --unguided. The last line is one JSON object.
+as ``rgtg serve`` does it, in a process of its own; clients speak HTTP from this one, over loopback. Prompts are random
+tokens, new ones every time, so that nothing has been read before; no token ends a completion, so that all are equally
+long. Requests are guided (pargs, k = 10) unless --unguided. What HTTP costs over the engine is measured on one engine,
+by turns: two processes differ by several percent in speed though they do the same. The last line is one JSON object.
 """
 
 import argparse
@@ -29,10 +30,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from decode import DTYPES, build, ratio, table
-from rgtg.config import DecodingSettings, EngineSettings
-from rgtg.serving.engine import Engine
+from rgtg.config import DecodingSettings
+from rgtg.serving import server
 from rgtg.serving.jobs import Job, Row, Step
-from rgtg.serving.models import ServedModels
 
 SHORT, LONG = 16, 1000  # tokens of prompts in the part on prefilling
 
@@ -56,19 +56,57 @@ def save(args, folder):
         tokenizer(args.vocab).save_pretrained(folder / name)
 
 
-class Server:
-    """``rgtg serve`` on a free port."""
+def serve_here(args, folder):
+    """What ``rgtg serve`` does, in this process; a prompt on stdin is completed by its engine alone, and timed."""
+    engines, load = [], server.load_engine
+    server.load_engine = lambda settings: engines.append(load(settings)) or engines[0]
 
-    def __init__(self, args, folder):
-        command = [
-            sys.executable, "-c", "from rgtg.cli.main import main; main()", "serve", "--policy", folder / "policy",
-            "--scorer", f"scorer={folder / 'scorer'}", "--port", 0, "--json", "--quiet", "--device", args.device,
-            "--max-batch", args.max_batch, "--max-queue", 256,
-        ]  # fmt: skip
+    def alone():
+        for line in sys.stdin:
+            print(json.dumps({"seconds": by_engine(args, engines[0], json.loads(line))}), flush=True)
+
+    def ready(url, _):
+        print(json.dumps({"url": url}), flush=True)
+        threading.Thread(target=alone, daemon=True).start()
+
+    settings = server.ServeSettings(
+        policy=str(folder / "policy"), scorer={"scorer": str(folder / "scorer")}, device=args.device, port=0,
+        max_batch=args.max_batch, max_queue=256,
+    )  # fmt: skip
+    server.serve(settings, ready)
+
+
+def by_engine(args, engine, prompt):
+    """Seconds of one completion without HTTP, text and JSON."""
+    method = {"method": "policy"} if args.unguided else {"method": "pargs"}
+    row = Row(
+        DecodingSettings(**method, top_k=args.top_k, max_new_tokens=args.tokens),
+        () if args.unguided else ("scorer",),
+    )
+    ended = threading.Event()
+    start = time.perf_counter()
+    engine.submit(Job("", tuple(prompt), (row,)), lambda event: None if isinstance(event, Step) else ended.set())
+    ended.wait()
+    return time.perf_counter() - start
+
+
+class Server:
+    """``serve_here`` in a process of its own."""
+
+    def __init__(self, folder):
         environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, *sys.argv, "--inside", str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
         self.url = json.loads(self.process.stdout.readline())["url"]
         self.host, self.port = self.url.removeprefix("http://").split(":")
+
+    def alone(self, prompt):
+        """Seconds that its engine takes alone."""
+        self.process.stdin.write(json.dumps(prompt) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["seconds"]
 
     def __enter__(self):
         return self
@@ -132,7 +170,7 @@ def show(title, rows):
     table(title, flat)
 
 
-def by_concurrency(args, server, _):
+def by_concurrency(args, server):
     """Clients that ask again as soon as they are answered: tokens per second, and how long they wait."""
     rows, source = {}, prompts(args, args.prompt)
 
@@ -164,35 +202,14 @@ def by_concurrency(args, server, _):
     return rows
 
 
-def engine_alone(args, folder):
-    """The engine in this process, on the same folders; a function that takes a prompt and gives seconds."""
-    loaded = ServedModels.load(str(folder / "policy"), {"scorer": str(folder / "scorer")}, device=args.device)
-    engine = Engine(loaded, EngineSettings(max_batch=args.max_batch))
-    engine.start()
-    method = {"method": "policy"} if args.unguided else {"method": "pargs"}
-    row = Row(
-        DecodingSettings(**method, top_k=args.top_k, max_new_tokens=args.tokens),
-        () if args.unguided else ("scorer",),
-    )
-
-    def run(prompt):
-        ended = threading.Event()
-        start = time.perf_counter()
-        engine.submit(Job("", tuple(prompt), (row,)), lambda event: None if isinstance(event, Step) else ended.set())
-        ended.wait()
-        return time.perf_counter() - start
-
-    return run
-
-
-def overhead(args, server, folder):
+def overhead(args, server):
     """One client: what HTTP, text and JSON cost over the engine alone, in turn, repeat after repeat."""
-    alone, source = engine_alone(args, folder), prompts(args, args.prompt)
+    source = prompts(args, args.prompt)
 
     def over_http(stream):
         return asyncio.run(ask(server, args, next(source), args.tokens, stream=stream)).seconds
 
-    ways = {"engine alone": lambda: alone(next(source)), "streamed": lambda: over_http(True)}
+    ways = {"engine alone": lambda: server.alone(next(source)), "streamed": lambda: over_http(True)}
     ways |= {"at once": lambda: over_http(False)}
     seconds = {name: [] for name in ways}
     for repeat in range(args.repeats + 1):
@@ -213,7 +230,7 @@ def overhead(args, server, folder):
     return rows
 
 
-def prefill(args, server, _):
+def prefill(args, server):
     """First token of a short request: nothing else runs, or a long prompt is being read."""
     short, long = prompts(args, SHORT), prompts(args, LONG)
     idle, beside, whole = [], [], []
@@ -255,6 +272,7 @@ def main():
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--delay", type=float, default=0.1, help="seconds between the long request and the short one")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     for name, value in {
         "layers": 12, "width": 768, "vocab": 32000, "prompt": 128, "top-k": 10, "tokens": 64, "requests": 6,
         "repeats": 7, "max-batch": 16,
@@ -262,12 +280,16 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if args.inside:
+        serve_here(args, args.inside)
+        return
     with tempfile.TemporaryDirectory(prefix="rgtg-serve-") as made:
         with ThreadPoolExecutor(1) as apart:  # as ServedModels.load does: its OpenMP workers end with it
             apart.submit(save, args, Path(made)).result()
-        with Server(args, Path(made)) as server:
-            results = {part: PARTS[part](args, server, Path(made)) for part in args.parts}
+        with Server(Path(made)) as served:
+            results = {part: PARTS[part](args, served) for part in args.parts}
     settings = vars(args) | {"output": args.output and args.output.name}
+    del settings["inside"]
     record = {"benchmark": "serve", "settings": settings, "torch": torch.__version__, "results": results}
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
