@@ -15,6 +15,7 @@ from conftest import verb
 from rgtg import GuidedPolicy
 from rgtg.cli.common import hush_libraries
 from rgtg.errors import UsageError
+from rgtg.jobs import work
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.processes import is_split
 from rgtg.models.scorer import load_scorer, weights_of
@@ -39,6 +40,8 @@ WAYS = {
     "windows": {"policy": "mistral", "method": "policy", "scorer": None},
     "tied": {"policy": "tied", "method": "policy", "scorer": None},
 }
+JOB = ["--policy", "policy", "--scorer", "scorer", "--prompts", "prompts.jsonl", "--max-new-tokens", "5",
+       "--batch-size", "2"]  # fmt: skip
 # Ways whose scorer is no model of its own, or that have none.
 JOINED = ("head", "next-token head", "two scorers", "biases", "norms of heads", "windows", "tied")
 REFUSED = {
@@ -61,7 +64,7 @@ def models(plan, policy="policy", scorer="scorer", drawn=None, **named):
 
 
 def tokens(guided, way):
-    settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 3} | way.get("drawn", {})
+    settings = {"max_new_tokens": 4, "temperature": 0.8, "seed": 3} | way.get("drawn", {})
     return [one.token_ids for one in guided.generate(PROMPTS, **settings)]
 
 
@@ -111,6 +114,26 @@ def said():
     """What one prompt on the command line prints."""
     arguments = ["--policy", "policy", "--scorer", "scorer", "--prompt", PROMPTS[0], "--max-new-tokens", "6"]
     return [verb("generate")(*arguments, "--tp-plan", "auto", *more).stdout for more in ((), ("--json",))]
+
+
+def completed():
+    """A file of prompts that was stopped, then completed: how the runs ended, and which batches each one decoded."""
+    real, runs = work.complete_batch, []
+
+    def watched(guided, batch, *rest, **named):
+        if not runs[1:] and len(runs[0]) == 2:
+            raise KeyboardInterrupt  # what SIGTERM becomes, in all processes
+        runs[-1].append([task.index for task in batch.tasks])
+        return real(guided, batch, *rest, **named)
+
+    work.complete_batch = watched
+    ended = []
+    again = ["split.jsonl"]
+    for more in (again, again, again, [*again, "--seed", "9"], ["at-once.jsonl"]):
+        runs.append([])
+        ended.append(verb("generate")(*JOB, "--output", *more, "--json", "--tp-plan=auto", "--scorer-tp-plan=auto"))
+    work.complete_batch = real
+    return [(one.exit_code, one.stdout, run) for one, run in zip(ended, runs, strict=True)]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 
 from naive import make_guided
 from rgtg.data_prompts import PromptRow
-from rgtg.errors import NonFiniteError, UsageError
+from rgtg.errors import NonFiniteError, RgtgError, UsageError
+from rgtg.jobs import work
 from rgtg.jobs.work import Batch, Done, Failed, Task, complete_batch, plan_batches, prepare
 
 SHORT = {"max_new_tokens": 4}
@@ -93,6 +94,17 @@ def test_a_batch_gives_what_generate_gives_each_row_alone(guided):
     assert [o.completion.id for o in outcomes] == ["r1", "r2", "r3"]
     assert all(len(o.completion.trace) == len(o.completion.token_ids) for o in outcomes)
     assert pickle.loads(pickle.dumps(outcomes)) == outcomes
+
+
+def test_without_memory_processes_that_split_models_stop(guided, monkeypatch):
+    def failing(prompts, **given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tasks, _ = prepare(guided, rows("ab", "abc"), SHORT, seed=1)
+    monkeypatch.setattr(guided, "generate", failing)
+    monkeypatch.setattr(work, "is_bound", lambda model: model is guided.policy.model)
+    with pytest.raises(RgtgError, match="give less to decode at once"):
+        complete_batch(guided, Batch(tuple(tasks)), SHORT)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from rgtg.models.policy import Policy, load_policy
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.processes import agreed, bind, is_bound, require_divisible
 from rgtg.models.scorer import load_scorer, weights_of
-from split_models import JOINED, PROMPTS, REFUSED, WAYS, models, plans, tokens
+from split_models import JOB, JOINED, PROMPTS, REFUSED, WAYS, models, plans, tokens
 
 TESTS = Path(__file__).parents[1]
-PARTS = ("drawn", "scored", "refused", "disagreeing", "said")
+PARTS = ("drawn", "scored", "refused", "disagreeing", "said", "completed")
 # peft reads an attribute that transformers has renamed; the models have no rgtg.json
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -56,6 +56,8 @@ def write_world(folder):
     for name, kind in (("head", "state"), ("vocab-head", "vocab")):
         write_head(folder / name, folder / "policy", kind)
     write_adapter(folder / "adapter", folder / "base")
+    rows = [{"prompt": "ab c "[: 2 + i % 4], "id": f"row {i}"} for i in range(9)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "joined-adapter").mkdir()
     write_info(folder / "joined-adapter", info().model_copy(update={"trunk": "shared"}))
 
@@ -69,81 +71,91 @@ def start(folder, *arguments):
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    return ran
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The models, and what each of two processes saw of them: all in one start, which takes longer than the rest."""
-    folder = tmp_path_factory.mktemp("split")
-    write_world(folder)
-    start(folder, TESTS / "split_models.py", *PARTS)
-    return folder, *(json.loads((folder / f"split-{rank}.json").read_text()) for rank in range(2))
+SAID = {
+    "no plan": "no tensor parallel plan for the policy gpt2 (gpt2)",
+    "heads": "the 1 key value heads of the policy one-head cannot be split among 2 processes",
+    "unknown module": "['nonsense'] match nothing",
+    "unfit": "the tensor parallel plan does not fit policy",
+    "device": "leave its device out",
+    "device map": "leave its device out",
+    "overlap": "must read in one order",
+    "adapter": "without device_map or tp_plan, save the merged model",
+    "joined adapter": "load the policy without device_map and tp_plan",
+    "plan of a joined adapter": "an adapter is where its policy is",
+    "plan of a head": "a head is where its policy is",
+}
 
 
-@pytest.fixture
-def seen(world, monkeypatch):
-    """What the two processes saw, from where they stood."""
-    folder, *both = world
-    monkeypatch.chdir(folder)
+def test_two_processes_that_split_models_give_what_one_gives(tmp_path, monkeypatch):
+    """In one test, since starting two processes takes longer than all they do."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return both
+    write_world(tmp_path)
+    start(tmp_path, TESTS / "split_models.py", *PARTS)
+    both = [json.loads(Path(f"split-{rank}.json").read_text()) for rank in range(2)]
+    for name in WAYS:
+        require_same_tokens(*(part["drawn"] for part in both), name)
+    expected = load_scorer("scorer", device="cpu").score(PROMPTS, ["ab", "c."])
+    assert both[0]["scored"] == both[1]["scored"] == pytest.approx(expected, abs=1e-5)
+    # the second one's scorer says the opposite
+    assert both[0]["disagreeing"] == both[1]["disagreeing"] == tokens(models({"device": "cpu"}), {})
+    require_one_printed(*(part["said"] for part in both))
+    require_one_wrote()
+    require_resumed(*(part["completed"] for part in both))
+    require_refused(*(part["refused"] for part in both))
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_models_that_are_split_choose_the_same_tokens(seen, name):
+def require_same_tokens(first, second, name):
     whole = models({"device": "cpu"}, **WAYS[name])
     expected = tokens(whole, WAYS[name])
     prints = [fingerprint_weights(model) for model in (whole.policy.model, *map(weights_of, whole.scorers))]
     for plan in plans(name):
-        one, other = (part["drawn"][f"{name} {' '.join(plan)}"] for part in seen)
-        assert one == other
-        assert one["tokens"] == expected
-        assert one["prints"] == prints
-        scorers = ["scorer_tp_plan" in plan] * len(whole.scorers) if name not in JOINED else one["split"][1:]
-        assert one["split"] == ["tp_plan" in plan, *scorers]
+        found = first[f"{name} {' '.join(plan)}"]
+        assert found == second[f"{name} {' '.join(plan)}"], name
+        assert found["tokens"] == expected, name
+        assert found["prints"] == prints, name
+        scorers = ["scorer_tp_plan" in plan] * len(whole.scorers) if name not in JOINED else found["split"][1:]
+        assert found["split"] == ["tp_plan" in plan, *scorers], name
 
 
-def test_whole_texts_get_the_same_score(seen):
-    expected = load_scorer("scorer", device="cpu").score(PROMPTS, ["ab", "c."])
-    assert seen[0]["scored"] == seen[1]["scored"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_all_processes_draw_what_the_first_one_draws(seen):
-    """The second one's scorer says the opposite."""
-    assert seen[0]["disagreeing"] == seen[1]["disagreeing"] == tokens(models({"device": "cpu"}), {})
-
-
-def test_only_the_first_process_prints(seen):
+def require_one_printed(first, second):
     arguments = ["--policy", "policy", "--scorer", "scorer", "--prompt", PROMPTS[0], "--max-new-tokens", "6"]
     expected = [verb("generate")(*arguments, "--device", "cpu", *more).stdout for more in ((), ("--json",))]
-    text, record = seen[0]["said"]
+    text, record = first
     assert text == expected[0]
     assert json.loads(record)["token_ids"] == json.loads(expected[1])["token_ids"]
-    assert seen[1]["said"] == ["", ""]
+    assert second == ["", ""]
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("no plan", "no tensor parallel plan for the policy gpt2 (gpt2)"),
-        ("heads", "the 1 key value heads of the policy one-head cannot be split among 2 processes"),
-        ("unknown module", "['nonsense'] match nothing"),
-        ("unfit", "the tensor parallel plan does not fit policy"),
-        ("device", "leave its device out"),
-        ("device map", "leave its device out"),
-        ("overlap", "must read in one order"),
-        ("adapter", "without device_map or tp_plan, save the merged model"),
-        ("joined adapter", "load the policy without device_map and tp_plan"),
-        ("plan of a joined adapter", "an adapter is where its policy is"),
-        ("plan of a head", "a head is where its policy is"),
-    ],
-)
-def test_what_cannot_be_split_is_refused_in_one_line(seen, name, said):
-    assert set(seen[0]["refused"]) == set(REFUSED)
-    assert said in seen[0]["refused"][name]
-    assert "\n" not in seen[0]["refused"][name]
-    assert seen[0]["refused"] == seen[1]["refused"]
+def require_one_wrote():
+    whole = verb("generate")(*JOB, "--device", "cpu", "--output", "whole.jsonl")
+    assert whole.exit_code == 0, whole.stderr
+    expected, found = (Path(name).read_text().splitlines() for name in ("whole.jsonl", "split.jsonl"))
+    assert len(found) == 9
+    for one, other in zip(map(json.loads, expected), map(json.loads, found), strict=True):
+        assert (one["id"], one["token_ids"]) == (other["id"], other["token_ids"])
+    assert Path("split.jsonl").read_bytes() == Path("at-once.jsonl").read_bytes()
+
+
+def require_resumed(first, second):
+    """A stopped file goes on in both from what the first one wrote, whose refusal leaves the other nothing to do."""
+    assert [code for code, _, _ in first] == [75, 0, 0, 2, 0]
+    assert [code for code, _, _ in second] == [75, 0, 0, 0, 0]
+    assert [len(run) for _, _, run in first] == [2, 3, 0, 0, 5]
+    assert [run for _, _, run in first] == [run for _, _, run in second]
+    assert json.loads(first[1][1])["rows"] == 9
+    assert not any(stdout for _, stdout, _ in second)
+
+
+def require_refused(first, second):
+    """In one line, and in the same words by both."""
+    assert first == second
+    assert set(first) == set(REFUSED) == set(SAID)
+    for name, said in SAID.items():
+        assert said in first[name]
+        assert "\n" not in first[name]
 
 
 def test_a_plan_outside_torchrun_says_what_to_start(policy_folder, scorer_folder):

@@ -2,8 +2,9 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -130,9 +131,10 @@ def command(
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
     hush_libraries(forks=False)
-    with _speaking_once(settings):
+    first = _is_first(settings)
+    with nullcontext() if first else _silent():
         if settings.prompts and settings.output:
-            _complete_file(settings, as_json=as_json, quiet=quiet)
+            _complete_file(settings, as_json=as_json, quiet=quiet or not first, first=first)
         else:
             _complete_one(settings, as_json=as_json, quiet=quiet)
 
@@ -146,23 +148,27 @@ def _require_target(settings: GenerateSettings) -> None:
         raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
     if settings.prompts is None and (given := _given(settings, _OF_FILES)):
         raise UsageError(f"{', '.join(given)}: only a file of prompts (--prompts) uses it")
-    if (settings.ray or settings.prompts) and (given := _given(settings, _SPLIT)):
-        raise UsageError(f"{', '.join(given)}: processes that split a model complete one --prompt, here")
+    if settings.ray and (given := _given(settings, _SPLIT)):
+        raise UsageError(f"{', '.join(given)}: models are split among torchrun's processes, not among Ray's workers")
     if not settings.ray and (given := _given(settings, _OF_RAY)):
         raise UsageError(f"{', '.join(given)}: only --ray uses it")
 
 
-@contextmanager
-def _speaking_once(settings: GenerateSettings) -> Iterator[None]:
-    """Of the processes that split a model only the first prints; errors are every process's own."""
-    if _given(settings, _SPLIT):
-        from rgtg.models.processes import is_first
+def _is_first(settings: GenerateSettings) -> bool:
+    """Of processes that split a model only the first prints and writes; errors are every process's own."""
+    if not _given(settings, _SPLIT):
+        return True
+    from rgtg.models.processes import is_first
 
-        if not is_first():
-            with redirect_stdout(StringIO()):
-                yield
-            return
-    yield
+    return is_first()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on stdout, and no warnings, which the first process gives."""
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _given(settings: GenerateSettings, names: tuple[str, ...]) -> list[str]:
@@ -188,7 +194,7 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
     sys.stdout.write("\n")
 
 
-def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
+def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, first: bool) -> None:
     from rgtg.data_prompts import read_prompt_rows, refuse_rows
     from rgtg.integrations.ray_cluster import require_ray
     from rgtg.jobs.place import Place
@@ -202,9 +208,12 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
             prompts = read_prompt_rows(settings.prompts, progress=progress)
         if settings.on_bad == "error":  # before any model is loaded
             refuse_rows(prompts.source, prompts.bad, prompts.total)
-        Place(settings.output).check(force=settings.force)
-        with _ready(settings, prompts) as run, job_bar("generating", quiet=quiet or as_json) as tell:
+        if first:
+            Place(settings.output).check(force=settings.force)
+        with _ready(settings, prompts, first) as run, job_bar("generating", quiet=quiet or as_json) as tell:
             result = run(progress=tell)
+    if result is None:
+        return
     _save_settings(settings, result)
     _say(result, settings, as_json=as_json, quiet=quiet)
     if result.undecoded:
@@ -215,8 +224,13 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool) ->
 
 
 @contextmanager
-def _ready(settings: GenerateSettings, prompts: "PromptFile") -> "Iterator[Callable[..., JobResult]]":
-    """Models loaded, in this process or in workers of a Ray cluster; yields what completes the prompts with them."""
+def _ready(
+    settings: GenerateSettings, prompts: "PromptFile", first: bool
+) -> "Iterator[Callable[..., JobResult | None]]":
+    """Models loaded, in this process or in workers of a Ray cluster; yields what completes the prompts with them.
+
+    Where it is not the ``first`` of those that split a model, it only helps, and has no result.
+    """
     if settings.ray:
         from rgtg.integrations.ray_batch import on_ray
 
@@ -224,9 +238,10 @@ def _ready(settings: GenerateSettings, prompts: "PromptFile") -> "Iterator[Calla
             yield run
         return
     from rgtg.jobs.load import decoding_of, load_guided
-    from rgtg.jobs.run import run_job
+    from rgtg.jobs.run import follow_job, run_job
 
-    yield partial(run_job, settings, decoding_of(settings), prompts, load_guided(settings))
+    arguments = (settings, decoding_of(settings), prompts, load_guided(settings))
+    yield partial(run_job, *arguments) if first else lambda progress: follow_job(*arguments)
 
 
 def _save_settings(settings: GenerateSettings, result: "JobResult") -> None:

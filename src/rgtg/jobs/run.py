@@ -15,10 +15,12 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.jobs.lines import COUNTED, entry_of, failure_of, shape_of
 from rgtg.jobs.log import Entry, JobLog
 from rgtg.jobs.place import Place, sums
+from rgtg.jobs.together import follow, leading
 from rgtg.jobs.work import Batch, Done, Failed, Outcome, Task, complete_batches, plan_batches, prepare
 from rgtg.models.checkpoint import fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.policy import Policy
+from rgtg.models.processes import is_bound
 from rgtg.models.scorer import weights_of
 from rgtg.types import Provenance
 from rgtg.types_jobs import JobResult
@@ -81,7 +83,8 @@ def run_job(
         prompts: the rows.
         guided: policy and scorers.
         progress: told after every batch.
-        complete: makes outcomes of batches, in any order; None does it here.
+        complete: makes outcomes of batches, in any order; None does it here, where models are split together with the
+            other processes, which call `follow_job`.
 
     Raises:
         DataError: bad rows, where ``on_bad`` is error; or none that can be completed.
@@ -91,7 +94,22 @@ def run_job(
     """
     here = partial(complete_batches, guided, settings=decoding, trace=settings.trace)
     plan = plan_job(settings, decoding, prompts, guided)
+    if complete is None and is_bound(guided.policy.model):
+        with leading(here) as together:
+            return run_plan(settings, prompts, plan, together, progress=progress)
     return run_plan(settings, prompts, plan, complete or here, progress=progress)
+
+
+def follow_job(
+    settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
+) -> None:  # fmt: skip
+    """What every process but the first does of `run_job`, where models are split among them: it writes nothing.
+
+    Raises:
+        UsageError: settings that cannot be used.
+    """
+    plan_job(settings, decoding, prompts, guided)  # fingerprints of split models are made by all processes
+    follow(partial(complete_batches, guided, settings=decoding, trace=settings.trace))
 
 
 def plan_job(

@@ -17,12 +17,14 @@ from rgtg.data_sources import Reason
 from rgtg.decoding.guided import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
 from rgtg.decoding.requests import Request, RowSeeds
-from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, UsageError
+from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError
 from rgtg.models.encoding import encode_prompts, render_chat
+from rgtg.models.processes import is_bound
 from rgtg.models.text_scorer import TextScorer
 from rgtg.types import Completion
 
 _CHUNK = 512  # rows that are tokenised at once
+_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,9 @@ def complete_batch(
         batch: of `plan_batches`.
         settings: decoding settings of the run.
         trace: keep every candidate's figures of every step.
+
+    Raises:
+        RgtgError: no memory, where processes split the models: one alone cannot halve what all of them decode.
     """
     tasks = batch.tasks
     try:
@@ -223,6 +228,11 @@ def complete_batch(
     except (DataError, NonFiniteError, RuntimeError) as error:
         if (reason := _reason(error)) is None:
             raise
+        if reason == _MEMORY and is_bound(guided.policy.model):
+            raise RgtgError(
+                "one of the processes that split the models is out of memory, and the others cannot go on without it: "
+                "give less to decode at once (--batch-tokens)"
+            ) from error
         if len(tasks) == 1:
             return [Failed(tasks[0], reason, " ".join(str(error).split())[:300])]
         half = (len(tasks) + 1) // 2
@@ -243,7 +253,7 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, DataError):
         return "bad prompt"
     short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)  # of a GPU, of the CPU
-    return "out of memory" if short else None
+    return _MEMORY if short else None
 
 
 def complete_batches(

@@ -131,3 +131,10 @@ def agreed(model: Any, values: Tensor) -> Tensor:
     there = values.to(home).contiguous()
     torch.distributed.broadcast(there, 0)
     return there.to(values.device)
+
+
+def said_by_first(what: Any) -> Any:
+    """What the first process gives, in every process; others give nothing."""
+    box = [what]
+    torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
