@@ -5,6 +5,7 @@ import math
 import queue
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,7 +23,7 @@ from rgtg.models.encoding import encode_source
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.text_scorer import TextScorer
 from rgtg.serving.engine import Engine
-from rgtg.serving.jobs import Failed, Finished, Job, Row, Step
+from rgtg.serving.jobs import Failed, Finished, Job, Row, Step, Ticket
 from rgtg.serving.models import ServedModels
 from scorer_kinds import kinds
 
@@ -230,6 +231,92 @@ def test_without_memory_for_them_nothing_is_kept(models, serving):
         engine.submit(job(PROMPTS[2], row(seed=1, max_new_tokens=4)), heard)
         assert heard.ended()[0].cached_tokens == 0
     assert engine.snapshot().prefix_bytes == 0
+
+
+APART = [
+    ("best-of-n", ("kind",), {"n": 3}),
+    ("best-of-n", ("encoder",), {"n": 2}),
+    ("cd-blockwise", ("separate",), {"n": 3, "segment_length": 3}),
+    ("cd-blockwise", ("text",), {"n": 2, "segment_length": 4}),
+    ("cards", ("separate",), {"reward_threshold": 0.5}),
+    ("pargs", ("vocab", "state"), {"beta": [1.0, 0.7]}),
+    ("pargs", ("state", "adapter", "text"), {"beta": [0.5, 0.3, 0.2], "top_k": 4}),
+]
+LONG = "It was a dark and stormy night, and the rain fell on the town until the sun came up again"
+
+
+@contextmanager
+def widths(*models):
+    """Tokens of the widest row of each pass of some models."""
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    trunks = {id(model): model.base_model for model in models}
+    handles = [trunk.register_forward_pre_hook(note, with_kwargs=True) for trunk in trunks.values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(("method", "scorers", "settings"), APART)
+def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_others(
+    models, method, scorers, settings
+):
+    """No thread: every turn is taken here."""
+    engine = Engine(models, EngineSettings(max_batch=8, max_queue=8, prefill_chunk=5))
+    alone, short = expect(models, LONG, method, scorers, settings), expect(models, "Hi", "policy", (), {})
+    slow, quick = Heard(), Heard()
+    asked = row(method, scorers, alone.seed, **{"max_new_tokens": 12} | settings)
+    engine._waiting.append(Ticket(job(LONG, asked), slow))
+    engine._turn()
+    engine._waiting.append(Ticket(job("Hi", row(seed=short.seed, max_new_tokens=12)), quick))
+    turns = 0
+    with widths(models.policy.model, *(models.scorers[name].model for name in scorers)) as seen:
+        while engine._prompts.unread:
+            engine._turn()
+            turns += 1
+            assert len(quick.tokens) >= min(turns - 2, len(short.token_ids))  # a turn or two to read its own prompt
+    assert turns >= 16  # of 88 tokens, 5 in each
+    assert max(seen) <= 5
+    require_same(quick.finished()[0], short)
+    assert not slow.events
+    while engine._running():
+        engine._turn()
+    (end,) = slow.ended()
+    require_same(end.completion, alone)
+    assert end.cached_tokens == 0
+
+
+@pytest.mark.parametrize(("method", "scorers", "settings"), APART)
+def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, method, scorers, settings):
+    engine, ids = serving(), encode_source(models.tokenizer, LONG)[1]
+    asked = row(method, scorers, 3, **{"max_new_tokens": 6} | settings)
+    alone = expect(models, LONG, method, scorers, settings | {"max_new_tokens": 6}, seed=[3])
+    found = []
+    for each in (row(seed=1, max_new_tokens=2), asked, asked, row(seed=1, max_new_tokens=2)):
+        listener = Heard()
+        engine.submit(job(LONG, each), listener)
+        (end,) = listener.ended()
+        found.append(end.cached_tokens)
+        if each is asked:
+            require_same(end.completion, alone)
+    assert found == [0, *[len(ids) - 1] * 3]
+
+
+def test_a_row_that_decodes_apart_can_be_given_up_while_its_prompt_is_read(models):
+    engine, heard, both = Engine(models, EngineSettings(prefill_chunk=5)), Heard(), {"n": 2, "max_new_tokens": 9}
+    ticket = Ticket(job(LONG, row("best-of-n", ["kind"], **both), row("cd-blockwise", ["kind"], **both)), heard)
+    engine._waiting.append(ticket)
+    engine._turn()
+    assert engine.snapshot().running == 4
+    ticket.cancelled = True
+    engine._turn()
+    assert [type(end.error) for end in heard.ended(2)] == [StoppedError, StoppedError]
+    assert engine.snapshot().running == 0
 
 
 class Spoilt:
@@ -509,10 +596,10 @@ def test_rows_that_cannot_enter_a_lane_end_with_those_in_it(models, serving, mon
     assert listener.finished()
 
 
-@pytest.mark.parametrize("place", ["rgtg.serving.engine.make_prefill", "rgtg.decoding.decoder.Decoder.steps"])
+@pytest.mark.parametrize("place", ["rgtg.serving.engine.make_prefill", "rgtg.decoding.decoder.Decoder.begin"])
 def test_a_job_that_cannot_begin_fails_alone(models, serving, place, monkeypatch):
     engine = serving()
-    method = row("best-of-n", ["kind"], n=2) if "steps" in place else row()
+    method = row("best-of-n", ["kind"], n=2) if "begin" in place else row()
     with monkeypatch.context() as patch:
         patch.setattr(place, lambda *args, **kwargs: 1 / 0)
         listener = Heard()

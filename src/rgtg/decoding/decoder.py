@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from rgtg.config import DecodingSettings, validate
@@ -29,6 +30,8 @@ from rgtg.decoding.methods import (
     require_complete,
     segments_of,
 )
+from rgtg.decoding.prefill import Feed, Reading, unread
+from rgtg.decoding.prefix_store import policy_key
 from rgtg.decoding.requests import (
     Request,
     Stopping,
@@ -41,6 +44,7 @@ from rgtg.decoding.requests import (
 from rgtg.decoding.runner import Runner, make_runner
 from rgtg.decoding.segmentwise import SegmentRule, SegmentStopping, decode_segments
 from rgtg.decoding.speculative import speculate
+from rgtg.decoding.steps import Stepper
 from rgtg.decoding.tokenwise import TokenRule, decode
 from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import require_same_tokenizer
@@ -49,10 +53,26 @@ from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.models.processes import bind
 from rgtg.models.readout import policy_logits
 from rgtg.models.scorer import Scorer
+from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.text_scorer import TextScorer
 
 # One text, or a conversation.
 Prompt = str | list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """Rows that are joined with the models, none of which has read anything yet.
+
+    Attributes:
+        steps: the rows still active after each token; the first step reads what has not been read of the prompts.
+        parts: runners, steppers and readers that the steps use.
+        prompt: of one row, to be read in parts before its first step.
+    """
+
+    steps: Iterator[list[Request]]
+    parts: Sequence[object]
+    prompt: Reading = field(default_factory=lambda: Reading([]))
 
 
 class Decoder:
@@ -190,35 +210,55 @@ class Decoder:
         Raises:
             NonFiniteError: NaN from the policy or the scorer.
         """
+        return self._joined(requests, settings, trace).steps
+
+    def begin(self, request: Request, settings: DecodingSettings, *, trace: bool) -> "Run":
+        """Complete one row whose prompt is read in parts first: what is then decoded is what ``steps`` gives."""
+        run = self._joined([request], settings, trace)
+        for part in run.parts:
+            for runner, texts in unread(part, [request.prompt_ids]):
+                run.prompt.feeds.append(Feed(self._key(runner), runner, texts[0], len(texts)))
+        return run
+
+    def _key(self, runner: Runner) -> str:
+        """Whose reading of a text it is, for those that are kept."""
+        if runner.model is self.policy.model:
+            return policy_key(None)
+        of = next(scorer for scorer in self.used if scorer.model is runner.model)
+        return policy_key(of.name) if isinstance(of, SharedTrunkScorer) else of.name
+
+    def _joined(self, requests: list[Request], settings: DecodingSettings, trace: bool) -> "Run":
+        """All that ``steps`` needs, made; nothing has been read."""
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         rule = self.rule(settings, trace)
         if self.method.unit == "segment":
-            return self._decode_segments(requests, settings, rule, longest)
+            return self._by_segments(requests, settings, rule, longest)
         stopping = self.stopping(settings)
         if self.method.unit == "completion":
             columns = longest + branch_columns(self.method, settings)  # one branch of the cache per completion
-            return best_of_n(requests, self._policy_runner(columns), self._reward, settings.n, rule, stopping)
+            policy = self._policy_runner(columns)
+            return Run(best_of_n(requests, policy, self._reward, settings.n, rule, stopping), [policy])
         scorer, top_k = self._token_scorer, None if rule.of_sum else settings.top_k
         if self.draft is not None:
             assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
             run = make_speculation(self.policy, scorer, self.draft, longest, top_k=top_k, tree=self.token_tree)
-            return speculate(
+            drafted = speculate(
                 requests, run.policy, run.scorer, run.drafter, run.costs, rule, stopping, settings.draft_length
             )
+            return Run(drafted, [run.policy, run.scorer])
+        stepper: Stepper
         if len(self.used) > 1:
-            mixed = make_mixture(
+            stepper = make_mixture(
                 self.policy, self.used, betas_of(settings), longest, top_k=top_k, tree=self.token_tree,
                 requests=requests,
             )  # fmt: skip
-            return decode(requests, mixed, rule, stopping)
-        stepper = make_stepper(
-            self.policy, scorer, longest, top_k=top_k, tree=self.token_tree, overlap=self.overlap, requests=requests
-        )
-        return decode(requests, stepper, rule, stopping)
+        else:
+            stepper = make_stepper(
+                self.policy, scorer, longest, top_k=top_k, tree=self.token_tree, overlap=self.overlap, requests=requests
+            )
+        return Run(decode(requests, stepper, rule, stopping), [stepper])
 
-    def _decode_segments(
-        self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int
-    ) -> Iterator[list[Request]]:
+    def _by_segments(self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int) -> "Run":
         accepts = self.method.rule == "accept"
         n, length = segments_of(self.method, settings)
         segments = SegmentRule(
@@ -234,7 +274,8 @@ class Decoder:
             requests=requests,
         )  # fmt: skip
         policy = self._policy_runner(longest + branch_columns(self.method, settings))
-        return decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
+        drawn = decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
+        return Run(drawn, [policy, reader])
 
     @property
     def _reward(self) -> Scorer | TextScorer:

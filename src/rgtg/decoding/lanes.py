@@ -75,7 +75,7 @@ def make_prefill(
             if (unread := readers[name].begin([prompt])) is not None:
                 runner, (text,) = unread
                 feeds.append(Feed(name, runner, text))
-    return Prefill(stepper, readers, feeds)
+    return Prefill(feeds, stepper, readers)
 
 
 def _is_head(scorer: AnyScorer) -> bool:

@@ -1,15 +1,18 @@
 """A prompt read in parts by every model that needs it, between the steps of those who are decoding already."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from rgtg.decoding.mixture import Mixture, OwnPass
+from rgtg.decoding.own_tokens import TextReader
 from rgtg.decoding.prefix_store import PrefixStore
-from rgtg.decoding.readers import JoiningReader, read_chain
+from rgtg.decoding.readers import CachedReader, JoiningReader, read_chain
 from rgtg.decoding.runner import Runner, TreeRunner
-from rgtg.decoding.steps import JoiningStepper
+from rgtg.decoding.segment_scores import CachedSegments
+from rgtg.decoding.steps import Alone, Apart, JoiningStepper
 
 
 @dataclass
@@ -58,21 +61,16 @@ class Feed:
 
 
 @dataclass
-class Prefill:
-    """One prompt on its way into a lane: a stepper and readers of one row, and what they still have to read.
+class Reading:
+    """One prompt, and what reads it in parts.
 
     Attributes:
-        stepper: the policy, and what scores in its pass.
-        readers: scorers beside it, by name.
-        feeds: of the policy first, then of the readers that have a cache.
+        feeds: of the policy first, then of the scorers that have a cache.
         cached: tokens of the prompt that the policy need not read.
     """
 
-    stepper: JoiningStepper
-    readers: dict[str, JoiningReader]
     feeds: list[Feed]
-    cached: int = 0
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0))
+    cached: int = field(default=0, init=False)
 
     @property
     def left(self) -> int:
@@ -87,11 +85,58 @@ class Prefill:
             saved = feed.start(store)
             self.cached = saved if feed is self.feeds[0] else self.cached
         feed.read(chunk)
-        if feed.left:
-            return
+        if not feed.left:
+            self._end(feed, store)
+
+    def _end(self, feed: Feed, store: PrefixStore | None) -> None:
+        """Leave it to ``prefill``, which then has nothing to read; the store gets a copy, since decoding writes on."""
+        assert isinstance(feed.runner, TreeRunner), "others read whole prompts themselves"
+        assert feed.states is not None, "it has just been read"
+        feed.runner.read_ahead = [list(feed.tokens)] * feed.copies, feed.states
+        if store is not None:
+            store.keep_rows(feed.key, feed.runner, feed.tokens, range(feed.copies))
+
+
+@dataclass
+class Prefill(Reading):
+    """One prompt on its way into a lane: a stepper and readers of one row, and what they still have to read.
+
+    Attributes:
+        stepper: the policy, and what scores in its pass.
+        readers: scorers beside it, by name.
+        logits: (1, V) the policy's, once it has read the prompt.
+    """
+
+    stepper: JoiningStepper
+    readers: dict[str, JoiningReader]
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
+
+    def _end(self, feed: Feed, store: PrefixStore | None) -> None:
+        """The policy's logits; the store gets the cache itself, which a lane copies from."""
         if feed is self.feeds[0]:
             policy = self.stepper.policy
             assert feed.states is not None, "it has just been read"
             self.logits = policy.readout(policy.model, feed.states[:1])
         if store is not None and isinstance(feed.runner, TreeRunner):
             store.add(feed.key, feed.tokens, feed.runner.cache)
+
+
+def unread(part: object, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[TreeRunner, list[list[int]]]]:
+    """What in a runner, stepper or reader has a cache, and the texts that its ``prefill`` will ask for."""
+    match part:
+        case TreeRunner():
+            yield part, [list(prompt) for prompt in prompts]
+        case Alone():
+            yield from unread(part.policy, [*prompts] * part.copies)
+            if isinstance(part, Apart):
+                yield from unread(part.reader, prompts)
+        case Mixture():
+            yield from unread(part.lead, prompts)
+            for reader in part.readers:
+                yield from unread(reader, prompts)
+        case OwnPass():
+            yield from unread(part.stepper, prompts)
+        case CachedSegments():
+            yield from unread(part.runner, prompts)
+        case CachedReader() | TextReader() if (begun := part.begin(prompts)) is not None:
+            yield from unread(*begun)

@@ -100,12 +100,16 @@ class TreeRunner:
         self.windows = mask_windows(model.config)
         self.layer = layer
         self.grows = False  # whether a pass that needs more columns makes room for them
+        self.read_ahead: tuple[list[list[int]], Tensor] | None = None  # prompts that `prefill` finds read, and states
         self.seen: Tensor | None = None
         self.calls = 0
         self._patterns: dict[tuple[int, ...], Tensor] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts; return the final states at each one's last token, (B, H)."""
+        ahead, self.read_ahead = self.read_ahead, None
+        if ahead is not None and ahead[0] == [list(p) for p in prompts]:
+            return ahead[1]
         lengths = [len(p) for p in prompts]
         ids, _ = pad_right(prompts, 0, self.device)  # what lies beyond a prompt is overwritten by its first nodes
         self.cache.start(len(prompts))

@@ -13,16 +13,10 @@ from rgtg.config import EngineSettings
 from rgtg.decoding.lane import Lane, Member
 from rgtg.decoding.lanes import LaneKey, make_lane, make_prefill
 from rgtg.decoding.prefix_store import PrefixStore
-from rgtg.errors import (
-    BusyError,
-    NonFiniteError,
-    NotServingError,
-    RgtgError,
-    StoppedError,
-    UsageError,
-)
+from rgtg.errors import BusyError, NonFiniteError, NotServingError, RgtgError, StoppedError, UsageError
 from rgtg.serving.jobs import Job, Listener, Ticket
 from rgtg.serving.models import ServedModels
+from rgtg.serving.prompts import Prompts
 from rgtg.serving.seats import Arrival, Seat, Solo, as_ours, given_up, refuse, rows_of, unsound
 
 T = TypeVar("T")
@@ -73,13 +67,13 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[Calls] = deque()
-        self._arrivals: list[Arrival] = []
         self._lanes: dict[LaneKey, Lane] = {}
         self._seats: dict[Member, Seat] = {}
         self._solos: list[Solo] = []
         self._store = PrefixStore(settings.prefix_cache_mib * 2**20)
+        self._prompts = Prompts(settings.prefill_chunk, self._store)
         self._seconds: dict[str, float] = defaultdict(float)  # of lanes that are gone
-        self._turns = self._nan = 0
+        self._nan = 0
         self._draining = self._stopping = False
         self._idle = True  # as the engine's thread last found it, with nothing in its hands
         self._thread = threading.Thread(target=self._serve, name="rgtg-engine", daemon=True)
@@ -168,8 +162,7 @@ class Engine:
 
     def _running(self) -> int:
         """Completions that have a place."""
-        arriving = sum(len(arrival.seats) for arrival in self._arrivals)
-        return arriving + len(self._seats) + sum(solo.rows for solo in self._solos)
+        return self._prompts.rows + len(self._seats) + sum(solo.rows for solo in self._solos)
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a job up; its rows leave with the next step."""
@@ -252,7 +245,9 @@ class Engine:
             solo.step()
             self._nan += solo.unsound
         self._solos = [solo for solo in self._solos if not solo.done]
-        self._read_prompt()
+        if (ready := self._prompts.read()) is not None:
+            self._enter(ready)
+            self._prompts.unread.remove(ready)  # only now: it counts as running all the while
 
     def _run_call(self) -> None:
         """The next call of the request that was served longest ago; those given up cost no turn."""
@@ -281,17 +276,14 @@ class Engine:
         for ticket in waiting:
             if (why := given_up(ticket, now)) is not None:
                 refuse(ticket, why)
-        for arrival in list(self._arrivals):
-            if (why := given_up(arrival.seats[0].ticket, now)) is not None:
-                self._arrivals.remove(arrival)
-                arrival.drop(why)
+        self._prompts.drop(lambda ticket: given_up(ticket, now))
         for lane in self._lanes.values():
             gone = {member: why for member in lane.members if (why := given_up(self._seats[member].ticket, now))}
             lane.leave(gone)
             for member, why in gone.items():
                 self._seats.pop(member).fail(why)
         for solo in self._solos:
-            if (why := given_up(solo.seat.ticket, now)) is not None:
+            if (why := given_up(solo.ticket, now)) is not None:
                 solo.fail(why)
         self._solos = [solo for solo in self._solos if not solo.done]
 
@@ -323,36 +315,24 @@ class Engine:
             mine.sort(key=lambda seat: seat is not first)  # readers are made for its request
             prefill = make_prefill(self.models.policy, self.models.scorers, key, names, first.request)
             arrivals.append(Arrival(key, mine, prefill))
-        self._solos += solos
-        self._arrivals += arrivals
+        self._prompts.unread += [*arrivals, *(solo for solo in solos if solo.prompt.left)]
+        self._solos += [solo for solo in solos if not solo.prompt.left]
 
-    def _read_prompt(self) -> None:
-        """One part of one prompt: the shortest first, and every fourth time the one that waits longest."""
-        if not self._arrivals:
+    def _enter(self, ready: Arrival | Solo) -> None:
+        """Let rows whose prompt has been read into their lane, or take their steps apart."""
+        if isinstance(ready, Solo):
+            self._solos.append(ready)
             return
-        self._turns += 1
-        arrival = self._arrivals[0] if self._turns % 4 == 0 else min(self._arrivals, key=lambda one: one.prefill.left)
-        try:
-            arrival.prefill.advance(self.settings.prefill_chunk, self._store)
-        except Exception as error:
-            self._arrivals.remove(arrival)
-            arrival.drop(as_ours(error))
-            return
-        if not arrival.prefill.left:
-            self._enter(arrival)
-            self._arrivals.remove(arrival)
-
-    def _enter(self, arrival: Arrival) -> None:
-        """Let rows whose prompt has been read into their lane."""
-        if arrival.key not in self._lanes:
-            self._lanes[arrival.key] = make_lane(
-                self.models.policy, self.models.scorers, arrival.key, on_nan=self.settings.on_nan, store=self._store
+        key = ready.key
+        if key not in self._lanes:
+            self._lanes[key] = make_lane(
+                self.models.policy, self.models.scorers, key, on_nan=self.settings.on_nan, store=self._store
             )
-        self._seats |= {seat.member: seat for seat in arrival.seats}
+        self._seats |= {seat.member: seat for seat in ready.seats}
         try:
-            arrival.enter(self._lanes[arrival.key])
+            ready.enter(self._lanes[key])
         except Exception as error:  # some readers have taken a row in and some have not: the lane is of no use
-            self._break_lane(arrival.key, as_ours(error), [seat.member for seat in arrival.seats])
+            self._break_lane(key, as_ours(error), [seat.member for seat in ready.seats])
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -392,13 +372,9 @@ class Engine:
             self._seconds[name] += spent
 
     def _fail_all(self, why: RgtgError) -> None:
-        for arrival in self._arrivals:
-            arrival.drop(why)
-        for seat in self._seats.values():
-            seat.fail(why)
-        for solo in self._solos:
-            solo.fail(why)
-        self._arrivals, self._lanes, self._seats, self._solos = [], {}, {}, []
+        for one in [*self._prompts.unread, *self._seats.values(), *self._solos]:
+            one.fail(why)
+        self._prompts.unread, self._lanes, self._seats, self._solos = [], {}, {}, []
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
             futures = [future for calls in self._calls for future, _ in calls]

@@ -1,14 +1,13 @@
 """A row of a job while it is decoded, prompts on their way into a lane, and rows that decode apart from it."""
 
 import logging
-from collections.abc import Iterator
 
 from rgtg.config import DecodingSettings, EngineSettings
 from rgtg.decoding.lane import Lane, Member
 from rgtg.decoding.lanes import LaneKey, lane_key
 from rgtg.decoding.methods import betas_of, scores_vocabulary
 from rgtg.decoding.prefill import Prefill
-from rgtg.decoding.requests import Request, to_completion
+from rgtg.decoding.requests import to_completion
 from rgtg.errors import DeadlineError, NonFiniteError, RgtgError, StoppedError, UsageError
 from rgtg.serving.jobs import Event, Failed, Finished, Row, Step, Ticket
 from rgtg.serving.models import ServedModels
@@ -95,19 +94,20 @@ class Seat:
 class Arrival:
     """Rows of one job and one lane, while their prompt is read."""
 
-    def __init__(self, key: LaneKey, seats: list[Seat], prefill: Prefill) -> None:
-        self.key, self.seats, self.prefill = key, seats, prefill
+    def __init__(self, key: LaneKey, seats: list[Seat], prompt: Prefill) -> None:
+        self.key, self.seats, self.prompt = key, seats, prompt
+        self.rows, self.ticket = len(seats), seats[0].ticket
 
     def enter(self, lane: Lane) -> None:
         """Join the lane: every row takes the readers of its own scorers, over one reading of the prompt."""
         for i, seat in enumerate(self.seats):
-            seat.cached_tokens = self.prefill.cached
-            read = {name: reader for name, reader in self.prefill.readers.items() if name in seat.row.scorers}
+            seat.cached_tokens = self.prompt.cached
+            read = {name: reader for name, reader in self.prompt.readers.items() if name in seat.row.scorers}
             if i:
                 read = {name: reader.again(seat.request) for name, reader in read.items()}
-            lane.join(seat.member, self.prefill.stepper, read, self.prefill.logits)
+            lane.join(seat.member, self.prompt.stepper, read, self.prompt.logits)
 
-    def drop(self, why: RgtgError) -> None:
+    def fail(self, why: RgtgError) -> None:
         """End all rows with an error."""
         for seat in self.seats:
             seat.fail(why)
@@ -117,12 +117,14 @@ class Solo:
     """A row with models' caches of its own, stepped in turn with everything else: segments, best-of-n."""
 
     def __init__(self, seat: Seat) -> None:
-        self.seat, self.rows = seat, rows_of(seat.settings)
+        self.seat, self.ticket, self.rows = seat, seat.ticket, rows_of(seat.settings)
         self.done = self.unsound = False
-        self._steps: Iterator[list[Request]] = seat.decoder.steps([seat.request], seat.settings, trace=seat.row.trace)
+        run = seat.decoder.begin(seat.request, seat.settings, trace=seat.row.trace)
+        self.prompt, self._steps = run.prompt, run.steps
 
     def step(self) -> None:
         """Take one step; what goes wrong ends this row alone."""
+        self.seat.cached_tokens = self.prompt.cached
         try:
             ended = next(self._steps, None) is None
         except NonFiniteError:
