@@ -11,9 +11,17 @@ class RgtgError(Exception):
 
 
 class UsageError(RgtgError, ValueError):
-    """A setting or argument is unusable."""
+    """A setting or argument is unusable.
+
+    Attributes:
+        setting: its name as the text has it, where callers may know it by another (the server's clients do).
+    """
 
     exit_code = 2
+
+    def __init__(self, *args: object, setting: str | None = None) -> None:
+        super().__init__(*args)
+        self.setting = setting
 
 
 class DataError(RgtgError, ValueError):

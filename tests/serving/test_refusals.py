@@ -104,23 +104,24 @@ WRONG = [
     ("/v1/completions", TEXT | {"guidance": {"beta": 1}}, "guidance.scorers"),
     ("/v1/completions", TEXT | {"guidance": {"method": "magic"}}, "guidance.method"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": ["nobody"]}}, "guidance.scorers"),
-    ("/v1/completions", TEXT | {"guidance": {"scorers": ["kind", "kind"]}}, "guidance"),
+    ("/v1/completions", TEXT | {"guidance": {"scorers": ["kind", "kind"]}}, "guidance.scorers"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": {"kind": 1}, "beta": 1}}, "guidance"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": {"kind": 1e300}}}, "guidance.scorers.kind"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": ["kind"], "top_k": 21}}, "guidance.top_k"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": ["kind"], "top_k": None}}, "guidance.top_k"),
     ("/v1/completions", TEXT | {"guidance": {"top_k": None, "trace": True}}, "guidance.top_k"),
     ("/v1/completions", TEXT | {"guidance": {"top_k": None}, "logprobs": 1}, "guidance.top_k"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "policy", "scorers": ["kind"]}}, "guidance.method"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "policy", "beta": 2}}, "guidance"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "best-of-n", "scorers": {"kind": 2}}}, "guidance"),
+    ("/v1/completions", TEXT | {"guidance": {"method": "policy", "scorers": ["kind"]}}, "guidance.scorers"),
+    ("/v1/completions", TEXT | {"guidance": {"method": "policy", "beta": 2}}, "guidance.beta"),
+    ("/v1/completions", TEXT | {"guidance": {"method": "best-of-n", "scorers": {"kind": 2}}}, "guidance.scorers"),
     ("/v1/completions", TEXT | {"guidance": {"method": "best-of-n", "scorers": ["kind"], "n": 5}}, "guidance.n"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "best-of-n", "scorers": ["kind", "brief"], "n": 2}}, "guidance"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "farma", "scorers": ["kind"]}}, "guidance"),
-    ("/v1/completions", TEXT | {"guidance": {"method": "cards", "scorers": ["kind"]}}, "guidance"),
+    ("/v1/completions",
+     TEXT | {"guidance": {"method": "best-of-n", "scorers": ["kind", "brief"], "n": 2}}, "guidance.scorers"),
+    ("/v1/completions", TEXT | {"guidance": {"method": "farma", "scorers": ["kind"]}}, "guidance.method"),
+    ("/v1/completions", TEXT | {"guidance": {"method": "cards", "scorers": ["kind"]}}, "guidance.reward_threshold"),
     ("/v1/completions", TEXT | {"guidance": {"scorers": ["kind"], "retries": 2}}, "guidance.retries"),
     ("/v1/completions",
-     TEXT | {"temperature": 0.5, "guidance": {"method": "pargs-greedy", "scorers": ["kind"]}}, "guidance"),
+     TEXT | {"temperature": 0.5, "guidance": {"method": "pargs-greedy", "scorers": ["kind"]}}, "temperature"),
     ("/v1/compare", {"prompt": "Hi"}, "guidance.scorers"),
     ("/v1/compare", {"prompt": "Hi", "guidance": {"method": "policy"}}, "guidance.method"),
     ("/v1/compare", {"prompt": "Hi", "n": 2}, "n"),
@@ -140,6 +141,61 @@ WRONG = [
 @pytest.mark.parametrize(("path", "body", "param"), WRONG)
 def test_wrong_requests_name_what_is_wrong(served, path, body, param):
     refused(served.post(path, **body), param=param)
+
+
+BEST = {"method": "best-of-n", "scorers": ["kind"]}
+CARDS = {"method": "cards", "scorers": ["kind"], "reward_threshold": 1.0}
+SAID = [
+    ({"max_tokens": 51}, "max_tokens", "max_tokens: this server makes at most 50 new tokens"),
+    ({"prompt": "x" * 100, "max_tokens": 50}, "prompt", "shorten the prompt or lower max_tokens"),
+    (
+        {"temperature": 0.5, "guidance": BEST | {"method": "args"}},
+        "temperature",
+        "args takes the maximum and has no temp",
+    ),
+    ({"guidance": BEST | {"beta": 2}}, "guidance.beta", "best-of-n has no guidance.beta: it takes"),
+    ({"guidance": BEST | {"scorers": {"kind": 2}}}, "guidance.scorers", "guidance.scorers: best-of-n has no beta"),
+    ({"guidance": {"beta": 1, "method": "policy"}}, "guidance.beta", "policy has no guidance.beta"),
+    ({"guidance": {"n": 2, "scorers": ["kind"]}}, "guidance.n", "guidance.n: n applies to cd-blockwise, best-of-n"),
+    ({"guidance": {"scorers": ["kind"], "retries": 2}}, "guidance.retries", "guidance.retries applies to cards,"),
+    ({"guidance": {"scorers": ["kind"], "top_k": 21}}, "guidance.top_k", "guidance.top_k = 21: kind reads every"),
+    ({"guidance": CARDS | {"segment_length": 51}}, "guidance.segment_length", "guidance.segment_length = 51; this"),
+    (
+        {"guidance": CARDS | {"reward_threshold": None}},
+        "guidance.reward_threshold",
+        "needs guidance.reward_threshold, the",
+    ),
+    ({"guidance": {"method": "farma", "scorers": ["kind"]}}, "guidance.method", "guidance.method: farma asks for"),
+    ({"guidance": BEST | {"scorers": ["kind", "brief"]}}, "guidance.scorers", "guidance.scorers: several scorers"),
+    ({"guidance": {"scorers": ["kind", "kind"]}}, "guidance.scorers", "guidance.scorers: a scorer is named twice"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "says"), SAID)
+def test_refusals_speak_of_what_the_client_wrote(served, body, param, says):
+    answer = served.post("/v1/completions", **TEXT | body)
+    refused(answer, param=param, says=says)
+    assert "max_new_tokens" not in answer.text
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_refusals_of_lengths_speak_of_the_name_that_was_used(served, name):
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 90}]}
+    answer = served.post("/v1/chat/completions", **chat, **{name: 50})
+    refused(answer, param="messages", code="context_length_exceeded", says=f"lower {name}")
+    refused(served.post("/v1/chat/completions", **chat, **{name: 51}), param=name, says=f"{name}: ")
+
+
+def test_a_comparison_that_is_too_wide_speaks_of_its_draws(served):
+    asked = {"prompt": "Hi", "max_tokens": 2, "guidance": BEST | {"n": 4}}
+    refused(served.post("/v1/compare", **asked), param="guidance.n", says="guidance.n: 5 completions at once")
+    assert served.post("/v1/compare", **asked | {"guidance": BEST | {"n": 3}}).status_code == 200
+
+
+def test_more_prompts_than_there_is_ever_room_for_speak_of_the_prompt():
+    with serving(max_batch=1, max_queue=1, max_prompts=9) as served:
+        answer = served.post("/v1/completions", **TEXT | {"prompt": ["a"] * 3})
+    refused(answer, param="prompt", says="3 prompts in one request; this server takes at most 2")
 
 
 def test_hints(served):

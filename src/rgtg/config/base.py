@@ -48,7 +48,9 @@ def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(cls, detail) for detail in error.errors())) from error
+        first = next(iter(error.errors()[0]["loc"]), None)
+        text = "; ".join(_explain(cls, detail) for detail in error.errors())
+        raise UsageError(text, setting=first if isinstance(first, str) else None) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

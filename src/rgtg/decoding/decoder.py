@@ -127,7 +127,8 @@ class Decoder:
             require_complete(self.method, settings)
         if self.used and len(betas_of(settings)) != len(self.used):
             raise UsageError(
-                f"{len(betas_of(settings))} betas for {len(self.used)} scorers: give each scorer one, in their order"
+                f"{len(betas_of(settings))} betas for {len(self.used)} scorers: give each scorer one, in their order",
+                setting="beta",
             )
         if self.draft is not None:
             if self.method.unit != "token":

@@ -68,7 +68,8 @@ def require_embeddings(policy: Policy, scorer: AnyScorer, *, whole: bool) -> Non
         whose = "the policy's embedding has" if whole else "the tokenizer has"
         raise UsageError(
             f"{scorer.name} has embeddings for {rows} tokens, and {whose} {wanted}: train it from the policy's own "
-            f"base model, or give it more (model.resize_token_embeddings({wanted})) and train and save it so"
+            f"base model, or give it more (model.resize_token_embeddings({wanted})) and train and save it so",
+            setting="top_k" if whole else None,
         )
 
 

@@ -77,7 +77,7 @@ def find_method(name: str) -> Method:
         UsageError: no such method; the text lists them.
     """
     if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}", setting="method")
     return METHODS[name]
 
 
@@ -89,12 +89,15 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
     """
     given = settings.model_fields_set
     if not all(math.isfinite(beta) for beta in betas_of(settings)):
-        raise UsageError(f"beta = {settings.beta}: beta must be a finite number")
+        raise UsageError(f"beta = {settings.beta}: beta must be a finite number", setting="beta")
     if method.rule == "greedy" and "temperature" in given and settings.temperature not in (0, 1):
-        raise UsageError(f"{method.name} takes the maximum and has no temperature; sample with pargs or args-sample")
+        raise UsageError(
+            f"{method.name} takes the maximum and has no temperature; sample with pargs or args-sample",
+            setting="temperature",
+        )
     for name in _OWN:
         if name in given and getattr(settings, name) is not None and name not in method.takes:
-            raise UsageError(_refusal(method, name))
+            raise UsageError(_refusal(method, name), setting=name)
     if settings.min_new_tokens > settings.max_new_tokens:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
 
@@ -113,7 +116,8 @@ def require_complete(method: Method, settings: DecodingSettings) -> None:
     if method.rule == "accept" and settings.reward_threshold is None:
         raise UsageError(
             f"{method.name} needs reward_threshold, the reward that a finished completion should reach: for example "
-            "the mean reward of best-of-n's completions with the same scorer"
+            "the mean reward of best-of-n's completions with the same scorer",
+            setting="reward_threshold",
         )
 
 
@@ -158,15 +162,16 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
             warnings.warn(f"method {method.name} does not use the scorer that was given", stacklevel=3)
         return
     if not scorers:
-        raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy")
+        raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy", setting="scorers")
     if len(scorers) > 1 and method.unit != "token":
-        raise UsageError(f"several scorers steer token by token; {method.name} takes one")
+        raise UsageError(f"several scorers steer token by token; {method.name} takes one", setting="scorers")
     for scorer in scorers:
         if method.unit == "token":
             _check_token_scorer(method, scorer)
         elif not hasattr(scorer, "score"):
             raise UsageError(
-                f"{scorer.name} scores next tokens, not finished completions: {method.name} needs a reward"
+                f"{scorer.name} scores next tokens, not finished completions: {method.name} needs a reward",
+                setting="method",
             )
 
 
@@ -181,7 +186,8 @@ def _check_token_scorer(method: Method, scorer: Any) -> None:
     if method.vocabulary and not scores_vocabulary(scorer):
         raise UsageError(
             f"{method.name} asks for the scores of all next tokens in one call, and {scorer.name} scores one prefix at "
-            f"a time: use pargs with it, or train one (rgtg train --objective {method.scorer})"
+            f"a time: use pargs with it, or train one (rgtg train --objective {method.scorer})",
+            setting="method",
         )
     objective = scorer.info.objective if scorer.info else None
     if method.clip and objective != method.scorer:

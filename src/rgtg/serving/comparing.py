@@ -15,7 +15,7 @@ from rgtg.serving.errors import ApiError, request_id_of
 from rgtg.serving.flights import Flight, Stream
 from rgtg.serving.formatting import first_divergence, summary, trace_steps, usage
 from rgtg.serving.jobs import Finished, Job, Row, Step
-from rgtg.serving.plans import Plan, Planner, Prompt
+from rgtg.serving.plans import Plan, Planner, Prompt, written
 from rgtg.serving.responses import Comparison, ComparisonChunk, GuidanceReport, Side, Usage, documented
 from rgtg.serving.schemas import CompareRequest, Guidance
 from rgtg.serving.service import Service
@@ -148,9 +148,9 @@ def routes(service: Service) -> APIRouter:
     async def compare(request: Request, body: CompareRequest) -> Response:
         """Continue a prompt twice from one seed: guided and unguided."""
         duel = await run_in_threadpool(read, service.planner, service, body)
-        param = "messages" if body.messages is not None else "prompt"
         stream = bool(body.stream)
-        flight = Flight(service.require(), [duel.job], service.metrics, param, stepwise=stream)
+        names = written(body, "messages" if body.messages is not None else "prompt")
+        flight = Flight(service.require(), [duel.job], service.metrics, names, stepwise=stream)
         if stream:
             return Stream(flight, chunks(duel, flight), request_id_of(request))
         with flight:

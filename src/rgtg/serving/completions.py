@@ -8,12 +8,12 @@ from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.text_stream import TextStream
 from rgtg.serving.bodies import JsonRoute
-from rgtg.serving.errors import request_id_of
+from rgtg.serving.errors import Written, request_id_of
 from rgtg.serving.flights import Flight, Stream
 from rgtg.serving.formats import ChatFormat, Format, Piece, TextFormat
 from rgtg.serving.formatting import summary, trace_steps, usage
 from rgtg.serving.jobs import Finished, Job, Step
-from rgtg.serving.plans import Plan, Planner, Prompt, Source
+from rgtg.serving.plans import Plan, Planner, Prompt, Source, written
 from rgtg.serving.responses import Chat, GuidanceReport, Text, Usage, documented
 from rgtg.serving.schemas import ChatRequest, Choices, CompletionRequest
 from rgtg.serving.service import Service
@@ -32,12 +32,12 @@ class Order:
     jobs: list[Job]
     n: int
     seed: int
-    param: str
+    written: Written
     traced: bool
 
     def flight(self, *, stepwise: bool) -> Flight:
         """Hand it to the engine."""
-        return Flight(self.service.require(), self.jobs, self.service.metrics, self.param, stepwise=stepwise)
+        return Flight(self.service.require(), self.jobs, self.service.metrics, self.written, stepwise=stepwise)
 
     def piece(self, index: int, end: Finished) -> Piece:
         """A choice as a whole."""
@@ -73,7 +73,7 @@ def read(planner: Planner, service: Service, body: Choices, sources: list[Source
     plan = planner.plan(body, prompts, tokens=tokens, traced=traced)
     n, seed = body.n or 1, planner.seed(body.seed)
     jobs = planner.jobs(prompts, plan, n=n, seed=seed, traced=traced)
-    return Order(service, prompts, plan, jobs, n, seed, param, traced)
+    return Order(service, prompts, plan, jobs, n, seed, written(body, param), traced)
 
 
 async def answer(request: Request, order: Order, form: Format, *, stream: bool) -> Response:

@@ -90,7 +90,10 @@ class Engine:
         if not job.rows:
             raise UsageError("a job has at least one row")
         if (rows := sum(rows_of(row.settings) for row in job.rows)) > self.settings.max_batch:
-            raise UsageError(f"{rows} completions at once; this server decodes at most {self.settings.max_batch}")
+            raise UsageError(
+                f"{rows} completions at once; this server decodes at most {self.settings.max_batch}",
+                setting="n" if rows > len(job.rows) else None,
+            )
         for row in job.rows:
             Seat(Ticket(job, lambda event: None), 0, row, self.models, self.settings)
 
@@ -113,7 +116,7 @@ class Engine:
             DataError: as ``check``.
         """
         if len(jobs) > (most := self.settings.max_queue + self.settings.max_batch):
-            raise UsageError(f"{len(jobs)} prompts in one request; this server takes at most {most}")
+            raise UsageError(f"{len(jobs)} prompts in one request; this server takes at most {most}", setting="prompt")
         for job, _ in jobs:
             self.check(job)
         tickets = [Ticket(job, listener) for job, listener in jobs]

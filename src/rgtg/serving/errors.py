@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -23,14 +24,16 @@ from rgtg.errors import (
 )
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "unavailable_error"}
-# Refusals of settings begin with the setting; these are a request's own names for them.
+# What requests call settings of decoding.
 _PARAMS = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop",
     **{name: f"guidance.{name}" for name in (
         "method", "beta", "top_k", "entropy_gate", "n", "segment_length", "min_segment", "entropy_threshold",
-        "reward_threshold", "threshold_start", "retries",
+        "reward_threshold", "threshold_start", "retries", "scorers",
     )},
 }  # fmt: skip
+# Settings whose names are words of other meaning too, which texts keep.
+_WORDS = {"method", "scorers", "prompt", "n"}
 
 
 class ErrorDetail(BaseModel):
@@ -81,9 +84,43 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(request_id), self.status_code, dict(self.headers or {}))
 
 
-def from_rgtg(error: RgtgError, prompt_param: str | None = None) -> ApiError:
-    """What a client is told of an error of ours."""
-    text = str(error)
+@dataclass(frozen=True)
+class Written:
+    """What a client has written: its names for what a request may call one way or another.
+
+    Attributes:
+        prompt: the field of the prompt, or of what else is read.
+        length: of the number of new tokens.
+        strengths: of the betas.
+    """
+
+    prompt: str | None = None
+    length: str = "max_tokens"
+    strengths: str = "guidance.beta"
+
+    def param(self, setting: str | None) -> str | None:
+        """The field that sets a setting of decoding."""
+        own = {"prompt": self.prompt, "max_new_tokens": self.length, "beta": self.strengths}
+        return own[setting] if setting in own else _PARAMS.get(setting or "")
+
+    def text(self, text: str, setting: str | None) -> str:
+        """A refusal in these names: of the setting that is at fault, and of the length."""
+        param = self.param(setting)
+        if setting and param and setting not in _WORDS and param.endswith(setting):
+            text = _renamed(text, setting, param)
+        text = _renamed(text, "max_new_tokens", self.length)
+        return text if param is None or param in text else f"{param}: {text}"
+
+
+def _renamed(text: str, name: str, other: str) -> str:
+    """A text with a name, where it stands alone, in other words."""
+    return re.sub(rf"(?<![\w.-]){name}(?![\w-])", other, text)
+
+
+def from_rgtg(error: RgtgError, written: Written | None = None) -> ApiError:
+    """What a client is told of an error of ours, in the names that it used."""
+    written, setting = written or Written(), getattr(error, "setting", None)
+    text = written.text(str(error), setting)
     match error:
         case BusyError():
             return ApiError(429, text, code="queue_full", headers={"Retry-After": "1"})
@@ -94,17 +131,12 @@ def from_rgtg(error: RgtgError, prompt_param: str | None = None) -> ApiError:
         case NonFiniteError():  # the same request would fail again
             return ApiError(500, text, code="non_finite", headers={"x-should-retry": "false"})
         case PromptTooLongError():
-            return ApiError(400, text, param=prompt_param, code="context_length_exceeded")
+            return ApiError(400, text, param=written.prompt, code="context_length_exceeded")
         case DataError():
-            return ApiError(400, text, param=prompt_param, code="invalid_prompt")
+            return ApiError(400, text, param=written.prompt, code="invalid_prompt")
         case UsageError():
-            return ApiError(400, text, param=_param_of(text), code="invalid_value")
+            return ApiError(400, text, param=written.param(setting), code="invalid_value")
     return ApiError(500, text)
-
-
-def _param_of(text: str) -> str | None:
-    first = re.match(r"\w+", text)
-    return _PARAMS.get(first[0], "guidance") if first else "guidance"
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:

@@ -13,7 +13,7 @@ from sse_starlette import EventSourceResponse
 
 from rgtg.errors import RgtgError
 from rgtg.serving.engine import Engine
-from rgtg.serving.errors import ApiError, from_rgtg
+from rgtg.serving.errors import ApiError, Written, from_rgtg
 from rgtg.serving.jobs import Event, Failed, Finished, Job, Step
 from rgtg.serving.metrics import Metrics
 
@@ -35,7 +35,7 @@ class Flight:
     """
 
     def __init__(
-        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, param: str | None, *, stepwise: bool
+        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, written: Written, *, stepwise: bool
     ) -> None:
         """Hand the jobs in, all or none.
 
@@ -43,7 +43,7 @@ class Flight:
             engine: takes them.
             jobs: of the request.
             metrics: count them.
-            param: of the request, which a refusal names.
+            written: the request's own names, for refusals.
             stepwise: tokens are told as they come, not the ends alone: each wakes the event loop.
 
         Raises:
@@ -60,7 +60,7 @@ class Flight:
         try:
             self._tickets = engine.submit_all(heard)
         except RgtgError as error:
-            raise from_rgtg(error, param) from error
+            raise from_rgtg(error, written) from error
         metrics.prompt_tokens.inc(sum(len(job.prompt_ids) for job in jobs))
 
     def _hear(self, first: int, event: Event) -> None:

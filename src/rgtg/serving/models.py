@@ -76,7 +76,7 @@ class ServedModels:
         """
         if name not in self.scorers:
             known = ", ".join(sorted(self.scorers)) or "none"
-            raise UsageError(f"no scorer {name!r} is loaded; loaded: {known}")
+            raise UsageError(f"no scorer {name!r} is loaded; loaded: {known}", setting="scorers")
         return self.scorers[name]
 
     def decoder(self, method: str, scorers: tuple[str, ...]) -> Decoder:
@@ -89,9 +89,9 @@ class ServedModels:
         if key not in self._decoders:
             row, chosen = find_method(method), [self.scorer(name) for name in scorers]
             if row.scorer is None and chosen:
-                raise UsageError(f"method {method} is not steered: leave the scorers out")
+                raise UsageError(f"method {method} is not steered: leave the scorers out", setting="scorers")
             if len(set(scorers)) < len(scorers):
-                raise UsageError("a scorer is named twice")
+                raise UsageError("a scorer is named twice", setting="scorers")
             betas = [1.0] * len(chosen)
             self._decoders[key] = Decoder(
                 self.policy, chosen, method=method, beta=betas if len(chosen) > 1 else None, overlap=False

@@ -11,10 +11,10 @@ from typing import Any
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.requests import row_seeds
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 from rgtg.models.encoding import encode_source
 from rgtg.models.text_scorer import TextScorer
-from rgtg.serving.errors import ApiError, from_rgtg
+from rgtg.serving.errors import ApiError, Written, from_rgtg
 from rgtg.serving.jobs import Job, Row
 from rgtg.serving.models import ServedModels
 from rgtg.serving.schemas import Guidance, Message, Sampling
@@ -84,7 +84,7 @@ class Planner:
             with self._tokenizer_lock:
                 return [self._prompt(source, param) for source in sources]
         except DataError as error:
-            raise from_rgtg(error, param) from error
+            raise from_rgtg(error, Written(param)) from error
 
     def _prompt(self, source: Source, param: str) -> Prompt:
         tokenizer = self.models.tokenizer
@@ -134,8 +134,7 @@ class Planner:
             traced: log-probabilities are asked for, which come from traces.
 
         Raises:
-            ApiError: an unknown model or scorer, or guidance that cannot be had.
-            UsageError: settings that do not go together.
+            ApiError: an unknown model or scorer, guidance that cannot be had, or settings that do not go together.
         """
         guidance = body.guidance or Guidance()
         scorers = self._scorers(body.model, guidance)
@@ -146,8 +145,11 @@ class Planner:
             scorers = self._only_scorer(method)
         given = self._given(body, guidance, scorers) | {"method": method}
         given["max_new_tokens"] = self._length(body, prompts, scorers, tokens)
-        settings = validate(DecodingSettings, given)
-        _, resolved = self.models.resolve(settings, scorers)
+        try:
+            settings = validate(DecodingSettings, given)
+            _, resolved = self.models.resolve(settings, scorers)
+        except UsageError as error:
+            raise from_rgtg(error, written(body)) from error
         trace = bool(guidance.trace)
         if trace or traced:
             self._require_narrow(resolved, "trace" if trace else "logprobs")
@@ -248,6 +250,17 @@ class Planner:
             )
             for prompt in prompts
         ]
+
+
+def written(body: Sampling, prompt: str | None = None) -> Written:
+    """What a request calls its prompt, and the names of which it used one or the other."""
+    newer = body.max_tokens is None and getattr(body, "max_completion_tokens", None) is not None
+    each = body.guidance is not None and isinstance(body.guidance.scorers, dict)
+    return Written(
+        prompt,
+        "max_completion_tokens" if newer else "max_tokens",
+        "guidance.scorers" if each else "guidance.beta",
+    )
 
 
 def _strengths(guidance: Guidance, scorers: tuple[str, ...]) -> dict[str, Any]:

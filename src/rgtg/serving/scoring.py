@@ -18,7 +18,7 @@ from rgtg.models.prefix_scorer import batches_by_length, encode_to_score, requir
 from rgtg.models.shared_trunk import SharedTrunkScorer
 from rgtg.models.text_scorer import TextScorer
 from rgtg.serving.bodies import JsonRoute
-from rgtg.serving.errors import ApiError, from_rgtg
+from rgtg.serving.errors import ApiError, Written, from_rgtg
 from rgtg.serving.flights import while_connected
 from rgtg.serving.formatting import usage
 from rgtg.serving.plans import Planner, Prompt
@@ -132,7 +132,7 @@ async def read_all(service: Service, found: Sequence[Reading]) -> list[list[floa
     except TimeoutError:
         raise from_rgtg(DeadlineError("the request was not finished in its time")) from None
     except RgtgError as error:
-        raise from_rgtg(error, "completion") from error
+        raise from_rgtg(error, Written("completion")) from error
     finally:
         for future in futures:
             future.cancel()  # what is still to be read, where one part failed
@@ -166,7 +166,7 @@ def routes(service: Service) -> APIRouter:
         try:
             found, tokens = await run_in_threadpool(readings, planner, body, name)
         except RgtgError as error:
-            raise from_rgtg(error, "completion") from error
+            raise from_rgtg(error, Written("completion")) from error
         scores = await while_connected(request, read_all(service, found))
         data = [
             _score(service, i, reading, each, prefixes=body.prefixes)

@@ -55,16 +55,21 @@ class Seat:
     def _check(self, limits: EngineSettings) -> None:
         if self.settings.max_new_tokens > limits.max_tokens:
             raise UsageError(
-                f"{self.settings.max_new_tokens} new tokens; this server makes at most {limits.max_tokens}"
+                f"max_new_tokens = {self.settings.max_new_tokens}; this server makes at most {limits.max_tokens}",
+                setting="max_new_tokens",
             )
         if (length := self.settings.segment_length or 0) > limits.max_tokens:
-            raise UsageError(f"segment_length = {length}; this server makes at most {limits.max_tokens} tokens")
+            raise UsageError(
+                f"segment_length = {length}; this server makes at most {limits.max_tokens} tokens",
+                setting="segment_length",
+            )
         widest = self.settings.top_k
         each = [scorer for scorer in self.decoder.used if not scores_vocabulary(scorer)]
         if each and self.decoder.method.unit == "token" and (widest is None or widest > limits.max_candidates):
             raise UsageError(
                 f"top_k = {widest}: {each[0].name} reads every candidate, on this server at most "
-                f"{limits.max_candidates}"
+                f"{limits.max_candidates}",
+                setting="top_k",
             )
 
     def tell(self) -> None:
