@@ -284,11 +284,17 @@ def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_
     assert max(seen) <= 5
     require_same(quick.finished()[0], short)
     assert not slow.events
-    while engine._running():
-        engine._turn()
+    turns = 0
+    with widths(models.policy.model, *(models.scorers[name].model for name in scorers)) as seen:
+        while engine._running():
+            engine._turn()
+            turns += 1
     (end,) = slow.ended()
     require_same(end.completion, alone)
     assert end.cached_tokens == 0
+    assert turns >= len(alone.token_ids)  # of segments too, one token in each
+    if not {"text", "encoder"} & {*scorers}:  # a scorer without a cache reads every text from its beginning
+        assert max(seen) <= 12
 
 
 @pytest.mark.parametrize(("method", "scorers", "settings"), APART)

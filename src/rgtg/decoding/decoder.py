@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.best_of_n import best_of_n
+from rgtg.decoding.ended import InParts
 from rgtg.decoding.join import (
     DRAFTS,
     AnyScorer,
@@ -41,7 +42,8 @@ from rgtg.decoding.requests import (
     row_seeds,
     source_of,
 )
-from rgtg.decoding.runner import Runner, make_runner
+from rgtg.decoding.runner import Runner, TreeRunner, make_runner
+from rgtg.decoding.segment_scores import CachedSegments, SegmentReader
 from rgtg.decoding.segmentwise import SegmentRule, SegmentStopping, decode_segments
 from rgtg.decoding.speculative import speculate
 from rgtg.decoding.steps import Stepper
@@ -213,9 +215,12 @@ class Decoder:
         """
         return self._joined(requests, settings, trace).steps
 
-    def begin(self, request: Request, settings: DecodingSettings, *, trace: bool) -> "Run":
-        """Complete one row whose prompt is read in parts first: what is then decoded is what ``steps`` gives."""
-        run = self._joined([request], settings, trace)
+    def begin(self, request: Request, settings: DecodingSettings, *, trace: bool, chunk: int) -> "Run":
+        """Complete one row whose prompt is read in parts first; then the steps, which complete it as ``steps`` does.
+
+        Ended completions are read in parts too, of ``chunk`` tokens, where their scorer has a cache.
+        """
+        run = self._joined([request], settings, trace, chunk)
         for part in run.parts:
             for runner, texts in unread(part, [request.prompt_ids]):
                 run.prompt.feeds.append(Feed(self._key(runner), runner, texts[0], len(texts)))
@@ -228,17 +233,21 @@ class Decoder:
         of = next(scorer for scorer in self.used if scorer.model is runner.model)
         return policy_key(of.name) if isinstance(of, SharedTrunkScorer) else of.name
 
-    def _joined(self, requests: list[Request], settings: DecodingSettings, trace: bool) -> "Run":
+    def _joined(
+        self, requests: list[Request], settings: DecodingSettings, trace: bool, chunk: int | None = None
+    ) -> "Run":
         """All that ``steps`` needs, made; nothing has been read."""
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         rule = self.rule(settings, trace)
         if self.method.unit == "segment":
-            return self._by_segments(requests, settings, rule, longest)
+            return self._by_segments(requests, settings, rule, longest, chunk)
         stopping = self.stopping(settings)
         if self.method.unit == "completion":
             columns = longest + branch_columns(self.method, settings)  # one branch of the cache per completion
             policy = self._policy_runner(columns)
-            return Run(best_of_n(requests, policy, self._reward, settings.n, rule, stopping), [policy])
+            ends = self._in_parts(self._segment_reader(requests, longest, 1), chunk) if chunk else None
+            drawn = best_of_n(requests, policy, self._reward, settings.n, rule, stopping, ends)
+            return Run(drawn, [policy, ends.runner] if ends else [policy])
         scorer, top_k = self._token_scorer, None if rule.of_sum else settings.top_k
         if self.draft is not None:
             assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
@@ -259,7 +268,9 @@ class Decoder:
             )
         return Run(decode(requests, stepper, rule, stopping), [stepper])
 
-    def _by_segments(self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int) -> "Run":
+    def _by_segments(
+        self, requests: list[Request], settings: DecodingSettings, rule: TokenRule, longest: int, chunk: int | None
+    ) -> "Run":
         accepts = self.method.rule == "accept"
         n, length = segments_of(self.method, settings)
         segments = SegmentRule(
@@ -270,13 +281,21 @@ class Decoder:
             self.policy.tokenizer, self.end_tokens, settings, length=length,
             unsure=settings.entropy_threshold if accepts else None,
         )  # fmt: skip
-        reader = make_segment_reader(
-            self.policy, self._reward, longest, min(length, settings.max_new_tokens), tree=self.token_tree,
-            requests=requests,
-        )  # fmt: skip
+        reader = self._segment_reader(requests, longest, min(length, settings.max_new_tokens))
         policy = self._policy_runner(longest + branch_columns(self.method, settings))
-        drawn = decode_segments(requests, policy, reader, self._reward, rule, segments, stopping)
+        ends = self._in_parts(reader, chunk) if chunk else None
+        drawn = decode_segments(requests, policy, reader, self._reward, rule, segments, stopping, ends)
         return Run(drawn, [policy, reader])
+
+    def _segment_reader(self, requests: list[Request], longest: int, length: int) -> SegmentReader:
+        return make_segment_reader(self.policy, self._reward, longest, length, tree=self.token_tree, requests=requests)
+
+    def _in_parts(self, reader: SegmentReader, chunk: int) -> InParts | None:
+        """How ended completions are read over a reader's cache; None where there is no cache."""
+        if not isinstance(reader, CachedSegments) or not isinstance(reader.runner, TreeRunner):
+            return None
+        reader.runner.grows = True  # an ended text may be written in more tokens than were drawn
+        return InParts(cast(PrefixScorer, self._reward), reader.runner, chunk)
 
     @property
     def _reward(self) -> Scorer | TextScorer:

@@ -1,7 +1,7 @@
 """CARDS and blockwise CD: the same four words with the segment as unit."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.best_of_n import adopt, require_finite_rewards, rewards_of
+from rgtg.decoding.best_of_n import adopt
+from rgtg.decoding.ended import InParts, read_ended, require_finite_rewards
 from rgtg.decoding.requests import Request, Stopping, derive_seed
 from rgtg.decoding.rules import accept_segment, entropy, segment_threshold
 from rgtg.decoding.runner import Runner
@@ -156,6 +157,7 @@ def decode_segments(
     rule: TokenRule,
     segments: SegmentRule,
     stopping: SegmentStopping,
+    parts: InParts | None = None,
 ) -> Iterator[list[Request]]:
     """Complete all requests segment by segment; every row accepts, rejects and draws for itself.
 
@@ -167,18 +169,21 @@ def decode_segments(
         rule: of the policy's tokens.
         segments: how segments are chosen.
         stopping: when segments and rows end.
+        parts: how ended completions of the only row are read, part by part, over the reader's cache; None reads all at
+            once.
 
     Yields:
-        The rows still active after each round.
+        The rows still active, after each token of the segments, each part of what has ended, and each round; only a
+        round adds to them.
     """
     prompts = [request.prompt_ids for request in requests]
     logits = policy.readout(policy.model, policy.prefill(prompts))
     rows = [_Row(request, reward) for request, reward in zip(requests, reader.prefill(prompts).tolist(), strict=True)]
     while rows:
         # 1. propose: n segments behind each row, drawn as any text is
-        drawn, read = _draw(rows, policy, segments.n, rule, stopping, logits)
+        drawn, read = yield from _draw(rows, policy, segments.n, rule, stopping, logits)
         # 2. score
-        rewards = _score(drawn, reader, scorer, stopping, segments.n)
+        rewards = yield from _score(rows, drawn, reader, scorer, stopping, parts)
         # 3. rule: a segment for each row, or none yet
         choose = _best if segments.choice == "best" else _accepted
         chosen = choose(rows, drawn, rewards, segments, stopping.limit)
@@ -202,14 +207,14 @@ def decode_segments(
 
 def _draw(
     rows: Sequence[_Row], policy: Runner, n: int, rule: TokenRule, stopping: SegmentStopping, logits: Tensor
-) -> tuple[list[Segment], list[int]]:
+) -> Generator[list[Request], None, tuple[list[Segment], list[int]]]:
     """N segments of each row, side by side, and how many tokens of each lie in the policy's cache now."""
     drawn = [_branch(row.request, len(row.tried) + j) for row in rows for j in range(n)]
     branches = policy if n == 1 else fork(policy, n)
     tracks = Tracks(branches, len(drawn))
     starts = logits.repeat_interleave(n, 0)
     for _ in decode(drawn, tracks, rule, stopping, starts):
-        pass
+        yield [row.request for row in rows]
     if isinstance(branches, SharedPromptRunner):
         branches.drop_branches()
     for i, row in enumerate(rows):
@@ -229,16 +234,23 @@ def _branch(request: Request, j: int) -> Segment:
 
 
 def _score(
-    drawn: Sequence[Segment], reader: SegmentReader, scorer: Scorer | TextScorer, stopping: Stopping, n: int
-) -> list[list[float]]:
+    rows: Sequence[_Row],
+    drawn: Sequence[Segment],
+    reader: SegmentReader,
+    scorer: Scorer | TextScorer,
+    stopping: Stopping,
+    parts: InParts | None,
+) -> Generator[list[Request], None, list[list[float]]]:
     """Reward of every segment: of the text so far, or of the completion that it ends."""
+    n = len(drawn) // len(rows)
     lines = [[segment.new for segment in drawn[i : i + n]] for i in range(0, len(drawn), n)]
     rewards = torch.zeros(len(lines), n)
     if any(segment.open for segment in drawn):
         rewards = reader.score(lines)
     ended = [i for i, segment in enumerate(drawn) if not segment.open]
     if ended:
-        values = rewards_of(scorer, [drawn[i] for i in ended], stopping)
+        active = [row.request for row in rows]
+        values = yield from read_ended(scorer, [drawn[i] for i in ended], stopping, active, parts)
         rewards.view(-1)[ended] = torch.tensor(values, dtype=rewards.dtype)
     require_finite_rewards(rewards[~rewards.isneginf()].tolist())  # −∞: too long for the scorer's context
     return rewards.tolist()

@@ -307,7 +307,7 @@ class Engine:
     def _seat(self, seats: list[Seat]) -> None:
         """Begin with the rows of one job: those of one lane share one reading of the prompt."""
         by_lane: dict[LaneKey, list[Seat]] = defaultdict(list)
-        solos = [Solo(seat) for seat in seats if seat.lane is None]
+        solos = [Solo(seat, self.settings.prefill_chunk) for seat in seats if seat.lane is None]
         arrivals = []
         for seat in seats:
             if seat.lane is not None:

@@ -121,10 +121,11 @@ class Arrival:
 class Solo:
     """A row with models' caches of its own, stepped in turn with everything else: segments, best-of-n."""
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, seat: Seat, chunk: int) -> None:
+        """``chunk``: tokens of a text that are read between two steps of others."""
         self.seat, self.ticket, self.rows = seat, seat.ticket, rows_of(seat.settings)
         self.done = self.unsound = False
-        run = seat.decoder.begin(seat.request, seat.settings, trace=seat.row.trace)
+        run = seat.decoder.begin(seat.request, seat.settings, trace=seat.row.trace, chunk=chunk)
         self.prompt, self._steps = run.prompt, run.steps
 
     def step(self) -> None:
