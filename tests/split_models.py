@@ -35,15 +35,13 @@ WAYS = {
     "head": {"scorer": "head"},
     "next-token head": {"scorer": "vocab-head"},
     "two scorers": {"scorer": ["scorer", "head"], "beta": [1.0, 0.5]},
-    "biases": {"policy": "qwen2", "method": "policy", "scorer": None},
     "norms of heads": {"policy": "qwen3", "method": "policy", "scorer": None},
-    "windows": {"policy": "mistral", "method": "policy", "scorer": None},
     "tied": {"policy": "tied", "method": "policy", "scorer": None},
 }
 JOB = ["--policy", "policy", "--scorer", "scorer", "--prompts", "prompts.jsonl", "--max-new-tokens", "5",
        "--batch-size", "2"]  # fmt: skip
 # Ways whose scorer is no model of its own, or that have none.
-JOINED = ("head", "next-token head", "two scorers", "biases", "norms of heads", "windows", "tied")
+JOINED = ("head", "next-token head", "two scorers", "norms of heads", "tied")
 REFUSED = {
     "no plan": {"policy": "gpt2", "scorer": None, "method": "policy"},
     "heads": {"policy": "one-head", "scorer": None, "method": "policy"},

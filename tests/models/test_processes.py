@@ -45,7 +45,7 @@ def write_world(folder):
     saved = {
         "policy": tiny_policy(), "scorer": tiny_reward_model(), "language-model": tiny_policy(seed=5),
         "tied": variant(tie_word_embeddings=True), "one-head": variant(num_key_value_heads=1),
-        **{family: tiny_policy(family) for family in ("qwen2", "qwen3", "mistral", "gpt2")},
+        **{family: tiny_policy(family) for family in ("qwen3", "gpt2")},
     }  # fmt: skip
     for name, model in saved.items():
         model.save_pretrained(folder / name)
