@@ -47,7 +47,7 @@ def test_the_wheel_says_what_it_is(archives):
         (metadata,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA")]
         (entry,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt")]
         assert [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
-    assert "rgtg = rgtg.cli.main:main" in entry
+    assert "rgtg = rgtg.__main__:main" in entry
     for line in ("License-Expression: MIT", "Requires-Python: >=3.11", "Provides-Extra: train", "Provides-Extra: docs"):
         assert line in metadata.splitlines()
     assert re.search(r"^Requires-Dist: torch>=", metadata, re.M)

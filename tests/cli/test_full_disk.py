@@ -141,7 +141,7 @@ def test_an_earlier_checkpoint_survives_a_full_disk_and_a_read_only_folder(
 def test_stdout(tmp_path, unbuffered):
     """Buffered output fails when the interpreter ends, too late for an exit code unless it is asked for before."""
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
-    code = "from rgtg.cli.main import main; main()"
+    code = "from rgtg.__main__ import main; main()"
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
             [sys.executable, "-c", code, "data", "check", str(pairs), "--json"],
@@ -153,7 +153,7 @@ def test_stdout(tmp_path, unbuffered):
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
-    code = "from rgtg.cli.main import main; main()"
+    code = "from rgtg.__main__ import main; main()"
     reading, writing = os.pipe()
     os.close(reading)
     ran = subprocess.run(

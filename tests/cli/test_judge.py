@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_and_pays_for_nothing_twice(tmp_path, sides, how):
         arguments = ["--model", "m", "--base-url", server.url, "--output", str(tmp_path / "out"), *sides]
         # A shell that runs the tests in the background has SIGINT ignored, and a child inherits that.
         heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-        start = [sys.executable, "-c", f"{heard}; from rgtg.cli.main import main; main()", "judge"]
+        start = [sys.executable, "-c", f"{heard}; from rgtg.__main__ import main; main()", "judge"]
         running = subprocess.Popen([*start, *arguments, "--concurrency", "2"], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while server.calls < 5 and time.monotonic() < deadline:

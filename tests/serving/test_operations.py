@@ -275,7 +275,7 @@ class Process:
     """``rgtg serve`` as people run it."""
 
     def __init__(self, policy, scorer, port=0):
-        code = "from rgtg.cli.main import main; main()"
+        code = "from rgtg.__main__ import main; main()"
         command = [sys.executable, "-c", code, "serve", "--policy", policy, "--scorer", f"kind={scorer}", "--json"]
         self.process = subprocess.Popen(
             [*map(str, command), "--port", str(port), "--drain-seconds", "20", "--dtype", "float32"],

@@ -1,4 +1,4 @@
-"""The ``rgtg`` command: assembles the verbs."""
+"""The verbs, assembled; ``rgtg.__main__`` runs them."""
 
 import typer
 
@@ -36,7 +36,3 @@ for _module in (
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

@@ -1,0 +1,35 @@
+"""Signals that come before there is anything to resume: while the command line or the libraries are imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+SIGNALLED = """
+import importlib.abc, os, signal, sys
+class Sender(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.{how})
+        return None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
+sys.meta_path.insert(0, Sender())
+from rgtg.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module", ["rgtg.cli.main", "rgtg.cli.generate", "transformers"])
+def test_a_signal_while_things_are_imported_ends_in_a_line(tmp_path, module, how):
+    code = SIGNALLED.format(module=module, how=how)
+    asked = ["generate", "--policy", tmp_path / "policy", "--method", "policy", "--prompt", "Hi"]
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, asked)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (75, "error: stopped\n", "")
+
+
+def test_the_package_runs_as_a_module():
+    ran = subprocess.run([sys.executable, "-m", "rgtg", "--help"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
+    assert "Reward-guided text generation" in ran.stdout
