@@ -22,7 +22,7 @@ LAYERS = {
     "rgtg.training": 3, "rgtg.decoding": 3,
     "rgtg.evaluation": 4, "rgtg.serving": 4, "rgtg.integrations": 4, "rgtg.demo": 4,
     "rgtg.publishing": 4, "rgtg.planning": 4,
-    "rgtg.report": 5, "rgtg.cli": 5,
+    "rgtg.report": 5, "rgtg.cli": 5, "rgtg.__main__": 5,
 }  # fmt: skip
 MODULES = {
     ".".join(("rgtg", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__"): path

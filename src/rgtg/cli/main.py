@@ -35,4 +35,3 @@ for _module in (
     train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, doctor,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
-
