@@ -14,6 +14,7 @@ SRC = Path(rgtg.__file__).parent
 # The longest matching name decides.
 LAYERS = {
     "rgtg": 0, "rgtg.errors": 0, "rgtg.types": 0, "rgtg.types_rollouts": 0, "rgtg.config": 0, "rgtg.outputs": 0,
+    "rgtg.disk": 0,
     "rgtg.losses": 1, "rgtg.decoding.rules": 1, "rgtg.decoding.candidates": 1, "rgtg.decoding.token_tree": 1,
     "rgtg.evaluation.metrics": 1, "rgtg.evaluation.choices": 1,
     "rgtg.theory": 2, "rgtg.models": 2, "rgtg.data": 2, "rgtg.data_sources": 2, "rgtg.data_formats": 2,

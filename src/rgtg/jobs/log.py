@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from rgtg.disk import take_lock
 from rgtg.errors import DataError, OutputError, UsageError
 
 LOG_VERSION = 1
@@ -230,16 +231,8 @@ def _locked(path: Path) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "r+")
     try:
-        _lock(file)
-    except OSError as error:
+        take_lock(file.fileno(), path)
+    except UsageError:
         file.close()
-        raise UsageError(f"another process is writing {path}: wait for it, or give another --output") from error
+        raise
     return file
-
-
-def _lock(file: FileIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # this system has no such lock
-        return
-    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

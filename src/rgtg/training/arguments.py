@@ -11,6 +11,7 @@ from trl import RewardConfig
 
 from rgtg.config import TrainSettings
 from rgtg.errors import MissingExtraError, UsageError
+from rgtg.training.bounds import as_number
 from rgtg.training.save import finish_saving
 
 CHECKPOINTS = "checkpoints"
@@ -79,7 +80,7 @@ def reward_config(settings: TrainSettings, max_length: int | None, defaults: dic
     Raises:
         UsageError: an unknown name, one that another setting decides, or a value that trl refuses.
     """
-    given = {name: _number(name, value) for name, value in settings.train.items()}
+    given = {name: as_number(name, value) for name, value in settings.train.items()}
     given.pop("model_init_kwargs", None)  # spent when the base is loaded
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in given:  # the name most people know; transformers has renamed it
@@ -138,18 +139,26 @@ def require_known(train: dict[str, Any]) -> None:
             raise UsageError(f"unknown setting train.{name}; {hint}")
 
 
+def require_folder(output: Path) -> None:
+    """Refuse a file as an output folder.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; give a folder that is new or empty")
+
+
 def require_output(output: Path, resume: bool) -> None:
     """Refuse an output folder that cannot be used, now rather than after training.
 
     With ``resume``, the same run may have finished there before, or have been killed while it saved.
 
     Raises:
-        UsageError: a file, or a folder that already holds a model or another run's checkpoints.
+        UsageError: a folder that already holds a model or another run's checkpoints.
     """
-    if resume and output.is_dir():
+    if resume:
         finish_saving(output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file; give a folder that is new or empty")
     taken = [name for name in ("config.json", "adapter_config.json", "rgtg.json") if (output / name).exists()]
     if taken and any(output.glob(".unfinished-*/rgtg.json")):
         raise UsageError(f"saving the scorer to {output} was interrupted: --resume finishes it")
@@ -166,14 +175,3 @@ def _of_this_machine() -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": cuda,
     }
-
-
-def _number(name: str, value: Any) -> Any:
-    """YAML reads 5e-5 as text; where RewardConfig wants a number, make it one."""
-    kind = str({field.name: field.type for field in dataclasses.fields(RewardConfig)}.get(name, ""))
-    if not isinstance(value, str) or "str" in kind or not ("float" in kind or "int" in kind):
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise UsageError(f"train.{name} = {value!r}: expected a number") from error

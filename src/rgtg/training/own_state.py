@@ -33,7 +33,7 @@ from rgtg.training.fitted import Fitted, FittedRecord, find_fitted, keep_fitted
 from rgtg.training.heads import HeadTrainer, RolloutHeadTrainer, StatePairs, StateRollouts
 from rgtg.training.new_head import new_head, starting_table, vocabulary_size
 from rgtg.training.reading import TrainData, read_data
-from rgtg.training.resumable import require_finite_weights, require_not_stopped
+from rgtg.training.resumable import require_finite_weights, require_not_stopped, require_trained
 from rgtg.training.resume import Finished, find_checkpoint, find_start, run_facts
 from rgtg.training.save import save_own_state
 from rgtg.training.state_cache import StateCache, cache_states
@@ -232,6 +232,7 @@ def _fit(job: _Job, layer: int, width: int, before: list[Fitted]) -> Fitted:
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     require_not_stopped(trainer)
+    require_trained(trainer)
     require_finite_weights(head)
     round_to_half(head)
     figures = figures_of(trainer.evaluate()) if job.held_out else {}

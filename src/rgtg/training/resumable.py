@@ -12,9 +12,9 @@ from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
 
-from rgtg.errors import DataError, NonFiniteError, OutputError, StoppedError
+from rgtg.errors import DataError, NonFiniteError, OutputError, StoppedError, UsageError
 from rgtg.training.callbacks import TrainLog
 from rgtg.training.checkpoints import PREFIX, newest_valid, seal
 from rgtg.training.stopping import StopRequest
@@ -42,7 +42,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             DataError: a file of the checkpoint is a pickle of more than tensors and numbers; it is not loaded.
+            UsageError: there is no whole batch, and others are dropped.
         """
+        require_batch(self)
         if resume_from_checkpoint is True:
             found = newest_valid(Path(self.args.output_dir))
             resume_from_checkpoint = str(found[0]) if found else None
@@ -220,6 +222,34 @@ def require_not_stopped(trainer: ResumableTrainer) -> None:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in "
             f"{trainer.args.output_dir}: the same command with --resume goes on from it"
+        )
+
+
+def require_batch(trainer: Trainer) -> None:
+    """Refuse data that fills no batch where what fills none is dropped.
+
+    Raises:
+        UsageError: says what to change.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and has_length(rows) and len(rows) < batch:
+        raise UsageError(
+            f"train.dataloader_drop_last leaves nothing to train on: {len(rows)} rows are less than a batch of {batch}"
+            ". Lower train.per_device_train_batch_size, or leave train.dataloader_drop_last out"
+        )
+
+
+def require_trained(trainer: ResumableTrainer) -> None:
+    """Refuse to call a model trained that has not made a step.
+
+    Raises:
+        UsageError: nothing is to be saved.
+    """
+    if trainer.state.global_step < 1:
+        raise UsageError(
+            "the training ended before its first step, and nothing is saved: look for what ends it among the train. "
+            "settings"
         )
 
 

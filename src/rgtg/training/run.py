@@ -3,11 +3,14 @@
 import atexit
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rgtg
 from rgtg.config import LoraSettings, TrainSettings
+from rgtg.disk import only_writer
 from rgtg.errors import UsageError
 from rgtg.models.checkpoint import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.encoding import tokenizer_hash
@@ -15,8 +18,16 @@ from rgtg.models.hub import lasting_name
 from rgtg.models.policy import load_policy
 from rgtg.models.processes import is_first, leave_group
 from rgtg.outputs import make_folder
-from rgtg.training.arguments import CHECKPOINTS, DEFAULTS, require_known, require_output, reward_config
+from rgtg.training.arguments import (
+    CHECKPOINTS,
+    DEFAULTS,
+    require_folder,
+    require_known,
+    require_output,
+    reward_config,
+)
 from rgtg.training.base_model import load_base, load_language_base, lora_config
+from rgtg.training.bounds import require_values
 from rgtg.training.callbacks import LOG_FILE, TrainLog
 from rgtg.training.card import model_card
 from rgtg.training.common import (
@@ -34,7 +45,7 @@ from rgtg.training.language_model import AutoregressiveTrainer, FarmaTrainer
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.prefix_reward import PrefixRewardTrainer
 from rgtg.training.reading import TrainData, read_data
-from rgtg.training.resumable import require_finite_weights, require_not_stopped
+from rgtg.training.resumable import require_finite_weights, require_not_stopped, require_trained
 from rgtg.training.resume import Finished, find_start, run_facts
 from rgtg.training.rollouts import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
 from rgtg.training.save import save_scorer
@@ -67,22 +78,35 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
         show: progress lines on stderr.
 
     Raises:
-        UsageError, DataError, ModelNotFoundError: unusable input; found before training.
+        UsageError, DataError, ModelNotFoundError: unusable input, or another process is writing the output; found
+            before training.
         NonFiniteError: the loss or the gradient is NaN or infinite; names the step.
         OutputError: the scorer, or a checkpoint, cannot be written.
         StoppedError: it was asked to stop.
     """
     require_known(settings.train)
     require_fit(settings)
-    if is_first():
-        require_output(settings.output, settings.resume)
+    require_values(settings.train)
     again = "the same command with --resume goes on from the newest checkpoint"
-    with StopRequest(f"{again}, if there is one in {settings.output / CHECKPOINTS}") as request:
+    told = f"{again}, if there is one in {settings.output / CHECKPOINTS}"
+    with _alone(settings), StopRequest(told) as request:
         if settings.trunk == "own":
             from rgtg.training.own_state import train_head
 
             return train_head(settings, request, show=show)
         return _train_model(settings, request, show)
+
+
+@contextmanager
+def _alone(settings: TrainSettings) -> Iterator[None]:
+    """Keep other runs out of the output folder; of several processes of one run the first does it for all."""
+    if not is_first():
+        yield
+        return
+    require_folder(settings.output)
+    with only_writer(settings.output):  # before the folder is looked into: another run may be changing it
+        require_output(settings.output, settings.resume)
+        yield
 
 
 def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> TrainReport:
@@ -114,6 +138,7 @@ def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> T
     done = trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     seconds = time.perf_counter() - began
     require_not_stopped(trainer)
+    require_trained(trainer)
     # 4. report and files
     figures = figures_of(trainer.evaluate()) if data.held_out else {}
     report = _report(settings, config, data, trainer, done, seconds, figures, start.checkpoint)
