@@ -87,7 +87,7 @@ def keep_files(folder: Path) -> None:
     for path in below:
         if path.is_file():
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                _sync(file.fileno())
     keep_names(*(path for path in reversed(below) if path.is_dir()), folder)
 
 
@@ -103,9 +103,14 @@ def keep_names(*folders: Path) -> None:
         except PermissionError:  # Windows opens no folders
             continue
         try:
-            os.fsync(file)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems know no such thing
-                raise
+            _sync(file)
         finally:
             os.close(file)
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some systems know no such thing here
+            raise

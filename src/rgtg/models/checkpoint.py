@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,10 @@ def write_info(folder: str | Path, info: ScorerInfo) -> None:
     """Write rgtg.json, last of a checkpoint's files, through a rename so that it is never half there."""
     path = Path(folder) / INFO_FILE
     partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(info.model_dump(), indent=2) + "\n")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(info.model_dump(), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

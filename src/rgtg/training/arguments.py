@@ -12,6 +12,7 @@ from trl import RewardConfig
 from rgtg.config import TrainSettings
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.training.bounds import as_number
+from rgtg.training.checkpoints import require_room
 from rgtg.training.save import finish_saving
 
 CHECKPOINTS = "checkpoints"
@@ -155,7 +156,8 @@ def require_output(output: Path, resume: bool) -> None:
     With ``resume``, the same run may have finished there before, or have been killed while it saved.
 
     Raises:
-        UsageError: a folder that already holds a model or another run's checkpoints.
+        UsageError: a folder that already holds a model or another run's checkpoints; or a file where
+            checkpoints have to be.
     """
     if resume:
         finish_saving(output)
@@ -164,6 +166,7 @@ def require_output(output: Path, resume: bool) -> None:
         raise UsageError(f"saving the scorer to {output} was interrupted: --resume finishes it")
     if taken and not (resume and (output / "train-report.json").is_file()):
         raise UsageError(f"--output {output} already holds a model ({taken[0]}); choose another folder or delete it")
+    require_room(output / CHECKPOINTS)
     if not resume and any((output / CHECKPOINTS).rglob("checkpoint-*")):
         raise UsageError(f"--output {output} holds checkpoints of an unfinished run; add --resume or choose another")
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 import rgtg
+from rgtg.disk import keep_files, keep_names
 from rgtg.errors import UsageError
 from rgtg.types import Record
 
@@ -49,7 +50,14 @@ class Marker(Record):
 
 
 def seal(folder: Path, *, step: int, processes: int, run: dict[str, Any]) -> None:
-    """Say that a checkpoint is complete: sizes and SHA-256 of all its files, through a rename."""
+    """Say that a checkpoint is complete: sizes and SHA-256 of all its files, through a rename.
+
+    When this returns, all of it is on the disk: older checkpoints can go.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    keep_files(folder)
     files = {
         path.relative_to(folder).as_posix(): _sum_of(path)
         for path in sorted(folder.rglob("*"))
@@ -62,6 +70,7 @@ def seal(folder: Path, *, step: int, processes: int, run: dict[str, Any]) -> Non
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / MARKER)
+    keep_names(folder, folder.parent, folder.parent.parent)  # its file names, and its own where it is the first
 
 
 def verify(folder: Path) -> Marker | str:
@@ -93,6 +102,23 @@ def newest_valid(folder: Path) -> tuple[Path, Marker] | None:
             return path, marker
         warnings.warn(f"checkpoint {path} is passed over: {marker}", stacklevel=2)
     return None
+
+
+def in_the_way(folder: Path) -> Path | None:
+    """What is no folder where this one or one above it has to be; None where nothing is."""
+    return next((path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()), None)
+
+
+def require_room(checkpoints: Path) -> None:
+    """Refuse files where the folders of a run's checkpoints have to be.
+
+    Raises:
+        UsageError: names the first.
+    """
+    heads = sorted(checkpoints.glob("layer-*-width-*"))
+    for folder in (checkpoints, *heads, *(path for one in (checkpoints, *heads) for path in listed(one))):
+        if (path := in_the_way(folder)) is not None:
+            raise UsageError(f"{path} is a file, where a folder of checkpoints has to be: move it away")
 
 
 def listed(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoin
 
 from rgtg.errors import DataError, NonFiniteError, OutputError, StoppedError, UsageError
 from rgtg.training.callbacks import TrainLog
-from rgtg.training.checkpoints import PREFIX, newest_valid, seal
+from rgtg.training.checkpoints import PREFIX, in_the_way, newest_valid, seal
 from rgtg.training.stopping import StopRequest
 
 PROGRESS = "progress.json"
@@ -105,6 +105,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """
         require_finite_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX}{self.state.global_step}"
+        if (blocking := in_the_way(folder)) is not None:
+            raise OutputError(
+                f"cannot save a checkpoint: {blocking} is a file, not a folder; move it away, then resume"
+            )
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, cut off or passed over
         self.accelerator.wait_for_everyone()
@@ -287,4 +291,4 @@ def _unwritable(error: Exception) -> str | None:
     if isinstance(error, SafetensorError):
         return text.rpartition("I/O error: ")[2]
     # torch's writer of zip files
-    return "is the disk full?" if "unexpected pos" in text or "PytorchStreamWriter failed" in text else None
+    return "the disk may be full" if "unexpected pos" in text or "PytorchStreamWriter failed" in text else None

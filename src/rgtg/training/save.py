@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
+from rgtg.disk import keep_files, keep_names
 from rgtg.errors import OutputError
 from rgtg.models.checkpoint import INFO_FILE, ScorerInfo, write_info
 from rgtg.models.heads import Head, save_head
@@ -68,6 +69,7 @@ def _write_rest(
         (stage / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
     for name, record in records.items():
         (stage / f"{name.replace('_', '-')}.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    keep_files(stage)  # since a stage with rgtg.json is complete
     write_info(stage, info)
 
 
@@ -87,9 +89,13 @@ def finish_saving(folder: Path) -> None:
 
 
 def _move_out(stage: Path, folder: Path) -> None:
+    """Move all files, rgtg.json last and only once the others are there for good."""
     for path in sorted(stage.iterdir(), key=lambda path: path.name == INFO_FILE):
+        if path.name == INFO_FILE:
+            keep_names(folder)
         path.chmod(0o644)  # safetensors leaves weights to their owner alone
         path.replace(folder / path.name)
+    keep_names(folder)
 
 
 @contextmanager
