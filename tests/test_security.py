@@ -2,6 +2,7 @@
 
 import hmac
 import json
+import os
 import re
 import shutil
 import socket
@@ -11,16 +12,19 @@ import pytest
 import torch
 
 import hub_server
-from conftest import verb
+from conftest import tiny_reward_model, tiny_tokenizer, verb
 from judge_server import serve
 from made_report import audit, steered
 from publishing.test_push import scorer as pushed_scorer  # noqa: F401  a folder as rgtg train leaves it
 from rgtg.config import TrainSettings
 from rgtg.errors import DataError, OutputError
+from rgtg.models.checkpoint import read_info
+from rgtg.models.heads import StateHead, save_head
 from rgtg.outputs import atomic_write
 from rgtg.report import write_report
 from rgtg.training.checkpoints import MARKER, Marker, seal
 from rgtg.training.run import train_scorer
+from rgtg.training.save import save_own_state, save_scorer
 from served import serving
 from synthetic import synthetic_rows, write_rows
 from test_security_models import Bomb
@@ -245,3 +249,25 @@ def test_s15_requests_choose_among_what_was_started_with(asked, monkeypatch):
         assert answer.status_code in (400, 404), answer.text
         assert "root:" not in answer.text
         assert served.post("/v1/chat/completions", **chat).status_code == 200
+
+
+@pytest.mark.parametrize(("umask", "opened"), [(0o077, 0o600), (0o022, 0o644)])
+def test_outputs_are_as_open_as_the_umask_lets_them_be(policy_folder, pushed_scorer, tmp_path, umask, opened):  # noqa: F811
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\nnonsense\n')
+    models = ["--policy", policy_folder, "--scorer", pushed_scorer, "--max-new-tokens", 2]
+    about = read_info(pushed_scorer)
+    before = os.umask(umask)
+    try:
+        job = ["--prompts", prompts, "--output", tmp_path / "out" / "done.jsonl", "--on-bad", "skip", "--quiet"]
+        assert verb("generate")(*models, *job).exit_code == 0
+        save_scorer(tmp_path / "out" / "scorer", tiny_reward_model(), tiny_tokenizer(), about, "card")
+        head = StateHead(32, 8)
+        save_own_state(tmp_path / "out" / "head", head, tiny_tokenizer(), about, "card", settings={})
+        save_head(tmp_path / "out", head)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    names = {path.name for path in modes}
+    assert names >= {"done.jsonl", "done.jsonl.errors.jsonl", "model.safetensors", "head.safetensors", "rgtg.json"}
+    assert set(modes.values()) == {opened}, modes

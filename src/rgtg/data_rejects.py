@@ -1,8 +1,6 @@
 """Rows that cannot be used: counted by reason, told to a person, written to a file of rejects."""
 
 import json
-import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 from rgtg.data_sources import RawRow, RowProblem, raw_text
 from rgtg.errors import DataError, OutputError, UsageError
+from rgtg.outputs import new_beside, take_name
 
 _SHOWN = 5
 
@@ -95,13 +94,10 @@ def rejects_writer(path: Path | None) -> Iterator[Callable[[str], object]]:
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            partial = Path(file.name)
+        partial = new_beside(path)
+        with partial.open("w", encoding="utf-8") as file:
             yield file.write
-        os.chmod(partial, 0o644)
-        partial.replace(path)
+        take_name(partial, path)
     except OSError as error:
         raise OutputError(f"cannot write the rejects {path}: {error.strerror or error}; use --rejects FILE") from error
     finally:

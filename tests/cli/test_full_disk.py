@@ -11,6 +11,7 @@ import torch
 from conftest import verb
 from naive import info
 from rgtg.errors import ModelNotFoundError
+from rgtg.jobs import place
 from rgtg.models.checkpoint import write_info
 from rgtg.models.prefix_scorer import PrefixScorer
 from rgtg.training.checkpoints import seal
@@ -71,6 +72,34 @@ def test_generate_keeps_what_is_finished(policy_folder, scorer_folder, tmp_path,
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     assert run(*models, "--output", output).exit_code == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_generate_says_how_to_go_on_when_only_the_finished_output_finds_no_room(
+    policy_folder, scorer_folder, tmp_path, no_room, monkeypatch
+):
+    write_info(scorer_folder, info())
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "done.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": c * 100}) + "\n" for c in "abcdefghijkl"))
+    models = ["generate", "--policy", policy_folder, "--scorer", scorer_folder, "--max-new-tokens", 16, "--quiet"]
+    models += ["--prompts", prompts, "--trace"]
+    assert run(*models, "--output", tmp_path / "whole.jsonl").exit_code == 0
+    assert (tmp_path / "whole.jsonl").stat().st_size > 8192
+    write = place._write_lines
+
+    def write_without_room(*arguments):
+        no_room()
+        return write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, "_write_lines", write_without_room)
+        told = f"all 12 finished rows are kept in {output}.partial, and the same command goes on from them once there"
+        refused(run(*models, "--output", output), told)
+    assert not output.exists()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    monkeypatch.setattr("rgtg.jobs.work.complete_batch", lambda *_, **__: pytest.fail("all rows are finished"))
+    assert run(*models, "--output", output).exit_code == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not output.with_name("done.jsonl.partial").exists()
 
 
 def test_audit(scorer_folder, tmp_path, no_room):

@@ -1,5 +1,6 @@
 """Whole jobs in this process: resumed, refused, retried, stopped at every step of writing, and added up."""
 
+import hashlib
 import json
 
 import pytest
@@ -133,6 +134,71 @@ def test_a_finished_job_is_not_done_again(job, tmp_path):
     before = (tmp_path / "out.jsonl").stat()
     assert job(ROWS, complete=lambda pending: pytest.fail("nothing is to be done")) == first
     assert (tmp_path / "out.jsonl").stat() == before
+
+
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def lost(text):
+    return b"".join(text.splitlines(keepends=True)[:-1])
+
+
+def turned(text):
+    return text[:-2] + bytes([text[-2] ^ 1]) + text[-1:]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut, r"[\d,]+ bytes there, [\d,]+ written"),
+        (lost, r"[\d,]+ bytes there, [\d,]+ written"),
+        (lambda text: b"", r"0 bytes there, [\d,]+ written"),
+        (lambda text: text + text, r"[\d,]+ bytes there, [\d,]+ written"),
+        (turned, r"SHA-256 [0-9a-f]{12}… there, [0-9a-f]{12}… written"),
+    ],
+)
+def test_a_finished_output_that_is_damaged_later_is_refused_and_made_anew_by_force(
+    job, tmp_path, guided, failed, damage, told
+):
+    path = tmp_path / "out.jsonl"
+    job(ROWS, **({"complete": failing(guided, "ab" * 4, [])} if failed else {}))
+    job(ROWS, output="whole.jsonl")
+    path.write_bytes(damage(path.read_bytes()))
+    damaged = path.read_bytes()
+    with pytest.raises(
+        UsageError, match=rf"out\.jsonl was changed after the job wrote it \({told}\): .*--force to make"
+    ):
+        job(ROWS)
+    assert path.read_bytes() == damaged
+    assert job(ROWS, force=True).completions == len(ROWS)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    nothing = {"complete": lambda pending: pytest.fail("nothing is to be done")}
+    assert job(ROWS, force=True, **nothing).completions == len(ROWS), "sound, it is not made again"
+
+
+def test_a_record_without_the_content_counts_lines(job, tmp_path):
+    job(ROWS)
+    path, about = tmp_path / "out.jsonl", tmp_path / "out.jsonl.job.json"
+    early = json.loads(about.read_text())
+    assert early.pop("content") == {
+        "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+    }  # fmt: skip
+    about.write_text(json.dumps(early))
+    assert job(ROWS, complete=lambda pending: pytest.fail("nothing is to be done")).completions == 6
+    path.write_bytes(lost(path.read_bytes()))
+    with pytest.raises(UsageError, match=r"\(5 lines there, 6 written\)"):
+        job(ROWS)
+    assert job(ROWS, force=True).completions == len(lines(path)) == 6
+
+
+def test_an_output_that_is_gone_is_made_anew(job, tmp_path):
+    job(ROWS)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    job(ROWS)
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -129,6 +129,12 @@ def test_of_a_hub_only_the_config_is_read(policy_folder, hub):
             shape_of(source)
 
 
+def test_a_folder_may_be_named_like_a_number(policy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy_folder.rename(tmp_path / "70GB")
+    assert shape_of("70GB").exact
+
+
 def test_sizes_between_known_models_are_scaled():
     known, between = shape_of("8B"), shape_of("20B")
     assert (known.layers, known.hidden, known.kv_heads) == (32, 4096, 8)
@@ -171,7 +177,15 @@ def test_more_rows_and_layers_are_not_cheaper_here(quick):
     [
         (("--policy", "8B", "--hardware", "tpu"), "unknown hardware 'tpu'; expected one of a100"),
         (("--policy", "8B", "--hardware", "h200x0"), "unknown hardware"),
+        (("--policy", "8B", "--hardware", "h200x100001"), "'h200x100001': expected at most 100,000 devices"),
+        (("--policy", "8B", "--hardware", f"h200x{'9' * 5000}"), "expected at most 100,000 devices"),
         (("--policy", "3M", "--hardware", "h200"), "sizes from 10M"),
+        *(
+            (("--policy", name, "--hardware", "h200"), f"{name} is no folder, and no size: those are written 70B")
+            for name in ("70GB", "1e9B", "7b-chat", "1,5B", ".5B", "7 B", "1T")
+        ),
+        (("--policy", "8B", "--scorer", "8BB", "--hardware", "h200"), "8BB is no folder, and no size"),
+        (("--policy", "./7b", "--hardware", "h200"), "no model folder ./7b"),
         (("--policy", "70", "--hardware", "h200"), "it needs a unit: 70B or 70M"),
         (("--policy", "nowhere/at/all", "--hardware", "h200"), "no model folder nowhere/at/all"),
         (("--policy", "8B", "--hardware", "h200x8", "--tensor-parallel", "3"), "does not divide 8 devices"),

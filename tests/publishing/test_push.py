@@ -6,11 +6,14 @@ import re
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 
 import rgtg
 from conftest import tiny_reward_model, tiny_tokenizer, verb
 from hub_server import READ
 from made_report import audit, rollout_audit
+from rgtg.cli.main import app
+from rgtg.config import PushSettings
 from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
 from rgtg.models.encoding import tokenizer_hash
 from rgtg.models.heads import StateHead, round_to_half
@@ -236,12 +239,22 @@ def test_an_audit_of_other_weights_is_refused(hub, scorer, audited):
         (["scorer"], "is no name of a repository"),
         (["me/scorer", "--exclude", "nothing.*"], "--exclude nothing.*: no such file"),
         (["me/scorer", "--exclude", "rgtg.json"], "a scorer without rgtg.json cannot be loaded"),
-        ([], "repo is required"),
+        ([], "error: repo is required (argument 2)"),
     ],
 )
 def test_unusable_arguments(scorer, arguments, message):
     refused = push(scorer, *arguments, "--dry-run")
     assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
+
+
+def test_what_is_missing_is_named_as_the_command_takes_it():
+    refused = push()
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: folder is required (argument 1); repo is required (argument 2)\n",
+    )
+    arguments = [p.name for p in get_command(app).commands["push"].params if p.param_type_name == "argument"]
+    assert tuple(arguments) == PushSettings.positional
 
 
 def test_the_hub_s_refusals_say_what_to_do_and_leave_no_half(hub, scorer, monkeypatch):

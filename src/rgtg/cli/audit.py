@@ -15,6 +15,7 @@ from rgtg.cli.common import (
     atomic_write,
     emit,
     hush_libraries,
+    keep_inputs,
     make_folder,
     resumable,
     save_settings,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from rgtg.models.policy import Policy
 
 _ROLL = "Audit of candidates"
+_WRITTEN = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png", "settings.json")
 
 
 @verb
@@ -87,6 +89,10 @@ def command(
     if settings.output:
         new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
         make_folder(settings.output)
+        read = [
+            (f"--{name.replace('_', '-')}", getattr(settings, name)) for name in ("pairs", "prompts", "rollouts_file")
+        ]
+        keep_inputs(read, [settings.output / name for name in _WRITTEN])
     model, loaded = _load(settings)
     by_pairs = _audit_pairs(model, settings) if settings.pairs else None
     by_rollouts = None

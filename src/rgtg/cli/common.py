@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from rgtg.errors import RgtgError, StoppedError
 from rgtg.outputs import atomic_write as atomic_write
+from rgtg.outputs import keep_inputs as keep_inputs
 from rgtg.outputs import make_folder as make_folder
 from rgtg.outputs import write_text as write_text
 

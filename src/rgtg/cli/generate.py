@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_libraries, resumable, verb, write_json
+from rgtg.cli.common import (
+    AsJson,
+    Config,
+    Overrides,
+    Quiet,
+    Seed,
+    hush_libraries,
+    keep_inputs,
+    resumable,
+    verb,
+    write_json,
+)
 from rgtg.cli.progress import job_bar, reading_bar
 from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.errors import RgtgError, UsageError
@@ -81,7 +92,8 @@ def command(
         typer.Option(metavar="error|skip", help="Refuse bad rows, or list them as errors.", rich_help_panel=_FILE),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an output of other settings or models.", rich_help_panel=_FILE)
+        bool,
+        typer.Option("--force", help="Replace an output of other settings, or a damaged one.", rich_help_panel=_FILE),
     ] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="Complete it by workers of a Ray cluster.", rich_help_panel=_RAY)
@@ -130,6 +142,8 @@ def command(
             flags[name] = one[0]
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
+    if settings.output is not None:
+        keep_inputs([("--config", config)], [settings.output])
     hush_libraries(forks=False)
     first = _is_first(settings)
     with nullcontext() if first else _silent():
@@ -201,6 +215,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, fi
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
+    keep_inputs([("--prompts", settings.prompts)], Place(settings.output).files)
     if settings.ray:
         require_ray()
     with resumable("the same command goes on from the rows that are finished"):

@@ -13,6 +13,7 @@ from rgtg.cli.common import (
     Quiet,
     Seed,
     emit,
+    keep_inputs,
     make_folder,
     resumable,
     save_settings,
@@ -66,6 +67,7 @@ def command(
         planned = plan(settings)
         emit(vars(planned), as_json=as_json, quiet=quiet, show=lambda: _show_plan(planned))
         return
+    _keep_inputs(settings)
     make_folder(settings.output)
     save_settings(settings.output, settings)
     from rich.console import Console
@@ -78,6 +80,17 @@ def command(
         found = judge(settings, lambda done, total: bar.update(task, completed=done, total=total))
     _write(found, settings.output)
     emit(found.result, as_json=as_json, quiet=quiet, show=lambda: show(found.result, settings.output))
+
+
+def _keep_inputs(settings: JudgeSettings) -> None:
+    from rgtg.data_sources import named_path
+
+    named = [("--a", settings.a), ("--b", settings.b), *(("--completions", each) for each in settings.completions)]
+    read = [(option, named_path(source)[1]) for option, source in named if source is not None]
+    written = [settings.output / name for name in ("judge.json", "verdicts.jsonl", "settings.json")]
+    keep_inputs(
+        [*read, ("--pairs", settings.pairs), ("--prompt-file", settings.prompt_file)], [*written, settings.answers]
+    )
 
 
 def _write(found: "Judgement", output: Path) -> None:

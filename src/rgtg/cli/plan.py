@@ -17,7 +17,8 @@ def command(
     policy: Annotated[str | None, typer.Option(help="A size (70B), or a folder or hub id.")] = None,
     scorer: Annotated[str | None, typer.Option(help="The same, of a scorer that is a model of its own.")] = None,
     hardware: Annotated[
-        str | None, typer.Option(help="h200x8 …; cpu or cuda measures this machine; or a file.")
+        str | None,
+        typer.Option(help="h200x8 …; cpu (default) or cuda measures this machine, in some seconds; or a file."),
     ] = None,
     save_hardware: Annotated[Path | None, typer.Option(help="Keep what was measured, for --hardware FILE.")] = None,
     prompts: Annotated[str | None, typer.Option(help="How many, for example 1e6. Default 1000.")] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rgtg.cli.common import AsJson, Quiet, emit, verb
+from rgtg.cli.common import AsJson, Quiet, emit, keep_inputs, verb
 
 
 @verb
@@ -21,12 +21,15 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a self-contained page, and the same in Markdown beside it, from files alone: no model is loaded."""
+    from rgtg.data_sources import named_path
     from rgtg.report import write_report
     from rgtg.report.read import read_audits, read_comparison, read_judged
 
+    page = output or (source if source.is_dir() else source.parent) / "report.html"
+    read = [("the comparison", source), ("--judge", judge), *(("--audit", named_path(each)[1]) for each in audit or [])]
+    keep_inputs(read, [page, page.with_suffix(".md")])
     result = read_comparison(source)
     audits, rollouts = read_audits(audit or [])
-    page = output or (source if source.is_dir() else source.parent) / "report.html"
     judged = read_judged(judge) if judge else None
     written = write_report(result, page, audits=audits, rollouts=rollouts, judged=judged, title=title)
     names = [str(path) for path in written]

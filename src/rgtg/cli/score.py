@@ -16,6 +16,7 @@ from rgtg.cli.common import (
     atomic_write,
     emit,
     hush_libraries,
+    keep_inputs,
     save_settings,
     verb,
 )
@@ -46,6 +47,8 @@ def command(
     settings = ScoreSettings.resolve(config, overrides, flags)
     from rgtg.data_completions import read_completions
 
+    keep_inputs([("--input", settings.input), ("--config", config)], [settings.output])
+    keep_inputs([("--input", settings.input)], [settings.output.with_name(f"{settings.output.name}.settings.json")])
     rows = read_completions(settings.input)
     hush_libraries()
     from rgtg.models.scorer import load_named_scorer

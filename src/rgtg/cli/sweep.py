@@ -13,6 +13,7 @@ from rgtg.cli.common import (
     Seed,
     emit,
     hush_libraries,
+    keep_inputs,
     make_folder,
     resumable,
     save_settings,
@@ -62,6 +63,8 @@ def command(
     from rgtg.evaluation.sweep import sweep
 
     make_folder(settings.output)
+    written = [settings.output / name for name in ("sweep.json", "settings.json")]
+    keep_inputs([("--prompts", settings.prompts)], written)
     errors = Console(stderr=True, quiet=quiet or as_json)
     with resumable("the same command goes on from the tries that are finished"):
         result = sweep(settings, lambda label, i, _: errors.print(f"[dim]{i + 1}[/dim] {label}"))

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,8 @@ class Settings(BaseModel):
     """Base of every command's settings: unknown keys are refused with a suggestion."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    positional: ClassVar[tuple[str, ...]] = ()  # settings that the command takes by their place, in order
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in this run")
 
@@ -103,7 +105,9 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(cls.model_fields))}"
         return f"unknown setting {name}{hint}"
     if detail["type"] == "missing":
-        return f"{name} is required (--{name.replace('_', '-')})"
+        places: tuple[str, ...] = getattr(cls, "positional", ())
+        given_as = f"argument {places.index(name) + 1}" if name in places else f"--{name.replace('_', '-')}"
+        return f"{name} is required ({given_as})"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if not name:  # several settings at odds
         return message

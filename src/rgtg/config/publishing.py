@@ -1,6 +1,7 @@
 """Settings of ``rgtg push``."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -9,6 +10,8 @@ from rgtg.config.base import Settings
 
 class PushSettings(Settings):
     """``rgtg push``: which folder goes to which repository of the hub."""
+
+    positional: ClassVar[tuple[str, ...]] = ("folder", "repo")
 
     folder: Path = Field(description="a scorer that rgtg train wrote")
     repo: str = Field(description="owner/name")

@@ -229,7 +229,7 @@ def _checksum(record: bytes) -> str:
 def _locked(path: Path) -> FileIO:
     """The file, open to append, and locked until it is closed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "r+")
+    file = FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666), "r+")
     try:
         take_lock(file.fileno(), path)
     except UsageError:

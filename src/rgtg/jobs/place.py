@@ -1,5 +1,6 @@
 """Where a job lives: its output, and the files beside it; what is there already, and how a finished job is written."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rgtg.errors import OutputError, RgtgError, UsageError
 from rgtg.jobs.lines import COUNTED, Shape, counts_of, failure_line, id_of
 from rgtg.jobs.log import Entry, JobLog, changes
 from rgtg.outputs import atomic_write, make_folder
-from rgtg.types_jobs import JobResult, RowFailure
+from rgtg.types_jobs import FileContent, JobResult, RowFailure
 
 _ANOTHER = "give another --output, or --force to make it anew"
 
@@ -38,6 +39,16 @@ class Place:
         """What the finished output was made from."""
         return self._beside("job.json")
 
+    @property
+    def settings(self) -> Path:
+        """The settings as they were used."""
+        return self._beside("settings.json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the job may write or remove."""
+        return self.output, self.log, self.errors, self.about, self.settings
+
     def check(self, *, force: bool) -> None:
         """Refuse an output that cannot or must not be written, before any work.
 
@@ -60,15 +71,18 @@ class Place:
     def finished(self, made_with: dict[str, Any], *, force: bool) -> JobResult | None:
         """The job that is finished here, if it is this one; None where there is none (or one to make anew).
 
+        The output is read, a second or so for each gigabyte: what was damaged since must not pass for complete.
+
         Raises:
-            UsageError: an output of another job, without ``force``.
+            UsageError: an output of another job, or not as the job wrote it, without ``force``.
+            OutputError: the output cannot be read.
         """
         if not self.output.exists() or self.log.exists():  # a working file decides by its own header
             return None
         result = self._read_about()
         if result is None:  # checked before
             return None
-        problem = changes(made_with, result.made_with, str(self.output), _ANOTHER)
+        problem = changes(made_with, result.made_with, str(self.output), _ANOTHER) or self._damage(result)
         if problem is not None and not force:
             raise problem
         return result if problem is None else None
@@ -88,28 +102,56 @@ class Place:
                 try:
                     entries = [Entry(places[id_of(line)], line.decode().rstrip("\n"), counts_of(line)) for line in part]
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise UsageError(f"{self.output} was changed after the job wrote it: {_ANOTHER}") from error
+                    raise UsageError(
+                        f"{self.output} was changed after the job wrote it: move it away to make it anew"
+                    ) from error
                 log.append(entries)
 
-    def write(self, log: JobLog, failures: Sequence[RowFailure], result: JobResult, shape: Shape) -> None:
+    def write(self, log: JobLog, failures: Sequence[RowFailure], result: JobResult, shape: Shape) -> JobResult:
         """Write the finished job, each file whole or not at all; the working file goes last.
+
+        Returns:
+            The result, with what was written.
 
         Raises:
             OutputError: a file cannot be written; the working file stays.
             RgtgError: the rows do not add up, which is a fault of this program.
         """
-        if failures:
-            _write_lines(self.errors, (failure_line(failure, shape).encode() for failure in failures))
-        else:
-            self.errors.unlink(missing_ok=True)
-        written = _write_lines(self.output, (line for _, line in log.records()))
-        if written != result.completions or written + len(failures) != result.rows:
-            raise RgtgError(
-                f"{result.rows} rows became {written} completions and {len(failures)} failures: they do not add up. "
-                f"This is a fault of rgtg; {log.path} holds what was made"
-            )
-        _write_lines(self.about, [result.model_dump_json(indent=2).encode()])
+        try:
+            if failures:
+                _write_lines(self.errors, (failure_line(failure, shape).encode() for failure in failures))
+            else:
+                self.errors.unlink(missing_ok=True)
+            count, content = _write_lines(self.output, (line for _, line in log.records()))
+            if count != result.completions or count + len(failures) != result.rows:
+                raise RgtgError(
+                    f"{result.rows} rows became {count} completions and {len(failures)} failures: they do not add up. "
+                    f"This is a fault of rgtg; {log.path} holds what was made"
+                )
+            result = result.model_copy(update={"content": content})
+            _write_lines(self.about, [result.model_dump_json(indent=2).encode()])
+        except OSError as error:
+            size = log.path.stat().st_size
+            raise OutputError(
+                f"{error}; all {log.finished} finished rows are kept in {log.path}, and the same command goes on from "
+                f"them once there is room for the output beside it, at most {-(-size // 10**6):,} MB more"
+            ) from error
         log.remove()
+        return result
+
+    def _damage(self, result: JobResult) -> UsageError | None:
+        """How the output differs from what the job wrote; None where it does not."""
+        lines, there = _content_of(self.output)
+        wrote = result.content
+        if there == wrote or (wrote is None and lines == result.completions):
+            return None
+        if wrote is None:  # an early rgtg kept no more than the number of its lines
+            found = f"{lines} lines there, {result.completions} written"
+        elif there.bytes != wrote.bytes:
+            found = f"{there.bytes:,} bytes there, {wrote.bytes:,} written"
+        else:
+            found = f"SHA-256 {there.sha256[:12]}… there, {wrote.sha256[:12]}… written"
+        return UsageError(f"{self.output} was changed after the job wrote it ({found}): {_ANOTHER}")
 
     def _read_about(self) -> JobResult | None:
         try:
@@ -136,12 +178,26 @@ def _chunks(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
     yield part
 
 
-def _write_lines(path: Path, lines: Iterable[bytes]) -> int:
-    """Write a file, whole or not at all, down to the disk; how many lines it has."""
-    count = 0
+def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileContent]:
+    """Write a file, whole or not at all, down to the disk; how many lines it has, and what is in it."""
+    count, size, digest = 0, 0, hashlib.sha256()
     with atomic_write(path) as partial, partial.open("wb") as file:
         for count, line in enumerate(lines, start=1):  # noqa: B007
-            file.write(line + b"\n")
+            size += file.write(line + b"\n")
+            digest.update(line + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    return count
+    return count, FileContent(bytes=size, sha256=digest.hexdigest())
+
+
+def _content_of(path: Path) -> tuple[int, FileContent]:
+    """What `_write_lines` says of a file, read from the disk."""
+    count, size, digest = 0, 0, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                count, size = count + part.count(b"\n"), size + len(part)
+                digest.update(part)
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror or error}") from error
+    return count, FileContent(bytes=size, sha256=digest.hexdigest())

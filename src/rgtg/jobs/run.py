@@ -156,8 +156,7 @@ def run_plan(
             rows=prompts.total, completions=log.finished, failed=len(failures), undecoded=len(failed),
             counts=sums(log.counts), made_with=plan.made_with, provenance=plan.provenance,
         )  # fmt: skip
-        place.write(log, failures, result, shape)
-    return result
+        return place.write(log, failures, result, shape)
 
 
 def made_with(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import DataError
 from rgtg.models.checkpoint import HEAD_FILE, ScorerInfo
+from rgtg.outputs import mode_for
 
 # Beyond this share of the vocabulary, one product with all of it is cheaper than with rows that are gathered.
 MANY = 16
@@ -108,8 +109,9 @@ def save_head(folder: Path, head: Head) -> None:
         for name, value in head.state_dict(keep_vars=True).items()
     }
     path = folder / HEAD_FILE
+    mode = mode_for(path)  # safetensors leaves it to its owner alone
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(path))
-    path.chmod(0o644)  # as the files beside it
+    path.chmod(mode)
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ _SHEETS = {
     "l40s": (48 * GB, 0.864 * TB, 362 * TERA, 91.6 * TERA, 32 * GB, "NVIDIA L40S data sheet (PCIe 4)"),
 }
 HERE = ("cpu", "cuda")
+MOST = 100_000  # devices of a plan
 
 
 def from_sheet(name: str, dtype: str) -> Device:
@@ -71,7 +72,7 @@ def parse_hardware(text: str) -> tuple[str, int]:
     """Name and number of devices.
 
     Raises:
-        UsageError: no such device.
+        UsageError: no such device, or too many.
 
     Example:
         >>> parse_hardware("h200x8")
@@ -84,4 +85,7 @@ def parse_hardware(text: str) -> tuple[str, int]:
             f"unknown hardware {text!r}; expected one of {', '.join(_SHEETS)}, or {' or '.join(HERE)} to measure this "
             "machine, with a number of devices (h200x8), or a file that --save-hardware wrote"
         )
-    return name, int(found["count"] or 1)
+    count = found["count"] or "1"
+    if len(count) > len(str(MOST)) or int(count) > MOST:
+        raise UsageError(f"hardware {text!r:.40}: expected at most {MOST:,} devices")
+    return name, int(count)

@@ -78,18 +78,25 @@ _KNOWN = {
     405.9e9: Shape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[-+.]*\d"
+)  # no hub id begins so without an owner, and asking for one takes half a minute offline
 
 
 def shape_of(source: str) -> Shape:
     """Sizes of a model given as a size (70B, 350M), or as a folder or hub id, whose config.json is counted exactly.
 
     Raises:
-        UsageError: neither, or a size without its unit.
+        UsageError: neither, or a size without its unit or with another.
         ModelNotFoundError: no such folder or repository, or no decoder in it.
     """
     found = _SIZE.fullmatch(source)
-    if found is None or Path(source).exists():
+    if Path(source).exists() or not (found or _NUMBER.match(source)) or "/" in source:
         return _from_config(source)
+    if found is None:
+        raise UsageError(
+            f"{source} is no folder, and no size: those are written 70B, 0.5B or 350M (a hub id: owner/name)"
+        )
     if not found[2]:
         raise UsageError(f"{source} is no folder, and as a size it needs a unit: {source}B or {source}M parameters")
     return _by_size(source, float(found[1]) * (1e9 if found[2].upper() == "B" else 1e6))

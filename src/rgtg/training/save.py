@@ -15,6 +15,7 @@ from rgtg.disk import keep_files, keep_names
 from rgtg.errors import OutputError
 from rgtg.models.checkpoint import INFO_FILE, ScorerInfo, write_info
 from rgtg.models.heads import Head, save_head
+from rgtg.outputs import take_name
 
 _STAGE = ".unfinished-"
 
@@ -93,8 +94,7 @@ def _move_out(stage: Path, folder: Path) -> None:
     for path in sorted(stage.iterdir(), key=lambda path: path.name == INFO_FILE):
         if path.name == INFO_FILE:
             keep_names(folder)
-        path.chmod(0o644)  # safetensors leaves weights to their owner alone
-        path.replace(folder / path.name)
+        take_name(path, folder / path.name)
     keep_names(folder)
 
 
