@@ -55,3 +55,10 @@ def test_wrong_files_are_told_and_nothing_is_written(folder):
         assert message in ran.stderr
     assert run(folder / "none").exit_code == 3
     assert not (folder / "report.html").exists()
+
+
+def test_the_page_and_its_markdown_are_two_files(folder):
+    ran = run(folder, "--output", folder / "page.md")
+    assert ran.exit_code == 2
+    assert "name the page (.html)" in ran.stderr
+    assert not (folder / "page.md").exists()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rgtg.cli.common import AsJson, Quiet, emit, keep_inputs, verb
+from rgtg.errors import UsageError
 
 
 @verb
@@ -27,6 +28,8 @@ def command(
 
     page = output or (source if source.is_dir() else source.parent) / "report.html"
     read = [("the comparison", source), ("--judge", judge), *(("--audit", named_path(each)[1]) for each in audit or [])]
+    if page.suffix == ".md":
+        raise UsageError(f"--output {page}: name the page (.html); its Markdown is written beside it")
     keep_inputs(read, [page, page.with_suffix(".md")])
     result = read_comparison(source)
     audits, rollouts = read_audits(audit or [])
