@@ -15,7 +15,7 @@ from rgtg.config import TrainSettings
 from rgtg.errors import NonFiniteError, OutputError, StoppedError, UsageError
 from rgtg.training import resumable
 from rgtg.training.callbacks import TrainLog
-from rgtg.training.checkpoints import MARKER, newest_valid, verify
+from rgtg.training.checkpoints import MARKER, newest_valid, seal, verify
 from rgtg.training.prefix_reward import PrefixRewardTrainer
 from rgtg.training.run import train_scorer
 from rgtg.training.save import finish_saving
@@ -420,3 +420,13 @@ def test_a_stage_that_was_not_filled_is_dropped(tmp_path):
     (tmp_path / ".unfinished-x" / "config.json").write_text("{}")
     finish_saving(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_marker_with_a_name_that_no_file_can_have_is_passed_over(tmp_path, name):
+    (tmp_path / "weights").write_bytes(b"1")
+    seal(tmp_path, step=1, processes=1, run={})
+    marker = json.loads((tmp_path / MARKER).read_text())
+    marker["files"][name] = marker["files"]["weights"]
+    (tmp_path / MARKER).write_text(json.dumps(marker))
+    assert "cannot be read" in verify(tmp_path)

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 import rgtg
 from rgtg.disk import keep_files, keep_names
-from rgtg.errors import UsageError
+from rgtg.errors import UsageError, first_line
 from rgtg.types import Record
 
 MARKER = "rgtg-checkpoint.json"
@@ -82,16 +82,27 @@ def verify(folder: Path) -> Marker | str:
     except (OSError, ValidationError):
         return f"its {MARKER} is damaged"
     for name, expected in marker.files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"its {MARKER} names {name!r}, outside of it"
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected.bytes:
-            return f"{name} is truncated or was changed: {size:,} bytes, of {expected.bytes:,}"
-        if _sum_of(path) != expected:
-            return f"{name} is damaged: its SHA-256 is not the one it was saved with"
+        try:
+            wrong = _differs(folder, name, expected)
+        except (OSError, ValueError) as error:  # a name that no file can have, or a file that cannot be read
+            return f"{name[:80]!r} cannot be read: {first_line(error)[:80]}"
+        if wrong:
+            return wrong
     return marker
+
+
+def _differs(folder: Path, name: str, expected: FileSum) -> str | None:
+    """What is wrong with one file of a checkpoint; None: it is as it was sealed."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"its {MARKER} names {name!r}, outside of it"
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != expected.bytes:
+        return f"{name} is truncated or was changed: {size:,} bytes, of {expected.bytes:,}"
+    if _sum_of(path) != expected:
+        return f"{name} is damaged: its SHA-256 is not the one it was saved with"
+    return None
 
 
 def newest_valid(folder: Path) -> tuple[Path, Marker] | None:
