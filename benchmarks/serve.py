@@ -31,8 +31,9 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from decode import DTYPES, build, ratio, table
 from rgtg.config import DecodingSettings
-from rgtg.serving import server
+from rgtg.serving import server as serving
 from rgtg.serving.jobs import Job, Row, Step
+from rgtg.serving.settings import ServeSettings
 
 SHORT, LONG = 16, 1000  # tokens of prompts in the part on prefilling
 
@@ -58,8 +59,8 @@ def save(args, folder):
 
 def serve_here(args, folder):
     """What ``rgtg serve`` does, in this process; a prompt on stdin is completed by its engine alone, and timed."""
-    engines, load = [], server.load_engine
-    server.load_engine = lambda settings: engines.append(load(settings)) or engines[0]
+    engines, load = [], serving.load_engine
+    serving.load_engine = lambda settings: engines.append(load(settings)) or engines[0]
 
     def alone():
         for line in sys.stdin:
@@ -69,11 +70,11 @@ def serve_here(args, folder):
         print(json.dumps({"url": url}), flush=True)
         threading.Thread(target=alone, daemon=True).start()
 
-    settings = server.ServeSettings(
+    settings = ServeSettings(
         policy=str(folder / "policy"), scorer={"scorer": str(folder / "scorer")}, device=args.device, port=0,
         max_batch=args.max_batch, max_queue=256,
     )  # fmt: skip
-    server.serve(settings, ready)
+    serving.serve(settings, ready)
 
 
 def by_engine(args, engine, prompt):

@@ -1,6 +1,7 @@
 """What several processes and a power cut ask of files: one writer at a time, and nothing that was only in memory."""
 
 import errno
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rgtg.errors import OutputError, UsageError
 from rgtg.outputs import make_folder
+from rgtg.types import FileSum
 
 LOCK_FILE = ".rgtg-lock"
 
@@ -75,6 +77,31 @@ def take_lock(file: int, path: Path, *, says: Path | None = None) -> None:
     except (ImportError, OSError) as error:  # of the system, or of its file system
         why = getattr(error, "strerror", None) or "this system has no such locks"
         warnings.warn(f"{path} cannot be locked ({why}): see to it that no other process writes there", stacklevel=3)
+
+
+def sum_of(path: Path) -> FileSum:
+    """Size and SHA-256 of a file, read whole.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileSum(bytes=path.stat().st_size, sha256=digest)
+
+
+def write_kept(path: Path, text: str) -> None:
+    """Write a file that vouches for others: through a rename, and on the disk before it has its name.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def keep_files(folder: Path) -> None:

@@ -110,6 +110,13 @@ class Interval(Record):
     n: int
 
 
+class FileSum(Record):
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
 class Provenance(Record):
     """What every written result carries, so that it can be made again."""
 

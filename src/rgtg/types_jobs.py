@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from rgtg.types import FORMAT_VERSION, Provenance, Record
+from rgtg.types import FORMAT_VERSION, FileSum, Provenance, Record
 
 
 class RowFailure(Record):
@@ -17,13 +17,6 @@ class RowFailure(Record):
     error: str
 
 
-class FileContent(Record):
-    """What a file held when it was written."""
-
-    bytes: int
-    sha256: str
-
-
 class JobResult(Record):
     """Contents of ``OUTPUT.job.json``: what a finished output was made from, and how its rows add up."""
 
@@ -33,6 +26,6 @@ class JobResult(Record):
     failed: int = Field(description="lines of the file of errors")
     undecoded: int = Field(description="of those, how many failed while they were decoded; a rerun tries them again")
     counts: dict[str, int] = Field(description="sums over the completions: candidates, retokenised, unscored")
-    content: FileContent | None = Field(None, description="of OUTPUT; None in records that did not keep it yet")
+    content: FileSum | None = Field(None, description="of OUTPUT; None in records that did not keep it yet")
     made_with: dict[str, Any] = Field(description="all that the completions depend on")
     provenance: Provenance

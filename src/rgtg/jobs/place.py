@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rgtg.disk import sum_of
 from rgtg.errors import OutputError, RgtgError, UsageError
 from rgtg.jobs.lines import COUNTED, Shape, counts_of, failure_line, id_of
 from rgtg.jobs.log import Entry, JobLog, changes
 from rgtg.outputs import atomic_write, make_folder
-from rgtg.types_jobs import FileContent, JobResult, RowFailure
+from rgtg.types import FileSum
+from rgtg.types_jobs import JobResult, RowFailure
 
 _ANOTHER = "give another --output, or --force to make it anew"
 
@@ -141,16 +143,17 @@ class Place:
 
     def _damage(self, result: JobResult) -> UsageError | None:
         """How the output differs from what the job wrote; None where it does not."""
-        lines, there = _content_of(self.output)
         wrote = result.content
-        if there == wrote or (wrote is None and lines == result.completions):
+        try:
+            if wrote is None:  # an early rgtg kept no more than the number of its lines
+                lines = _lines_of(self.output)
+                found = f"{lines} lines there, {result.completions} written" if lines != result.completions else None
+            else:
+                found = _difference(sum_of(self.output), wrote)
+        except OSError as error:
+            raise OutputError(f"cannot read {self.output}: {error.strerror or error}") from error
+        if found is None:
             return None
-        if wrote is None:  # an early rgtg kept no more than the number of its lines
-            found = f"{lines} lines there, {result.completions} written"
-        elif there.bytes != wrote.bytes:
-            found = f"{there.bytes:,} bytes there, {wrote.bytes:,} written"
-        else:
-            found = f"SHA-256 {there.sha256[:12]}… there, {wrote.sha256[:12]}… written"
         return UsageError(f"{self.output} was changed after the job wrote it ({found}): {_ANOTHER}")
 
     def _read_about(self) -> JobResult | None:
@@ -178,7 +181,7 @@ def _chunks(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
     yield part
 
 
-def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileContent]:
+def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileSum]:
     """Write a file, whole or not at all, down to the disk; how many lines it has, and what is in it."""
     count, size, digest = 0, 0, hashlib.sha256()
     with atomic_write(path) as partial, partial.open("wb") as file:
@@ -187,17 +190,19 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileContent]:
             digest.update(line + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    return count, FileContent(bytes=size, sha256=digest.hexdigest())
+    return count, FileSum(bytes=size, sha256=digest.hexdigest())
 
 
-def _content_of(path: Path) -> tuple[int, FileContent]:
-    """What `_write_lines` says of a file, read from the disk."""
-    count, size, digest = 0, 0, hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                count, size = count + part.count(b"\n"), size + len(part)
-                digest.update(part)
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror or error}") from error
-    return count, FileContent(bytes=size, sha256=digest.hexdigest())
+def _difference(there: FileSum, wrote: FileSum) -> str | None:
+    """How a file differs from what was written; None where it does not."""
+    if there == wrote:
+        return None
+    if there.bytes != wrote.bytes:
+        return f"{there.bytes:,} bytes there, {wrote.bytes:,} written"
+    return f"SHA-256 {there.sha256[:12]}… there, {wrote.sha256[:12]}… written"
+
+
+def _lines_of(path: Path) -> int:
+    """How many lines of a file are whole."""
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)

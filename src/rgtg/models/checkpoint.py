@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from rgtg.config.training import Objective as Objective
+from rgtg.disk import write_kept
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.hub import holds_only_pickles, local_folder
 from rgtg.models.placement import whole_weights
@@ -65,13 +65,7 @@ def read_info(folder: str | Path) -> ScorerInfo | None:
 
 def write_info(folder: str | Path, info: ScorerInfo) -> None:
     """Write rgtg.json, last of a checkpoint's files, through a rename so that it is never half there."""
-    path = Path(folder) / INFO_FILE
-    partial = path.with_suffix(".json.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(info.model_dump(), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_kept(Path(folder) / INFO_FILE, json.dumps(info.model_dump(), indent=2) + "\n")
 
 
 def require_safe_weights(source: str) -> str:

@@ -78,9 +78,8 @@ _KNOWN = {
     405.9e9: Shape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
-_NUMBER = re.compile(
-    r"[-+.]*\d"
-)  # no hub id begins so without an owner, and asking for one takes half a minute offline
+# No hub id begins so without an owner, and asking for one takes half a minute offline.
+_NUMBER = re.compile(r"[-+.]*\d")
 
 
 def shape_of(source: str) -> Shape:

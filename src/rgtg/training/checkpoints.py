@@ -1,6 +1,5 @@
 """Checkpoints of a run: sealed once every file is there, verified to the byte before one is gone on from."""
 
-import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -9,19 +8,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 import rgtg
-from rgtg.disk import keep_files, keep_names
+from rgtg.disk import keep_files, keep_names, sum_of, write_kept
 from rgtg.errors import UsageError, first_line
-from rgtg.types import Record
+from rgtg.types import FileSum, Record
 
 MARKER = "rgtg-checkpoint.json"
 PREFIX = "checkpoint-"
-
-
-class FileSum(Record):
-    """Size and hash of one file."""
-
-    bytes: int
-    sha256: str
 
 
 class Marker(Record):
@@ -59,17 +51,12 @@ def seal(folder: Path, *, step: int, processes: int, run: dict[str, Any]) -> Non
     """
     keep_files(folder)
     files = {
-        path.relative_to(folder).as_posix(): _sum_of(path)
+        path.relative_to(folder).as_posix(): sum_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MARKER
     }
     marker = Marker(rgtg_version=rgtg.__version__, step=step, processes=processes, run=run, files=files)
-    partial = folder / f"{MARKER}.tmp"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(marker.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MARKER)
+    write_kept(folder / MARKER, marker.model_dump_json(indent=2) + "\n")
     keep_names(folder, folder.parent, folder.parent.parent)  # its file names, and its own where it is the first
 
 
@@ -100,7 +87,7 @@ def _differs(folder: Path, name: str, expected: FileSum) -> str | None:
         return f"{name} is missing"
     if (size := path.stat().st_size) != expected.bytes:
         return f"{name} is truncated or was changed: {size:,} bytes, of {expected.bytes:,}"
-    if _sum_of(path) != expected:
+    if sum_of(path) != expected:
         return f"{name} is damaged: its SHA-256 is not the one it was saved with"
     return None
 
@@ -188,9 +175,3 @@ def changes(before: dict[str, Any], now: dict[str, Any], within: str = "") -> li
 
 
 _HASHES = ("data", "held_out", "base", "tokenizer", "reference_scorer")
-
-
-def _sum_of(path: Path) -> FileSum:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileSum(bytes=path.stat().st_size, sha256=digest)
