@@ -24,17 +24,17 @@ import torch
 import stories
 from rgtg import GuidedPolicy
 from rgtg.config import TrainSettings
-from rgtg.evaluation.choices import mid_ranks
-from rgtg.evaluation.figures import COLOURS, new_figure
+from rgtg.evaluation.audit.pairs import audit_prefixes
+from rgtg.evaluation.audit.ranking import mid_ranks
+from rgtg.evaluation.audit.rollout_data import make_rollouts, rescore_rollouts
+from rgtg.evaluation.audit.rollouts import audit_rollouts
 from rgtg.evaluation.metrics import bootstrap_interval, paired_difference
-from rgtg.evaluation.prefix_audit import audit_prefixes
+from rgtg.evaluation.plots import COLOURS, new_figure
 from rgtg.evaluation.provenance import provenance
-from rgtg.evaluation.rollout_audit import audit_rollouts
-from rgtg.evaluation.rollouts import make_rollouts, rescore_rollouts
-from rgtg.models.policy import load_policy
-from rgtg.models.scorer import load_scorer
-from rgtg.outputs import write_text
-from rgtg.training.run import train_scorer
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.base import load_scorer
+from rgtg.training.train import train_scorer
+from rgtg.utils.files import write_text
 from scorers_by_weight import GOLDS
 
 SEPARATE = {"trunk": "separate", "train": {"num_train_epochs": 3, "learning_rate": 1e-3}}

@@ -19,8 +19,8 @@ import torch
 import yaml
 from datasets import Dataset
 
-from rgtg.models.policy import load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 COMMON = {
     "report_to": "none", "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "logging_steps": 20,

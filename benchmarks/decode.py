@@ -22,21 +22,21 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.join import make_speculation, make_stepper
-from rgtg.decoding.requests import Request, Stopping
-from rgtg.decoding.runner import TreeRunner
-from rgtg.decoding.speculative import speculate
-from rgtg.decoding.steps import InOnePassOnPrefix
-from rgtg.decoding.tokenwise import TokenRule
-from rgtg.evaluation.speed import bytes_per_token, memory_bandwidth, seconds_per_token
-from rgtg.models.checkpoint import ScorerInfo
-from rgtg.models.own_state import OwnStateScorer, StateHead, VocabularyHead
-from rgtg.models.packed import pack_linears
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.readout import policy_logits
-from rgtg.models.shared_trunk import SharedTrunkScorer
-from rgtg.models.vocab_scorer import VocabularyScorer
+from rgtg.decoding.engine.speculative import speculate
+from rgtg.decoding.engine.tokenwise import TokenRule
+from rgtg.decoding.request import Request, Stopping
+from rgtg.decoding.runners.factory import make_speculation, make_stepper
+from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.policy_runner import InOnePassOnPrefix
+from rgtg.evaluation.benchmark import bytes_per_token, memory_bandwidth, seconds_per_token
+from rgtg.models.loading.policy import Policy
+from rgtg.models.loading.scorer_info import ScorerInfo
+from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.ops.packed_linear import pack_linears
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_reward import VocabularyScorer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNGUIDED, STOCK = "unguided (rgtg)", "unguided (transformers.generate)"

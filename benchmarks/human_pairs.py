@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rgtg.config import TrainSettings
-from rgtg.data import read_pairs, split_pairs
-from rgtg.evaluation.figures import plot_audit
-from rgtg.evaluation.prefix_audit import audit_prefixes
-from rgtg.training.run import train_scorer
+from rgtg.data.pairs import read_pairs, split_pairs
+from rgtg.evaluation.audit.pairs import audit_prefixes
+from rgtg.evaluation.plots import plot_audit
+from rgtg.training.train import train_scorer
 
 
 def read_texts(paths, characters):

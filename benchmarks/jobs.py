@@ -78,12 +78,12 @@ class Begun(BaseException):
 
 def begin(work: Path, *, resumed: bool) -> dict[str, float]:
     """Read, check, plan, and finish one batch; ``resumed``: with half of the rows finished already."""
+    from rgtg.batch.output import Place
+    from rgtg.batch.run import run_job
     from rgtg.cli.common import hush_libraries
     from rgtg.config import GenerateSettings
-    from rgtg.data_prompts import read_prompt_rows
-    from rgtg.decoding.guided import GuidedPolicy
-    from rgtg.jobs.place import Place
-    from rgtg.jobs.run import run_job
+    from rgtg.data.prompts import read_prompt_rows
+    from rgtg.decoding.guided_policy import GuidedPolicy
 
     hush_libraries()
     settings = GenerateSettings(policy="policy", output=work / "out.jsonl", batch_size=8)
@@ -144,9 +144,9 @@ def tokenise(work: Path) -> dict[str, float]:
     from types import SimpleNamespace
 
     from rgtg.config import TrainSettings
-    from rgtg.models.policy import load_tokenizer
-    from rgtg.training.dataset import pairs_dataset
-    from rgtg.training.reading import read_data
+    from rgtg.models.loading.policy import load_tokenizer
+    from rgtg.training.data.dataset import pairs_dataset
+    from rgtg.training.data.read import read_data
 
     settings = TrainSettings(base=str(work / "policy"), pairs=str(work / "pairs.jsonl"), output=work / "out")
     tokenizer = load_tokenizer(settings.base, "policy")

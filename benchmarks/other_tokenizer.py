@@ -27,16 +27,16 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rgtg.decoding.own_tokens import BranchReader
-from rgtg.decoding.readers import CandidateReader
-from rgtg.decoding.runner import TreeRunner
-from rgtg.decoding.steps import Alone, Apart
-from rgtg.evaluation.speed import seconds_per_token
-from rgtg.models.packed import pack_linears
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.readout import policy_logits, scorer_scores
-from rgtg.models.text_scorer import TextScorer
+from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.policy_runner import Alone, Apart
+from rgtg.decoding.runners.scorer_runner import CandidateReader
+from rgtg.decoding.runners.text_scorer_runner import BranchReader
+from rgtg.evaluation.benchmark import seconds_per_token
+from rgtg.models.loading.policy import Policy
+from rgtg.models.ops.lm_head import policy_logits, scorer_scores
+from rgtg.models.ops.packed_linear import pack_linears
+from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

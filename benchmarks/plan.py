@@ -26,16 +26,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rgtg import GuidedPolicy
 from rgtg.config import PlanSettings
-from rgtg.models.checkpoint import ScorerInfo
-from rgtg.models.own_state import OwnStateScorer, StateHead, VocabularyHead
-from rgtg.models.packed import pack_linears
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.shared_trunk import SharedTrunkScorer
-from rgtg.models.vocab_scorer import VocabularyScorer
+from rgtg.models.loading.policy import Policy
+from rgtg.models.loading.scorer_info import ScorerInfo
+from rgtg.models.ops.packed_linear import pack_linears
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.planning.calibrate import measure_device
-from rgtg.planning.shapes import count
-from rgtg.planning.ways import HEAD_RANK, HEAD_WIDTH, LORA_RANK, Job, job_cost, ways
+from rgtg.planning.method_costs import HEAD_RANK, HEAD_WIDTH, LORA_RANK, Job, job_cost, ways
+from rgtg.planning.model_shapes import count
 
 # name: dtype, and layers, width and key-value heads of policy and scorer
 CASES = {

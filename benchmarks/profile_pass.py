@@ -16,11 +16,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import decode
-from rgtg.decoding.runner import TreeRunner
-from rgtg.decoding.token_tree import TokenTree
-from rgtg.evaluation.speed import memory_bandwidth
-from rgtg.models.packed import StackedWeights
-from rgtg.models.readout import policy_logits
+from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.evaluation.benchmark import memory_bandwidth
+from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.ops.packed_linear import StackedWeights
 
 ROWS = (1, 2, 10, 20, 40, 80)
 

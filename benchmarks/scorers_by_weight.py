@@ -24,15 +24,15 @@ import torch
 
 import stories
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
-from rgtg.decoding.join import make_stepper
-from rgtg.evaluation.compare import expand_runs, run_method
-from rgtg.evaluation.figures import COLOURS, draw_intervals, new_figure
+from rgtg.decoding.runners.factory import make_stepper
+from rgtg.evaluation.benchmark import seconds_per_token
+from rgtg.evaluation.compare.run import expand_runs, run_method
+from rgtg.evaluation.plots import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.provenance import provenance
-from rgtg.evaluation.speed import seconds_per_token
-from rgtg.models.policy import load_policy
-from rgtg.models.scorer import load_scorer
-from rgtg.training.run import train_scorer
-from rgtg.types import Interval
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.base import load_scorer
+from rgtg.training.train import train_scorer
+from rgtg.types.base import Interval
 
 KINDS = {
     "separate scorer": {"trunk": "separate", "train": {"num_train_epochs": 3, "learning_rate": 1e-3}},

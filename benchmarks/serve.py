@@ -32,7 +32,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from decode import DTYPES, build, ratio, table
 from rgtg.config import DecodingSettings
 from rgtg.serving import server as serving
-from rgtg.serving.jobs import Job, Row, Step
+from rgtg.serving.engine.request import Job, Row, Step
 from rgtg.serving.settings import ServeSettings
 
 SHORT, LONG = 16, 1000  # tokens of prompts in the part on prefilling

@@ -24,13 +24,13 @@ import torch
 
 from rgtg import GuidedPolicy
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
-from rgtg.evaluation.compare import expand_runs, run_method
-from rgtg.evaluation.figures import COLOURS, draw_intervals, new_figure
-from rgtg.evaluation.prefix_audit import audit_prefixes
+from rgtg.evaluation.audit.pairs import audit_prefixes
+from rgtg.evaluation.compare.run import expand_runs, run_method
+from rgtg.evaluation.plots import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.policy import load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.training.run import train_scorer
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.training.train import train_scorer
 
 KIND = frozenset(
     "happy love loved kind nice good smile smiled hug hugged friend friends help helped fun play played".split()  # noqa: SIM905

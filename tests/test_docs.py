@@ -21,14 +21,14 @@ import pytest
 import typer
 import yaml
 
-import docs_world
 import rgtg
-from conftest import verb
-from judge_server import serve
+from helpers import docs_world
+from helpers.command import verb
+from helpers.judge_server import serve
+from helpers.served import Served, on_a_socket
 from rgtg.cli.main import app
 from rgtg.errors import RgtgError
 from rgtg.serving.settings import ServeSettings
-from served import Served, on_a_socket
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

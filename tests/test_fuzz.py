@@ -11,8 +11,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from made_report import audit, judged, rollout_audit, steered
-from naive import info
+from helpers.made_report import audit, judged, rollout_audit, steered
+from helpers.naive import info
+from helpers.served import chat_tokenizer
+from rgtg.batch.journal import Entry, JobLog
 from rgtg.config import (
     CompareSettings,
     GenerateSettings,
@@ -20,17 +22,15 @@ from rgtg.config import (
     SweepSettings,
     TrainSettings,
 )
-from rgtg.data import read_pairs
-from rgtg.data_completions import read_completions
-from rgtg.data_prompts import read_prompt_rows, read_prompts
-from rgtg.data_rollouts import read_rollouts
+from rgtg.data.completions import read_completions
+from rgtg.data.pairs import read_pairs
+from rgtg.data.prompts import read_prompt_rows, read_prompts
+from rgtg.data.rollouts import read_rollouts
 from rgtg.errors import RgtgError
-from rgtg.jobs.log import Entry, JobLog
-from rgtg.models.checkpoint import INFO_FILE, read_info, write_info
-from rgtg.models.heads import StateHead, VocabularyHead, load_head, save_head
+from rgtg.models.loading.scorer_info import INFO_FILE, read_info, write_info
+from rgtg.models.scorers.heads import StateHead, VocabularyHead, load_head, save_head
 from rgtg.report.read import read_audits, read_comparison, read_judged
-from rgtg.training.checkpoints import MARKER, Marker, newest_valid, seal, verify
-from served import chat_tokenizer
+from rgtg.training.checkpoint.manager import MARKER, Marker, newest_valid, seal, verify
 
 FEW, MANY = 200, 10_000
 # What parsers have stumbled over: depth, long numbers, half characters, other encodings, no value at all.

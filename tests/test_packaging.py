@@ -57,7 +57,7 @@ def test_the_wheel_works_without_the_checkout(archives, tmp_path):
     zipfile.ZipFile(archives[0]).extractall(tmp_path)
     code = (
         f"import sys; sys.path[0] = {str(tmp_path)!r}; import rgtg; print(rgtg.__file__); "
-        "from rgtg.evaluation.judge_prompt import JudgePrompt; JudgePrompt.load(); from rgtg.cli.main import app; "
+        "from rgtg.evaluation.judge.prompt import JudgePrompt; JudgePrompt.load(); from rgtg.cli.main import app; "
         "app(['--help'], standalone_mode=False); app(['methods'], standalone_mode=False)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)

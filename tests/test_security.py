@@ -11,22 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import hub_server
-from conftest import tiny_reward_model, tiny_tokenizer, verb
-from judge_server import serve
-from made_report import audit, steered
+from helpers import hub_server
+from helpers.command import verb
+from helpers.judge_server import serve
+from helpers.made_report import audit, steered
+from helpers.served import serving
+from helpers.synthetic import synthetic_rows, write_rows
+from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from publishing.test_push import scorer as pushed_scorer  # noqa: F401  a folder as rgtg train leaves it
 from rgtg.config import TrainSettings
 from rgtg.errors import DataError, OutputError
-from rgtg.models.checkpoint import read_info
-from rgtg.models.heads import StateHead, save_head
-from rgtg.outputs import atomic_write
+from rgtg.models.loading.scorer_info import read_info
+from rgtg.models.scorers.heads import StateHead, save_head
 from rgtg.report import write_report
-from rgtg.training.checkpoints import MARKER, Marker, seal
-from rgtg.training.run import train_scorer
-from rgtg.training.save import save_own_state, save_scorer
-from served import serving
-from synthetic import synthetic_rows, write_rows
+from rgtg.training.checkpoint.manager import MARKER, Marker, seal
+from rgtg.training.checkpoint.save import save_own_state, save_scorer
+from rgtg.training.train import train_scorer
+from rgtg.utils.files import atomic_write
 from test_security_models import Bomb
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +216,9 @@ def test_s12_containers_run_without_privileges():
 def test_s14_keys_are_compared_in_constant_time_and_stand_nowhere(monkeypatch):
     compared = []
     real = hmac.compare_digest
-    monkeypatch.setattr("rgtg.serving.gate.hmac.compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    monkeypatch.setattr(
+        "rgtg.serving.http.middleware.hmac.compare_digest", lambda a, b: compared.append((a, b)) or real(a, b)
+    )
     with serving(api_key="sesame") as served:
         answers = [
             served.client.get("/v1/models", headers={"Authorization": f"Bearer {given}"})

@@ -8,13 +8,14 @@ import struct
 import pytest
 import torch
 
-from conftest import tiny_policy, tiny_tokenizer, verb
+from helpers.command import verb
+from helpers.synthetic import synthetic_rows, write_rows
+from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg import GuidedPolicy
 from rgtg.config import TrainSettings
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
-from rgtg.models.policy import load_policy
-from rgtg.training.run import train_scorer
-from synthetic import synthetic_rows, write_rows
+from rgtg.models.loading.policy import load_policy
+from rgtg.training.train import train_scorer
 
 
 class Bomb:

@@ -16,7 +16,7 @@ from rgtg import GuidedPolicy
 from rgtg.config import DecodingSettings
 from rgtg.config.base import validate
 from rgtg.decoding.methods import METHODS, check_settings
-from rgtg.models.policy import load_policy
+from rgtg.models.loading.policy import load_policy
 
 PROMPTS = ["the cat", "a dog ran", "one day", "the end"]
 

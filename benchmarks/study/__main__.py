@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from benchmarks.baselines import DEFAULTS
 
-from rgtg.outputs import write_text
+from rgtg.utils.files import write_text
 
 from . import worlds
 from .measure import Models, measured

@@ -11,10 +11,10 @@ from rgtg import GuidedPolicy
 from rgtg.decoding.methods import find_method
 from rgtg.evaluation.metrics import distinct_n
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.encoding import encode_prompt
-from rgtg.models.policy import load_policy
-from rgtg.models.prefix_scorer import PrefixScorer, pad_right
-from rgtg.outputs import write_text
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.reward_model import PrefixScorer, pad_right
+from rgtg.tokenization.encoding import encode_prompt
+from rgtg.utils.files import write_text
 
 from . import scorers
 from .rows import key_of

@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from rgtg.outputs import write_text
+from rgtg.utils.files import write_text
 
 from .measure import file_of
 

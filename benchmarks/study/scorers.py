@@ -12,10 +12,10 @@ from benchmarks.baselines import tune
 
 from rgtg.config import TrainSettings
 from rgtg.config.base import validate
-from rgtg.models.policy import load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.scorer import load_scorer
-from rgtg.training.run import train_scorer
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.base import load_scorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.training.train import train_scorer
 
 from .rows import FINE
 from .worlds import once, read_rows

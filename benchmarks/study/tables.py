@@ -5,11 +5,11 @@ import json
 import numpy as np
 
 from rgtg import GuidedPolicy
-from rgtg.evaluation.figures import COLOURS, new_figure
 from rgtg.evaluation.metrics import holm
+from rgtg.evaluation.plots import COLOURS, new_figure
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.policy import load_policy
-from rgtg.outputs import write_text
+from rgtg.models.loading.policy import load_policy
+from rgtg.utils.files import write_text
 
 from .figures_of import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER

@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.stories import OPENINGS
 
 from rgtg import GuidedPolicy
-from rgtg.models.policy import load_policy
-from rgtg.outputs import write_text
+from rgtg.models.loading.policy import load_policy
+from rgtg.utils.files import write_text
 
 from .golds import GOLDS
 
@@ -146,8 +146,8 @@ def human(args, gold_name, seed):
 def train_judge(policy, parts, folder):
     """A reward function; the judge starts from the policy's weights and is trained once, with seed 1000."""
     from rgtg.config import TrainSettings
-    from rgtg.models.prefix_scorer import PrefixScorer
-    from rgtg.training.run import train_scorer
+    from rgtg.models.scorers.reward_model import PrefixScorer
+    from rgtg.training.train import train_scorer
 
     fields = ("prompt", "chosen", "rejected")
     for name, part in (("pairs", "judge"), ("held", "prompts")):

@@ -3,31 +3,31 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rgtg.version import __version__
 
 _PUBLIC = {
-    "AuditResult": "rgtg.types",
-    "Completion": "rgtg.types",
+    "AuditResult": "rgtg.types.audit",
+    "Completion": "rgtg.types.generation",
     "DataError": "rgtg.errors",
-    "FullRewardTrainer": "rgtg.training.full_reward",
-    "GuidedPolicy": "rgtg.decoding.guided",
-    "OwnStateScorer": "rgtg.models.own_state",
-    "PreferencePair": "rgtg.types",
-    "PrefixRewardTrainer": "rgtg.training.prefix_reward",
-    "PrefixScorer": "rgtg.models.prefix_scorer",
+    "FullRewardTrainer": "rgtg.training.trainers.full_reward",
+    "GuidedPolicy": "rgtg.decoding.guided_policy",
+    "OwnStateScorer": "rgtg.models.scorers.hidden_state_head",
+    "PreferencePair": "rgtg.types.generation",
+    "PrefixRewardTrainer": "rgtg.training.trainers.prefix_reward",
+    "PrefixScorer": "rgtg.models.scorers.reward_model",
     "RgtgError": "rgtg.errors",
-    "SharedTrunkScorer": "rgtg.models.shared_trunk",
-    "StepTrace": "rgtg.types",
+    "SharedTrunkScorer": "rgtg.models.scorers.lora_adapter",
+    "StepTrace": "rgtg.types.generation",
     "UsageError": "rgtg.errors",
-    "VocabularyScorer": "rgtg.models.vocab_scorer",
-    "audit_prefixes": "rgtg.evaluation.prefix_audit",
-    "audit_rollouts": "rgtg.evaluation.rollout_audit",
+    "VocabularyScorer": "rgtg.models.scorers.token_reward",
+    "audit_prefixes": "rgtg.evaluation.audit.pairs",
+    "audit_rollouts": "rgtg.evaluation.audit.rollouts",
     "bradley_terry_loss": "rgtg.losses",
     "custom_generate": "rgtg.integrations.transformers",
-    "load_scorer": "rgtg.models.scorer",
-    "make_rollouts": "rgtg.evaluation.rollouts",
+    "load_scorer": "rgtg.models.scorers.base",
+    "make_rollouts": "rgtg.evaluation.audit.rollout_data",
     "prefix_bradley_terry_loss": "rgtg.losses",
-    "read_pairs": "rgtg.data",
+    "read_pairs": "rgtg.data.pairs",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -45,25 +45,25 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from rgtg.data import read_pairs as read_pairs
-    from rgtg.decoding.guided import GuidedPolicy as GuidedPolicy
+    from rgtg.data.pairs import read_pairs as read_pairs
+    from rgtg.decoding.guided_policy import GuidedPolicy as GuidedPolicy
     from rgtg.errors import DataError as DataError
     from rgtg.errors import RgtgError as RgtgError
     from rgtg.errors import UsageError as UsageError
-    from rgtg.evaluation.prefix_audit import audit_prefixes as audit_prefixes
-    from rgtg.evaluation.rollout_audit import audit_rollouts as audit_rollouts
-    from rgtg.evaluation.rollouts import make_rollouts as make_rollouts
+    from rgtg.evaluation.audit.pairs import audit_prefixes as audit_prefixes
+    from rgtg.evaluation.audit.rollout_data import make_rollouts as make_rollouts
+    from rgtg.evaluation.audit.rollouts import audit_rollouts as audit_rollouts
     from rgtg.integrations.transformers import custom_generate as custom_generate
     from rgtg.losses import bradley_terry_loss as bradley_terry_loss
     from rgtg.losses import prefix_bradley_terry_loss as prefix_bradley_terry_loss
-    from rgtg.models.own_state import OwnStateScorer as OwnStateScorer
-    from rgtg.models.prefix_scorer import PrefixScorer as PrefixScorer
-    from rgtg.models.scorer import load_scorer as load_scorer
-    from rgtg.models.shared_trunk import SharedTrunkScorer as SharedTrunkScorer
-    from rgtg.models.vocab_scorer import VocabularyScorer as VocabularyScorer
-    from rgtg.training.full_reward import FullRewardTrainer as FullRewardTrainer
-    from rgtg.training.prefix_reward import PrefixRewardTrainer as PrefixRewardTrainer
-    from rgtg.types import AuditResult as AuditResult
-    from rgtg.types import Completion as Completion
-    from rgtg.types import PreferencePair as PreferencePair
-    from rgtg.types import StepTrace as StepTrace
+    from rgtg.models.scorers.base import load_scorer as load_scorer
+    from rgtg.models.scorers.hidden_state_head import OwnStateScorer as OwnStateScorer
+    from rgtg.models.scorers.lora_adapter import SharedTrunkScorer as SharedTrunkScorer
+    from rgtg.models.scorers.reward_model import PrefixScorer as PrefixScorer
+    from rgtg.models.scorers.token_reward import VocabularyScorer as VocabularyScorer
+    from rgtg.training.trainers.full_reward import FullRewardTrainer as FullRewardTrainer
+    from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer as PrefixRewardTrainer
+    from rgtg.types.audit import AuditResult as AuditResult
+    from rgtg.types.generation import Completion as Completion
+    from rgtg.types.generation import PreferencePair as PreferencePair
+    from rgtg.types.generation import StepTrace as StepTrace

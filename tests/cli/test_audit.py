@@ -7,11 +7,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from conftest import tiny_reward_model, tiny_tokenizer
-from naive import write_head
+from helpers.naive import write_head
+from helpers.synthetic import write_rows
+from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.cli import audit
-from rgtg.evaluation import rollouts
-from synthetic import write_rows
+from rgtg.evaluation.audit import rollout_data as rollouts
 
 app = typer.Typer()
 app.command()(audit.command)

@@ -8,11 +8,12 @@ import sys
 import pytest
 import yaml
 
-from conftest import tiny_reward_model, tiny_tokenizer, verb
-from naive import info
-from rgtg.evaluation import running
-from rgtg.models.checkpoint import write_info
-from rgtg.types import ComparedCompletion, ComparisonResult
+from helpers.command import verb
+from helpers.naive import info
+from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
+from rgtg.evaluation.compare import generate as running
+from rgtg.models.loading.scorer_info import write_info
+from rgtg.types.comparison import ComparedCompletion, ComparisonResult
 
 run = verb("compare")
 

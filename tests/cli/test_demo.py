@@ -5,7 +5,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rgtg.types import AuditResult, ComparisonResult, Interval, MethodResult, Provenance
+from rgtg.types.audit import AuditResult
+from rgtg.types.base import Interval, Provenance
+from rgtg.types.comparison import ComparisonResult, MethodResult
 
 TINY = ["corpus=120", "pairs=32", "audit_pairs=24", "policy_steps=6", "betas=[1.0]"]
 

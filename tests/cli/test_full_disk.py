@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 
-from conftest import verb
-from naive import info
+from helpers.command import verb
+from helpers.naive import info
+from helpers.synthetic import synthetic_rows, write_rows
+from rgtg.batch import output as place
 from rgtg.errors import ModelNotFoundError
-from rgtg.jobs import place
-from rgtg.models.checkpoint import write_info
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.training.checkpoints import seal
-from synthetic import synthetic_rows, write_rows
+from rgtg.models.loading.scorer_info import write_info
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.training.checkpoint.manager import seal
 
 resource = pytest.importorskip("resource", reason="this system has no limit on the size of a file")
 run = verb()
@@ -96,7 +96,7 @@ def test_generate_says_how_to_go_on_when_only_the_finished_output_finds_no_room(
         refused(run(*models, "--output", output), told)
     assert not output.exists()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    monkeypatch.setattr("rgtg.jobs.work.complete_batch", lambda *_, **__: pytest.fail("all rows are finished"))
+    monkeypatch.setattr("rgtg.batch.tasks.complete_batch", lambda *_, **__: pytest.fail("all rows are finished"))
     assert run(*models, "--output", output).exit_code == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not output.with_name("done.jsonl.partial").exists()
@@ -149,7 +149,7 @@ def test_an_earlier_checkpoint_survives_a_full_disk_and_a_read_only_folder(
         no_room()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("rgtg.training.resumable.seal", seal_the_last)
+        patched.setattr("rgtg.training.trainers.resumable.seal", seal_the_last)
         refused(run("train", *arguments, "--output", output), "Earlier checkpoints are untouched: make room, then")
     assert [path.name for path in (output / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from conftest import verb
-from naive import info
-from other_tokenizers import reward_model_with, tokenizer_of
-from rgtg.models.checkpoint import write_info
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.types import Completion
+from helpers.command import verb
+from helpers.naive import info
+from helpers.other_tokenizers import reward_model_with, tokenizer_of
+from rgtg.models.loading.scorer_info import write_info
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.types.generation import Completion
 
 run = verb()
 
@@ -114,7 +114,7 @@ def test_an_openai_batch_is_answered_in_kind(models, tmp_path):
 
 
 def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp_path, monkeypatch):
-    from rgtg.jobs import work
+    from rgtg.batch import tasks as work
 
     whole = work.complete_batch
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from conftest import verb
+from helpers.command import verb
 
 run = verb()
 MODELS = ("--policy", "p", "--scorer", "s")

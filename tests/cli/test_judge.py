@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from conftest import verb
-from judge_server import serve
-from rgtg.types import JudgedPair, JudgeResult
-from synthetic import write_rows
+from helpers.command import verb
+from helpers.judge_server import serve
+from helpers.synthetic import write_rows
+from rgtg.types.judge import JudgedPair, JudgeResult
 
 KEY = "sk-secret-0123456789"
 run = verb("judge")

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from killing import finish, in_process, kill, wait_until
-from naive import info
-from rgtg.models.checkpoint import write_info
+from helpers.killing import finish, in_process, kill, wait_until
+from helpers.naive import info
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
+from rgtg.models.loading.scorer_info import write_info
 
 ROWS = 500
 

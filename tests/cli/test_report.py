@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from conftest import verb
-from made_report import audit, judged, rollout_audit, steered
+from helpers.command import verb
+from helpers.made_report import audit, judged, rollout_audit, steered
 
 run = verb("report")
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from conftest import tiny_reward_model, verb
+from helpers.command import verb
+from helpers.tiny_models import tiny_reward_model
 
 run = verb("score")
 

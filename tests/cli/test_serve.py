@@ -2,7 +2,7 @@
 
 import socket
 
-from conftest import verb
+from helpers.command import verb
 
 serve = verb("serve")
 

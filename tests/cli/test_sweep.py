@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from conftest import verb
-from naive import info
+from helpers.command import verb
+from helpers.naive import info
 from rgtg.cli import sweep
-from rgtg.models.checkpoint import write_info
-from rgtg.types import SweepResult
+from rgtg.models.loading.scorer_info import write_info
+from rgtg.types.comparison import SweepResult
 
 run = verb("sweep")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from conftest import verb
-from rgtg.theory import TheoryResult, exhibits
+from helpers.command import verb
+from rgtg.evaluation.theory import TheoryResult, exhibits
 
 run = verb("theory")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rgtg.models.prefix_scorer import PrefixScorer
-from synthetic import synthetic_rows, write_rows
+from helpers.synthetic import synthetic_rows, write_rows
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 RGTG = Path(sys.executable).with_name("rgtg")
 

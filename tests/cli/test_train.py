@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from conftest import verb
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.scorer import load_scorer
-from synthetic import synthetic_rows, write_rows
+from helpers.command import verb
+from helpers.synthetic import synthetic_rows, write_rows
+from rgtg.models.scorers.base import load_scorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 run = verb("train")
 SETTINGS = ["--set", "train.learning_rate=3e-3", "--set", "train.num_train_epochs=3", "--set", "eval_fraction=0.25"]

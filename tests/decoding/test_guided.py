@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from naive import EOS, info, make_guided, next_log_probs, tiny_scorer
-from rgtg.decoding.guided import GuidedPolicy
+from helpers.naive import EOS, info, make_guided, next_log_probs, tiny_scorer
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, TokenizerMismatchError, UsageError
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.vocab_scorer import VocabularyScorer
+from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_reward import VocabularyScorer
 
 TEXTS = ["Once upon a time", "Hi", "What is it?"]
 

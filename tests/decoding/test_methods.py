@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny_policy, tiny_tokenizer
-from naive import make_guided, tiny_scorer
+from helpers.naive import make_guided, tiny_scorer
+from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import DecodingSettings
-from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS, check_settings, find_method
 from rgtg.errors import UsageError
-from rgtg.models.policy import Policy
+from rgtg.models.loading.policy import Policy
 
 NAMES = [
     "policy", "pargs", "pargs-greedy", "args", "args-sample", "cd", "cd-blockwise", "rad", "farma", "genarm", "cards",

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
+from rgtg.decoding.sampling import best_of_n_kl
 from rgtg.errors import MissingExtraError
 from rgtg.evaluation import metrics
 from rgtg.evaluation.metrics import (
-    best_of_n_kl,
     best_of_n_kl_estimate,
     bootstrap_interval,
     distinct_n,

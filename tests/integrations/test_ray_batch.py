@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 import rgtg
-from conftest import verb
-from ray_hands import Fake, Faulty, Other, Stillborn, notes, slow_worker
-from ray_world import save_models, write_prompts
+from helpers.command import verb
+from helpers.ray_hands import Fake, Faulty, Other, Stillborn, notes, slow_worker
+from helpers.ray_world import save_models, write_prompts
+from rgtg.batch.tasks import Batch, Failed, Task
 from rgtg.config import GenerateSettings
-from rgtg.data_prompts import PromptRow, read_prompt_rows
+from rgtg.data.prompts import PromptRow, read_prompt_rows
 from rgtg.errors import RgtgError
 from rgtg.integrations import ray_pool
 from rgtg.integrations.ray_batch import on_ray
 from rgtg.integrations.ray_cluster import Room, cluster
-from rgtg.jobs.work import Batch, Failed, Task
-from rgtg.types_jobs import JobResult
+from rgtg.types.batch import JobResult
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is absent: pip install '.[ray]'"),
@@ -111,7 +111,8 @@ def test_sigterm_ends_with_75_and_the_job_goes_on_without_ray(ray_cluster, job, 
     output = tmp_path / "out.jsonl"
     partial = output.with_name("out.jsonl.partial")
     words = [*map(str, arguments(given, output)), "--ray", "--address", ray.get_runtime_context().gcs_address]
-    code = "import ray_hands; from rgtg.integrations import ray_pool; ray_pool.Worker = ray_hands.slow_worker()"
+    code = "from helpers import ray_hands; from rgtg.integrations import ray_pool; "
+    code += "ray_pool.Worker = ray_hands.slow_worker()"
     command = f"{code}; from rgtg.cli.main import app; app()"
     with subprocess.Popen(
         [sys.executable, "-c", command, "generate", *words], stderr=subprocess.PIPE, text=True,

@@ -4,9 +4,9 @@ import importlib.util
 import socket
 
 import pytest
-
 import ray_world  # noqa: F401
-from conftest import verb
+
+from helpers.command import verb
 from rgtg.config import GenerateSettings
 from rgtg.errors import EndpointError, MissingExtraError, UsageError
 from rgtg.integrations.ray_cluster import Room, cluster, require_ray, share

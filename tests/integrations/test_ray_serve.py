@@ -10,12 +10,12 @@ import httpx2 as httpx
 import pytest
 import yaml
 
-from ray_world import save_models
+from helpers.ray_world import save_models
+from helpers.served import Served, close, events_of
+from helpers.served import settings as local_settings
 from rgtg.config import GenerateSettings
 from rgtg.errors import NotServingError, UsageError
 from rgtg.integrations.ray_cluster import cluster
-from served import Served, close, events_of
-from served import settings as local_settings
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is absent: pip install '.[ray]'"),

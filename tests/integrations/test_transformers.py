@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from conftest import tiny_policy, tiny_tokenizer
-from naive import tiny_scorer
+from helpers.naive import tiny_scorer
+from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg import GuidedPolicy, custom_generate
 from rgtg.errors import UsageError
-from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 IDS = torch.tensor([[1, 1, 0, 9, 14], [0, 7, 7, 30, 31]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

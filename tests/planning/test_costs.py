@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from conftest import tiny_policy
+from helpers.scorer_kinds import kinds, lora
+from helpers.tiny_models import tiny_policy
 from rgtg import GuidedPolicy
 from rgtg.config import PlanSettings
-from rgtg.decoding import readers
-from rgtg.decoding.kv_cache import TreeCache
 from rgtg.decoding.methods import METHODS
+from rgtg.decoding.runners import scorer_runner as readers
+from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.planning.costs import Pass, attention_seconds, both, exchange_seconds, pass_cost, step_seconds
 from rgtg.planning.hardware import Device, from_sheet
-from rgtg.planning.shapes import Shape, count
-from rgtg.planning.ways import (
+from rgtg.planning.method_costs import (
     MAX_WIDTH,
     Job,
     Way,
@@ -28,7 +28,7 @@ from rgtg.planning.ways import (
     ways,
     weight_bytes,
 )
-from scorer_kinds import kinds, lora
+from rgtg.planning.model_shapes import Shape, count
 
 # 2 layers of 4 × 4 heads: q, k, v, o 16 weights each, three sides of 4 × 8; vocabulary 10
 SHAPE = Shape.llama("small", 2, 4, 2, 8, 10, head_dim=2, heads=2)

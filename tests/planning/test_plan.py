@@ -6,16 +6,17 @@ import json
 import pytest
 from benchmarks import plan as benchmark
 
-from conftest import tiny_policy, verb
-from naive import info
+from helpers.command import verb
+from helpers.naive import info
+from helpers.tiny_models import tiny_policy
 from rgtg.config import PlanSettings
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
-from rgtg.models.checkpoint import write_info
+from rgtg.models.loading.scorer_info import write_info
 from rgtg.planning import calibrate
 from rgtg.planning.hardware import Device, from_sheet, parse_hardware
+from rgtg.planning.model_shapes import count, shape_of
 from rgtg.planning.plan import make_plan
-from rgtg.planning.shapes import count, shape_of
 
 plan = verb("plan")
 EIGHT = ("--policy", "70B", "--scorer", "8B", "--k", "10", "--hardware", "h200x8", "--prompts", "1e6")

@@ -9,19 +9,20 @@ import yaml
 from typer.main import get_command
 
 import rgtg
-from conftest import tiny_reward_model, tiny_tokenizer, verb
-from hub_server import READ
-from made_report import audit, rollout_audit
+from helpers.command import verb
+from helpers.hub_server import READ
+from helpers.made_report import audit, rollout_audit
+from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.cli.main import app
 from rgtg.config import PushSettings
-from rgtg.models.checkpoint import ScorerInfo, fingerprint_weights
-from rgtg.models.encoding import tokenizer_hash
-from rgtg.models.heads import StateHead, round_to_half
-from rgtg.models.hub import forget_snapshots
-from rgtg.models.policy import load_policy
+from rgtg.models.loading.hub import forget_snapshots
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.scorer_info import ScorerInfo, fingerprint_weights
+from rgtg.models.scorers.heads import StateHead, round_to_half
 from rgtg.publishing.card import is_public
-from rgtg.training.card import model_card
-from rgtg.training.save import save_own_state, save_scorer
+from rgtg.tokenization.encoding import tokenizer_hash
+from rgtg.training.checkpoint.save import save_own_state, save_scorer
+from rgtg.training.model_card import model_card
 
 push = verb("push")
 # the hub client uploads large files by a name that httpx2 calls old

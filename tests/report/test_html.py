@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from made_report import EVIL, audit, comparison, grown, judged, method, rollout_audit, steered
-from rgtg.evaluation.figures import COLOURS
+from helpers.made_report import EVIL, audit, comparison, grown, judged, method, rollout_audit, steered
+from rgtg.evaluation.plots import COLOURS
 from rgtg.report import html_report, write_report
-from rgtg.types import ComparisonResult, Interval, Provenance
+from rgtg.types.base import Interval, Provenance
+from rgtg.types.comparison import ComparisonResult
 
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from made_report import EVIL, audit, judged, method, steered
-from rgtg.report.blocks import Card, Cell, Paragraph, Sample, Section, Table
+from helpers.made_report import EVIL, audit, judged, method, steered
 from rgtg.report.build import report_sections
+from rgtg.report.document import Card, Cell, Paragraph, Sample, Section, Table
 from rgtg.report.markdown import figures_of, render_markdown
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from made_report import comparison, grown, steered
+from helpers.made_report import comparison, grown, steered
 from rgtg.report.comparison import representatives
 from rgtg.report.samples import marked_words, samples
 

@@ -5,17 +5,17 @@ import re
 
 import pytest
 
-from browser import Page, open_browser
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from made_report import EVIL, steered
-from naive import info
+from helpers.browser import Page, open_browser
+from helpers.made_report import EVIL, steered
+from helpers.naive import info
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.config import CompareRun, CompareSettings
-from rgtg.decoding.guided import GuidedPolicy
-from rgtg.evaluation.compare import assemble, compare, expand_runs, run_method
-from rgtg.evaluation.contrasts import Resampling
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.evaluation.compare.run import assemble, compare, expand_runs, run_method
+from rgtg.evaluation.compare.significance import Resampling
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.report import html_report
 from rgtg.report.markdown import render_markdown
 from rgtg.report.samples import samples

@@ -16,10 +16,10 @@ import httpx2
 import pytest
 import uvicorn
 
-from rgtg.serving.flights import FAREWELL_SECONDS
-from rgtg.serving.jobs import Step
+from helpers.served import events_of, on_a_socket, serving, settings
+from rgtg.serving.engine.request import Step
+from rgtg.serving.http.streaming import FAREWELL_SECONDS
 from rgtg.serving.server import DrainingServer, listen
-from served import events_of, on_a_socket, serving, settings
 
 LONG = {"model": "tiny+kind", "prompt": "Once upon", "max_tokens": 100, "stream": True}
 SHORT = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}

@@ -8,15 +8,15 @@ import time
 import pytest
 import torch
 
-from browser import PATIENCE, Page, open_browser
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from naive import info
-from page_server import Answers, serve_page
-from rgtg.decoding.guided import GuidedPolicy
+from helpers.browser import PATIENCE, Page, open_browser
+from helpers.naive import info
+from helpers.page_server import Answers, serve_page
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
-from rgtg.decoding.rules import guided_log_probs
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
+from rgtg.decoding.sampling import guided_log_probs
+from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 PROMPT = "Once upon a time"
 LENGTH = 24

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from naive import info
-from rgtg.decoding.guided import GuidedPolicy
-from rgtg.decoding.rules import guided_log_probs
-from rgtg.models.policy import Policy
-from rgtg.models.prefix_scorer import PrefixScorer
+from helpers.naive import info
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.sampling import guided_log_probs
+from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 HERE = Path(__file__).parent / "page"
 STATIC = Path(__file__).parents[2] / "src/rgtg/serving/static"

@@ -2,10 +2,10 @@
 
 import pytest
 
-from browser import Page, open_browser
-from rgtg.decoding.guided import GuidedPolicy
-from rgtg.serving.models import ServedModels
-from served import on_a_socket, serving, tiny_models
+from helpers.browser import Page, open_browser
+from helpers.served import on_a_socket, serving, tiny_models
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.serving.engine.models import ServedModels
 
 PROMPT = "Once upon a time"
 SEED = 1  # of a chat that does not end at once

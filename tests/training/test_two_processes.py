@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from conftest import tiny_policy, tiny_reward_model, tiny_tokenizer
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.training.run import train_scorer
-from synthetic import synthetic_rows, write_rows
-from two_processes import ROWS, reward_loss, settings
+from helpers.synthetic import synthetic_rows, write_rows
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
+from helpers.two_processes import ROWS, reward_loss, settings
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.training.train import train_scorer
 
 TESTS = Path(__file__).parents[1]
 # On a machine without GPUs, --multi_gpu is what starts processes that meet through gloo.
@@ -38,7 +38,7 @@ def world(tmp_path, monkeypatch):
 def launch(*parts):
     paths = [*sys.path, str(TESTS)]
     ran = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, str(TESTS / "two_processes.py"), *parts],
+        [sys.executable, "-m", *LAUNCH, str(TESTS / "helpers" / "two_processes.py"), *parts],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip

@@ -23,12 +23,13 @@ from rgtg.cli.common import (
     write_json,
 )
 from rgtg.config import AuditSettings
-from rgtg.types import AuditPoint, AuditResult, Interval
-from rgtg.types_rollouts import CandidateFigures, RolloutAuditResult
+from rgtg.types.audit import AuditPoint, AuditResult
+from rgtg.types.base import Interval
+from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
 
 if TYPE_CHECKING:
-    from rgtg.evaluation.rollouts import Rollouts
-    from rgtg.models.policy import Policy
+    from rgtg.evaluation.audit.rollout_data import Rollouts
+    from rgtg.models.loading.policy import Policy
 
 _ROLL = "Audit of candidates"
 _WRITTEN = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png", "settings.json")
@@ -84,7 +85,7 @@ def command(
     flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields and v is not False}
     settings = AuditSettings.resolve(config, overrides, flags)
     hush_libraries()
-    from rgtg.evaluation.figures import new_figure
+    from rgtg.evaluation.plots import new_figure
 
     if settings.output:
         new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
@@ -111,8 +112,8 @@ def command(
 
 def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
     """The scorer, and the policy where one is needed; a head shares it."""
-    from rgtg.models.policy import load_policy
-    from rgtg.models.scorer import load_named_scorer, load_scorer, trunk_of
+    from rgtg.models.loading.policy import load_policy
+    from rgtg.models.scorers.base import load_named_scorer, load_scorer, trunk_of
 
     if not settings.makes_rollouts:
         return load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device), None
@@ -123,8 +124,8 @@ def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
 
 
 def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
-    from rgtg.evaluation.figures import plot_audit
-    from rgtg.evaluation.prefix_audit import audit_prefixes
+    from rgtg.evaluation.audit.pairs import audit_prefixes
+    from rgtg.evaluation.plots import plot_audit
 
     assert settings.pairs is not None, "called with pairs only"
     result = audit_prefixes(
@@ -144,7 +145,7 @@ def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
 
 
 def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> RolloutAuditResult:
-    from rgtg.evaluation.rollout_audit import audit_rollouts
+    from rgtg.evaluation.audit.rollouts import audit_rollouts
     from rgtg.evaluation.rollout_figures import plot_rollout_audit
 
     result = audit_rollouts(
@@ -168,8 +169,8 @@ def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) 
     from rich.console import Console
     from rich.progress import Progress
 
-    from rgtg.evaluation.rollouts import make_rollouts, read_rollouts
-    from rgtg.models.prefix_scorer import PrefixScorer
+    from rgtg.evaluation.audit.rollout_data import make_rollouts, read_rollouts
+    from rgtg.models.scorers.reward_model import PrefixScorer
 
     if policy is None:
         assert settings.rollouts_file is not None, "checked with the settings"

@@ -16,10 +16,10 @@ import typer
 from pydantic import BaseModel
 
 from rgtg.errors import RgtgError, StoppedError
-from rgtg.outputs import atomic_write as atomic_write
-from rgtg.outputs import keep_inputs as keep_inputs
-from rgtg.outputs import make_folder as make_folder
-from rgtg.outputs import write_text as write_text
+from rgtg.utils.files import atomic_write as atomic_write
+from rgtg.utils.files import keep_inputs as keep_inputs
+from rgtg.utils.files import make_folder as make_folder
+from rgtg.utils.files import write_text as write_text
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -21,7 +21,7 @@ from rgtg.cli.common import (
     write_json,
 )
 from rgtg.config import CompareSettings
-from rgtg.types import ComparisonResult
+from rgtg.types.comparison import ComparisonResult
 
 _WRITTEN = ("completions.jsonl", "results.json", "settings.json", "report.html", "report.md")
 
@@ -50,8 +50,8 @@ def command(
     hush_libraries()
     from rich.console import Console
 
-    from rgtg.evaluation.compare import compare
-    from rgtg.evaluation.figures import new_figure
+    from rgtg.evaluation.compare.run import compare
+    from rgtg.evaluation.plots import new_figure
     from rgtg.report import write_report
 
     new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written

@@ -21,7 +21,7 @@ from rgtg.config import DataCheckSettings
 from rgtg.errors import UsageError
 
 if TYPE_CHECKING:
-    from rgtg.data import PairReader
+    from rgtg.data.pairs import PairReader
 
 app = typer.Typer(help="Preference data: check it before training on it.", no_args_is_help=True)
 
@@ -75,11 +75,11 @@ def _rejects_path(settings: DataCheckSettings) -> Path | None:
 
 def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> "PairReader":
     """Everything read once, one pair in memory at a time."""
-    from rgtg.data import PairReader
+    from rgtg.data.pairs import PairReader
 
     tokenizer = None
     if settings.tokenizer is not None:
-        from rgtg.models.policy import load_tokenizer
+        from rgtg.models.loading.policy import load_tokenizer
 
         hush_libraries(forks=False)
         tokenizer = load_tokenizer(settings.tokenizer, "data check")

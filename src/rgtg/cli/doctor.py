@@ -62,8 +62,8 @@ def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
     """Rows of the speed table."""
     from rich.console import Console
 
-    from rgtg.decoding.guided import GuidedPolicy
-    from rgtg.evaluation.speed import measure_speed
+    from rgtg.decoding.guided_policy import GuidedPolicy
+    from rgtg.evaluation.benchmark import measure_speed
 
     assert settings.policy is not None, "checked before anything is loaded"
     method = "pargs" if settings.scorer else "policy"
@@ -87,9 +87,9 @@ def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    import rgtg
+    from rgtg.version import __version__
 
-    found = {"rgtg": rgtg.__version__, "python": platform.python_version()}
+    found = {"rgtg": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         if importlib.util.find_spec(name):
             found[name] = importlib.metadata.version(name)
@@ -110,8 +110,8 @@ def _trial(seed: int) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from rgtg.decoding.runner import supports_token_tree
-    from rgtg.models.readout import scorer_scores
+    from rgtg.decoding.runners.model_runner import supports_token_tree
+    from rgtg.models.ops.lm_head import scorer_scores
 
     torch.manual_seed(seed)
     config = LlamaConfig(

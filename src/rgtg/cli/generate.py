@@ -29,8 +29,8 @@ from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.errors import RgtgError, UsageError
 
 if TYPE_CHECKING:
-    from rgtg.data_prompts import PromptFile
-    from rgtg.types_jobs import JobResult
+    from rgtg.data.prompts import PromptFile
+    from rgtg.types.batch import JobResult
 
 _FILE = "A file of prompts"
 _RAY = "A file of prompts, on many machines"
@@ -172,7 +172,7 @@ def _is_first(settings: GenerateSettings) -> bool:
     """Of processes that split a model only the first prints and writes; errors are every process's own."""
     if not _given(settings, _SPLIT):
         return True
-    from rgtg.models.processes import is_first
+    from rgtg.models.loading.tensor_parallel import is_first
 
     return is_first()
 
@@ -191,7 +191,7 @@ def _given(settings: GenerateSettings, names: tuple[str, ...]) -> list[str]:
 
 
 def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
-    from rgtg.jobs.load import decoding_of, load_guided
+    from rgtg.batch.load import decoding_of, load_guided
 
     guided, decoding = load_guided(settings), decoding_of(settings)
     assert settings.prompt is not None, "checked before anything is loaded"
@@ -209,9 +209,9 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, first: bool) -> None:
-    from rgtg.data_prompts import read_prompt_rows, refuse_rows
+    from rgtg.batch.output import Place
+    from rgtg.data.prompts import read_prompt_rows, refuse_rows
     from rgtg.integrations.ray_cluster import require_ray
-    from rgtg.jobs.place import Place
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
@@ -252,8 +252,8 @@ def _ready(
         with redirect_stdout(sys.stderr), on_ray(settings, prompts) as run:  # Ray tells of deaths on stdout
             yield run
         return
-    from rgtg.jobs.load import decoding_of, load_guided
-    from rgtg.jobs.run import follow_job, run_job
+    from rgtg.batch.load import decoding_of, load_guided
+    from rgtg.batch.run import follow_job, run_job
 
     arguments = (settings, decoding_of(settings), prompts, load_guided(settings))
     yield partial(run_job, *arguments) if first else lambda progress: follow_job(*arguments)

@@ -22,10 +22,11 @@ from rgtg.cli.common import (
     write_text,
 )
 from rgtg.config import JudgeSettings
-from rgtg.types import Interval, JudgeMatch, JudgeResult, JudgeUsage
+from rgtg.types.base import Interval
+from rgtg.types.judge import JudgeMatch, JudgeResult, JudgeUsage
 
 if TYPE_CHECKING:
-    from rgtg.evaluation.judge import Judgement, Plan
+    from rgtg.evaluation.judge.run import Judgement, Plan
 
 _SHOWN_FAILURES = 5
 
@@ -61,7 +62,7 @@ def command(
     """Win rates by a judge, each pair in both orders; the key comes from OPENAI_API_KEY and is never written."""
     flags = {k: v or None if k == "completions" else v for k, v in locals().items() if k in JudgeSettings.model_fields}
     settings = JudgeSettings.resolve(config, overrides, flags)
-    from rgtg.evaluation.judge import judge, plan
+    from rgtg.evaluation.judge.run import judge, plan
 
     if settings.dry_run:
         planned = plan(settings)
@@ -83,7 +84,7 @@ def command(
 
 
 def _keep_inputs(settings: JudgeSettings) -> None:
-    from rgtg.data_sources import named_path
+    from rgtg.data.sources import named_path
 
     named = [("--a", settings.a), ("--b", settings.b), *(("--completions", each) for each in settings.completions)]
     read = [(option, named_path(source)[1]) for option, source in named if source is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rgtg.jobs.run import JobState
+    from rgtg.batch.run import JobState
 
 _EVERY = 30.0  # seconds between two lines where there is no terminal
 
@@ -32,7 +32,7 @@ def job_bar(what: str, *, quiet: bool) -> Iterator[Callable[["JobState"], None]]
 class Speed:
     """What a job's rows and tokens come to per second.
 
-    >>> from rgtg.jobs.run import JobState
+    >>> from rgtg.batch.run import JobState
     >>> Speed(clock=iter([0.0, 2.0]).__next__).text(JobState(rows=9, before=4, done=5, failed=1, tokens=30))
     '5/9 rows, 1 failed, 15 tokens/s, 0.5 rows/s'
     """

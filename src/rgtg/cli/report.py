@@ -22,7 +22,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Write a self-contained page, and the same in Markdown beside it, from files alone: no model is loaded."""
-    from rgtg.data_sources import named_path
+    from rgtg.data.sources import named_path
     from rgtg.report import write_report
     from rgtg.report.read import read_audits, read_comparison, read_judged
 

@@ -24,7 +24,7 @@ from rgtg.config import ScoreSettings
 from rgtg.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from rgtg.models.scorer import Scorer
+    from rgtg.models.scorers.base import Scorer
 
 
 @verb
@@ -45,13 +45,13 @@ def command(
     """Score completions: reads what rgtg generate writes, adds "reward" to every line."""
     flags = {k: v for k, v in locals().items() if k in ScoreSettings.model_fields}
     settings = ScoreSettings.resolve(config, overrides, flags)
-    from rgtg.data_completions import read_completions
+    from rgtg.data.completions import read_completions
 
     keep_inputs([("--input", settings.input), ("--config", config)], [settings.output])
     keep_inputs([("--input", settings.input)], [settings.output.with_name(f"{settings.output.name}.settings.json")])
     rows = read_completions(settings.input)
     hush_libraries()
-    from rgtg.models.scorer import load_named_scorer
+    from rgtg.models.scorers.base import load_named_scorer
 
     with atomic_write(settings.output) as partial:
         model = load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device)
@@ -72,7 +72,7 @@ def command(
 
 def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
     """Reward of each row; a row says by ``finish_reason`` whether it ended or was cut."""
-    from rgtg.data_completions import completion_text
+    from rgtg.data.completions import completion_text
 
     prompts, texts = [row["prompt"] for row in rows], [completion_text(row) for row in rows]
     finished = [row.get("finish_reason") != "length" for row in rows]

@@ -10,7 +10,7 @@ from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, hush_librari
 from rgtg.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from rgtg.serving.models import ServedModels
+    from rgtg.serving.engine.models import ServedModels
 
 _LIMITS = "Limits"
 _ACCESS = "Who may call"

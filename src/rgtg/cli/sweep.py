@@ -22,7 +22,7 @@ from rgtg.cli.common import (
 )
 from rgtg.config import SweepSettings
 from rgtg.errors import UsageError
-from rgtg.types import SweepResult
+from rgtg.types.comparison import SweepResult
 
 
 @verb
@@ -60,7 +60,7 @@ def command(
     hush_libraries()
     from rich.console import Console
 
-    from rgtg.evaluation.sweep import sweep
+    from rgtg.evaluation.compare.sweep import sweep
 
     make_folder(settings.output)
     written = [settings.output / name for name in ("sweep.json", "settings.json")]

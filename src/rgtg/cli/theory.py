@@ -10,7 +10,7 @@ from rgtg.config import TheorySettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rgtg.theory import TheoryResult
+    from rgtg.evaluation.theory import TheoryResult
 
 
 @verb
@@ -27,7 +27,7 @@ def command(
     """Enumerate a tiny random world: why scorers must be trained on prefixes, and what guidance then samples from."""
     flags = {"vocabulary": vocabulary, "length": length, "beta": beta, "seed": seed}
     settings = TheorySettings.resolve(config, overrides, flags)
-    from rgtg.theory import exhibits
+    from rgtg.evaluation.theory import exhibits
 
     result = exhibits(**settings.model_dump())
     emit(result, as_json=as_json, quiet=quiet, show=lambda: _show(result))

@@ -11,7 +11,7 @@ from rgtg.config import TrainSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rgtg.training.common import TrainReport
+    from rgtg.training.report import TrainReport
 
 
 @verb
@@ -60,8 +60,8 @@ def command(
     settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
     try:
-        from rgtg.models.processes import is_first
-        from rgtg.training.run import train_scorer
+        from rgtg.models.loading.tensor_parallel import is_first
+        from rgtg.training.train import train_scorer
     except ModuleNotFoundError as error:
         from rgtg.errors import MissingExtraError
 

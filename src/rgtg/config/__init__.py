@@ -4,6 +4,10 @@ from rgtg.config.base import Settings as Settings
 from rgtg.config.base import SettingsT as SettingsT
 from rgtg.config.base import read_yaml as read_yaml
 from rgtg.config.base import validate as validate
+from rgtg.config.commands import DataCheckSettings as DataCheckSettings
+from rgtg.config.commands import DemoSettings as DemoSettings
+from rgtg.config.commands import DoctorSettings as DoctorSettings
+from rgtg.config.commands import TheorySettings as TheorySettings
 from rgtg.config.decoding import DecodingSettings as DecodingSettings
 from rgtg.config.decoding import GenerateSettings as GenerateSettings
 from rgtg.config.decoding import ModelSettings as ModelSettings
@@ -18,9 +22,5 @@ from rgtg.config.judging import JudgeSettings as JudgeSettings
 from rgtg.config.planning import PlanSettings as PlanSettings
 from rgtg.config.publishing import PushSettings as PushSettings
 from rgtg.config.serving import EngineSettings as EngineSettings
-from rgtg.config.tools import DataCheckSettings as DataCheckSettings
-from rgtg.config.tools import DemoSettings as DemoSettings
-from rgtg.config.tools import DoctorSettings as DoctorSettings
-from rgtg.config.tools import TheorySettings as TheorySettings
 from rgtg.config.training import LoraSettings as LoraSettings
 from rgtg.config.training import TrainSettings as TrainSettings

@@ -6,20 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.decoding.best_of_n import best_of_n
-from rgtg.decoding.ended import InParts
-from rgtg.decoding.join import (
-    DRAFTS,
-    AnyScorer,
-    as_read_beside,
-    check_draft,
-    check_overlap,
-    make_mixture,
-    make_segment_reader,
-    make_speculation,
-    make_stepper,
-    require_embeddings,
-)
+from rgtg.decoding.engine.best_of_n import best_of_n
+from rgtg.decoding.engine.chunked_prefill import Feed, Reading, unread
+from rgtg.decoding.engine.prefix_cache import policy_key
+from rgtg.decoding.engine.segments import SegmentRule, SegmentStopping, decode_segments
+from rgtg.decoding.engine.speculative import speculate
+from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from rgtg.decoding.loading import listed
 from rgtg.decoding.methods import (
     Method,
@@ -31,32 +23,32 @@ from rgtg.decoding.methods import (
     require_complete,
     segments_of,
 )
-from rgtg.decoding.prefill import Feed, Reading, unread
-from rgtg.decoding.prefix_store import policy_key
-from rgtg.decoding.requests import (
-    Request,
-    Stopping,
-    end_tokens,
-    make_processors,
-    require_room,
-    row_seeds,
-    source_of,
+from rgtg.decoding.request import Request, Stopping, end_tokens, make_processors, require_room, row_seeds, source_of
+from rgtg.decoding.runners.ended import InParts
+from rgtg.decoding.runners.factory import (
+    DRAFTS,
+    AnyScorer,
+    as_read_beside,
+    check_draft,
+    check_overlap,
+    make_mixture,
+    make_segment_reader,
+    make_speculation,
+    make_stepper,
+    require_embeddings,
 )
-from rgtg.decoding.runner import Runner, TreeRunner, make_runner
-from rgtg.decoding.segment_scores import CachedSegments, SegmentReader
-from rgtg.decoding.segmentwise import SegmentRule, SegmentStopping, decode_segments
-from rgtg.decoding.speculative import speculate
-from rgtg.decoding.steps import Stepper
-from rgtg.decoding.tokenwise import TokenRule, decode
+from rgtg.decoding.runners.model_runner import Runner, TreeRunner, make_runner
+from rgtg.decoding.runners.policy_runner import Stepper
+from rgtg.decoding.runners.segment_scorer import CachedSegments, SegmentReader
 from rgtg.errors import DataError, UsageError
-from rgtg.models.encoding import require_same_tokenizer
-from rgtg.models.policy import Policy, load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.processes import bind
-from rgtg.models.readout import policy_logits
-from rgtg.models.scorer import Scorer
-from rgtg.models.shared_trunk import SharedTrunkScorer
-from rgtg.models.text_scorer import TextScorer
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.tensor_parallel import bind
+from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.scorers.base import Scorer
+from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.tokenization.encoding import require_same_tokenizer
 
 # One text, or a conversation.
 Prompt = str | list[dict[str, Any]]

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rgtg.decoding.join import DRAFTS, AnyScorer
 from rgtg.decoding.methods import find_method
+from rgtg.decoding.runners.factory import DRAFTS, AnyScorer
 from rgtg.errors import UsageError
-from rgtg.models.checkpoint import read_info
-from rgtg.models.packed import group_linears, groups_of, pack_linears
-from rgtg.models.placement import Placement
-from rgtg.models.policy import Policy, load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.models.processes import use_own_device
-from rgtg.models.scorer import load_scorer, trunk_of
-from rgtg.models.vocab_scorer import VocabularyScorer
+from rgtg.models.loading.device_map import Placement
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.scorer_info import read_info
+from rgtg.models.loading.tensor_parallel import use_own_device
+from rgtg.models.ops.packed_linear import group_linears, groups_of, pack_linears
+from rgtg.models.scorers.base import load_scorer, trunk_of
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_reward import VocabularyScorer
 
 # A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
 Source = str | AnyScorer | tuple[Any, Any]

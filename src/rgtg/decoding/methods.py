@@ -177,7 +177,7 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
 
 def scores_vocabulary(scorer: Any) -> bool:
     """Whether one call gives the scores of all next tokens: a vocabulary scorer, or a vocabulary head."""
-    from rgtg.models.vocab_scorer import VocabularyScorer  # here: printing the table must not load torch
+    from rgtg.models.scorers.token_reward import VocabularyScorer  # here: printing the table must not load torch
 
     return isinstance(scorer, VocabularyScorer) or getattr(scorer, "kind", None) == "vocab"
 

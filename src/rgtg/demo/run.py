@@ -15,13 +15,16 @@ from rgtg.demo.gold import gold_reward
 from rgtg.demo.train import train_policy
 from rgtg.demo.world import Customer, customers, draw_pair, stream, write_reply
 from rgtg.errors import MissingExtraError, OutputError, UsageError
-from rgtg.evaluation.compare import Row, assemble, expand_runs, run_method
-from rgtg.evaluation.prefix_audit import audit_prefixes
+from rgtg.evaluation.audit.pairs import audit_prefixes
+from rgtg.evaluation.compare.run import Row, assemble, expand_runs, run_method
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.policy import load_policy
-from rgtg.models.prefix_scorer import PrefixScorer
-from rgtg.outputs import make_folder, write_text
-from rgtg.types import AuditResult, ComparisonResult, Completion, MethodResult, PreferencePair, Record
+from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.types.audit import AuditResult
+from rgtg.types.base import Record
+from rgtg.types.comparison import ComparisonResult, MethodResult
+from rgtg.types.generation import Completion, PreferencePair
+from rgtg.utils.files import make_folder, write_text
 
 SCORERS = ("full-bt", "prefix-bt")
 MAX_NEW_TOKENS = 96  # the longest reply of the corpus has about 80
@@ -151,7 +154,7 @@ def save_world(folder: Path, world: World) -> None:
 def train(settings: DemoSettings, objective: str) -> None:
     """Train one scorer from the policy's weights, as ``rgtg train`` would."""
     try:
-        from rgtg.training.run import train_scorer
+        from rgtg.training.train import train_scorer
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"the demo needs {error.name}: pip install 'rgtg[train,report]'") from error
     folder = settings.output

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rgtg.demo import sentences as words
 from rgtg.demo.gold import gold_reward
-from rgtg.types import PreferencePair
+from rgtg.types.generation import PreferencePair
 
 CUE = "\nReply:"
 

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rgtg.decoding.sampling import best_of_n_kl
 from rgtg.errors import MissingExtraError
-from rgtg.types import Interval
+from rgtg.types.base import Interval
 
 
 def bootstrap_interval(
@@ -183,15 +184,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
-
-
-def best_of_n_kl(n: int) -> float:
-    """Upper bound ln n − (n−1)/n on the KL, in nats, of best-of-n to what it samples from (Beirami et al. 2024).
-
-    >>> best_of_n_kl(1)
-    0.0
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def best_of_n_kl_estimate(n: int, log_prob: float) -> float:

@@ -4,9 +4,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import rgtg
-from rgtg.models.checkpoint import fingerprint_weights
-from rgtg.types import Provenance
+from rgtg.models.loading.scorer_info import fingerprint_weights
+from rgtg.types.base import Provenance
+from rgtg.version import __version__
 
 
 def provenance(
@@ -25,7 +25,7 @@ def provenance(
     first = next(iter(models.values()), None)
     weight = next(first.parameters()) if first is not None else None
     return Provenance(
-        version=rgtg.__version__,
+        version=__version__,
         git_commit=_git_commit(),
         command=command,
         settings=without_folders(settings),

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.evaluation.figures import COLOURS, draw_band, new_figure
-from rgtg.types_rollouts import CandidateFigures, RolloutAuditResult
+from rgtg.evaluation.plots import COLOURS, draw_band, new_figure
+from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
 
 
 def plot_rollout_audit(results: Mapping[str, RolloutAuditResult], path: "str | Path | Any", **options: Any) -> None:

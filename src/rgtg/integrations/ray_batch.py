@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from rgtg.batch.run import run_plan
 from rgtg.config import GenerateSettings
-from rgtg.data_prompts import PromptFile
+from rgtg.data.prompts import PromptFile
 from rgtg.errors import RgtgError, UsageError
 from rgtg.integrations.ray_cluster import Room, cluster, nodes_alive, share, whole_path
 from rgtg.integrations.ray_pool import Pool
-from rgtg.jobs.run import run_plan
-from rgtg.types_jobs import JobResult
+from rgtg.types.batch import JobResult
 
 
 @contextmanager
 def on_ray(settings: GenerateSettings, prompts: PromptFile) -> Iterator[Callable[..., JobResult]]:
     """Join or start the cluster of the settings, and plan the job in a worker; yields what completes it.
 
-    The yielded function takes ``progress``, returns the job's result, and raises what `rgtg.jobs.run.run_job` does.
+    The yielded function takes ``progress``, returns the job's result, and raises what `rgtg.batch.run.run_job` does.
 
     Args:
         settings: of the run; from ``ray`` to ``cpus_per_actor`` they say where.

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import rgtg
+from rgtg.batch.load import decoding_of, load_guided
+from rgtg.batch.run import Plan, models_of, plan_job
+from rgtg.batch.tasks import Batch, Failed, Outcome, complete_batch
 from rgtg.config import GenerateSettings
-from rgtg.data_prompts import PromptFile
-from rgtg.decoding.guided import GuidedPolicy
+from rgtg.data.prompts import PromptFile
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import RgtgError
 from rgtg.integrations.ray_cluster import Room
-from rgtg.jobs.load import decoding_of, load_guided
-from rgtg.jobs.run import Plan, models_of, plan_job
-from rgtg.jobs.work import Batch, Failed, Outcome, complete_batch
+from rgtg.version import __version__
 
 # How long a cluster that grows on demand is waited for.
 _ROOM_SECONDS = 600.0
@@ -44,7 +44,7 @@ class Worker:
 
         import ray
 
-        return rgtg.__version__, f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+        return __version__, f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
 
     def load(self) -> dict[str, Any] | RgtgError:
         """Load the models; their fingerprints."""
@@ -216,10 +216,8 @@ class Pool:
         if call is _BEGIN:
             self._limit = None
             version, hand.where = answer
-            if version != rgtg.__version__:
-                raise RgtgError(
-                    f"{hand.where} has rgtg {version}, and this is {rgtg.__version__}: install the same one"
-                )
+            if version != __version__:
+                raise RgtgError(f"{hand.where} has rgtg {version}, and this is {__version__}: install the same one")
             self._give(hand, _LOAD)
             return
         self._models = self._models or answer

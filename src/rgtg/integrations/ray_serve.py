@@ -14,9 +14,9 @@ from rgtg.config import GenerateSettings
 from rgtg.config.base import validate
 from rgtg.errors import BusyError, UsageError
 from rgtg.integrations.ray_cluster import Room, nodes_alive, require_ray, share, whole_path
-from rgtg.serving.app import create_app
+from rgtg.serving.http.app import create_app
+from rgtg.serving.http.state import Service
 from rgtg.serving.server import load_engine, log_to_stderr
-from rgtg.serving.service import Service
 from rgtg.serving.settings import ServeSettings
 
 if TYPE_CHECKING:

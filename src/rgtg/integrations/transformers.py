@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rgtg.decoding.guided import GuidedPolicy
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.loading import Source
 from rgtg.errors import UsageError
-from rgtg.models.prefix_scorer import pad_right
+from rgtg.models.scorers.reward_model import pad_right
 
 # Settings of a GenerationConfig that mean the same here, with transformers' own defaults.
 _PASSED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.requests import Request, Stopping
-from rgtg.decoding.runner import TreeRunner
-from rgtg.decoding.token_tree import TokenTree
-from rgtg.decoding.tokenwise import TokenRule, decode
-from rgtg.models import one_query
-from rgtg.models.packed import StackedWeights, pack_linears, packs
-from rgtg.models.placement import synchronize
-from rgtg.models.policy import DTYPES
-from rgtg.models.readout import policy_logits
+from rgtg.decoding.engine.tokenwise import TokenRule, decode
+from rgtg.decoding.request import Request, Stopping
+from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.models.loading.device_map import synchronize
+from rgtg.models.loading.policy import DTYPES
+from rgtg.models.ops import attention as one_query
+from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.ops.packed_linear import StackedWeights, pack_linears, packs
 from rgtg.planning.costs import OVERLAP, both
 from rgtg.planning.hardware import Device
 

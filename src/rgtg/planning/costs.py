@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from rgtg.planning.hardware import BYTES, Device
-from rgtg.planning.shapes import Shape
+from rgtg.planning.model_shapes import Shape
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 from pydantic import Field
 
 from rgtg.errors import UsageError
-from rgtg.types import FORMAT_VERSION, Record
+from rgtg.types.base import FORMAT_VERSION, Record
 
 GB, TB, TERA = 1e9, 1e12, 1e12
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

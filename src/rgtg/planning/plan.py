@@ -17,8 +17,7 @@ from rgtg.planning.hardware import (
     from_sheet,
     parse_hardware,
 )
-from rgtg.planning.shapes import Shape, shape_of
-from rgtg.planning.ways import (
+from rgtg.planning.method_costs import (
     HEAD_RANK,
     HEAD_WIDTH,
     LORA_RANK,
@@ -32,7 +31,8 @@ from rgtg.planning.ways import (
     weight_bytes,
     work_bytes,
 )
-from rgtg.types import FORMAT_VERSION, Record
+from rgtg.planning.model_shapes import Shape, shape_of
+from rgtg.types.base import FORMAT_VERSION, Record
 
 SPARE = 0.9  # of a device's memory; the rest is the allocator's and the driver's
 LARGEST_BATCH = 64
@@ -96,7 +96,7 @@ def _scorer(source: str | None) -> tuple[Shape | None, set[Kind]]:
     if source is None:
         return None, small
     if Path(source).exists() or "/" in source:
-        from rgtg.models.checkpoint import read_info
+        from rgtg.models.loading.scorer_info import read_info
 
         info = read_info(source) if Path(source).exists() else None
         if info is not None and info.trunk == "shared":
@@ -115,13 +115,13 @@ def _hardware(settings: PlanSettings) -> tuple[Device, int]:
     name, count = parse_hardware(settings.hardware)
     if name not in HERE:
         return from_sheet(name, settings.dtype), count
-    from rgtg.models.placement import resolve_device
+    from rgtg.models.loading.device_map import resolve_device
     from rgtg.planning.calibrate import measure_device
 
     resolve_device(name)
     device = measure_device(name, settings.dtype)
     if settings.save_hardware is not None:
-        from rgtg.outputs import write_text
+        from rgtg.utils.files import write_text
 
         write_text(settings.save_hardware, device.model_dump_json(indent=2) + "\n")
     return device, count

@@ -11,9 +11,10 @@ import yaml
 
 from rgtg.errors import DataError
 from rgtg.evaluation.provenance import without_folders
-from rgtg.models.checkpoint import ScorerInfo
-from rgtg.types import AuditResult, Interval
-from rgtg.types_rollouts import RolloutAuditResult
+from rgtg.models.loading.scorer_info import ScorerInfo
+from rgtg.types.audit import AuditResult
+from rgtg.types.base import Interval
+from rgtg.types.rollouts import RolloutAuditResult
 
 _JSON = re.compile(r"(## Settings\s+```json\n)(.*?)(\n```)", re.DOTALL)
 _FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
-from rgtg.models.checkpoint import HEAD_FILE, INFO_FILE, ScorerInfo, read_info
+from rgtg.models.loading.scorer_info import HEAD_FILE, INFO_FILE, ScorerInfo, read_info
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 AUDITS = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png")

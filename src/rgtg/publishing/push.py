@@ -12,10 +12,10 @@ from pydantic import Field
 
 from rgtg.config.publishing import PushSettings
 from rgtg.errors import DataError, EndpointError, RgtgError, UsageError, first_line
-from rgtg.models.checkpoint import INFO_FILE, ScorerInfo, fingerprint_weights
+from rgtg.models.loading.scorer_info import INFO_FILE, ScorerInfo, fingerprint_weights
 from rgtg.publishing.card import Audit, is_public, published_card, published_settings, read_audits
 from rgtg.publishing.files import AUDITS, WEIGHTS, Selection, select_files
-from rgtg.types import Record
+from rgtg.types.base import Record
 
 _ADAPTER = "adapter_config.json"
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -81,8 +81,8 @@ def _audits(settings: PushSettings, found: Selection) -> list[Audit]:
 
 def _fingerprint(folder: Path, info: ScorerInfo, dtype: str | None) -> str:
     """Of the weights as the audit loaded them; a head needs no policy for it."""
-    from rgtg.models.heads import load_head
-    from rgtg.models.scorer import load_scorer, weights_of
+    from rgtg.models.scorers.base import load_scorer, weights_of
+    from rgtg.models.scorers.heads import load_head
 
     if info.trunk == "own":
         return fingerprint_weights(load_head(folder, info))

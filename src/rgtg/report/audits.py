@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 
-from rgtg.report.blocks import Block, Cell, Figure, Paragraph, Section, Table
+from rgtg.report.document import Block, Cell, Figure, Paragraph, Section, Table
 from rgtg.report.drawing import draw_choices, draw_prefix_audits, legend_height
-from rgtg.report.numbers import NOTHING, number, spread
-from rgtg.report.numbers import signed as _signed
-from rgtg.types import AuditResult, Interval
-from rgtg.types_rollouts import RolloutAuditResult
+from rgtg.report.number_format import NOTHING, number, spread
+from rgtg.report.number_format import signed as _signed
+from rgtg.types.audit import AuditResult
+from rgtg.types.base import Interval
+from rgtg.types.rollouts import RolloutAuditResult
 
 
 def audits(found: Mapping[str, AuditResult]) -> Section:

@@ -4,18 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rgtg.outputs import atomic_write, write_text
 from rgtg.report import comparison
 from rgtg.report.audits import audits as audit_section
 from rgtg.report.audits import rollout_audits as rollout_section
-from rgtg.report.blocks import Facts, Section
+from rgtg.report.document import Facts, Section
 from rgtg.report.drawing import write_png
 from rgtg.report.html import render_html
 from rgtg.report.markdown import figures_of, render_markdown
 from rgtg.report.samples import samples
-from rgtg.report.wins import wins
-from rgtg.types import AuditResult, ComparisonResult, JudgeResult, Provenance
-from rgtg.types_rollouts import RolloutAuditResult
+from rgtg.report.win_rates import wins
+from rgtg.types.audit import AuditResult
+from rgtg.types.base import Provenance
+from rgtg.types.comparison import ComparisonResult
+from rgtg.types.judge import JudgeResult
+from rgtg.types.rollouts import RolloutAuditResult
+from rgtg.utils.files import atomic_write, write_text
 
 
 def report_sections(

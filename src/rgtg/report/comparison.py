@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from rgtg.report.blocks import Block, Cell, Figure, Paragraph, Points, Section, Table
+from rgtg.report.document import Block, Cell, Figure, Paragraph, Points, Section, Table
 from rgtg.report.drawing import Marks, draw_costs, draw_frontier, legend_height
-from rgtg.report.numbers import NOTHING, number, p_value, signed, spread
-from rgtg.types import ComparisonResult, Interval, MethodResult, OverOptimisation, PairedDifference, Recommendation
+from rgtg.report.number_format import NOTHING, number, p_value, signed, spread
+from rgtg.types.base import Interval
+from rgtg.types.comparison import ComparisonResult, MethodResult, OverOptimisation, PairedDifference, Recommendation
 
 SIGNIFICANT = 0.05
 _LONG = 12  # rows from which a table of differences is folded away

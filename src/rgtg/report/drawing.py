@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.evaluation.figures import COLOURS, draw_audits, draw_intervals, new_figure
+from rgtg.evaluation.plots import COLOURS, draw_audits, draw_intervals, new_figure
 from rgtg.evaluation.rollout_figures import draw_rollout_audits
-from rgtg.report.blocks import Figure
-from rgtg.types import AuditResult, MethodResult
-from rgtg.types_rollouts import RolloutAuditResult
+from rgtg.report.document import Figure
+from rgtg.types.audit import AuditResult
+from rgtg.types.comparison import MethodResult
+from rgtg.types.rollouts import RolloutAuditResult
 
 # Matplotlib wants a real colour; in the page's SVG it becomes the text colour, which follows light and dark.
 INK = "#010203"

@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from rgtg.report.blocks import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
+from rgtg.report.document import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
 from rgtg.report.drawing import as_svg
 from rgtg.report.viewer import viewer_script, viewer_style
 

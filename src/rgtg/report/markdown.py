@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from rgtg.report.blocks import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
+from rgtg.report.document import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
 _LINE_START = re.compile(r"^(\s*)([-+](?=[-\s]|$)|[>=]|\d+[.)](?=\s|$))", re.MULTILINE)

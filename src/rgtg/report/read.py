@@ -6,10 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rgtg.data_sources import named_path
+from rgtg.data.sources import named_path
 from rgtg.errors import DataError
-from rgtg.types import AuditResult, ComparisonResult, JudgeResult
-from rgtg.types_rollouts import RolloutAuditResult
+from rgtg.types.audit import AuditResult
+from rgtg.types.comparison import ComparisonResult
+from rgtg.types.judge import JudgeResult
+from rgtg.types.rollouts import RolloutAuditResult
 
 
 def read_comparison(path: Path) -> ComparisonResult:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from rgtg.report.blocks import Card, Paragraph, Sample, Section
 from rgtg.report.comparison import by_reward, representatives
-from rgtg.report.numbers import number
-from rgtg.types import ComparisonResult, MethodResult
+from rgtg.report.document import Card, Paragraph, Sample, Section
+from rgtg.report.number_format import number
+from rgtg.types.comparison import ComparisonResult, MethodResult
 
 _WORD = re.compile(r"\s+|\S+")
 

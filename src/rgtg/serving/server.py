@@ -11,11 +11,11 @@ from types import FrameType
 import uvicorn
 
 from rgtg.errors import UsageError
-from rgtg.serving.app import create_app
-from rgtg.serving.engine import Engine
-from rgtg.serving.flights import FAREWELL_SECONDS
-from rgtg.serving.models import ServedModels
-from rgtg.serving.service import Service
+from rgtg.serving.engine.engine import Engine
+from rgtg.serving.engine.models import ServedModels
+from rgtg.serving.http.app import create_app
+from rgtg.serving.http.state import Service
+from rgtg.serving.http.streaming import FAREWELL_SECONDS
 from rgtg.serving.settings import ServeSettings
 
 _log = logging.getLogger("rgtg.serving")

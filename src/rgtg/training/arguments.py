@@ -12,8 +12,8 @@ from trl import RewardConfig
 from rgtg.config import TrainSettings
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.training.bounds import as_number
-from rgtg.training.checkpoints import require_room
-from rgtg.training.save import finish_saving
+from rgtg.training.checkpoint.manager import require_room
+from rgtg.training.checkpoint.save import finish_saving
 
 CHECKPOINTS = "checkpoints"
 

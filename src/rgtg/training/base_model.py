@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rgtg.config import LoraSettings
 from rgtg.errors import MissingExtraError, UsageError
-from rgtg.models.adapter import is_adapter, load_merged, output_name, untie_output
-from rgtg.models.checkpoint import read_info
-from rgtg.models.encoding import ensure_pad_token
-from rgtg.models.policy import load_pretrained, load_tokenizer, resolve_dtype
-from rgtg.models.prefix_scorer import PrefixScorer, position_scores, scalar_head
+from rgtg.models.loading.lora_merge import is_adapter, load_merged, output_name, untie_output
+from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.loading.scorer_info import read_info
+from rgtg.models.scorers.reward_model import PrefixScorer, position_scores, scalar_head
+from rgtg.tokenization.encoding import ensure_pad_token
 
 
 def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:

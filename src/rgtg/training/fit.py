@@ -5,7 +5,7 @@ import os
 from rgtg.config import TrainSettings
 from rgtg.config.training import OPTIONS
 from rgtg.errors import UsageError
-from rgtg.models.adapter import is_adapter
+from rgtg.models.loading.lora_merge import is_adapter
 from rgtg.training.arguments import FIT_FOR_HEADS
 from rgtg.training.objectives import OBJECTIVES
 

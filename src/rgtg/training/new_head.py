@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgtg.models.heads import Head, StateHead, VocabularyHead
-from rgtg.training.state_cache import moments
+from rgtg.models.scorers.heads import Head, StateHead, VocabularyHead
+from rgtg.training.data.state_cache import moments
 
 
 def new_head(states: Float[Tensor, "positions hidden"], width: int, table: Tensor | None, seed: int) -> Head:

@@ -1,0 +1,1 @@
+"""Resumable jobs over files of prompts."""

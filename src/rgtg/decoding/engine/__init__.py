@@ -1,0 +1,1 @@
+"""The loop that decodes a batch, and what is built on it."""

@@ -1,0 +1,94 @@
+"""Finish one prefix from each of several next tokens, many times, with the unguided policy."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rgtg.config import DecodingSettings
+from rgtg.decoding.candidates import propose
+from rgtg.decoding.engine.tokenwise import TokenRule, decode, require_finite
+from rgtg.decoding.request import Request, Stopping, derive_seed, end_tokens
+from rgtg.decoding.runners.model_runner import make_runner
+from rgtg.decoding.runners.policy_runner import Alone
+from rgtg.models.loading.policy import Policy
+from rgtg.models.ops.lm_head import policy_logits
+
+# Ordinary sampling: every token of the vocabulary, at temperature 1.
+_POLICY = TokenRule(beta=0.0, top_k=None, top_p=1.0, temperature=1.0, greedy=False)
+
+
+@torch.inference_mode()
+def next_candidates(policy: Policy, prefix_ids: Sequence[int], top_k: int) -> tuple[list[int], list[float]]:
+    """The policy's ``top_k`` likeliest next tokens and their log-probabilities in nats (over the whole vocabulary).
+
+    Raises:
+        NonFiniteError: the policy's logits are NaN or infinite.
+    """
+    runner = make_runner(policy.model, policy_logits, len(prefix_ids) + 1)
+    logits = policy_logits(policy.model, runner.prefill([prefix_ids]))
+    ids, log_probs = propose(torch.log_softmax(logits.float(), -1), top_k=top_k)
+    require_finite(bool(log_probs.isfinite().all()), scores=True)
+    return ids[0].tolist(), log_probs[0].tolist()
+
+
+def roll_out(
+    policy: Policy,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    written_ids: Sequence[int],
+    candidate_ids: Sequence[int],
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 128,
+) -> list[list[Request]]:
+    """``n`` completions of prompt ⊕ written ⊕ v for each candidate v, sampled from the policy.
+
+    The prefix is read once per batch and its cache repeated for the rows. What a row draws depends on the seed, its
+    candidate and its number, not on its neighbours. A candidate that ends the completion is not sampled from.
+
+    Args:
+        policy: the frozen policy.
+        prompt: text of the prompt, for the record.
+        prompt_ids: its token ids.
+        written_ids: tokens of the completion so far.
+        candidate_ids: next tokens.
+        n: completions of each.
+        max_new_tokens: tokens of a whole completion, those already written included.
+        seed: of this prefix.
+        batch_size: completions sampled together.
+
+    Returns:
+        Finished requests, ``n`` for each candidate; their ``token_ids`` begin with the written ones.
+    """
+    stopping = Stopping(policy.tokenizer, end_tokens(policy), DecodingSettings(max_new_tokens=max_new_tokens))
+    drawn = [
+        [
+            Request(prompt, list(prompt_ids), derive_seed(seed, token, i), [], token_ids=[*written_ids, token])
+            for i in range(n)
+        ]
+        for token in candidate_ids
+    ]
+    rows = [request for group in drawn for request in group]
+    for request in rows:
+        stopping.update(request)
+    going = [request for request in rows if request.finish_reason is None]
+    for start in range(0, len(going), batch_size):
+        _finish(policy, going[start : start + batch_size], stopping)
+    return drawn
+
+
+@torch.inference_mode()
+def _finish(policy: Policy, rows: list[Request], stopping: Stopping) -> None:
+    """Sample these requests of one prefix, whose newest token is still to be read, to their ends."""
+    prompt_ids, written = rows[0].prompt_ids, rows[0].token_ids[:-1]
+    runner = make_runner(policy.model, policy_logits, len(prompt_ids) + stopping.limit + 1)
+    runner.prefill([[*prompt_ids, *written]])
+    runner.select_rows(torch.zeros(len(rows), dtype=torch.long))
+    stepper = Alone(runner)
+    stepper.token = torch.tensor([[row.token_ids[-1]] for row in rows], device=policy.model.device)
+    logits: Tensor = stepper.advance()
+    for _ in decode(rows, stepper, _POLICY, stopping, logits):
+        pass

@@ -1,0 +1,1 @@
+"""Models over their caches: prefill, step, fork, score."""

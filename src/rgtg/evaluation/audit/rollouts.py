@@ -1,0 +1,259 @@
+"""Does a scorer choose well among the candidates of one prefix? Rank correlation and regret against roll-outs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgtg.errors import DataError, NonFiniteError, UsageError
+from rgtg.evaluation.audit import ranking as choices
+from rgtg.evaluation.audit.rollout_data import Rollouts, read_rollouts
+from rgtg.evaluation.metrics import unit_numbers
+from rgtg.evaluation.provenance import provenance
+from rgtg.models.loading.scorer_info import fingerprint_weights
+from rgtg.models.scorers.base import Scorer, load_scorer, weights_of
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
+from rgtg.tokenization.encoding import tokenizer_hash
+from rgtg.types.base import Interval
+from rgtg.types.rollouts import CandidateFigures, ChoiceFigures, PrefixRollouts, RolloutAuditResult
+
+# Nats per token at which guidance is judged where no beta is given: scorers of any scale are then compared alike.
+KL_PER_TOKEN = 0.1
+# Equal parts of the completion that are reported apart.
+PARTS = 4
+# A scorer is said to steer well from this share of what knowing every candidate's value would gain.
+WELL = 0.5
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What all figures are made of: N prefixes of K candidates; ``clusters`` names each prefix's prompt."""
+
+    log_probs: Tensor  # (N, K)
+    scores: Tensor  # (N, K)
+    rewards: Tensor  # (N, K, m)
+    fractions: Tensor  # (N,)
+    tokens: Tensor  # (N,)
+    clusters: list[int]
+
+    def part(self, chosen: Tensor) -> "_Table":
+        """The prefixes where ``chosen`` (N,) is true."""
+        clusters = [cluster for cluster, keep in zip(self.clusters, chosen.tolist(), strict=True) if keep]
+        return _Table(
+            self.log_probs[chosen], self.scores[chosen], self.rewards[chosen], self.fractions[chosen],
+            self.tokens[chosen], clusters,
+        )  # fmt: skip
+
+
+def audit_rollouts(
+    scorer: "Scorer | str | tuple[Any, Any]",
+    rollouts: "Rollouts | str | Path",
+    *,
+    beta: float | None = None,
+    kl_nats: float | None = None,
+    batch_size: int = 64,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> RolloutAuditResult:
+    """Measure how a scorer orders and chooses the candidates of one prefix, against their values Q̂ by roll-outs.
+
+    Token-wise guidance compares nothing else: scores are read within a prefix only, and a scorer's scale and any
+    function of the prefix drop out.
+
+    Args:
+        scorer: anything with ``score_prefixes``, or with ``score`` for whole texts; a folder or hub id, or a (model,
+            tokenizer) pair.
+        rollouts: what ``make_rollouts`` made, or its file.
+        beta: of the guided figures; None chooses the one that costs ``kl_nats`` per token.
+        kl_nats: KL per token, to the policy cut to the candidates, at which guidance is judged (default 0.1).
+        batch_size: candidates read together.
+        bootstrap: resamples of the prompts for the 95 % intervals.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: no roll-outs.
+        UsageError: both beta and kl_nats, a head on another policy's states, or a scorer that is the reward.
+        NonFiniteError: scores that are NaN or infinite.
+    """
+    if beta is not None and kl_nats is not None:
+        raise UsageError("give beta, or the KL per token (kl_nats) that chooses it, not both")
+    kept = read_rollouts(rollouts) if isinstance(rollouts, str | Path) else rollouts
+    if not kept.rows:
+        raise DataError("there are no roll-outs to audit with: the file holds no prefix")
+    model: Any = load_scorer(scorer) if isinstance(scorer, str | tuple) else scorer
+    _require_fit(model, kept)
+    table = _table(kept.rows, candidate_scores(model, kept, batch_size))
+    used = beta if beta is not None else _beta(table, KL_PER_TOKEN if kl_nats is None else kl_nats)
+    options = {"seed": seed, "resamples": bootstrap}
+    overall = _figures(table, used, options)
+    cost = choices.mean_kl(table.log_probs, choices.guided_weights(table.log_probs, table.scores, used))
+    header = kept.header
+    return RolloutAuditResult(
+        scorer=Path(model.name).name, objective=model.info.objective if model.info else "unknown",
+        reward=header.reward, prompts=len(set(table.clusters)), prefixes=len(kept.rows), candidates=header.candidates,
+        per_candidate=header.per_candidate, beta=used, kl_nats=cost,
+        standard_error=float(choices.standard_error(table.rewards).square().mean().sqrt()),
+        overall=overall, by_position=_by_position(table, used, options), verdict=verdict(overall, cost),
+        provenance=provenance(
+            command="rgtg audit --rollouts",
+            settings={"beta": beta, "kl_nats": kl_nats, "bootstrap": bootstrap, "rollouts": header.model_dump(
+                include={"seed", "candidates", "per_candidate", "max_new_tokens"})},
+            seed=seed, models={"scorer": weights_of(model)},
+            data={"prompts": header.prompts, "policy": header.policy, "reward": header.reward_fingerprint},
+        ),
+    )  # fmt: skip
+
+
+def candidate_scores(scorer: Any, rollouts: Rollouts, batch_size: int = 64) -> Tensor:
+    """The scorer's score (N, K), fp32, of every candidate: of prompt ⊕ written ⊕ v, the last position alone.
+
+    A scorer with the policy's tokenizer reads the policy's ids, as guidance does; another one, or one that scores texts
+    only, the decoded text.
+
+    Raises:
+        NonFiniteError: NaN or infinite scores.
+    """
+    rows = rollouts.rows
+    same = hasattr(scorer, "score_prefixes") and tokenizer_hash(scorer.tokenizer) == rollouts.header.tokenizer
+    flat = _score_ids(scorer, rows, batch_size) if same else _score_texts(scorer, rows, batch_size)
+    scores = torch.tensor(flat, dtype=torch.float32).reshape(len(rows), -1)
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
+    return scores
+
+
+def verdict(overall: CandidateFigures, kl_nats: float) -> str:
+    """In words: does guidance with this scorer gain reward, and how much of what could be gained?
+
+    Whether it gains is read from the interval of the guided gain, which noise does not bias; how much of what could be
+    gained from ``steering``, which cannot be told where noise hides the candidates' differences.
+    """
+    share, gain = overall.steering, overall.guided.gain
+    if overall.tied == overall.prefixes:
+        return "No verdict: at every prefix all candidates have the same value; this reward does not tell them apart."
+    figures = (
+        f"at {kl_nats:.2f} nats per token one guided token gains {gain.mean:+.3g} in the reward ({gain.low:+.3g} to "
+        f"{gain.high:+.3g}); always taking the best candidate gains between {overall.best_gain_low.mean:+.3g} and "
+        f"{overall.best_gain.mean:+.3g}"
+    )
+    if gain.high < 0:
+        return f"Steers away from the reward: {figures}."
+    if gain.low <= 0:
+        return f"No evidence that it steers: {figures}."
+    if math.isnan(share.mean) or share.high - share.low > 1:
+        return f"Steers, how well is hidden by the noise of the roll-outs (use more prefixes): {figures}."
+    part = f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%}) of what knowing every candidate's value would gain"
+    return f"Steers {'well' if share.mean >= WELL else 'weakly'}: {figures}; that is {part}."
+
+
+def _require_fit(model: Any, rollouts: Rollouts) -> None:
+    """Refuse what cannot be read alone, a head on another policy, and a scorer that is what it would be judged by."""
+    header = rollouts.header
+    if not hasattr(model, "score_prefixes") and not hasattr(model, "score"):
+        raise UsageError(
+            f"{type(model).__name__} is joined with a policy and cannot be read alone: load it by its folder"
+        )
+    if isinstance(model, OwnStateScorer) and header.policy not in {
+        fingerprint_weights(model.model),
+        *model.info.base_fingerprints,
+    }:
+        raise UsageError(
+            f"the head {model.name} reads the states of {model.info.base_model}, and the roll-outs are of another "
+            "policy: make roll-outs with that one"
+        )
+    if fingerprint_weights(weights_of(model)) == header.reward_fingerprint:
+        raise UsageError(
+            f"the scorer {model.name} is the reward of these roll-outs: it would be judged by itself. Make them with a "
+            "reward trained on other pairs (rgtg train --objective full-bt)"
+        )
+
+
+def _score_ids(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
+    prefixes = [[*row.prompt_ids, *row.written_ids] for row in rows for _ in row.candidate_ids]
+    candidates = [[token] for row in rows for token in row.candidate_ids]
+    return [float(s[-1]) for s in scorer.score_prefixes(prefixes, candidates, batch_size=batch_size)]
+
+
+def _score_texts(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
+    texts = [text for row in rows for text in row.candidate_texts]
+    prompts = [row.prompt for row in rows for _ in row.candidate_texts]
+    over = [end and ways[0] for row in rows for end, ways in zip(row.ended, row.finished, strict=True)]
+    scores: list[float] = scorer.score(prompts, texts, finished=over, batch_size=batch_size)
+    return scores
+
+
+def _table(rows: Sequence[PrefixRollouts], scores: Tensor) -> _Table:
+    return _Table(
+        log_probs=torch.tensor([row.policy_log_probs for row in rows], dtype=torch.float64),
+        scores=scores.double(),
+        rewards=torch.tensor([row.rewards for row in rows], dtype=torch.float64),
+        fractions=torch.tensor([row.fraction for row in rows], dtype=torch.float64),
+        tokens=torch.tensor([len(row.written_ids) for row in rows], dtype=torch.float64),
+        clusters=unit_numbers([row.prompt for row in rows]).tolist(),
+    )
+
+
+def _beta(table: _Table, kl_nats: float) -> float:
+    if not (math.isfinite(kl_nats) and kl_nats > 0):
+        raise UsageError(f"kl_nats = {kl_nats}: expected a positive number of nats per token, such as {KL_PER_TOKEN}")
+    return choices.beta_for_kl(table.log_probs, table.scores, kl_nats)
+
+
+def _by_position(table: _Table, beta: float, options: dict[str, Any]) -> list[CandidateFigures]:
+    """The parts of the completion that have prefixes, first to last."""
+    part = (table.fractions * PARTS).long()
+    return [
+        _figures(table.part(part == i), beta, options, (i + 1) / PARTS) for i in range(PARTS) if bool((part == i).any())
+    ]
+
+
+def _figures(table: _Table, beta: float, options: dict[str, Any], position: float | None = None) -> CandidateFigures:
+    def interval(columns: Tensor, statistic: Callable[[Tensor], Tensor] = lambda means: means[..., 0]) -> Interval:
+        stacked = columns[:, None] if columns.dim() == 1 else columns
+        return choices.clustered_interval(stacked, statistic, table.clusters, **options)
+
+    rewards = table.rewards - table.rewards[:, :1].mean(-1, keepdim=True)  # only differences within a prefix matter
+    q, policy = rewards.mean(-1), torch.softmax(table.log_probs, -1)
+    order = choices.with_ties(q)
+    drawn, best, split = (policy * q).sum(-1), q.amax(-1), choices.split_best(rewards)
+    tied = (order == order[:, :1]).all(-1)
+    reliability = _reliability(rewards)
+
+    def choice(weights: Tensor) -> ChoiceFigures:
+        value = (weights * q).sum(-1)
+        return ChoiceFigures(
+            gain=interval(value - drawn),
+            regret=interval(best - value),
+            regret_low=interval(split - value),
+            normalised_regret=interval(torch.stack([best - value, best - drawn], -1), choices.ratio),
+        )
+
+    return CandidateFigures(
+        position=position, tokens=float(table.tokens.mean()), prefixes=len(q), tied=int(tied.sum()),
+        spearman=interval(_ordered(choices.spearman, table.scores, order, tied)),
+        kendall=interval(_ordered(choices.kendall, table.scores, order, tied)),
+        reliability=reliability, ceiling=math.sqrt(reliability) if reliability >= 0 else math.nan,
+        steering=interval(choices.moments(table.log_probs, table.scores, rewards), choices.correlation),
+        best_gain=interval(best - drawn), best_gain_low=interval(split - drawn),
+        scorer=choice(choices.argmax_weights(table.log_probs, table.scores)),
+        guided=choice(choices.guided_weights(table.log_probs, table.scores, beta)),
+        policy=choice(policy), policy_greedy=choice(choices.argmax_weights(table.log_probs, table.log_probs)),
+    )  # fmt: skip
+
+
+def _ordered(measure: Callable[[Tensor, Tensor], Tensor], scores: Tensor, q: Tensor, tied: Tensor) -> Tensor:
+    """Rank correlation (N,): NaN where the values tie (nothing to order), 0 where only the scores do (no order)."""
+    return measure(scores, q).nan_to_num(0.0).masked_fill(tied, math.nan)
+
+
+def _reliability(rewards: Tensor) -> float:
+    """Spearman–Brown 2r/(1+r) of the mean split-half rank correlation r; NaN with one roll-out, or all ties."""
+    if rewards.shape[-1] < 2:
+        return math.nan
+    one, other = choices.halves(rewards)
+    r = float(choices.spearman(choices.with_ties(one), choices.with_ties(other)).nanmean())
+    return 2 * r / (1 + r) if r > -1 else -math.inf

@@ -1,0 +1,132 @@
+"""How fast a policy and its scorer decode on this machine, beside what reading their weights alone would take."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import Field
+
+from rgtg.config import DecodingSettings
+from rgtg.decoding.engine.tokenwise import TokenRule, decode
+from rgtg.decoding.request import Request, Stopping
+from rgtg.decoding.runners.factory import AnyScorer, make_stepper
+from rgtg.decoding.runners.policy_runner import Stepper
+from rgtg.models.loading.device_map import synchronize
+from rgtg.models.loading.policy import Policy
+from rgtg.models.ops.packed_linear import decode_bytes
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
+from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.types.base import Record
+
+_PROBE_BYTES = 2**28
+
+
+class SpeedRow(Record):
+    """One way to decode: measured, and the limit that its weights' bytes and the memory's bandwidth set."""
+
+    name: str
+    ms_per_token: float = Field(description="median over repeats, of one prompt")
+    of_unguided: float = Field(description="tokens per second, as a share of the unguided policy's; paired median")
+    megabytes_per_token: float = Field(description="of weights that one token reads")
+    limit_ms: float = Field(description="those bytes at the measured bandwidth")
+    limit_of_unguided: float
+
+
+def seconds_per_token(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], *, top_k: int | None, tokens: int, beta: float = 1.0
+) -> float:
+    """Time of one step of all rows: the prompts and the first step, which warms up, are left out.
+
+    Divide by the number of prompts for the time per token of a batch.
+    """
+    requests = [Request("", list(prompt), seed, []) for seed, prompt in enumerate(prompts)]
+    rule = TokenRule(beta=beta, top_k=top_k, top_p=1.0, temperature=1.0, greedy=False)
+    # one more than is timed, so that the last step is like the others; no token ends a row
+    steps = decode(requests, stepper, rule, Stopping(None, set(), DecodingSettings(max_new_tokens=tokens + 2)))
+    next(steps)
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        next(steps)
+    synchronize()
+    return (time.perf_counter() - start) / tokens
+
+
+def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:
+    """Bytes per second that a reduction over more memory than any cache holds can read (best of a few)."""
+    block = torch.ones(_PROBE_BYTES // 4, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        synchronize()
+        start = time.perf_counter()
+        block.sum()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return _PROBE_BYTES / best
+
+
+def bytes_per_token(policy: Policy, scorer: AnyScorer | None) -> int:
+    """Bytes of weights that one guided token reads: of the policy and of what scores, each once."""
+    match scorer:
+        case None:
+            return decode_bytes(policy.model)
+        case OwnStateScorer():
+            # a vocabulary head's table is read in the candidates' rows only
+            table = getattr(scorer.head, "table", None)
+            head = sum(p.nbytes for p in scorer.head.mlp.parameters())
+            return decode_bytes(policy.model) + head + (0 if table is None else 32 * table.weight[0].nbytes)
+        case SharedTrunkScorer():
+            return decode_bytes(scorer.model)
+    return decode_bytes(policy.model) + decode_bytes(scorer.model)
+
+
+def measure_speed(
+    policy: Policy,
+    scorer: AnyScorer | None,
+    *,
+    prompt_length: int = 128,
+    top_k: int = 10,
+    tokens: int = 32,
+    repeats: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> list[SpeedRow]:
+    """Decode in turn unguided and guided, repeat after repeat, so that a machine that slows down slows both.
+
+    Args:
+        policy: the frozen policy.
+        scorer: None measures the policy alone.
+        prompt_length: tokens of the (random) prompt.
+        top_k: candidates per step.
+        tokens: steps timed.
+        repeats: paired repeats, after one that warms up.
+        progress: told what runs.
+
+    Returns:
+        One row for each way.
+    """
+    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
+    ways: dict[str, AnyScorer | None] = {"unguided": None} | ({"guided": scorer} if scorer is not None else {})
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            if progress:
+                progress(f"{name}, {'warming up' if repeat == 0 else f'repeat {repeat} of {repeats}'}")
+            stepper = make_stepper(policy, way, prompt_length + tokens + 2, top_k=top_k)
+            took = seconds_per_token(stepper, [prompt], top_k=top_k, tokens=tokens)
+            if repeat:
+                seconds[name].append(took)
+    bandwidth = memory_bandwidth(policy.model.device)
+    read = {name: bytes_per_token(policy, way) for name, way in ways.items()}
+    return [
+        SpeedRow(
+            name=name,
+            ms_per_token=1e3 * statistics.median(took),
+            of_unguided=statistics.median(u / t for u, t in zip(seconds["unguided"], took, strict=True)),
+            megabytes_per_token=read[name] / 1e6,
+            limit_ms=1e3 * read[name] / bandwidth,
+            limit_of_unguided=read["unguided"] / read[name],
+        )
+        for name, took in seconds.items()
+    ]

@@ -1,0 +1,88 @@
+"""A comparison's finished parts: one file per row and seed, so that a killed comparison goes on where it was."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from rgtg.errors import DataError, UsageError
+from rgtg.types.base import Record
+from rgtg.types.generation import Completion
+from rgtg.utils.files import write_text
+
+PART_VERSION = 1
+
+
+class Scores(Record):
+    """One reward of every completion of a part; ``fingerprint`` is None for a rule, which is asked again."""
+
+    fingerprint: str | None
+    values: list[float]
+
+
+class Part(Record):
+    """What one row gave with one seed, in the order of the prompts; ``made_with`` is all that its texts depend on."""
+
+    version: int = PART_VERSION
+    label: str
+    seed: int
+    made_with: dict[str, Any]
+    seconds: float
+    completions: list[Completion]
+    reference_log_probs: list[float] | None = Field(
+        default=None, description="nats, under the policy that KL is measured to; None where the row's own policy is it"
+    )
+    scores: dict[str, Scores] = Field(default_factory=dict, description="reward, proxy:NAME → values")
+
+
+class Parts:
+    """The folder of finished parts."""
+
+    def __init__(self, folder: Path, *, force: bool = False) -> None:
+        self.folder, self.force = folder, force
+
+    def find(self, label: str, seed: int, made_with: dict[str, Any]) -> Part | None:
+        """The finished part of that row and seed; None where there is none yet (or one to be made anew).
+
+        Raises:
+            UsageError: a part of that name that was made with other settings or models.
+            DataError: a file that is no part.
+        """
+        path = self._path(label, seed)
+        if not path.is_file():
+            return None
+        try:
+            part = Part.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            if self.force:
+                return None
+            raise DataError(f"{path} is not a finished part of a comparison; delete it, or give --force") from error
+        changed = sorted(key for key in made_with | part.made_with if made_with.get(key) != part.made_with.get(key))
+        if not changed:
+            return part
+        if self.force:
+            return None
+        was, now = part.made_with.get(changed[0]), made_with.get(changed[0])
+        raise UsageError(
+            f"{self.folder} holds {label} made with another {', '.join(changed)} ({changed[0]}: {was} there, {now} "
+            "now): give another --output, or --force to make it anew"
+        )
+
+    def save(self, part: Part) -> None:
+        """Write a part, whole or not at all."""
+        write_text(self._path(part.label, part.seed), part.model_dump_json() + "\n")
+
+    def _path(self, label: str, seed: int) -> Path:
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")[:60]
+        return self.folder / f"{readable}-{hashlib.sha256(label.encode()).hexdigest()[:8]}-seed{seed}.json"
+
+
+def fingerprint_texts(texts: Sequence[str]) -> str:
+    """Short hash of texts in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Pairwise judging by a large language model."""

@@ -1,0 +1,294 @@
+"""An OpenAI-compatible endpoint that is paid once for every answer: bounded retries, answers kept on disk."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from rgtg.config import JudgeSettings
+from rgtg.errors import EndpointError, MissingExtraError, OutputError, UsageError
+from rgtg.evaluation.judge.prompt import Message
+from rgtg.types.judge import JudgeUsage
+
+OPENAI = "https://api.openai.com/v1"
+_CHARACTERS_PER_TOKEN = 4  # where a server counts no tokens, and for estimates
+_CONNECT_SECONDS = 10.0
+
+
+class CallFailedError(Exception):
+    """One call failed after its retries, in a way that the next call need not share."""
+
+
+class CallRefusedError(CallFailedError):
+    """The endpoint works and will not take this call: its text is too long, say, or a parameter is unknown to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a judge said, and the tokens it took."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: bool = False
+
+
+class AnswerCache:
+    """Paid answers by the hash of their request, one JSON line each, on disk as soon as they come.
+
+    A line that a killed run left half-written is passed over, and its call made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._answers: dict[str, Answer] = {}
+        self._file: Any = None
+        if path.exists():
+            self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: str) -> Answer | None:
+        """The answer to a request, if it was ever paid for."""
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Keep an answer.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        line = json.dumps({"key": key} | dataclasses.asdict(answer), ensure_ascii=False) + "\n"
+        with self._lock:
+            self._answers[key] = answer
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                self._file.write(line.encode())
+            except OSError as error:
+                raise OutputError(f"cannot keep answers in {self.path}: {error.strerror or error}") from error
+
+    def _open(self) -> Any:
+        """Open for appending, without a buffer, on a line of its own."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("ab", buffering=0)
+        if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+            file.write(b"\n")
+        return file
+
+    def _read(self) -> None:
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the answers kept in {self.path}: {error.strerror}; choose another --cache"
+            ) from error
+        for line in lines:
+            try:
+                row = json.loads(line)
+                key = row.pop("key")
+                self._answers[key] = Answer(**row)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+
+
+@dataclass
+class Endpoint:
+    """A judge at its URL. ``ask`` may be called from several threads.
+
+    Raises:
+        UsageError: a URL that would put a secret into files, or no key for OpenAI's own endpoint.
+        MissingExtraError: the openai client is not installed.
+    """
+
+    settings: JudgeSettings
+    cache: AnswerCache
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.url = endpoint_url(self.settings)
+        self._key = _api_key(self.settings, self.url)
+        self._lock = threading.Lock()
+        self._paid: list[Answer] = []
+        self._reused: list[Answer] = []
+        self._retries = 0
+        try:
+            from openai import OpenAI, Timeout
+        except ImportError as error:
+            raise MissingExtraError("a judge needs the openai client: pip install 'rgtg[judge]'") from error
+        seconds = self.settings.timeout
+        self._client = OpenAI(
+            api_key=self._key or "none",  # a local server asks for no key, but the client insists on one
+            base_url=self.url,
+            max_retries=self.settings.retries,
+            timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+        )
+
+    def ask(self, messages: list[Message]) -> Answer:
+        """The answer to a conversation: the one kept on disk, else a call's.
+
+        Raises:
+            EndpointError: no call can succeed: unreachable, wrong key, unknown model.
+            CallFailedError: this call failed after its retries; a CallRefusedError without any.
+        """
+        key = request_key(self.settings, messages)
+        if (kept := self.cache.get(key)) is not None:
+            with self._lock:
+                self._reused.append(kept)
+            return kept
+        if self.stopping.is_set():
+            raise CallFailedError("stopped")
+        answer = self._call(messages)
+        self.cache.put(key, answer)
+        with self._lock:
+            self._paid.append(answer)
+        return answer
+
+    def usage(self) -> JudgeUsage:
+        """What this run paid, and what it found paid."""
+        paid, reused = _tokens(self._paid), _tokens(self._reused)
+        return JudgeUsage(
+            calls=len(self._paid),
+            cached=len(self._reused),
+            retries=self._retries,
+            prompt_tokens=paid[0],
+            completion_tokens=paid[1],
+            cached_prompt_tokens=reused[0],
+            cached_completion_tokens=reused[1],
+            estimated=sum(answer.estimated for answer in self._paid + self._reused),
+            cost=cost(self.settings, *paid),
+            total_cost=cost(self.settings, paid[0] + reused[0], paid[1] + reused[1]),
+        )
+
+    def failure(self, reason: str) -> EndpointError:
+        """An error that names the URL and says that nothing is lost; the key is never part of it."""
+        kept = f"{len(self.cache)} answers are kept in {self.cache.path}; run the same command again to go on"
+        return EndpointError(f"the judge at {self.url}: {self._without_key(reason)}. {kept}")
+
+    def _call(self, messages: list[Message]) -> Answer:
+        import openai
+
+        try:
+            raw = self._client.chat.completions.with_raw_response.create(**request_body(self.settings, messages))
+            answer = _answer(raw.parse(), messages)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self.failure(f"refused ({_said(error)}); is OPENAI_API_KEY right?") from error
+        except openai.NotFoundError as error:
+            raise self.failure(f"not found ({_said(error)}); are --base-url and --model right?") from error
+        except openai.APITimeoutError as error:
+            raise CallFailedError(f"no answer within {self.settings.timeout:g} s (--set timeout=SECONDS)") from error
+        except openai.APIConnectionError as error:
+            raise self.failure(f"cannot be reached ({error.__cause__ or error}); is it running?") from error
+        except ValueError as error:
+            raise CallFailedError("the response is not JSON") from error
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise CallRefusedError(self._without_key(_said(error))) from error
+        except openai.OpenAIError as error:
+            raise CallFailedError(self._without_key(_said(error))) from error
+        with self._lock:
+            self._retries += raw.retries_taken
+        return answer
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def endpoint_url(settings: JudgeSettings) -> str:
+    """The URL of the settings, else of OPENAI_BASE_URL, else OpenAI's own.
+
+    Raises:
+        UsageError: not a URL, or one that holds a password or a query, which would end up in files.
+    """
+    url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise UsageError("the judge's base URL must hold no password and no query: give the key in OPENAI_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UsageError(f"the judge's base URL {url!r} is none; expected something like http://localhost:8000/v1")
+    return url.rstrip("/")
+
+
+def request_body(settings: JudgeSettings, messages: Sequence[Message]) -> dict[str, Any]:
+    """The fields of one call; ``settings.request`` adds to them or replaces them."""
+    fields = {
+        "model": settings.model, "messages": list(messages), "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens, "seed": settings.seed,
+    }  # fmt: skip
+    body = {name: value for name, value in fields.items() if value is not None and name not in settings.request}
+    return body | ({"extra_body": settings.request} if settings.request else {})
+
+
+def request_key(settings: JudgeSettings, messages: Sequence[Message]) -> str:
+    """Hash of model, prompt and parameters; where the model is served is no part of it, since ports change."""
+    body = json.dumps(request_body(settings, messages), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def estimated_tokens(messages: Sequence[Message]) -> int:
+    """About how many tokens a conversation is: a quarter of its characters, rounded up.
+
+    >>> estimated_tokens([{"role": "user", "content": "Hello"}])
+    2
+    """
+    return sum(-(-len(message["content"]) // _CHARACTERS_PER_TOKEN) for message in messages)
+
+
+def cost(settings: JudgeSettings, prompt_tokens: int, completion_tokens: int) -> float | None:
+    """Price of tokens, in the unit of the prices; None where no price is set."""
+    if settings.price_in is None and settings.price_out is None:
+        return None
+    return (prompt_tokens * (settings.price_in or 0) + completion_tokens * (settings.price_out or 0)) / 1e6
+
+
+def _answer(response: Any, messages: Sequence[Message]) -> Answer:
+    """The first choice of a response; a server is free to send anything at all.
+
+    Raises:
+        CallFailedError: it is not of the chat-completions format.
+    """
+    try:
+        choice = response.choices[0]
+        text, finish_reason = choice.message.content or "", choice.finish_reason
+        usage = response.usage
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CallFailedError("the response is not of the chat-completions format") from error
+    if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
+        written = estimated_tokens([{"role": "assistant", "content": text}])
+        return Answer(text, finish_reason, estimated_tokens(messages), written, estimated=True)
+    return Answer(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
+
+
+def _api_key(settings: JudgeSettings, url: str) -> str:
+    key = settings.api_key.get_secret_value() if settings.api_key else os.environ.get("OPENAI_API_KEY", "")
+    if not key.strip() and url == OPENAI:
+        raise UsageError("a judge needs OPENAI_API_KEY in the environment, or the --base-url of a server of your own")
+    return key.strip()
+
+
+def _said(error: Exception) -> str:
+    """A server's own words on one line, not a page of them."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def _tokens(answers: Sequence[Answer]) -> tuple[int, int]:
+    return sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)

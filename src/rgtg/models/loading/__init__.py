@@ -1,0 +1,1 @@
+"""Loading policies and scorers from folders and the hub, onto devices."""

@@ -1,0 +1,1 @@
+"""What scores candidates: reward models, token rewards, heads, adapters."""

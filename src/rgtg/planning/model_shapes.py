@@ -1,0 +1,176 @@
+"""What a model is to a plan: layers and sizes, parameters that a pass reads, bytes that its cache takes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Self
+
+from rgtg.errors import DataError, ModelNotFoundError, UsageError, first_line
+from rgtg.types.base import Record
+
+
+class Shape(Record):
+    """Sizes of a decoder. ``trunk`` counts the weights of its layers' products, ``head`` its output layer's.
+
+    ``experts`` of the trunk's weights belong to mixtures of experts, of which a token takes ``active`` of ``routed``.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    trunk: int
+    head: int
+    total: int
+    experts: int = 0
+    routed: int = 1
+    active: int = 1
+    exact: bool
+
+    @classmethod
+    def llama(
+        cls, name: str, layers: int, hidden: int, kv_heads: int, intermediate: int, vocabulary: int, **more: Any
+    ) -> Self:
+        """A Llama-shaped decoder by its dimensions."""
+        head_dim = more.get("head_dim", 128 if hidden >= 3072 else 64)
+        heads = more.get("heads", hidden // head_dim)
+        layer = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * intermediate
+        head = vocabulary * hidden
+        tied = more.get("tied", False)
+        total = layers * (layer + 2 * hidden) + hidden + head * (1 if tied else 2)
+        return cls(
+            name=name, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            vocabulary=vocabulary, trunk=layers * layer, head=head, total=total, exact=more.get("exact", False),
+        )  # fmt: skip
+
+    def cache_bytes(self, width: int) -> int:
+        """Bytes that one token takes in the cache, at ``width`` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+    def read_per_pass(self, rows: int) -> float:
+        """Weights of the trunk that a pass of so many rows reads: of experts those that some row is sent to."""
+        met = 1 - (1 - self.active / self.routed) ** rows
+        return self.trunk - self.experts + self.experts * met
+
+    @property
+    def used_per_row(self) -> float:
+        """Weights of the trunk that one row is multiplied with."""
+        return self.trunk - self.experts + self.experts * self.active / self.routed
+
+    def without_head(self) -> Self:
+        """As a reward model: a scalar head in place of the output layer."""
+        own = self.head if self.total - self.trunk > 1.5 * self.head else 0  # a tied one is the embedding, which stays
+        return self.model_copy(update={"head": 0, "total": self.total - own})
+
+
+# Widely used open models: layers, hidden, key-value heads, intermediate, vocabulary.
+_KNOWN = {
+    0.5e9: Shape.llama("0.5B", 24, 896, 2, 4864, 151_936, tied=True),
+    1.2e9: Shape.llama("1B", 16, 2048, 8, 8192, 128_256, tied=True),
+    3.2e9: Shape.llama("3B", 28, 3072, 8, 8192, 128_256, tied=True),
+    8.0e9: Shape.llama("8B", 32, 4096, 8, 14_336, 128_256),
+    14.8e9: Shape.llama("14B", 48, 5120, 8, 13_824, 152_064),
+    32.8e9: Shape.llama("32B", 64, 5120, 8, 27_648, 152_064),
+    70.6e9: Shape.llama("70B", 80, 8192, 8, 28_672, 128_256),
+    405.9e9: Shape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
+# No hub id begins so without an owner, and asking for one takes half a minute offline.
+_NUMBER = re.compile(r"[-+.]*\d")
+
+
+def shape_of(source: str) -> Shape:
+    """Sizes of a model given as a size (70B, 350M), or as a folder or hub id, whose config.json is counted exactly.
+
+    Raises:
+        UsageError: neither, or a size without its unit or with another.
+        ModelNotFoundError: no such folder or repository, or no decoder in it.
+    """
+    found = _SIZE.fullmatch(source)
+    if Path(source).exists() or not (found or _NUMBER.match(source)) or "/" in source:
+        return _from_config(source)
+    if found is None:
+        raise UsageError(
+            f"{source} is no folder, and no size: those are written 70B, 0.5B or 350M (a hub id: owner/name)"
+        )
+    if not found[2]:
+        raise UsageError(f"{source} is no folder, and as a size it needs a unit: {source}B or {source}M parameters")
+    return _by_size(source, float(found[1]) * (1e9 if found[2].upper() == "B" else 1e6))
+
+
+def _by_size(name: str, parameters: float) -> Shape:
+    """The nearest known model, its weights scaled to the size that was asked for."""
+    if not 1e7 <= parameters <= 2e12:
+        raise UsageError(f"{name}: sizes from 10M to 2000B are known; give a folder with a config.json for others")
+    near = min(_KNOWN, key=lambda size: abs(size / parameters - 1) + abs(parameters / size - 1))
+    shape = _KNOWN[near]
+    if abs(parameters / shape.total - 1) < 0.15:  # 70B means the model that is called so
+        return shape.model_copy(update={"name": name})
+    scale = parameters / shape.total
+    side = scale ** (1 / 3)  # layers and both sides of a matrix grow alike
+    kept = {"vocabulary": shape.vocabulary, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    hidden = max(64, round(shape.hidden * side / 64) * 64)
+    return shape.model_copy(
+        update={
+            **kept, "name": name, "layers": max(2, round(shape.layers * side)), "hidden": hidden,
+            "heads": max(shape.kv_heads, hidden // shape.head_dim), "trunk": round(shape.trunk * scale),
+            "head": round(shape.head * scale), "total": round(parameters),
+        }
+    )  # fmt: skip
+
+
+def _from_config(source: str) -> Shape:
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rgtg.models.loading.hub import local_file
+
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.is_file() and not (Path(source) / "config.json").is_file():
+        return _from_config(_base_of(adapter)).model_copy(update={"name": source})
+    path = local_file(source, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
+        told = f"cannot tell the sizes of {source} by its config.json: {first_line(error)}"
+        raise ModelNotFoundError(told) from error
+    return count(model, source)
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that a LoRA is merged into.
+
+    Raises:
+        DataError: the adapter's config names none.
+    """
+    try:
+        return str(json.loads(adapter.read_bytes())["base_model_name_or_path"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{adapter} names no base model (base_model_name_or_path)") from error
+
+
+def count(model: Any, name: str) -> Shape:
+    """Sizes of a causal language model, counted (it may be on the meta device)."""
+    text = model.config.get_text_config()
+    output = model.get_output_embeddings()
+    inside = [(n, p) for n, p in model.base_model.named_parameters() if p.dim() > 1]
+    embeddings = {id(m.weight) for m in model.base_model.modules() if type(m).__name__ == "Embedding"}
+    products = [(n, p.numel()) for n, p in inside if id(p) not in embeddings]
+    experts = sum(size for n, size in products if ".experts." in n)
+    heads = text.num_attention_heads
+    routed = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    return Shape(
+        name=name, layers=text.num_hidden_layers, hidden=text.hidden_size, heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocabulary=text.vocab_size,
+        trunk=sum(size for _, size in products), head=output.weight.numel() if output is not None else 0,
+        total=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        experts=experts if routed > 1 else 0, routed=routed,
+        active=getattr(text, "num_experts_per_tok", 1) if routed > 1 else 1, exact=True,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Scheduling: requests join and leave the running batch at any step."""

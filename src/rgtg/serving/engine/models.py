@@ -1,0 +1,140 @@
+"""The models a server has loaded: one policy, scorers by name, and a decoder for every way to join them."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from rgtg.config import DecodingSettings
+from rgtg.decoding.decoder import Decoder
+from rgtg.decoding.loading import laid_out, packed_beside
+from rgtg.decoding.methods import find_method
+from rgtg.decoding.runners.factory import AnyScorer, Separate, as_read_beside
+from rgtg.errors import UsageError
+from rgtg.models.loading.hub import local_folder
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.scorer_info import read_info
+from rgtg.models.scorers.base import load_scorer, trunk_of
+from rgtg.models.scorers.cross_tokenizer import TextScorer
+
+
+class ServedModels:
+    """What requests may choose from; nothing is ever loaded because of one."""
+
+    def __init__(self, policy: Policy, scorers: Mapping[str, AnyScorer], policy_name: str = "policy") -> None:
+        self.policy, self.policy_name = policy, policy_name
+        self.scorers = {name: as_read_beside(policy, scorer) for name, scorer in scorers.items()}
+        for name, scorer in self.scorers.items():
+            scorer.name = name  # what refusals call it: clients never see a path
+            if not isinstance(scorer, TextScorer):  # it reads text as the policy's does, and is not compared again
+                scorer.tokenizer = policy.tokenizer
+        self._decoders: dict[tuple[str, tuple[str, ...]], Decoder] = {}
+
+    @classmethod
+    def load(
+        cls,
+        policy: str,
+        scorers: Mapping[str, str],
+        *,
+        policy_name: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        scorer_device: str | None = None,
+    ) -> "ServedModels":
+        """Load a policy and scorers by folder or hub id.
+
+        A scorer's folder without rgtg.json holds a reward model, or a language model, read by its log-probabilities.
+
+        They are loaded in a thread that then ends, and its OpenMP workers with it. Were they left to this thread, there
+        would be more of them than cores beside those of the engine's thread, and libgomp then lets all sleep between
+        two operations instead of spinning: an engine in its own thread would take a third longer over every step.
+
+        Raises:
+            ModelNotFoundError: one of them cannot be loaded.
+            TokenizerMismatchError: a scorer of the policy's tokens that has another tokenizer.
+            UsageError: a head of another policy, or a folder that holds no scorer.
+        """
+        with ThreadPoolExecutor(1) as apart:
+            loaded, read = apart.submit(_load, policy, scorers, dtype, device, scorer_device).result()
+        return cls(loaded, read, policy_name or Path(policy).name or policy)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's."""
+        return self.policy.tokenizer
+
+    @property
+    def max_length(self) -> int | None:
+        """Context of the policy in tokens; None where it has no limit."""
+        return self.policy.max_length
+
+    def scorer(self, name: str) -> AnyScorer:
+        """A loaded scorer.
+
+        Raises:
+            UsageError: none has that name.
+        """
+        if name not in self.scorers:
+            known = ", ".join(sorted(self.scorers)) or "none"
+            raise UsageError(f"no scorer {name!r} is loaded; loaded: {known}", setting="scorers")
+        return self.scorers[name]
+
+    def decoder(self, method: str, scorers: tuple[str, ...]) -> Decoder:
+        """Policy and scorers joined under a method, made once.
+
+        Raises:
+            UsageError: no such method or scorer, or a scorer that the method cannot use.
+        """
+        key = method, scorers
+        if key not in self._decoders:
+            row, chosen = find_method(method), [self.scorer(name) for name in scorers]
+            if row.scorer is None and chosen:
+                raise UsageError(f"method {method} is not steered: leave the scorers out", setting="scorers")
+            if len(set(scorers)) < len(scorers):
+                raise UsageError("a scorer is named twice", setting="scorers")
+            betas = [1.0] * len(chosen)
+            self._decoders[key] = Decoder(
+                self.policy, chosen, method=method, beta=betas if len(chosen) > 1 else None, overlap=False
+            )
+        return self._decoders[key]
+
+    def resolve(self, settings: DecodingSettings, scorers: tuple[str, ...]) -> tuple[Decoder, DecodingSettings]:
+        """The decoder of a row, and its settings with the method's own where none were given.
+
+        Raises:
+            UsageError: unusable together.
+        """
+        decoder = self.decoder(settings.method, scorers)
+        return decoder, decoder.resolve(settings.model_dump(exclude_unset=True), complete=True)
+
+    def is_separate(self, name: str) -> bool:
+        """Whether a scorer is a model of its own, and no part of the policy."""
+        return isinstance(self.scorers[name], Separate)
+
+
+def _load(
+    policy: str, scorers: Mapping[str, str], dtype: str | None, device: str | None, scorer_device: str | None
+) -> tuple[Policy, dict[str, Any]]:
+    loaded = laid_out(
+        load_policy(policy, dtype=dtype, device=device),
+        grouped=any(trunk_of(source) == "shared" for source in scorers.values()),
+    )
+    read: dict[str, Any] = {}
+    for name, source in scorers.items():
+        placed = {"dtype": dtype, "device": scorer_device or loaded.model.device}
+        read[name] = packed_beside(load_scorer(source, policy=loaded, join=True, kind=_kind_of(source), **placed))
+    return loaded, read
+
+
+def _kind_of(source: str) -> Literal["autoregressive"] | None:
+    """How a folder that says nothing of itself is read: a language model by its log-probabilities."""
+    if read_info(source) is not None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(local_folder(source), trust_remote_code=False)
+    except (OSError, ValueError):
+        return None  # loading says why
+    names = config.architectures or []
+    return "autoregressive" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) else None

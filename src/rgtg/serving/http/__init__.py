@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's formats with guidance."""

@@ -1,0 +1,258 @@
+"""Train a head on cached states: thin transformers.Trainers, their batches, their figures."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rgtg.config.training import options_of
+from rgtg.errors import NonFiniteError
+from rgtg.losses import mean_of_counted, mean_over, prefix_margins
+from rgtg.models.scorers.heads import Head, VocabularyHead
+from rgtg.training.data.state_cache import StateCache
+from rgtg.training.objectives import pair_losses, reads_best_next, rollout_losses
+from rgtg.training.scores import (
+    PAIR_FIGURES,
+    ROLLOUT_FIGURES,
+    PairScores,
+    RolloutScores,
+    explained,
+    pair_figures,
+    pair_scores,
+    rollout_figures,
+)
+from rgtg.training.trainers.resumable import ResumableTrainer
+
+
+class StatePairs(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Pairs of one layer's states; an item is (states, token ids) of the chosen and of the rejected completion.
+
+    ``trust`` holds how far each pair's judgement is trusted at each prefix, where a reference scorer was asked.
+    """
+
+    def __init__(self, cache: StateCache, layer: int, trust: Sequence[Sequence[float]] | None = None) -> None:
+        self.cache = cache
+        self.layer = layer
+        self.trust = trust
+
+    def __len__(self) -> int:
+        return self.cache.completions // 2
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        chosen, chosen_ids = self.cache.completion(self.layer, 2 * i)
+        rejected, rejected_ids = self.cache.completion(self.layer, 2 * i + 1)
+        item = {"chosen": chosen, "chosen_ids": chosen_ids, "rejected": rejected, "rejected_ids": rejected_ids}
+        return item if self.trust is None else item | {"trust": torch.tensor(self.trust[i])}
+
+
+class StateRollouts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Completions of one layer's states, with their rewards."""
+
+    def __init__(self, cache: StateCache, layer: int, rewards: Sequence[float]) -> None:
+        self.cache = cache
+        self.layer = layer
+        self.rewards = rewards
+
+    def __len__(self) -> int:
+        return self.cache.completions
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        states, ids = self.cache.completion(self.layer, i)
+        return {"states": states, "token_ids": ids, "reward": torch.tensor(self.rewards[i])}
+
+
+def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """States (P, H) and token ids (P,) of completions [chosen …; rejected …] end to end, and their lengths (2B,)."""
+    states = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+    batch = _end_to_end(states, ids)
+    if "trust" in rows[0]:
+        batch["trust"] = torch.nn.utils.rnn.pad_sequence([row["trust"] for row in rows], batch_first=True)
+    return batch
+
+
+def collate_rollouts(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """States (P, H) and token ids (P,) of completions end to end, their lengths (B,) and rewards (B,)."""
+    batch = _end_to_end([row["states"] for row in rows], [row["token_ids"] for row in rows])
+    return batch | {"rewards": torch.stack([row["reward"] for row in rows])}
+
+
+def _end_to_end(states: list[Tensor], ids: list[Tensor]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(completion) for completion in ids])
+    return {"states": torch.cat(states), "token_ids": torch.cat(ids), "lengths": lengths}
+
+
+class HeadTrainer(ResumableTrainer):
+    """Minimises an objective of pairs over cached states (`StatePairs`).
+
+    A step of a tiny head takes a few milliseconds, of which the Trainer's own work is one or two; it stays, for its
+    settings, schedules, optimisers and callbacks are those of the other scorers.
+    """
+
+    control: Any
+    figure_names: ClassVar[tuple[str, ...]] = ("loss", *PAIR_FIGURES, "prefix_accuracy")
+    columns: ClassVar[tuple[str, ...]] = ("chosen", "chosen_ids", "rejected", "rejected_ids", "trust")
+    collate: ClassVar[Any] = staticmethod(collate)
+
+    def __init__(
+        self, head: Head, args: Any, *, objective: str, about: dict[str, Any], options: Any = None,
+        vocabulary: int | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """As ``transformers.Trainer``.
+
+        Args:
+            head: what is trained.
+            args: TrainingArguments.
+            objective: a name of `rgtg.training.objectives.OBJECTIVES` that can train this head.
+            about: written with every logged line, to tell the heads of a search apart.
+            options: the objective's own settings; its defaults without.
+            vocabulary: tokens that ``farma`` takes the best of; None for all rows of the table.
+            kwargs: the Trainer's other arguments.
+        """
+        super().__init__(head, args, data_collator=type(self).collate, **kwargs)
+        self.objective, self.vocabulary = objective, vocabulary
+        self.options: Any = options_of(objective, options)
+        self.about = about
+        self._seen: list[Tensor] = []
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the units of one batch.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; names the step.
+        """
+        losses, counted, scores = self.losses(model, inputs)
+        loss = mean_of_counted(losses, counted)
+        if not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower train.learning_rate or set "
+                "train.max_grad_norm"
+            )
+        with torch.no_grad():
+            shown = losses.masked_fill(~counted, torch.nan)
+            self._seen.append(torch.cat([shown[:, None], self.figures(scores)], dim=-1).cpu())
+        return (loss, scores) if return_outputs else loss
+
+    def losses(
+        self, model: Any, inputs: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
+        """Loss of each pair, which pairs count, and the scores they come from."""
+        step = int(self.state.global_step) if self.model.training else None
+        scores = head_pair_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
+        scores.trust = inputs.get("trust")
+        if reads_best_next(self.objective, step):
+            scores.best_next = best_next(model, inputs["states"], scores.chosen_mask, self.vocabulary)
+        return *pair_losses(self.objective, scores, self.options, step), scores
+
+    def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:
+        """One row of ``figure_names`` less the loss per pair, NaN where a figure has no meaning for it."""
+        return torch.cat([pair_figures(scores), prefix_accuracy(scores)[:, None]], dim=-1)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Exact means over the held-out units, whatever the batches."""
+        model = self.model.eval()
+        seen, self._seen = self._seen, []
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with self.compute_loss_context_manager():
+                self.compute_loss(model, self._prepare_inputs(inputs))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means().items()}
+        self._seen = seen
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def means(self) -> dict[str, float]:
+        """Mean of each figure over the units seen that have it; a figure that none has is left out."""
+        if not self._seen:
+            return {}
+        values = torch.cat(self._seen).nanmean(0).tolist()
+        return {name: value for name, value in zip(self.figure_names, values, strict=True) if value == value}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures of the units seen since the last line, and what head this is."""
+        if "loss" in logs:
+            logs = self.means() | logs  # the Trainer's own mean of the training loss stays
+            self._seen.clear()
+        super().log(self.about | logs, start_time)
+
+    def figures_so_far(self) -> list[list[float]]:
+        """Rows of figures since the last logged line, one per unit."""
+        return torch.cat(self._seen).tolist() if self._seen else []
+
+    def take_up(self, figures: list[list[float]]) -> None:
+        """Go on with the figures of a checkpoint."""
+        self._seen = [torch.tensor(figures)] if figures else []
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(self.columns)
+
+
+class RolloutHeadTrainer(HeadTrainer):
+    """Minimises ``value`` or ``cumulative-mse`` over cached states of completions with rewards (`StateRollouts`)."""
+
+    figure_names = ("loss", *ROLLOUT_FIGURES)
+    columns = ("states", "token_ids", "reward")
+    collate = staticmethod(collate_rollouts)
+
+    def losses(
+        self, model: Any, inputs: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
+        """Loss of each completion; all count."""
+        values, _, mask = head_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
+        cache = self.train_dataset.cache
+        mean_length = len(cache.token_ids) / cache.completions
+        scores = RolloutScores(values, mask, inputs["rewards"], mean_length)
+        return *rollout_losses(scores, self.options), scores
+
+    def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:
+        """Squared errors, and the reward."""
+        return rollout_figures(scores)
+
+    def means(self) -> dict[str, float]:
+        """Errors also as shares of the rewards' variance."""
+        return explained(super().means())
+
+
+def head_scores(
+    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
+) -> tuple[Float[Tensor, "rows length"], Tensor, Bool[Tensor, "rows length"]]:
+    """Scores, token ids and mask of completions laid end to end, a row each: the head sees no padding."""
+    reads_tokens = isinstance(model, VocabularyHead)
+    flat = model(states, token_ids[:, None])[:, 0] if reads_tokens else model(states)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    return scores, token_ids.new_zeros(mask.shape).masked_scatter(mask, token_ids), mask
+
+
+def head_pair_scores(
+    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
+) -> PairScores:
+    """Scores of every prefix of a batch that `collate` made."""
+    return pair_scores(*head_scores(model, states, token_ids, lengths))
+
+
+def best_next(
+    head: VocabularyHead, states: Float[Tensor, "positions hidden"], mask: Bool[Tensor, "batch length"],
+    vocabulary: int | None,
+) -> Float[Tensor, "batch length"]:  # fmt: skip
+    """max_v Q(h_i)[v] of every prefix y_{1:i} of the first rows; h_i is cached with the token after it.
+
+    The last prefix of a row has no state of its own here, and gets a number that `farma_consistency_losses` leaves out.
+    """
+    best = head.best(states[: int(mask.sum())], vocabulary)
+    return best.new_zeros(mask.shape).masked_scatter(mask, best).roll(-1, -1)
+
+
+@torch.no_grad()
+def prefix_accuracy(scores: PairScores) -> Float[Tensor, " batch"]:
+    """Share of each pair's differing prefixes at which the chosen one is ahead; a tie counts half."""
+    margins = prefix_margins(scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask)
+    where = scores.compared
+    return mean_over((margins.sign() + 1) / 2, where).masked_fill(~where.any(-1), torch.nan)

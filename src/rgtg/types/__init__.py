@@ -1,0 +1,1 @@
+"""The file formats: pydantic models that commands hand each other as JSON and JSONL."""

@@ -1,0 +1,30 @@
+"""Results of `rgtg audit`."""
+
+from pydantic import Field
+
+from rgtg.types.base import FORMAT_VERSION, Interval, Provenance, Record
+
+
+class AuditPoint(Record):
+    """Pairwise accuracy and margin of a scorer at one prefix length."""
+
+    position: float = Field(description="tokens, or fraction of the completion")
+    accuracy: Interval
+    margin: Interval
+    ties: int
+    pairs: int
+
+
+class AuditResult(Record):
+    """What ``rgtg audit`` writes as audit.json."""
+
+    version: int = FORMAT_VERSION
+    scorer: str
+    objective: str
+    pairs: int
+    by_tokens: list[AuditPoint]
+    by_fraction: list[AuditPoint]
+    full_accuracy: Interval
+    calibration_error: float = Field(description="expected calibration error of σ(r_w − r_l), prefixes of all lengths")
+    verdict: str
+    provenance: Provenance

@@ -1,0 +1,99 @@
+"""Prompt files: which rows are read, by which id, and what is kept apart."""
+
+import json
+
+import pytest
+
+from rgtg.data.prompts import read_prompt_rows, refuse_rows
+from rgtg.errors import DataError
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def request(custom_id, **body):
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"} | body}
+
+
+@pytest.fixture
+def read(tmp_path):
+    return lambda *rows: read_prompt_rows(write(tmp_path / "p.jsonl", *rows))
+
+
+def test_texts_chats_pairs_and_requests_with_their_ids(read):
+    found = read(
+        {"prompt": "a", "id": "x", "other": 1}, {"prompt": CHAT, "custom_id": "y"}, {"messages": CHAT, "id": 7}, "",
+        {"chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: q\n\nAssistant: c"}, request("z", seed=3),
+    )  # fmt: skip
+    assert [(row.number, row.id) for row in found.rows] == [(1, "x"), (2, "y"), (3, "7"), (5, "row-5"), (6, "z")]
+    assert [row.prompt for row in found.rows] == ["a", CHAT, CHAT, "\n\nHuman: q\n\nAssistant:", "Once"]
+    assert [row.endpoint for row in found.rows] == [None] * 4 + ["completions"]
+    assert found.rows[-1].seed == 3
+    assert not found.bad
+
+
+def test_bad_rows_are_kept_apart_with_the_id_they_have(read):
+    found = read(
+        {"prompt": "a", "id": "x"}, "{", {"prompt": 3, "id": "y"}, {"prompt": "b", "id": "x"},
+        {"prompt": "c", "id": [1]},
+        request("z", echo=True), {"custom_id": None, "url": "", "body": {}}, request("w", temperature=-1),
+        {"prompt": "d", "id": "\ud800"}, {"prompt": "e", "id": "row-11"}, {"prompt": "f"},
+    )  # fmt: skip
+    assert [row.id for row in found.rows] == ["x", "row-11"]
+    assert [(row.number, row.id, row.reason) for row in found.bad] == [
+        (2, None, "not JSON"), (3, "y", "wrong type"), (4, "x", "duplicate id"), (5, None, "wrong type"),
+        (6, "z", "unsupported field"), (7, None, "missing field"), (8, "w", "bad value"), (9, None, "bad UTF-8"),
+        (11, None, "duplicate id"),
+    ]  # fmt: skip
+    assert "temperature = -1" in found.bad[6].error
+    assert found.total == 11
+    with pytest.raises(DataError, match=r"(?s)cannot use 9 of 11 rows .*p\.jsonl:2: not JSON.* and 4 more"):
+        refuse_rows(found.source, found.bad, found.total)
+
+
+def test_settings_of_a_row_are_checked_and_equal_ones_shared(read):
+    found = read(request("a", max_tokens=5), request("b", max_tokens=5), request("c", max_tokens=6))
+    assert [row.settings for row in found.rows] == [{"max_new_tokens": n} for n in (5, 5, 6)]
+    assert found.rows[0].settings is found.rows[1].settings
+
+
+def test_one_run_has_one_model(read):
+    assert read(request("a", model="m"), request("b", model="m"), request("c")).models == ["m"]
+    with pytest.raises(DataError, match="asks for several models: m, n"):
+        read(request("a", model="m"), request("b", model="n"))
+
+
+def test_the_fingerprint_is_of_ids_prompts_and_settings_in_their_order(read):
+    def of(*rows):
+        return read(*rows).fingerprint
+
+    one, two = {"prompt": "a"}, {"prompt": "b"}
+    assert of(one, two) == of(one | {"other": 1}, two)
+    different = [
+        of(one, two), of(two, one), of(one, two | {"id": 1}), of(one, {"prompt": "c"}), of(one, "{"), of(one),
+        of(request("a")), of(request("a", seed=1)), of(request("a", max_tokens=1)),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "p.parquet"
+    rows = [{"id": 5, "prompt": None, "messages": CHAT, "extra": 1.5}, {"id": None, "prompt": "a", "messages": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read_prompt_rows(path)
+    assert [(row.id, row.prompt) for row in found.rows] == [("5", CHAT), ("row-2", "a")]
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"{i}"} for i in range(2500)))
+    read_prompt_rows(path, progress=lambda done, total: told.append((done, total)))
+    size = path.stat().st_size
+    assert len(told) == 3
+    assert told[-1] == (size, size)
+    assert 0 < told[0][0] < told[1][0] < size

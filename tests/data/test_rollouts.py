@@ -1,0 +1,85 @@
+"""Rollouts: what is read, what is refused by file and line, which completions are closed."""
+
+import json
+
+import pytest
+
+from rgtg.data.rollouts import read_rollouts, tokenize_rollouts
+from rgtg.errors import DataError, UsageError
+
+GOOD = {"prompt": "so ", "text": "ab", "reward": 2, "finish_reason": "stop", "seed": 3}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer):
+    return lambda *rows, **settings: read_rollouts(write(tmp_path / "r.jsonl", *rows), tokenizer=tokenizer, **settings)
+
+
+def test_either_name_of_the_text_and_repeated_rows_are_kept(read):
+    rollouts = read(GOOD, {"prompt": "so ", "completion": "ab", "reward": -1.5}, GOOD)
+    assert [(r.text, r.reward, r.finished) for r in rollouts.rows] == [
+        ("ab", 2.0, True), ("ab", -1.5, True), ("ab", 2.0, True),
+    ]  # fmt: skip
+    assert rollouts.fingerprint == read(GOOD, {"prompt": "so ", "text": "ab", "reward": -1.5}, GOOD).fingerprint
+    assert rollouts.fingerprint != read(GOOD).fingerprint
+
+
+def test_what_was_cut_off_is_not_closed(read, tokenizer):
+    cut, empty = GOOD | {"finish_reason": "length"}, GOOD | {"text": ""}
+    ids = tokenize_rollouts(read(GOOD, cut, empty).rows, tokenizer)
+    text = tokenizer("ab").input_ids
+    assert [r.completion_ids for r in ids] == [[*text, 2], text, [2]]
+    assert ids[0].rows == [(tokenizer("so ").input_ids, [*text, 2])]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON"),
+        ([1], "expected an object"),
+        ({"prompt": "so ", "text": "a"}, "missing field: reward"),
+        ({"prompt": "so ", "reward": 1}, r"text \(or completion\)"),
+        (GOOD | {"text": 3}, "text is no text"),
+        (GOOD | {"finish_reason": 3}, "finish_reason is no text"),
+        (GOOD | {"reward": None}, "bad reward"),
+        (GOOD | {"reward": True}, "bad reward"),
+        ('{"prompt": "so ", "text": "a", "reward": Infinity}', "no finite number"),
+        (GOOD | {"prompt": ""}, "empty prompt"),
+        (GOOD | {"text": "", "finish_reason": "length"}, "empty completion"),
+        (GOOD | {"text": "a" * 40}, "too long"),
+    ],
+)
+def test_bad_rows_are_told_by_file_and_line(read, row, message):
+    with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{message}"):
+        read(GOOD, row, max_length=20)
+
+
+def test_labels_lie_between_0_and_1_or_are_scaled(read):
+    labels = [GOOD | {"reward": reward} for reward in (-1, 0.5, 3)]
+    with pytest.raises(DataError, match=r"r\.jsonl:1: .*-1 is not in \[0, 1\]; scale rewards with"):
+        read(*labels, labels=True)
+    assert [r.reward for r in read(*labels, labels=True, reward_range=(-1.0, 3.0)).rows] == [0.0, 0.375, 1.0]
+    with pytest.raises(DataError, match=r"r\.jsonl:3: .*3 is not in \[-1, 2\]"):
+        read(*labels, labels=True, reward_range=(-1.0, 2.0))
+
+
+def test_bad_rows_can_be_left_out(read, tmp_path):
+    with pytest.warns(UserWarning, match=r"left out 1 of 2 rows \(bad reward: 1\)"):
+        assert len(read(GOOD, GOOD | {"reward": "high"}, on_bad="skip").rows) == 1
+    read(GOOD, GOOD | {"reward": "high"}, on_bad="skip", rejects=tmp_path / "rejects.jsonl")
+    assert json.loads((tmp_path / "rejects.jsonl").read_text())["line"] == 2
+    with pytest.raises(DataError, match="Nothing is left"):
+        read(GOOD | {"reward": "high"}, on_bad="skip")
+
+
+def test_rejects_never_overwrite_what_is_read(tmp_path, tokenizer):
+    path = write(tmp_path / "rejects.jsonl", GOOD, "{")
+    before = path.read_text()
+    with pytest.raises(UsageError, match="would overwrite the data"):
+        read_rollouts(path, tokenizer=tokenizer, on_bad="skip", rejects=path)
+    assert path.read_text() == before

@@ -1,0 +1,224 @@
+"""The token loop against enumeration, alone and in company, with and without the tree."""
+
+import math
+
+import pytest
+import torch
+
+from helpers.naive import (
+    accepted_among,
+    best_among,
+    completion_distribution,
+    make_guided,
+    reward,
+    segmented_distribution,
+    step_distribution,
+    winner_distribution,
+)
+from rgtg.decoding.methods import METHODS
+from rgtg.decoding.runners import factory as join
+from rgtg.decoding.runners import policy_runner as steps
+from rgtg.decoding.runners import scorer_runner as readers
+
+PROMPT = [0, 9, 14, 30]
+PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52], [0, 11, 25]]
+SETTINGS = {
+    "plain": {"temperature": 1.0, "top_k": 3, "top_p": 1.0},
+    "cool": {"temperature": 0.7, "top_k": 3, "top_p": 1.0},
+    "greedy": {"temperature": 0.0, "top_k": 3, "top_p": 1.0},
+    "nucleus": {"temperature": 1.0, "top_k": 6, "top_p": 0.8},
+}
+
+
+# What a method is given beyond that, where it has settings of its own.
+OWN = {
+    "best-of-n": {"n": 2},
+    "cd-blockwise": {"n": 2, "segment_length": 1},
+    "cards": {"beta": 1.5, "reward_threshold": 0.5, "segment_length": 2, "min_segment": 1, "entropy_threshold": 2.0,
+              "retries": 1},
+}  # fmt: skip
+
+
+def exact_settings(method, named):
+    """What the definition is given: greedy methods are T = 0, and beta is 1.5 where a scorer steers each token."""
+    row = METHODS[method]
+    beta = 1.5 if row.scorer and row.unit == "token" else 0.0
+    exact = SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
+    return exact | {"top_k": None, "sums": exact["top_k"]} if row.candidates == "sum" else exact
+
+
+def build(method):
+    row = METHODS[method]
+    return make_guided(method, **{"beta": 1.5} if row.scorer and row.unit == "token" else {})
+
+
+def call_settings(method, named):
+    settings = SETTINGS[named] | OWN.get(method, {})
+    if METHODS[method].rule == "greedy":
+        del settings["temperature"]
+    return settings
+
+
+def exact_distribution(method, guided, prompt, length, exact):
+    """Every completion's probability, by enumeration."""
+    own = OWN.get(method, {})
+    if method == "best-of-n":
+        return winner_distribution(guided, prompt, length, own["n"], **exact)
+    if method == "cd-blockwise":
+        return segmented_distribution(
+            guided, prompt, length, lambda masses, rewards, _: best_among(masses, rewards, own["n"]),
+            length=own["segment_length"], **exact,
+        )  # fmt: skip
+    if method == "cards":
+        first = (reward(guided.scorer.model, prompt) + own["reward_threshold"]) / 2
+
+        def choose(masses, rewards, begun):
+            shares = {t: (begun + len(t)) / length for t in masses}
+            rising = {t: first + share * (own["reward_threshold"] - first) for t, share in shares.items()}
+            thresholds = {t: min(r, own["reward_threshold"]) for t, r in rising.items()}
+            return accepted_among(masses, rewards, thresholds, own["beta"], own["retries"])
+
+        return segmented_distribution(
+            guided, prompt, length, choose, length=own["segment_length"], unsure=own["entropy_threshold"], **exact
+        )
+    return completion_distribution(guided, prompt, length, **exact)
+
+
+CASES = [
+    (method, named)
+    for method in METHODS
+    for named in SETTINGS
+    if METHODS[method].rule != "greedy" or named in ("plain", "nucleus")
+]
+
+
+@pytest.mark.parametrize(("method", "named"), CASES)
+def test_the_distribution_of_completions_is_the_enumerated_one(method, named):
+    guided = build(method)
+    length = 3 if METHODS[method].unit == "segment" and named == "plain" else 2
+    expected = exact_distribution(method, guided, PROMPT, length, exact_settings(method, named))
+    assert sum(expected.values()) == pytest.approx(1)
+    expected = {tokens: p for tokens, p in expected.items() if p > 0}
+    draws = 20 if len(expected) == 1 else 1000 if METHODS[method].unit == "completion" else 3000
+    done = guided.generate_ids(
+        [PROMPT] * draws, seed=list(range(draws)), batch_size=draws, max_new_tokens=length,
+        **call_settings(method, named),
+    )  # fmt: skip
+    counts = dict.fromkeys(expected, 0)
+    for completion in done:
+        counts[tuple(completion.token_ids)] += 1  # a completion that cannot occur is a KeyError
+    require_frequencies(counts, expected, draws)
+
+
+def require_frequencies(counts, expected, draws):
+    """Pearson's chi-square with the rare outcomes pooled, at a bound of about five standard deviations."""
+    common = [c for c in expected if expected[c] * draws >= 5]
+    pooled = [(counts[c], expected[c]) for c in common]
+    seen, mass = sum(n for n, _ in pooled), sum(p for _, p in pooled)
+    if (1 - mass) * draws >= 1:
+        pooled.append((draws - seen, 1 - mass))
+    chi_square = sum((n - draws * p) ** 2 / (draws * p) for n, p in pooled)
+    freedom = max(len(pooled) - 1, 1)
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("named", [*SETTINGS, "all"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_traced_figure_is_the_enumerated_one(method, named):
+    row = METHODS[method]
+    if row.rule == "greedy" and named in ("cool", "greedy"):
+        pytest.skip("a greedy method has no temperature")
+    guided = build(method)
+    if named == "all":
+        given = OWN.get(method, {}) | {"top_k": None}
+        exact = exact_settings(method, "plain") | {"top_k": None} | ({"sums": None} if row.candidates == "sum" else {})
+    else:
+        given, exact = call_settings(method, named), exact_settings(method, named)
+    prompts = PROMPTS[:1] if named == "all" else PROMPTS
+    for completion, prompt in zip(
+        guided.generate_ids(prompts, max_new_tokens=3, trace=True, **given), prompts, strict=True
+    ):
+        ids, total = list(prompt), 0.0
+        for step in completion.trace:
+            distribution = step_distribution(guided, ids, **exact)
+            traced = dict(zip(step.candidate_ids, step.guided_log_probs, strict=True))
+            assert {t for t, p in traced.items() if p > -math.inf} == set(distribution)
+            for token, log_prob in distribution.items():
+                assert traced[token] == pytest.approx(log_prob, abs=1e-5, rel=1e-5)
+            assert (step.scores is None) == (exact["beta"] == 0)
+            total += distribution[step.token_id]
+            ids.append(step.token_id)
+        assert completion.guided_log_prob == pytest.approx(total, abs=1e-4)
+        assert completion.token_ids == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_depends_on_neither_neighbours_nor_order(method, family):
+    guided = make_guided(method, family, top_k=8)
+    seeds = [3, 1, 4, 1]
+
+    def run(order, size):
+        done = guided.generate_ids(
+            [PROMPTS[i] for i in order], seed=[seeds[i] for i in order], batch_size=size, max_new_tokens=12,
+            **OWN.get(method, {}),
+        )  # fmt: skip
+        return {i: completion.token_ids for i, completion in zip(order, done, strict=True)}
+
+    alone = run([0, 1, 2, 3], 1)
+    assert run([0, 1, 2, 3], 4) == alone
+    assert run([3, 1, 0, 2], 4) == alone
+    assert run([2, 0, 1, 3], 2) == alone
+    assert {1: run([1], 8)[1]} == {1: alone[1]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_seed_for_all_is_order_free_and_samples_repeats_anew(method):
+    guided, own = make_guided(method), OWN.get(method, {})
+    there = guided.generate_ids(PROMPTS, seed=7, max_new_tokens=6, **own)
+    back = guided.generate_ids(PROMPTS[::-1], seed=7, max_new_tokens=6, **own)
+    assert [c.token_ids for c in there] == [c.token_ids for c in back][::-1]
+    twice = guided.generate_ids([PROMPT, PROMPT], seed=7, max_new_tokens=16, **own)
+    assert twice[0].seed != twice[1].seed
+    if METHODS[method].rule != "greedy":
+        assert twice[0].token_ids != twice[1].token_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tree_gives_what_recomputing_gives(method, family):
+    fast, slow = (
+        make_guided(method, family, top_k=6, token_tree=tree).generate_ids(
+            PROMPTS, max_new_tokens=8, seed=2, **OWN.get(method, {})
+        )
+        for tree in (True, False)
+    )
+    for a, b in zip(fast, slow, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+        assert a.policy_log_prob == pytest.approx(b.policy_log_prob, abs=1e-4)
+        assert (a.score is None) == (b.score is None)
+        assert a.score is None or a.score == pytest.approx(b.score, abs=1e-4)
+
+
+def test_more_candidates_than_one_pass_takes(monkeypatch):
+    guided = make_guided("pargs", beta=1.5, top_k=None)
+    whole = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
+    for module in (steps, readers, join):
+        monkeypatch.setattr(module, "MAX_WIDTH", 7)
+    parts = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
+    assert [c.token_ids for c in whole] == [c.token_ids for c in parts]
+
+
+def test_beta_zero_is_the_policy():
+    policy = make_guided("policy", top_k=5).generate_ids(PROMPTS, max_new_tokens=8, seed=3)
+    guided = make_guided("pargs", top_k=5, beta=0.0).generate_ids(PROMPTS, max_new_tokens=8, seed=3)
+    assert [c.token_ids for c in policy] == [c.token_ids for c in guided]
+
+
+def test_models_that_want_gradients_are_read_without():
+    for method in ("pargs", "best-of-n"):
+        guided = make_guided(method)
+        guided.policy.model.requires_grad_(True)
+        guided.scorer.model.requires_grad_(True)
+        done = guided.generate_ids(PROMPTS, max_new_tokens=4)
+        assert torch.isfinite(torch.tensor([c.policy_log_prob for c in done])).all()

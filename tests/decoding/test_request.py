@@ -1,0 +1,58 @@
+"""Seeds, processors and endings of single rows."""
+
+import pytest
+import torch
+
+from helpers.tiny_models import tiny_tokenizer
+from rgtg.config import DecodingSettings
+from rgtg.decoding.request import Request, Stopping, derive_seed, make_processors, require_room, row_seeds
+from rgtg.errors import DataError, PromptTooLongError, UsageError
+
+
+def test_row_seeds():
+    a, b = [0, 1], [0, 2]
+    there, back = row_seeds(3, [a, b, a]), row_seeds(3, [b, a, a])
+    assert there == [back[1], back[0], back[2]]
+    assert len(set(there)) == 3
+    assert row_seeds([5, 6], [a, b]) == [5, 6]
+    with pytest.raises(UsageError, match="1 seeds for 2 prompts"):
+        row_seeds([5], [a, b])
+
+
+def test_derived_seeds_are_stable_and_fit():
+    assert derive_seed(0, (1, 2), 0) == derive_seed(0, (1, 2), 0) < 2**63
+    assert derive_seed(0, (1, 2), 0) != derive_seed(1, (1, 2), 0)
+
+
+def test_processors_see_one_rows_tokens():
+    settings = DecodingSettings(repetition_penalty=2.0, no_repeat_ngram_size=2, min_new_tokens=3)
+    row = Request("", [0, 5, 6], 0, make_processors(settings, 3, {2}, "cpu"), token_ids=[5])
+    logits = row.process(torch.ones(8))
+    assert logits.tolist() == [0.5, 1, -torch.inf, 1, 1, 0.5, -torch.inf, 1]
+    assert not make_processors(DecodingSettings(), 3, {2}, "cpu")
+
+
+def test_stopping():
+    tokenizer = tiny_tokenizer()
+    stopping = Stopping(tokenizer, {2}, DecodingSettings(max_new_tokens=6, stop=["lo"]))
+
+    def end(text, *more):
+        row = Request("", [0, 4], 0, None, token_ids=[*tokenizer(text, add_special_tokens=False).input_ids, *more])
+        stopping.update(row)
+        return row.finish_reason, row.text
+
+    assert end("hel") == (None, "")
+    assert end("hello") == ("stop", "hel")
+    assert end("hey", 2) == ("stop", "hey")
+    assert end("heyhey") == ("length", "heyhey")
+
+
+def test_room():
+    require_room([1] * 4, 4, 8, "policy")
+    require_room([1] * 4, 4, None, "policy")
+    with pytest.raises(
+        PromptTooLongError, match="a prompt of 5 tokens and 4 new ones exceed the policy's context of 8"
+    ):
+        require_room([1] * 5, 4, 8, "policy")
+    with pytest.raises(DataError, match="no tokens"):
+        require_room([], 4, 8, "policy")

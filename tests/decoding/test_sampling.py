@@ -1,0 +1,53 @@
+"""Guided log-probabilities and the draw from them."""
+
+import math
+
+import pytest
+import torch
+
+from rgtg.decoding.sampling import greedy, guided_log_probs, sample
+
+POLICY = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]]).log()
+SCORES = torch.tensor([[0.0, 1.0, 2.0], [1.0, -1.0, math.nan]])
+
+
+@pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.0, 1.0), (2.0, 0.7), (-1.0, 1.3)])
+def test_the_formula(beta, temperature):
+    weights = (POLICY.double().exp() * (beta * SCORES.double().nan_to_num()).exp()) ** (1 / temperature)
+    exact = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(
+        guided_log_probs(POLICY, SCORES, beta, temperature).double().exp(), exact, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_an_excluded_candidate_stays_excluded_whatever_its_score():
+    scores = torch.tensor([[0.0, 0.0, 1e30]]).expand(2, -1)
+    assert guided_log_probs(POLICY, scores, 1.0)[1, 2] == -torch.inf
+
+
+def test_temperature_zero_is_the_first_maximum():
+    guided = guided_log_probs(POLICY, SCORES, 2.0, 0.0)
+    assert guided.tolist() == [[-math.inf, -math.inf, 0.0], [0.0, -math.inf, -math.inf]]
+    assert greedy(guided).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(("beta", "temperature"), [(1.0, 1e-45), (1e39, 1.0), (1e300, 1e-3)])
+def test_extreme_settings_tend_to_the_maximum(beta, temperature):
+    guided = guided_log_probs(POLICY, SCORES, beta, temperature)
+    assert guided.argmax(-1).tolist() == [2, 0]
+    assert guided.exp().sum(-1).tolist() == [1.0, 1.0]
+
+
+def test_a_constant_added_to_the_scores_changes_nothing():
+    moved = guided_log_probs(POLICY, SCORES + 5.0, 2.0)
+    torch.testing.assert_close(moved, guided_log_probs(POLICY, SCORES, 2.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("uniform", "drawn"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 3), (1 - 2**-53, 3)])
+def test_sampling_inverts_the_distribution(uniform, drawn):
+    log_probs = torch.tensor([[0.5, 0.3, 0.0, 0.2, 0.0]]).log()
+    assert sample(log_probs, torch.tensor([uniform], dtype=torch.float64)).tolist() == [drawn]
+
+
+def test_a_leading_impossible_candidate_is_never_drawn():
+    assert sample(torch.tensor([[0.0, 1.0]]).log(), torch.zeros(1, dtype=torch.float64)).tolist() == [1]

@@ -1,0 +1,57 @@
+"""Loading the frozen policy."""
+
+import pytest
+import torch
+
+from helpers.tiny_models import CONFIGS, tiny_policy, tiny_tokenizer
+from rgtg.errors import ModelNotFoundError, UsageError
+from rgtg.models.loading.device_map import resolve_device
+from rgtg.models.loading.policy import Policy, context_length, load_policy, resolve_dtype
+
+
+def test_loads_frozen_from_a_folder(policy_folder):
+    policy = load_policy(str(policy_folder), dtype="bf16", device="cpu")
+    assert policy.model.dtype == torch.bfloat16
+    assert not policy.model.training
+    assert not any(p.requires_grad for p in policy.model.parameters())
+    assert policy.max_length == 128
+
+
+def test_wraps_what_is_loaded():
+    pair = (tiny_policy(), tiny_tokenizer())
+    assert load_policy(pair).model is pair[0]
+    policy = Policy(*pair)
+    assert load_policy(policy) is policy
+    with pytest.raises(UsageError, match="loaded by name"):
+        load_policy(pair, dtype="float32")
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_context_length(family):
+    assert context_length(CONFIGS[family]()) == 128
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    for source, message in ((tmp_path / "no" / "such", "no model folder"), (tmp_path / "file", "is a file")):
+        with pytest.raises(ModelNotFoundError, match=message):
+            load_policy(str(source))
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
+        load_policy(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match="cannot load the policy"):
+        load_policy(str(tmp_path))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(scorer_folder):
+    with pytest.raises(UsageError, match=r"no whole language model \(lm_head\.weight not in its weights"):
+        load_policy(str(scorer_folder))
+
+
+def test_dtypes_and_devices():
+    assert resolve_dtype(None) == "auto"
+    assert resolve_dtype("fp16") is torch.float16
+    with pytest.raises(UsageError, match="unknown dtype 'int4'"):
+        resolve_dtype("int4")
+    with pytest.raises(UsageError, match="device 'gpu' cannot be used"):
+        resolve_device("gpu")

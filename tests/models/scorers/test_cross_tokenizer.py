@@ -1,0 +1,137 @@
+"""A reward model that reads text: its frame, its chat template, its context, and what it refuses."""
+
+import pytest
+import torch
+from tokenizers import normalizers
+
+from helpers.naive import info, reward
+from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with, tokenizer_of, word_piece
+from rgtg.errors import DataError, PromptTooLongError, UsageError
+from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = [{"role": "user", "content": "Who is Max?"}]
+
+
+def scorer_of(kind="byte-level", template=None, trained=None, **more):
+    tokenizer = byte_level() if kind == "byte-level" else tokenizer_of(kind)
+    if template is not None:
+        tokenizer.chat_template = template
+    return TextScorer(PrefixScorer(reward_model_with(tokenizer, **more), tokenizer, info=trained, name="mine"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [("byte-level", [], []), ("llama", [0], []), ("unigram", [], [1]), ("word-piece", [2], [3])],
+)
+def test_the_special_tokens_that_a_tokenizer_adds(kind, before, after):
+    scorer = scorer_of(kind)
+    assert (scorer.before, scorer.after) == (before, after)
+    (ids,) = scorer.encode([scorer.turn("the dog")], [" was old"], [True])
+    assert ids == scorer.tokenizer("the dog was old").input_ids
+
+
+def test_a_tokenizer_that_is_inconsistent_is_refused():
+    class Odd:
+        def __call__(self, text, add_special_tokens=True):
+            return type("E", (), {"input_ids": [len(text), *[7] * len(text)] if add_special_tokens else [8]})()
+
+    with pytest.raises(UsageError, match="special tokens inside a text"):
+        TextScorer(PrefixScorer(reward_model_with(tokenizer_of("llama")), Odd()))
+
+
+def test_scores_of_texts_together_are_those_of_each_alone():
+    scorer = scorer_of("llama")
+    assert scorer.tokenizer.pad_token_id is not None
+    scorer.tokenizer.pad_token_id = None  # hidden by the mask: none is needed
+    prompts, completions = ["the dog", "a", "it is"], [" was old.", " slow inn", ""]
+    alone = [reward(scorer.model, scorer.tokenizer(p + c).input_ids) for p, c in zip(prompts, completions, strict=True)]
+    assert scorer.score(prompts, completions, batch_size=2) == pytest.approx(alone, abs=1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder_without_a_padding_token():
+    tokenizer = word_piece()
+    scorer = TextScorer(PrefixScorer(encoder_with(tokenizer), tokenizer))
+    assert not scorer.causal
+    alone = [float(scorer.model(**tokenizer(text, return_tensors="pt")).logits) for text in ("the dog was", "a")]
+    tokenizer.pad_token = None
+    assert scorer.score(["the dog", "a"], [" was", ""]) == pytest.approx(alone, abs=1e-5)
+
+
+def test_unfinished_texts_have_no_half_characters_and_finished_ones_stand_as_they_are():
+    scorer = scorer_of()
+    going, done = scorer.score(["a", "a"], [" dog\ufffd", " dog\ufffd"], finished=[False, True])
+    assert going == pytest.approx(reward(scorer.model, scorer.tokenizer("a dog").input_ids), abs=1e-4)
+    assert done == pytest.approx(reward(scorer.model, scorer.tokenizer("a dog\ufffd").input_ids), abs=1e-4)
+
+
+def test_the_completion_is_the_assistant_turn_of_the_scorers_own_template():
+    scorer = scorer_of(template=TEMPLATE)
+    turn = scorer.turn(CHAT)
+    assert (turn.opening, turn.closing) == ("<user>Who is Max?<assistant>", "</s>\n")
+    whole = scorer.tokenizer.apply_chat_template([*CHAT, {"role": "assistant", "content": "The dog."}], tokenize=False)
+    ids = scorer.tokenizer(whole, add_special_tokens=False).input_ids
+    assert scorer.score([CHAT], ["The dog."]) == pytest.approx([reward(scorer.model, ids)], abs=1e-4)
+    assert scorer.encode([turn], ["The"], [False]) == [scorer.tokenizer(turn.opening + "The").input_ids]
+
+
+@pytest.mark.parametrize(
+    ("template", "trained", "closing"),
+    [
+        (TEMPLATE, info(), "</s>"),
+        (TEMPLATE, info(append_eos=False), "</s>\n"),
+        (TEMPLATE.replace("{{ eos_token }}\n", "{{ '\\n' }}"), info(), "\n</s>"),
+        (TEMPLATE.replace("{{ eos_token }}\n", "<end>"), info(), "<end>"),
+        (TEMPLATE.replace("{{ eos_token }}\n", "{{ '\\n' }}"), None, "\n"),
+    ],
+)
+def test_a_turn_is_closed_as_the_pairs_of_training_were(template, trained, closing):
+    assert scorer_of(template=template, trained=trained).turn(CHAT).closing == closing
+
+
+def test_chats_that_cannot_be_read_are_refused():
+    with pytest.raises(UsageError, match=r"the scorer mine cannot read a chat: .*no chat template"):
+        scorer_of().turn(CHAT)
+    with pytest.raises(UsageError, match="leaves the assistant's reply out"):
+        scorer_of(template="{{ messages[0].content }}").turn(CHAT)
+
+
+def test_room():
+    scorer = scorer_of("llama", positions=8)
+    scorer.require_room("the dog")
+    with pytest.raises(PromptTooLongError, match=r"is \d+ tokens to the scorer mine, whose context of 8"):
+        scorer.require_room("the dog " * 4)
+    with pytest.raises(DataError, match=r"completion 2 of 2 exceeds, .* context of 8 tokens"):
+        scorer.score(["a", "a"], [" dog", " dog" * 8])
+    assert scorer.rewards(["a", "a"], [" dog", " dog" * 8])[1] is None
+
+
+def test_a_prompt_that_is_nothing_to_the_scorer():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(DataError, match="no token at all"):
+        TextScorer(PrefixScorer(reward_model_with(tokenizer), tokenizer)).require_room("  ")
+
+
+def test_a_vocabulary_that_the_model_does_not_have():
+    tokenizer = byte_level()
+    scorer = TextScorer(PrefixScorer(reward_model_with(tokenizer_of("byte-level-bos")), tokenizer, name="mine"))
+    with pytest.raises(UsageError, match=r"the scorer mine gives token \d+, .* they do not belong together"):
+        scorer.score([tokenizer.decode([len(tokenizer) - 1])], [" old"])
+
+
+def test_another_number_of_endings():
+    with pytest.raises(UsageError, match="of 1 completions whether they ended, and there are 2"):
+        scorer_of().score(["a", "b"], ["c", "d"], finished=[True])
+
+
+def test_equal_texts_tie_whatever_stands_beside_them():
+    scorer = scorer_of("llama")
+    texts = [" was old", " was", " was old", " was old and slow in the woods"]
+    scores = scorer.score(["the dog"] * 4, texts, batch_size=2)
+    assert scores[0] == scores[2] != scores[1]

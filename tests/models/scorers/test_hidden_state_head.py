@@ -1,0 +1,278 @@
+"""Heads on the policy's own states: by hand, against transformers' hidden states, from memory and from folders."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.naive import info
+from helpers.tiny_models import CONFIGS, tiny_policy, tiny_tokenizer
+from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights, read_info, write_info
+from rgtg.models.scorers.base import load_scorer
+from rgtg.models.scorers.heads import round_to_half, save_head
+from rgtg.models.scorers.hidden_state_head import (
+    OwnStateScorer,
+    StateHead,
+    VocabularyHead,
+    observed,
+    read_states,
+    require_observable,
+    watching,
+)
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.tokenization.encoding import tokenizer_hash
+
+PROMPTS, COMPLETIONS = [[0, 9, 4], [0, 44, 8, 8, 20]], [[7, 30, 31, 3, 52, 12, 9], [5, 2]]
+FAMILIES = sorted(CONFIGS)
+
+
+def make_head(kind, seed=0):
+    torch.manual_seed(seed)
+    head = StateHead(32, 8) if kind == "state" else VocabularyHead(32, 8, 4, 64)
+    with torch.no_grad():
+        head.mlp.mean.normal_()
+        head.mlp.std.uniform_(0.5, 2.0)
+        if kind == "vocab":
+            head.bias.normal_()
+    round_to_half(head)
+    return head.requires_grad_(False)
+
+
+def describe(kind, layer, policy, **changes):
+    about = {
+        "trunk": "own", "head": kind, "layer": layer, "width": 8, "base_model": "tiny",
+        "base_fingerprint": fingerprint_weights(policy.model), "base_casts": cast_fingerprints(policy.model),
+        "tokenizer_hash": tokenizer_hash(policy.tokenizer),
+    }  # fmt: skip
+    return info().model_copy(update=about | changes)
+
+
+def make_scorer(kind, family="llama", layer=2, **changes):
+    policy = Policy(tiny_policy(family), tiny_tokenizer())
+    return OwnStateScorer(policy, make_head(kind), describe(kind, layer, policy, **changes))
+
+
+@pytest.fixture
+def head_folder(tmp_path, policy_folder):
+    """A saved vocabulary head that names the saved policy."""
+    folder = tmp_path / "head"
+    folder.mkdir()
+    save_head(folder, make_head("vocab"))
+    write_info(folder, describe("vocab", 1, load_policy(str(policy_folder)), base_model=str(policy_folder)))
+    return folder
+
+
+@torch.no_grad()
+def definition(scorer, prompt, completion):
+    """r(y_{1:i}), one prefix at a time, through transformers' own hidden states."""
+    scores = []
+    for i in range(1, len(completion) + 1):
+        ids = torch.tensor([[*prompt, *completion[:i]]])
+        states = scorer.model(ids, output_hidden_states=True).hidden_states[scorer.layer][0]
+        if scorer.kind == "state":
+            scores.append(scorer.head(states[-1]))
+        else:
+            scores.append(scorer.head(states[-2:-1], ids[:, -1:])[0, 0])
+    return torch.stack(scores)
+
+
+def test_state_head_by_hand():
+    head = StateHead(2, 1)
+    with torch.no_grad():
+        head.mlp.mean.copy_(torch.tensor([1.0, 0.0]))
+        head.mlp.std.copy_(torch.tensor([2.0, 1.0]))
+        head.mlp.first.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        head.mlp.first.bias.fill_(0.5)
+        head.mlp.second.weight.fill_(3.0)
+        head.mlp.second.bias.fill_(-1.0)
+    # h̃ = ((3 − 1) / 2, 0.5), 1 − 0.5 + 0.5 = 1; GELU(1) = Φ(1) = 0.841345; 3 · 0.841345 − 1
+    score = head(torch.tensor([3.0, 0.5]))
+    assert score.item() == pytest.approx(1.524034, abs=1e-5)
+    assert head(torch.zeros(5, 7, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_vocabulary_head_by_hand():
+    head = VocabularyHead(1, 1, 2, 3)
+    with torch.no_grad():
+        head.mlp.first.weight.fill_(1.0)
+        head.mlp.first.bias.fill_(0.0)
+        head.mlp.second.weight.copy_(torch.tensor([[1.0], [2.0]]))
+        head.mlp.second.bias.copy_(torch.tensor([0.0, -1.0]))
+        head.table.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, -1.0]]))
+        head.bias.copy_(torch.tensor([0.25, 0.0, -1.0]))
+    # GELU(1) = 0.841345; q = (0.841345, 0.682689); ⟨q, (2, −1)⟩ − 1, 0 + 0.25, ⟨q, (1, 1)⟩
+    scores = head(torch.tensor([[1.0]]), torch.tensor([[2, 0, 1]]))
+    assert scores.tolist() == [pytest.approx([0.0, 0.25, 1.524034], abs=1e-5)]
+
+
+def test_candidates_equal_the_product_over_the_whole_vocabulary():
+    head, states = make_head("vocab"), torch.randn(3, 32)
+    candidates = torch.tensor([[5, 0, 63], [9, 9, 1], [2, 30, 31]])
+    everything = head.mlp(states) @ head.table.weight.T + head.bias
+    torch.testing.assert_close(head(states, candidates), everything.gather(-1, candidates))
+    at = head.positions(states[None], candidates[None, :, 0])
+    torch.testing.assert_close(at, everything[torch.arange(3), candidates[:, 0]][None])
+
+
+def test_only_the_rows_asked_for_get_a_gradient():
+    head = make_head("vocab").requires_grad_(True)
+    head(torch.randn(1, 32), torch.tensor([[7, 9]])).sum().backward()
+    assert head.table.weight.grad.abs().sum(-1).nonzero().flatten().tolist() == [7, 9]
+
+
+@pytest.mark.parametrize("kind", ["state", "vocab"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_prefix_equals_the_definition(family, kind):
+    for layer in (1, 2):
+        scorer = make_scorer(kind, family, layer)
+        scores = scorer.score_prefixes(PROMPTS, COMPLETIONS, batch_size=2)
+        for prompt, completion, found in zip(PROMPTS, COMPLETIONS, scores, strict=True):
+            torch.testing.assert_close(found, definition(scorer, prompt, completion), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observed_states_are_those_of_transformers_and_no_others(family):
+    model, ids = tiny_policy(family), torch.tensor([[0, 9, 4, 7]])
+    layers = [1, 2] if family == "opt" else [0, 1, 2]
+    with watching(model, layers) as seen:
+        expected = model(ids, output_hidden_states=True).hidden_states
+    assert sorted(seen) == layers
+    for layer in layers:
+        assert torch.equal(seen[layer], expected[layer])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_stays_hooked(family):
+    model = tiny_policy(family)
+    require_observable(model, [1, 2])
+    read_states(model, torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.long), [1])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_state_that_no_module_gives_is_refused():
+    with pytest.raises(UsageError, match="layer 0 of OPTForCausalLM cannot be observed"):
+        require_observable(tiny_policy("opt"), [0])
+    with pytest.raises(UsageError, match=r"0 \(embeddings\) to 2"):
+        observed(tiny_policy(), 3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_padding_on_either_side_changes_nothing(family):
+    model, ids = tiny_policy(family), [0, 9, 4, 7, 12, 33, 21, 8, 9]
+    plain = read_states(model, torch.tensor([ids]), torch.ones(1, 9, dtype=torch.long), [2])[2][0]
+    for rows in ([[*ids, 1, 1]], [[1, 1, *ids]]):
+        mask = torch.tensor([[int(i != 1) for i in row] for row in rows])
+        padded = read_states(model, torch.tensor(rows), mask, [2])[2][0]
+        torch.testing.assert_close(padded[mask[0].bool()], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["state", "vocab"])
+def test_score_reads_the_end_of_each_text(kind):
+    scorer = make_scorer(kind, append_eos=True)
+    ids = tiny_tokenizer()("Hi you").input_ids
+    cut = scorer.score(["Hi"], [" you"], finished=False)[0]
+    closed = scorer.score(["Hi"], [" you"])[0]
+    assert cut == pytest.approx(definition(scorer, ids[:2], ids[2:])[-1].item(), abs=1e-4)
+    assert closed == pytest.approx(definition(scorer, ids[:2], [*ids[2:], 2])[-1].item(), abs=1e-4)
+    both = scorer.score(["Hi", "Hi"], [" you", " you"], finished=[False, True])
+    assert both == pytest.approx([cut, closed], abs=1e-5)
+    # an empty text that no EOS closes is worth what its prompt is
+    empty = scorer.score(["Hi"], [""], finished=False)[0]
+    assert empty == pytest.approx(definition(scorer, ids[:1], ids[1:2])[-1].item(), abs=1e-4)
+    with pytest.raises(UsageError, match="1 completions"):
+        scorer.score(["Hi", "Hi"], ["a", "b"], finished=[True])
+
+
+def test_unfit_texts():
+    scorer = make_scorer("vocab")
+    with pytest.raises(DataError, match="at least one token"):
+        scorer.score_prefixes([[0]], [[]])
+    with pytest.raises(DataError, match="the prompt must have one"):
+        scorer.score_prefixes([[]], [[5]])
+    with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
+        scorer.score(["x"], ["y" * 200])
+
+
+def test_round_trip(head_folder, policy_folder):
+    policy = load_policy(str(policy_folder))
+    scorer = load_scorer(str(head_folder), policy=policy)
+    assert isinstance(scorer, OwnStateScorer)
+    assert scorer.model is policy.model
+    assert (scorer.kind, scorer.layer, scorer.info) == ("vocab", 1, read_info(head_folder))
+    wanted = make_head("vocab").state_dict()
+    for name, tensor in scorer.head.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    alone = load_scorer(str(head_folder), device="cpu")  # loads the policy that its description names
+    for one, other in zip(
+        scorer.score_prefixes(PROMPTS, COMPLETIONS), alone.score_prefixes(PROMPTS, COMPLETIONS), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert load_scorer(alone) is alone
+    with pytest.raises(UsageError, match="another loaded policy"):
+        load_scorer(alone, policy=policy)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_same_policy_in_16_bits_is_recognised(head_folder, policy_folder, dtype):
+    policy = load_policy(str(policy_folder), dtype=dtype)
+    assert load_scorer(str(head_folder), policy=policy, dtype=dtype).model is policy.model
+    with pytest.raises(UsageError, match="is loaded in"):
+        load_scorer(str(head_folder), policy=policy, dtype="float32")
+
+
+def test_another_policy_is_refused(head_folder):
+    stranger = Policy(tiny_policy(seed=5), tiny_tokenizer())
+    with pytest.raises(UsageError, match=r"was trained on the states of .*policy .*train one for this policy"):
+        load_scorer(str(head_folder), policy=stranger)
+
+
+def test_another_tokenizer_is_refused(head_folder, policy_folder):
+    policy = load_policy(str(policy_folder))
+    policy.tokenizer.add_tokens(["new"])
+    with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
+        load_scorer(str(head_folder), policy=policy)
+
+
+def test_a_packed_policy_keeps_its_fingerprint():
+    model = tiny_policy()
+    model._rgtg_fingerprint = "kept"
+    assert fingerprint_weights(model) == "kept"
+
+
+def test_damaged_and_unfit_folders(head_folder, policy_folder, scorer_folder, tmp_path):
+    policy = load_policy(str(policy_folder))
+    with pytest.raises(UsageError, match="a head on its policy's own states"):
+        PrefixScorer.from_pretrained(str(head_folder))
+    with pytest.raises(ModelNotFoundError, match="no model folder"):
+        OwnStateScorer.from_pretrained(str(tmp_path / "absent"))
+    with pytest.raises(UsageError, match="no head on a policy's own states"):
+        OwnStateScorer.from_pretrained(str(scorer_folder))
+    assert isinstance(load_scorer(str(scorer_folder), policy=policy), PrefixScorer)
+    weights = head_folder / "head.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(DataError, match="damaged"):
+        load_scorer(str(head_folder), policy=policy)
+    weights.write_bytes(whole)
+    told = json.loads((head_folder / "rgtg.json").read_text())
+    (head_folder / "rgtg.json").write_text(json.dumps(told | {"head": "state"}))
+    with pytest.raises(DataError, match="no state head"):
+        load_scorer(str(head_folder), policy=policy)
+    (head_folder / "rgtg.json").unlink()
+    for load in (load_scorer, OwnStateScorer.from_pretrained):
+        with pytest.raises(UsageError, match="interrupted"):
+            load(str(head_folder))
+
+
+def test_a_policy_that_has_moved_is_named(head_folder):
+    write_info(head_folder, read_info(head_folder).model_copy(update={"base_model": "./gone/policy"}))
+    with pytest.raises(ModelNotFoundError, match="--policy"):
+        load_scorer(str(head_folder))
+
+
+def test_a_description_from_before_heads_still_reads(scorer_folder):
+    old = info().model_dump(exclude={"trunk", "head", "layer", "width", "rank", "base_casts"})
+    (scorer_folder / "rgtg.json").write_text(json.dumps(old))
+    assert read_info(scorer_folder).trunk == "separate"

@@ -1,0 +1,190 @@
+"""Scores, comparisons, tokens and what the server says of itself."""
+
+import pytest
+
+from helpers.other_tokenizers import reward_model_with, tokenizer_of
+from helpers.scorer_kinds import kinds
+from helpers.served import chat_tokenizer, close, events_of, serving
+from helpers.tiny_models import tiny_policy
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.methods import METHODS
+from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.serving.engine.models import ServedModels
+from rgtg.tokenization.encoding import encode_source
+
+PROMPT, SAID = "Once upon", [" a time", "", " x"]
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving() as made:
+        yield made
+
+
+# Scores
+
+
+@pytest.mark.parametrize("kind", list(kinds()[1]))
+@pytest.mark.parametrize("finished", [True, False])
+def test_scores_are_those_of_the_definition(kind, finished):
+    policy, scorers = kinds()
+    scorer, by_definition = scorers[kind]
+    with serving(ServedModels(policy, {"it": scorer}, "tiny")) as served:
+        told = served.post("/v1/score", prompt=PROMPT, completion=SAID, finished=finished, prefixes=True).json()
+        plain = served.post("/v1/score", prompt=PROMPT, completion=SAID[0], finished=finished).json()
+    tokenizer = policy.tokenizer
+    prompt = tokenizer(PROMPT).input_ids
+    for text, row in zip(SAID, told["data"], strict=True):
+        ids = [*tokenizer(text).input_ids, *([2] if finished and scorer.append_eos else [])]
+        if not ids:  # an empty text is worth what its prompt is
+            assert row["score"] == pytest.approx(float(by_definition(prompt)), abs=1e-4)
+            continue
+        assert [one["token_id"] for one in row["prefixes"]] == ids
+        for i, one in enumerate(row["prefixes"], 1):
+            assert one["score"] == pytest.approx(float(by_definition([*prompt, *ids[:i]])), abs=1e-4)
+        assert row["score"] == row["prefixes"][-1]["score"]
+    assert close(plain["data"], [{"index": 0, "score": told["data"][0]["score"]}])
+    assert told["model"] == "it"
+
+
+def test_scores_by_another_tokenizer():
+    tokenizer = tokenizer_of("byte-level")
+    other = PrefixScorer(reward_model_with(tokenizer), tokenizer, name="other")
+    models = ServedModels(Policy(tiny_policy(), chat_tokenizer()), {"other": other}, "tiny")
+    text = TextScorer(other)
+    with serving(models) as served:
+        told = served.post("/v1/score", prompt=PROMPT, completion=[" a b"], prefixes=True).json()["data"][0]
+        tokenizer.chat_template = chat_tokenizer().chat_template
+        chat = served.post("/v1/score", messages=CHAT, completion="x").json()["data"][0]
+    prefixes = [text.score([PROMPT], [" a b"[:i]], finished=False)[0] for i in range(1, 4)]
+    assert [one["score"] for one in told["prefixes"][:-1]] == pytest.approx(prefixes, abs=1e-4)
+    assert told["score"] == pytest.approx(text.score([PROMPT], [" a b"])[0], abs=1e-4)
+    assert chat["score"] == pytest.approx(text.score([CHAT], ["x"])[0], abs=1e-4)
+
+
+def test_scores_of_a_chat(served):
+    scorer = served.models.scorers["kind"]
+    (text, _) = encode_source(served.models.tokenizer, CHAT)
+    told = served.post("/v1/score", model="kind", messages=CHAT, completion="x").json()
+    assert told["data"][0]["score"] == pytest.approx(scorer.score([text], ["x"], templated=True)[0], abs=1e-4)
+
+
+# Comparisons
+
+
+def sides(served, guidance, **settings):
+    scorers = [served.models.scorers[name] for name in guidance["scorers"]]
+    guided = GuidedPolicy(served.models.policy, scorers, method=guidance.get("method", "pargs"))
+    alone = GuidedPolicy(served.models.policy, method="policy", top_k=guidance.get("top_k", 10))
+    more = {name: guidance[name] for name in ("n", "beta", "top_k") if name in guidance}
+    return [
+        policy.generate([PROMPT], seed=4, max_new_tokens=10, **settings, **(more if policy is guided else {}))[0]
+        for policy in (alone, guided)
+    ]
+
+
+@pytest.mark.parametrize(
+    "guidance", [{"scorers": ["kind"], "beta": 3.0, "top_k": 6}, {"method": "best-of-n", "scorers": ["kind"], "n": 3}]
+)
+def test_comparisons_are_of_one_seed(served, guidance):
+    unguided, guided = sides(served, guidance)
+    asked = {"prompt": PROMPT, "guidance": guidance, "seed": 4, "max_tokens": 10}
+    told = served.post("/v1/compare", **asked).json()
+    assert (told["unguided"]["token_ids"], told["guided"]["token_ids"]) == (unguided.token_ids, guided.token_ids)
+    assert (told["unguided"]["text"], told["guided"]["text"]) == (unguided.text, guided.text)
+    pairs = zip(unguided.token_ids, guided.token_ids, strict=False)
+    assert told["first_divergence"] == next(i for i, (a, b) in enumerate(pairs) if a != b)
+    assert told["unguided"]["guidance"]["method"] == "policy"
+    assert {step["scores"] for step in told["unguided"]["guidance"]["trace"]} == {None}
+    assert [step["token_id"] for step in told["guided"]["guidance"]["trace"]] == guided.token_ids
+    assert told["seed"] == 4
+
+    events, done = events_of(served.post("/v1/compare", **asked, stream=True))
+    assert done
+    for side in ("unguided", "guided"):
+        mine = [event for event in events if event.get("side") == side]
+        assert "".join(event["text"] for event in mine) == told[side]["text"]
+        assert [event["token_id"] for event in mine if "token_id" in event] == told[side]["token_ids"]
+        trace = [step for event in mine for step in event["guidance"].get("trace", [])]
+        assert close(trace, told[side]["guidance"]["trace"])
+        assert mine[-1]["finish_reason"] == told[side]["finish_reason"]
+        assert "trace" not in mine[-1]["guidance"]
+    assert events[-1]["object"] == "comparison.summary"
+    assert events[-1]["first_divergence"] == told["first_divergence"]
+    assert events[-1]["usage"]["completion_tokens"] == len(unguided.token_ids) + len(guided.token_ids)
+
+
+def test_comparisons_of_chats_and_of_tokens(served):
+    guidance = {"scorers": ["kind"], "trace": False}
+    told = served.post("/v1/compare", messages=CHAT, guidance=guidance, max_tokens=3, model="tiny").json()
+    assert "trace" not in told["guided"]["guidance"]
+    ids = served.post("/tokenize", prompt=PROMPT).json()["tokens"]
+    asked = {"guidance": {"scorers": ["kind"]}, "max_tokens": 5, "seed": 1}
+    one, other = (served.post("/v1/compare", prompt=prompt, **asked).json() for prompt in (ids, PROMPT))
+    assert one["guided"]["text"] == other["guided"]["text"]
+
+
+def test_a_comparison_of_nothing_different(served):
+    guidance = {"scorers": {"kind": 0.0}}
+    told = served.post("/v1/compare", prompt=PROMPT, guidance=guidance, seed=1, max_tokens=4).json()
+    assert told["first_divergence"] is None
+
+
+# Tokens
+
+
+def test_tokens_and_back(served):
+    told = served.post("/tokenize", prompt="Hi you").json()
+    assert told["count"] == len(told["tokens"]) == 6
+    assert "".join(told["token_strs"]) == "Hi you"
+    assert told["max_model_len"] == 128
+    assert served.post("/detokenize", tokens=told["tokens"]).json() == {"prompt": "Hi you"}
+    assert served.post("/detokenize", tokens=[0, 5, 2]).json() == {"prompt": "<s>a</s>"}
+    chat = served.post("/tokenize", messages=CHAT).json()
+    assert "".join(chat["token_strs"]) == encode_source(served.models.tokenizer, CHAT)[0].replace(
+        "\n", chat["token_strs"][8]
+    )
+    assert served.post("/tokenize", prompt="").json()["tokens"] == []
+
+
+def test_special_tokens():
+    tokenizer = tokenizer_of("byte-level-bos")
+    from helpers.other_tokenizers import policy_with
+
+    with serving(ServedModels(Policy(policy_with(tokenizer), tokenizer), {}, "tiny")) as served:
+        with_them = served.post("/tokenize", prompt="a").json()
+        without = served.post("/tokenize", prompt="a", add_special_tokens=False).json()
+    assert with_them["tokens"] == [0, *without["tokens"]]
+    assert with_them["token_strs"][0] == "<s>"
+
+
+# About
+
+
+def test_what_can_be_asked_for(served):
+    told = served.client.get("/v1/guidance").json()
+    assert [scorer["name"] for scorer in told["scorers"]] == ["kind", "brief"]
+    assert told["scorers"][0] == {"name": "kind", "objective": "prefix-bt", "kind": "prefix", "max_length": 128}
+    assert [method["name"] for method in told["methods"]] == list(METHODS)
+    assert told["chat_template"] is True
+    assert told["limits"]["max_batch"] == served.settings.max_batch
+    for kind, (scorer, _) in kinds()[1].items():
+        with serving(ServedModels(kinds()[0], {}, "tiny")) as other:
+            other.models.scorers["it"] = scorer
+            (card,) = other.client.get("/v1/guidance").json()["scorers"]
+        names = {"separate": "prefix", "state": "head", "vocab": "head", "vocabulary scorer": "vocabulary"}
+        assert card["kind"] == names.get(kind, kind)
+
+
+def test_the_openapi_document_names_every_route(served):
+    document = served.client.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/v1/chat/completions", "/v1/completions", "/v1/compare", "/v1/score", "/v1/models", "/v1/models/{model}",
+        "/v1/guidance", "/tokenize", "/detokenize", "/livez", "/readyz", "/health", "/version", "/metrics",
+    }  # fmt: skip
+    chat = document["components"]["schemas"]["ChatRequest"]
+    assert chat["additionalProperties"] is False
+    assert "tools" not in chat["properties"]

@@ -1,0 +1,41 @@
+"""Text to ids and back."""
+
+import pytest
+
+from helpers.tiny_models import tiny_tokenizer
+from rgtg.errors import DataError, TokenizerMismatchError
+from rgtg.tokenization.encoding import (
+    decode_completion,
+    encode_completion,
+    encode_prompt,
+    ensure_pad_token,
+    require_same_tokenizer,
+    tokenizer_hash,
+)
+
+
+def test_there_and_back(tokenizer):
+    prompt = encode_prompt(tokenizer, "Hi you")
+    completion = encode_completion(tokenizer, "Hi you", " there", append_eos=True)
+    assert completion[-1] == tokenizer.eos_token_id
+    assert decode_completion(tokenizer, prompt, completion) == " there"
+    assert completion[:-1] == encode_completion(tokenizer, "Hi you", " there", append_eos=False)
+    with pytest.raises(DataError, match="the prompt is empty"):
+        encode_prompt(tokenizer, "")
+
+
+def test_hash_is_of_what_a_tokenizer_does(tokenizer):
+    other = tiny_tokenizer()
+    other.pad_token = "<unk>"
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+    other.add_tokens(["zzzz"])
+    with pytest.raises(
+        TokenizerMismatchError, match=r"vocabularies of 63 and 64 tokens|vocabularies of 64 and 65 tokens"
+    ):
+        require_same_tokenizer(tokenizer, other)
+
+
+def test_padding_is_never_eos(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)

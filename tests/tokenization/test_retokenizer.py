@@ -1,0 +1,167 @@
+"""Growing texts: tokens to text and text to tokens, a step at a time, equal what is done from scratch."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, pre_tokenizers
+
+from helpers.other_tokenizers import CORPUS, KINDS, byte_level, tokenizer_of, unigram
+from rgtg.tokenization.encoding import decode_completion
+from rgtg.tokenization.retokenizer import Detokeniser, Retokeniser
+from rgtg.tokenization.space_cuts import SpaceCuts
+
+ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WORDS = [
+    "the",
+    " the",
+    " then",
+    "re",
+    "s",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    ".",
+    ", and",
+    " 12",
+    "345",
+    "'s",
+    " isn't",
+    "\t",
+    "</s>",
+]
+ODD = [
+    " é",
+    "e\u0301",
+    "\u0301",
+    " 🙂",
+    "👩‍👩‍👧",
+    "🇫🇷",
+    "中文",
+    "한국",
+    " हिन्दी",
+    "שלום",
+    "\u00a0",
+    "ﬁ",
+    "\u2028",
+    "<s>",
+    "İ",
+    "ß",
+    "�",
+]
+pieces = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), min_size=1, max_size=12)
+starts = st.sampled_from(
+    ["Once upon a time, there was a", CORPUS[1], CORPUS[4], "a", "so the dog", "x  y   z the end of it"]
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@ANY
+@given(start=starts, steps=st.lists(pieces, min_size=1, max_size=6))
+def test_a_text_that_grows_is_tokenised_as_from_scratch(kind, start, steps):
+    tokenizer = tokenizer_of(kind)
+    retokeniser = Retokeniser(tokenizer)
+    (reading,) = retokeniser.read([start])
+    for step in steps:
+        texts = [reading.text + piece for piece in step]
+        (tails,) = retokeniser.extend([reading], [texts])
+        for text, tail in zip(texts, tails, strict=True):
+            assert [*reading.ids[: tail.kept], *tail.ids] == tokenizer(text, add_special_tokens=False).input_ids
+        reading = retokeniser.grown(reading, texts[0], tails[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@ANY
+@given(data=st.data())
+def test_tokens_that_are_added_say_what_all_of_them_say(kind, data):
+    tokenizer = tokenizer_of(kind)
+    tokens = st.integers(0, len(tokenizer) - 1)
+    prompt = data.draw(st.lists(tokens, min_size=1, max_size=10))
+    detokeniser = Detokeniser(tokenizer)
+    row = detokeniser.start(prompt)
+    for candidates in data.draw(st.lists(st.lists(tokens, min_size=1, max_size=4), max_size=14)):
+        ((first, *others),) = detokeniser.with_next([row], [candidates])
+        for token, text in zip(candidates, [first, *others], strict=True):
+            assert text == decode_completion(tokenizer, prompt, [*row.token_ids, token])
+        row.token_ids.append(candidates[0])
+        row.text = first
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+@ANY
+@given(text=st.text("aé🙂中 ", min_size=1, max_size=12))
+def test_characters_that_come_byte_by_byte(kind, text):
+    """Real texts, whose characters are split over tokens: what random ids seldom give."""
+    tokenizer = tokenizer_of(kind)
+    prompt = tokenizer("Once").input_ids
+    detokeniser = Detokeniser(tokenizer)
+    row = detokeniser.start(prompt)
+    for token in tokenizer(text, add_special_tokens=False).input_ids:
+        ((said,),) = detokeniser.with_next([row], [[token]])
+        assert said == decode_completion(tokenizer, prompt, [*row.token_ids, token])
+        row.token_ids.append(token)
+        row.text = said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_newest_words_are_tokenised_again(kind, monkeypatch):
+    retokeniser = Retokeniser(tokenizer_of(kind))
+    text = " ".join([CORPUS[0]] * 30)
+    (reading,) = retokeniser.read([text])
+    read = []
+    whole = retokeniser.encode
+    monkeypatch.setattr(retokeniser, "encode", lambda texts: read.extend(texts) or whole(texts))
+    for word in CORPUS[1].split():
+        (tails,) = retokeniser.extend([reading], [[f"{reading.text} {word}", f"{reading.text}{word}"]])
+        reading = retokeniser.grown(reading, f"{reading.text} {word}", tails[0])
+    assert max(map(len, read)) < 100
+
+
+def test_cuts_stand_before_words_after_spaces():
+    cuts = SpaceCuts(tokenizer_of("byte-level"))
+    assert cuts.places("one two  three four é five") == (3, 14, 21)
+    assert cuts.places("one two") is None
+
+
+def test_no_cut_near_an_added_token():
+    cuts = SpaceCuts(tokenizer_of("byte-level"))
+    assert not cuts.plain("so it ends</s> and goes on", 4)
+    assert not cuts.plain("so it ends</s> and goes on", 12)
+    assert cuts.plain("so it ends</s> and goes on", 20)
+
+
+@pytest.mark.parametrize("pattern", [r"\s+$|\S+", r"(?<=a)b|.", r"\bword\b|.", r"(\w)\1|."])
+def test_a_splitter_that_looks_around_is_not_cut(pattern):
+    odd = byte_level(300, pattern)
+    assert not SpaceCuts(odd).usable
+    (reading,) = Retokeniser(odd).read(["a text of some words, long enough to be cut"])
+    ((tail,),) = Retokeniser(odd).extend([reading], [[reading.text + " here"]])
+    assert tail.kept == 0
+    assert tail.ids == odd(reading.text + " here", add_special_tokens=False).input_ids
+
+
+def test_a_unigram_over_spaces_is_not_cut():
+    whole = unigram()
+    whole.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    assert not SpaceCuts(whole).usable
+
+
+def test_a_splitter_over_words_is_not_cut():
+    assert not SpaceCuts(byte_level(300, r"\w+ \w+|.")).usable
+
+
+def test_added_tokens_that_are_found_in_normalized_text_are_not_cut_around():
+    late = unigram()
+    assert SpaceCuts(late).usable
+    late.add_tokens([AddedToken("file", normalized=True)])  # NFKC makes one of the ligature in "\ufb01le"
+    assert not SpaceCuts(late).usable
+
+
+def test_parts_written_in_python_are_not_cut():
+    class Mine:
+        def pre_tokenize(self, text):
+            text.split(lambda _, piece: piece.split(Regex(r"\s"), "isolated"))
+
+    odd = byte_level(300)
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Mine())
+    assert not SpaceCuts(odd).usable
