@@ -244,8 +244,9 @@ def test_s15_requests_choose_among_what_was_started_with(asked, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a request loads nothing")
 
-    for name in ("policy.load_policy", "policy.load_pretrained", "scorer.load_scorer", "hub.local_folder"):
-        monkeypatch.setattr(f"rgtg.models.{name}", load)
+    for name in ("policy.load_policy", "policy.load_pretrained", "hub.local_folder"):
+        monkeypatch.setattr(f"rgtg.models.loading.{name}", load)
+    monkeypatch.setattr("rgtg.models.scorers.base.load_scorer", load)
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     with serving() as served:
         answer = served.post("/v1/chat/completions", **chat | asked)
