@@ -47,7 +47,7 @@ def test_a_file_that_is_read_is_not_written_over(tmp_path, monkeypatch, kept, op
     for name in (kept, "by-another-name"):
         ran = run(*arguments, name)
         assert ran.exit_code == 2, ran.output
-        told = f"error: {option} {name} would be written over: it is "
+        told = f"error: {option} {name} would be overwritten: it is "
         assert told in ran.stderr
         assert ran.stderr.endswith("; choose another output\n")
         assert path.read_text() == before

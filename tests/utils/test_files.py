@@ -1,12 +1,28 @@
-"""Outputs are written whole or not at all, with the permissions that the user's other files have."""
+"""Atomic writes, permissions, locks of output folders, and syncs to the disk."""
 
+import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from rgtg.data.rejects import rejects_writer
 from rgtg.errors import ModelNotFoundError, OutputError, UsageError
-from rgtg.utils.files import atomic_write, keep_inputs, make_folder, write_text
+from rgtg.utils.files import (
+    LOCK_FILE,
+    atomic_write,
+    lock_file,
+    lock_folder,
+    make_folder,
+    refuse_overwriting,
+    sync_folders,
+    sync_tree,
+    write_text,
+)
+
+fcntl = pytest.importorskip("fcntl")
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):
@@ -56,10 +72,12 @@ def test_inputs_are_found_among_outputs_by_any_name(tmp_path):
     kept.write_text("")
     other.write_text("")
     link.symlink_to(kept)
-    keep_inputs([("--a", "kept"), ("--b", None), ("--c", "owner/name"), ("--d", other)], [kept, tmp_path / "new"])
+    refuse_overwriting(
+        [("--a", "kept"), ("--b", None), ("--c", "owner/name"), ("--d", other)], [kept, tmp_path / "new"]
+    )
     for given, output in ((kept, kept), (link, kept), (kept, link), (str(tmp_path / "." / "kept"), link)):
-        with pytest.raises(UsageError, match=r"--b .* would be written over: it is .*; choose another output"):
-            keep_inputs([("--a", other), ("--b", given)], [tmp_path / "new", output])
+        with pytest.raises(UsageError, match=r"--b .* would be overwritten: it is .*; choose another output"):
+            refuse_overwriting([("--a", other), ("--b", given)], [tmp_path / "new", output])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), OSError(28, "No space left on device")])
@@ -91,3 +109,110 @@ def test_a_folder_is_made_or_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match=r"cannot write to .*; choose another --output"):
             make_folder(folder)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    with lock_folder(folder):
+        (folder / "work").touch()
+        with pytest.raises(UsageError, match=rf"another process is writing {folder}: wait for it, or give another --o"):
+            lock_folder(folder).__enter__()
+        with lock_folder(tmp_path / "another"):
+            pass
+        assert (folder / LOCK_FILE).exists()  # the refused one has not taken it away
+    assert [path.name for path in folder.iterdir()] == ["work"]
+    with lock_folder(folder):
+        pass
+
+
+def test_a_folder_that_stays_empty_is_not_left(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    for folder in (tmp_path / "new", there):
+        with pytest.raises(KeyError), lock_folder(folder):
+            raise KeyError
+    assert list(tmp_path.iterdir()) == [there]
+
+
+def test_what_a_killed_process_leaves_does_not_hinder(tmp_path):
+    hold = "import pathlib, sys, rgtg.utils.files\nwith rgtg.utils.files.lock_folder(pathlib.Path(sys.argv[1])):\n"
+    hold += " print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="another process"):
+            lock_folder(tmp_path).__enter__()
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / LOCK_FILE).exists()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
+    """Another run ends between our opening its file and locking it."""
+    real, seen = os.open, []
+
+    def opened(path, *rest):
+        file = real(path, *rest)
+        if str(path).endswith(LOCK_FILE) and not seen:
+            seen.append(file)
+            os.unlink(path)
+        return file
+
+    monkeypatch.setattr(os, "open", opened)
+    with lock_folder(tmp_path), pytest.raises(UsageError, match="another process"):
+        lock_folder(tmp_path).__enter__()
+    assert seen
+
+
+def test_without_locks_a_warning_says_so_and_the_work_goes_on(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (tmp_path / "file").open("w") as file, pytest.warns(UserWarning, match="cannot be locked .No locks available"):
+        lock_file(file.fileno(), tmp_path / "file")
+    with pytest.warns(UserWarning, match="no other process writes there"), lock_folder(tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(OutputError, match=rf"cannot write .*{LOCK_FILE}: Is a directory"):
+        lock_folder(tmp_path).__enter__()
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Paths whose files or names were brought to the disk, in order."""
+    real, paths = os.fsync, []
+
+    def fsync(file):
+        paths.append(os.readlink(f"/proc/self/fd/{file}"))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return paths
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
+def test_every_file_and_every_name_reaches_the_disk(tmp_path, synced):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("one", "a/two", "a/b/three"):
+        (tmp_path / name).touch()
+    sync_tree(tmp_path)
+    assert sorted(synced[:3]) == [str(tmp_path / name) for name in ("a/b/three", "a/two", "one")]
+    assert synced[3:] == [str(tmp_path / "a/b"), str(tmp_path / "a"), str(tmp_path)]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_error_but_a_failing_disk_is(tmp_path, monkeypatch):
+    codes = [errno.EINVAL, errno.EIO]
+
+    def fsync(_):
+        raise OSError(codes.pop(0), "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync_folders(tmp_path)
+    with pytest.raises(OSError, match="no") as failed:
+        sync_folders(tmp_path)
+    assert failed.value.errno == errno.EIO

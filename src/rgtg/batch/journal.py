@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from rgtg.errors import DataError, OutputError, UsageError
-from rgtg.utils.disk import take_lock
+from rgtg.utils.files import lock_file, write_synced
 
 LOG_VERSION = 1
 _ENTRY = re.compile(rb'\{"index":(\d{1,18}),"counts":(\[(?:\d{1,15}(?:,\d{1,15})*)?\]),"crc":"([0-9a-f]{8})","record":')
@@ -104,7 +104,7 @@ class JobLog:
         notes = "".join(f'{{"failed":{text}}}\n' for text in failures).encode()
         place = os.fstat(self._file.fileno()).st_size
         try:
-            self._write(b"".join(line for _, line in lines) + notes)
+            write_synced(self._file, b"".join(line for _, line in lines) + notes)
         except OSError as error:
             with suppress(OSError):
                 self._file.truncate(place)
@@ -147,17 +147,10 @@ class JobLog:
         self._file.truncate(0)
         about = {"version": LOG_VERSION, "kind": "generate", "made_with": made_with}
         try:
-            self._write(json.dumps(about).encode() + b"\n")
+            write_synced(self._file, json.dumps(about).encode() + b"\n")
         except OSError:
             self.path.unlink()
             raise
-
-    def _write(self, data: bytes) -> None:
-        """Append all of it, down to the disk."""
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        os.fsync(self._file.fileno())
 
     def _read_entries(self, file: BinaryIO) -> None:
         damaged, place = 0, file.tell()
@@ -231,7 +224,7 @@ def _locked(path: Path) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666), "r+")
     try:
-        take_lock(file.fileno(), path)
+        lock_file(file.fileno(), path)
     except UsageError:
         file.close()
         raise

@@ -1,7 +1,6 @@
 """Where a job lives: its output, and the files beside it; what is there already, and how a finished job is written."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ from pydantic import ValidationError
 from rgtg.batch.journal import Entry, JobLog, changes
 from rgtg.batch.lines import COUNTED, Shape, counts_of, failure_line, id_of
 from rgtg.errors import OutputError, RgtgError, UsageError
-from rgtg.types.base import FileSum
+from rgtg.types.base import FileChecksum
 from rgtg.types.batch import JobResult, RowFailure
-from rgtg.utils.disk import sum_of
-from rgtg.utils.files import atomic_write, make_folder
+from rgtg.utils.files import atomic_write, file_checksum, make_folder, sync_file
 
 _ANOTHER = "give another --output, or --force to make it anew"
 
@@ -149,7 +147,7 @@ class Place:
                 lines = _lines_of(self.output)
                 found = f"{lines} lines there, {result.completions} written" if lines != result.completions else None
             else:
-                found = _difference(sum_of(self.output), wrote)
+                found = _difference(file_checksum(self.output), wrote)
         except OSError as error:
             raise OutputError(f"cannot read {self.output}: {error.strerror or error}") from error
         if found is None:
@@ -181,19 +179,18 @@ def _chunks(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
     yield part
 
 
-def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileSum]:
+def _write_lines(path: Path, lines: Iterable[bytes]) -> tuple[int, FileChecksum]:
     """Write a file, whole or not at all, down to the disk; how many lines it has, and what is in it."""
     count, size, digest = 0, 0, hashlib.sha256()
     with atomic_write(path) as partial, partial.open("wb") as file:
         for count, line in enumerate(lines, start=1):  # noqa: B007
             size += file.write(line + b"\n")
             digest.update(line + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return count, FileSum(bytes=size, sha256=digest.hexdigest())
+        sync_file(file)
+    return count, FileChecksum(bytes=size, sha256=digest.hexdigest())
 
 
-def _difference(there: FileSum, wrote: FileSum) -> str | None:
+def _difference(there: FileChecksum, wrote: FileChecksum) -> str | None:
     """How a file differs from what was written; None where it does not."""
     if there == wrote:
         return None

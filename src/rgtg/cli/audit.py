@@ -15,8 +15,8 @@ from rgtg.cli.common import (
     atomic_write,
     emit,
     hush_libraries,
-    keep_inputs,
     make_folder,
+    refuse_overwriting,
     resumable,
     save_settings,
     verb,
@@ -93,7 +93,7 @@ def command(
         read = [
             (f"--{name.replace('_', '-')}", getattr(settings, name)) for name in ("pairs", "prompts", "rollouts_file")
         ]
-        keep_inputs(read, [settings.output / name for name in _WRITTEN])
+        refuse_overwriting(read, [settings.output / name for name in _WRITTEN])
     model, loaded = _load(settings)
     by_pairs = _audit_pairs(model, settings) if settings.pairs else None
     by_rollouts = None

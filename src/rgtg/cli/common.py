@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from rgtg.errors import RgtgError, StoppedError
 from rgtg.utils.files import atomic_write as atomic_write
-from rgtg.utils.files import keep_inputs as keep_inputs
 from rgtg.utils.files import make_folder as make_folder
+from rgtg.utils.files import refuse_overwriting as refuse_overwriting
 from rgtg.utils.files import write_text as write_text
 
 P = ParamSpec("P")

@@ -13,8 +13,8 @@ from rgtg.cli.common import (
     Seed,
     emit,
     hush_libraries,
-    keep_inputs,
     make_folder,
+    refuse_overwriting,
     resumable,
     save_settings,
     verb,
@@ -56,7 +56,7 @@ def command(
 
     new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
     make_folder(settings.output)
-    keep_inputs([("--prompts", settings.prompts)], [settings.output / name for name in _WRITTEN])
+    refuse_overwriting([("--prompts", settings.prompts)], [settings.output / name for name in _WRITTEN])
     errors = Console(stderr=True, quiet=quiet or as_json)
     with resumable("the same command goes on from the parts that are finished"):
         result = compare(settings, lambda label, i, total: errors.print(f"[dim]{i + 1}/{total}[/dim] {label}"))

@@ -19,7 +19,7 @@ from rgtg.cli.common import (
     Quiet,
     Seed,
     hush_libraries,
-    keep_inputs,
+    refuse_overwriting,
     resumable,
     verb,
     write_json,
@@ -143,7 +143,7 @@ def command(
     settings = GenerateSettings.resolve(config, overrides, flags)
     _require_target(settings)
     if settings.output is not None:
-        keep_inputs([("--config", config)], [settings.output])
+        refuse_overwriting([("--config", config)], [settings.output])
     hush_libraries(forks=False)
     first = _is_first(settings)
     with nullcontext() if first else _silent():
@@ -215,7 +215,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, fi
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
-    keep_inputs([("--prompts", settings.prompts)], Place(settings.output).files)
+    refuse_overwriting([("--prompts", settings.prompts)], Place(settings.output).files)
     if settings.ray:
         require_ray()
     with resumable("the same command goes on from the rows that are finished"):

@@ -13,8 +13,8 @@ from rgtg.cli.common import (
     Quiet,
     Seed,
     emit,
-    keep_inputs,
     make_folder,
+    refuse_overwriting,
     resumable,
     save_settings,
     verb,
@@ -89,7 +89,7 @@ def _keep_inputs(settings: JudgeSettings) -> None:
     named = [("--a", settings.a), ("--b", settings.b), *(("--completions", each) for each in settings.completions)]
     read = [(option, named_path(source)[1]) for option, source in named if source is not None]
     written = [settings.output / name for name in ("judge.json", "verdicts.jsonl", "settings.json")]
-    keep_inputs(
+    refuse_overwriting(
         [*read, ("--pairs", settings.pairs), ("--prompt-file", settings.prompt_file)], [*written, settings.answers]
     )
 

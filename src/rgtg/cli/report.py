@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rgtg.cli.common import AsJson, Quiet, emit, keep_inputs, verb
+from rgtg.cli.common import AsJson, Quiet, emit, refuse_overwriting, verb
 from rgtg.errors import UsageError
 
 
@@ -30,7 +30,7 @@ def command(
     read = [("the comparison", source), ("--judge", judge), *(("--audit", named_path(each)[1]) for each in audit or [])]
     if page.suffix == ".md":
         raise UsageError(f"--output {page}: name the page (.html); its Markdown is written beside it")
-    keep_inputs(read, [page, page.with_suffix(".md")])
+    refuse_overwriting(read, [page, page.with_suffix(".md")])
     result = read_comparison(source)
     audits, rollouts = read_audits(audit or [])
     judged = read_judged(judge) if judge else None

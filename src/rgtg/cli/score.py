@@ -16,7 +16,7 @@ from rgtg.cli.common import (
     atomic_write,
     emit,
     hush_libraries,
-    keep_inputs,
+    refuse_overwriting,
     save_settings,
     verb,
 )
@@ -47,8 +47,10 @@ def command(
     settings = ScoreSettings.resolve(config, overrides, flags)
     from rgtg.data.completions import read_completions
 
-    keep_inputs([("--input", settings.input), ("--config", config)], [settings.output])
-    keep_inputs([("--input", settings.input)], [settings.output.with_name(f"{settings.output.name}.settings.json")])
+    refuse_overwriting([("--input", settings.input), ("--config", config)], [settings.output])
+    refuse_overwriting(
+        [("--input", settings.input)], [settings.output.with_name(f"{settings.output.name}.settings.json")]
+    )
     rows = read_completions(settings.input)
     hush_libraries()
     from rgtg.models.scorers.base import load_named_scorer

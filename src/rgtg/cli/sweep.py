@@ -13,8 +13,8 @@ from rgtg.cli.common import (
     Seed,
     emit,
     hush_libraries,
-    keep_inputs,
     make_folder,
+    refuse_overwriting,
     resumable,
     save_settings,
     verb,
@@ -64,7 +64,7 @@ def command(
 
     make_folder(settings.output)
     written = [settings.output / name for name in ("sweep.json", "settings.json")]
-    keep_inputs([("--prompts", settings.prompts)], written)
+    refuse_overwriting([("--prompts", settings.prompts)], written)
     errors = Console(stderr=True, quiet=quiet or as_json)
     with resumable("the same command goes on from the tries that are finished"):
         result = sweep(settings, lambda label, i, _: errors.print(f"[dim]{i + 1}[/dim] {label}"))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rgtg.data.sources import RawRow, RowProblem, raw_text
-from rgtg.errors import DataError, OutputError, UsageError
-from rgtg.utils.files import new_beside, take_name
+from rgtg.errors import DataError, UsageError
+from rgtg.utils.files import atomic_write
 
 _SHOWN = 5
 
@@ -91,15 +91,6 @@ def rejects_writer(path: Path | None) -> Iterator[Callable[[str], object]]:
     if path is None:
         yield lambda _line: None
         return
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = new_beside(path)
-        with partial.open("w", encoding="utf-8") as file:
-            yield file.write
-        take_name(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write the rejects {path}: {error.strerror or error}; use --rejects FILE") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    advice = "choose another file with --rejects"
+    with atomic_write(path, advice=advice) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file.write

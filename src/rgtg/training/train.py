@@ -42,8 +42,7 @@ from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTr
 from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer
 from rgtg.training.trainers.resumable import require_finite_weights, require_not_stopped, require_trained
 from rgtg.training.trainers.value import CumulativePairTrainer, CumulativeTrainer, ValueTrainer, rollouts_dataset
-from rgtg.utils.disk import only_writer
-from rgtg.utils.files import make_folder
+from rgtg.utils.files import lock_folder, make_folder
 from rgtg.version import __version__
 
 # peft's own recipes for LoRA on every linear layer use ten times a whole model's rate.
@@ -97,7 +96,7 @@ def _alone(settings: TrainSettings) -> Iterator[None]:
         yield
         return
     require_folder(settings.output)
-    with only_writer(settings.output):  # before the folder is looked into: another run may be changing it
+    with lock_folder(settings.output):  # before the folder is looked into: another run may be changing it
         require_output(settings.output, settings.resume)
         yield
 

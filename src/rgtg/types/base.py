@@ -42,7 +42,7 @@ class Interval(Record):
     n: int
 
 
-class FileSum(Record):
+class FileChecksum(Record):
     """Size and hash of one file."""
 
     bytes: int

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from rgtg.types.base import FORMAT_VERSION, FileSum, Provenance, Record
+from rgtg.types.base import FORMAT_VERSION, FileChecksum, Provenance, Record
 
 
 class RowFailure(Record):
@@ -26,6 +26,6 @@ class JobResult(Record):
     failed: int = Field(description="lines of the file of errors")
     undecoded: int = Field(description="of those, how many failed while they were decoded; a rerun tries them again")
     counts: dict[str, int] = Field(description="sums over the completions: candidates, retokenised, unscored")
-    content: FileSum | None = Field(None, description="of OUTPUT; None in records that did not keep it yet")
+    content: FileChecksum | None = Field(None, description="of OUTPUT; None in records that did not keep it yet")
     made_with: dict[str, Any] = Field(description="all that the completions depend on")
     provenance: Provenance

@@ -5,7 +5,7 @@ import pytest
 from helpers.command import verb
 from rgtg.errors import UsageError
 from rgtg.training.train import _alone, train_scorer
-from rgtg.utils.disk import LOCK_FILE, only_writer
+from rgtg.utils.files import LOCK_FILE, lock_folder
 from training.test_resume import die_at, settings, world  # noqa: F401  # a fixture
 
 pytest.importorskip("fcntl")
@@ -34,7 +34,7 @@ def test_a_second_run_is_refused_while_the_first_trains(world, monkeypatch, kind
 
 def test_the_command_says_so_in_a_line(world):  # noqa: F811
     given = ["--pairs", "pairs.jsonl", "--base", "policy", "--output", "out", "--resume"]
-    with only_writer(world / "out"):
+    with lock_folder(world / "out"):
         result = verb("train")(*given)
         assert list((world / "out").iterdir()) == [world / "out" / LOCK_FILE]
     assert result.exit_code == 2

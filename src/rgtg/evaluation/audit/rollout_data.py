@@ -24,7 +24,7 @@ from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import weights_of
 from rgtg.tokenization.encoding import decode_completion, encode_prompt, tokenizer_hash
 from rgtg.types.rollouts import PrefixRollouts, RolloutHeader
-from rgtg.utils.files import write_text
+from rgtg.utils.files import write_synced, write_text
 
 Progress = Callable[[int, int], None]
 # A position is a point of this sequence (Roberts' R2), even over the prompts and over the prefixes of one prompt.
@@ -312,10 +312,8 @@ def _cut_tail(path: Path) -> None:
 
 def _append(path: Path, row: PrefixRollouts) -> None:
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(row.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab") as file:
+            write_synced(file, f"{row.model_dump_json()}\n".encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; what it holds is kept: run it again") from error
 

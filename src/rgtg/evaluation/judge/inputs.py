@@ -1,6 +1,5 @@
 """Which completions meet: files of completions, the output of a comparison, or pairs that humans have judged."""
 
-import hashlib
 import itertools
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from rgtg.data.completions import completion_text, read_completions
 from rgtg.data.pairs import read_pairs
 from rgtg.data.sources import named_path
 from rgtg.errors import DataError, UsageError
+from rgtg.utils.files import file_checksum
 
 # Prompt, seed of the run (of a comparison's rows), and how many completions of both came before: the n-th meets the
 # other side's n-th.
@@ -109,7 +109,7 @@ def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str
             if label in written:
                 raise UsageError(f"{source}: {label} was given before; name the files apart with NAME=FILE")
             written[label] = texts
-        data[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        data[name] = file_checksum(path).sha256[:16]
     return written, data
 
 

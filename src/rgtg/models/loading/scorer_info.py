@@ -13,7 +13,7 @@ from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.loading.device_map import whole_weights
 from rgtg.models.loading.hub import holds_only_pickles, local_folder
 from rgtg.types.base import FORMAT_VERSION, Record
-from rgtg.utils.disk import write_kept
+from rgtg.utils.files import write_text_synced
 
 INFO_FILE = "rgtg.json"
 HEAD_FILE = "head.safetensors"
@@ -65,7 +65,7 @@ def read_info(folder: str | Path) -> ScorerInfo | None:
 
 def write_info(folder: str | Path, info: ScorerInfo) -> None:
     """Write rgtg.json, last of a checkpoint's files, through a rename so that it is never half there."""
-    write_kept(Path(folder) / INFO_FILE, json.dumps(info.model_dump(), indent=2) + "\n")
+    write_text_synced(Path(folder) / INFO_FILE, json.dumps(info.model_dump(), indent=2) + "\n")
 
 
 def require_safe_weights(source: str) -> str:

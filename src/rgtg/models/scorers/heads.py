@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import DataError
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo
-from rgtg.utils.files import mode_for
+from rgtg.utils.files import atomic_write
 
 # Beyond this share of the vocabulary, one product with all of it is cheaper than with rows that are gathered.
 MANY = 16
@@ -108,10 +108,8 @@ def save_head(folder: Path, head: Head) -> None:
         name: value.half() if isinstance(value, nn.Parameter) else value
         for name, value in head.state_dict(keep_vars=True).items()
     }
-    path = folder / HEAD_FILE
-    mode = mode_for(path)  # safetensors leaves it to its owner alone
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(path))
-    path.chmod(mode)
+    with atomic_write(folder / HEAD_FILE) as partial:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(partial))
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from rgtg.errors import UsageError, first_line
-from rgtg.types.base import FileSum, Record
-from rgtg.utils.disk import keep_files, keep_names, sum_of, write_kept
+from rgtg.types.base import FileChecksum, Record
+from rgtg.utils.files import file_checksum, sync_folders, sync_tree, write_text_synced
 from rgtg.version import __version__
 
 MARKER = "rgtg-checkpoint.json"
@@ -24,7 +24,7 @@ class Marker(Record):
     step: int
     processes: int
     run: dict[str, Any] = Field(description="what decides the result: data, base, objective, settings")
-    files: dict[str, FileSum]
+    files: dict[str, FileChecksum]
 
     def missing_state(self) -> list[str]:
         """Parts without which training would go on differently, that this checkpoint never had.
@@ -49,15 +49,15 @@ def seal(folder: Path, *, step: int, processes: int, run: dict[str, Any]) -> Non
     Raises:
         OSError: the disk is full, or fails.
     """
-    keep_files(folder)
+    sync_tree(folder)
     files = {
-        path.relative_to(folder).as_posix(): sum_of(path)
+        path.relative_to(folder).as_posix(): file_checksum(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MARKER
     }
     marker = Marker(rgtg_version=__version__, step=step, processes=processes, run=run, files=files)
-    write_kept(folder / MARKER, marker.model_dump_json(indent=2) + "\n")
-    keep_names(folder, folder.parent, folder.parent.parent)  # its file names, and its own where it is the first
+    write_text_synced(folder / MARKER, marker.model_dump_json(indent=2) + "\n")
+    sync_folders(folder, folder.parent, folder.parent.parent)  # its file names, and its own where it is the first
 
 
 def verify(folder: Path) -> Marker | str:
@@ -78,7 +78,7 @@ def verify(folder: Path) -> Marker | str:
     return marker
 
 
-def _differs(folder: Path, name: str, expected: FileSum) -> str | None:
+def _differs(folder: Path, name: str, expected: FileChecksum) -> str | None:
     """What is wrong with one file of a checkpoint; None: it is as it was sealed."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -87,7 +87,7 @@ def _differs(folder: Path, name: str, expected: FileSum) -> str | None:
         return f"{name} is missing"
     if (size := path.stat().st_size) != expected.bytes:
         return f"{name} is truncated or was changed: {size:,} bytes, of {expected.bytes:,}"
-    if sum_of(path) != expected:
+    if file_checksum(path) != expected:
         return f"{name} is damaged: its SHA-256 is not the one it was saved with"
     return None
 

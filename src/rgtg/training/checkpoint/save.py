@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from rgtg.errors import OutputError
 from rgtg.models.loading.scorer_info import INFO_FILE, ScorerInfo, write_info
 from rgtg.models.scorers.heads import Head, save_head
-from rgtg.utils.disk import keep_files, keep_names
-from rgtg.utils.files import take_name
+from rgtg.utils.files import replace_file, sync_folders, sync_tree
 
 _STAGE = ".unfinished-"
 
@@ -70,7 +69,7 @@ def _write_rest(
         (stage / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
     for name, record in records.items():
         (stage / f"{name.replace('_', '-')}.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    keep_files(stage)  # since a stage with rgtg.json is complete
+    sync_tree(stage)  # since a stage with rgtg.json is complete
     write_info(stage, info)
 
 
@@ -93,9 +92,9 @@ def _move_out(stage: Path, folder: Path) -> None:
     """Move all files, rgtg.json last and only once the others are there for good."""
     for path in sorted(stage.iterdir(), key=lambda path: path.name == INFO_FILE):
         if path.name == INFO_FILE:
-            keep_names(folder)
-        take_name(path, folder / path.name)
-    keep_names(folder)
+            sync_folders(folder)
+        replace_file(path, folder / path.name)
+    sync_folders(folder)
 
 
 @contextmanager
