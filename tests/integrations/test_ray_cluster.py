@@ -4,7 +4,7 @@ import importlib.util
 import socket
 
 import pytest
-import ray_world  # noqa: F401
+from helpers import ray_world  # noqa: F401
 
 from helpers.command import verb
 from rgtg.config import GenerateSettings

@@ -8,7 +8,7 @@ from rgtg.errors import UsageError
 from rgtg.training.arguments import DEFAULTS, HEAD_DEFAULTS, reward_config
 from rgtg.training.bounds import as_number, require_values
 from rgtg.training.trainers.resumable import ResumableTrainer
-from training.test_resume import settings, train_scorer, world  # noqa: F401  # a fixture
+from training.checkpoint.test_resume import settings, train_scorer, world  # noqa: F401  # a fixture
 
 WRONG = {
     "learning_rate": (["nan", "-1", "0", ".inf", "null", "true", "1e-3x"], "a number"),

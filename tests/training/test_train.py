@@ -74,7 +74,7 @@ def test_plain_transformers_gives_the_same_reward(policy_folder, pairs_file, tmp
 
 def test_lora_adapter_gives_the_scores_it_was_trained_to(policy_folder, pairs_file, tmp_path, monkeypatch):
     seen = {}
-    from rgtg.training import run
+    from rgtg.training import train as run
 
     def keep(folder, model, *rest, **named):
         ids, mask = pad_right(IDS, 1, "cpu")

@@ -10,7 +10,7 @@ from helpers.forked_runs import ForkedRuns
 from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import TrainSettings
-from training.test_resume import require_same, written
+from training.checkpoint.test_resume import require_same, written
 
 TRAIN = {"learning_rate": 3e-3, "logging_steps": 3, "use_cpu": True}
 KINDS = {

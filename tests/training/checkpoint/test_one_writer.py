@@ -6,7 +6,7 @@ from helpers.command import verb
 from rgtg.errors import UsageError
 from rgtg.training.train import _alone, train_scorer
 from rgtg.utils.files import LOCK_FILE, lock_folder
-from training.test_resume import die_at, settings, world  # noqa: F401  # a fixture
+from training.checkpoint.test_resume import die_at, settings, world  # noqa: F401  # a fixture
 
 pytest.importorskip("fcntl")
 KINDS = {

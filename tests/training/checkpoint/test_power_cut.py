@@ -12,7 +12,7 @@ from rgtg.training.checkpoint.manager import MARKER
 from rgtg.training.checkpoint.save import finish_saving
 from rgtg.training.train import train_scorer
 from rgtg.training.trainers import resumable
-from training.test_resume import reward_trainer, settings, world  # noqa: F401  # a fixture
+from training.checkpoint.test_resume import reward_trainer, settings, world  # noqa: F401  # a fixture
 
 on_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
 HEAD = {"trunk": "own", "head": "state", "layer": 1, "width": 8}

@@ -244,7 +244,7 @@ def test_the_output_layer_starts_scaled_and_untied(tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt"])
 def test_an_adapter_with_its_own_output_layer_comes_back_whole(data, tmp_path, family, monkeypatch):
-    from rgtg.training import run
+    from rgtg.training import train as run
 
     folder, seen, real = tmp_path / "policy", {}, run.save_scorer
     tiny_policy(family).save_pretrained(folder)
