@@ -4,8 +4,8 @@ import importlib.util
 import socket
 
 import pytest
-from helpers import ray_world  # noqa: F401
 
+from helpers import ray_world  # noqa: F401
 from helpers.command import verb
 from rgtg.config import GenerateSettings
 from rgtg.errors import EndpointError, MissingExtraError, UsageError

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from decoding.engine.test_tokenwise import PROMPT, PROMPTS, SETTINGS, require_frequencies
 
+from decoding.engine.test_tokenwise import PROMPT, PROMPTS, SETTINGS, require_frequencies
 from helpers.naive import completion_distribution, info, make_guided, tiny_scorer
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_tokenizer
 from rgtg.decoding.engine.drafters import MAX_DRAFT, Acceptance, Costs, FromModel, FromPolicy, FromText, look_up
