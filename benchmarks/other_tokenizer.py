@@ -35,7 +35,7 @@ from rgtg.evaluation.benchmark import seconds_per_token
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
 from rgtg.models.ops.packed_linear import pack_linears
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -160,7 +160,7 @@ class Bench:
             return Alone(policy)
         if way == SAME:
             return Apart(policy, CandidateReader(scorer))
-        text_scorer = TextScorer(PrefixScorer(self.scorer, self.tokenizers[way]))
+        text_scorer = CrossTokenizerScorer(PrefixScorer(self.scorer, self.tokenizers[way]))
         return Apart(policy, Timed(text_scorer, self.policy, set(), runner=scorer))
 
     def run(self, way, kind, batch):

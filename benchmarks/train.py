@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rgtg.losses import prefix_bradley_terry_loss
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.tokenization.padding import pad_right
 from rgtg.training.trainers.reward import align_pairs, read_positions
 
 VOCABULARY, PAD = 1024, 0

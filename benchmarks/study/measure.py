@@ -12,8 +12,9 @@ from rgtg.decoding.methods import find_method
 from rgtg.evaluation.metrics import distinct_n
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
-from rgtg.models.scorers.reward_model import PrefixScorer, pad_right
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import encode_prompt
+from rgtg.tokenization.padding import pad_right
 from rgtg.utils.files import write_text
 
 from . import scorers

@@ -102,7 +102,7 @@ def test_without_memory_processes_that_split_models_stop(guided, monkeypatch):
 
     tasks, _ = prepare(guided, rows("ab", "abc"), SHORT, seed=1)
     monkeypatch.setattr(guided, "generate", failing)
-    monkeypatch.setattr(work, "is_bound", lambda model: model is guided.policy.model)
+    monkeypatch.setattr(work, "is_tensor_parallel", lambda model: model is guided.policy.model)
     with pytest.raises(RgtgError, match="give less to decode at once"):
         complete_batch(guided, Batch(tuple(tasks)), SHORT)
 

@@ -17,7 +17,7 @@ from rgtg.batch import tasks as work
 from rgtg.cli.common import hush_libraries
 from rgtg.errors import UsageError
 from rgtg.models.loading.scorer_info import fingerprint_weights
-from rgtg.models.loading.tensor_parallel import is_split
+from rgtg.models.loading.tensor_parallel import is_sharded
 from rgtg.models.scorers.base import load_scorer, weights_of
 
 PROMPTS = ["so it ", "A long time ago, "]
@@ -78,7 +78,7 @@ def drawn():
             guided = models(plan, **way)
             every = [guided.policy.model, *(scorer.model for scorer in guided.scorers)]
             found[f"{name} {' '.join(plan)}"] = {
-                "tokens": tokens(guided, way), "split": [is_split(model) for model in every],
+                "tokens": tokens(guided, way), "split": [is_sharded(model) for model in every],
                 "prints": [fingerprint_weights(model) for model in (every[0], *map(weights_of, guided.scorers))],
             }  # fmt: skip
     return found

@@ -13,7 +13,7 @@ from rgtg.losses import (
     prefix_bradley_terry_loss,
     prefixes_differ,
 )
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.tokenization.padding import pad_right
 from rgtg.training.trainers.reward import align_pairs, read_positions
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]

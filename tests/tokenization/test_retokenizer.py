@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from helpers.other_tokenizers import CORPUS, KINDS, byte_level, tokenizer_of, unigram
 from rgtg.tokenization.encoding import decode_completion
-from rgtg.tokenization.retokenizer import Detokeniser, Retokeniser
+from rgtg.tokenization.retokenizer import Detokenizer, Retokenizer
 from rgtg.tokenization.space_cuts import SpaceCuts
 
 ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,14 +60,14 @@ starts = st.sampled_from(
 @given(start=starts, steps=st.lists(pieces, min_size=1, max_size=6))
 def test_a_text_that_grows_is_tokenised_as_from_scratch(kind, start, steps):
     tokenizer = tokenizer_of(kind)
-    retokeniser = Retokeniser(tokenizer)
-    (reading,) = retokeniser.read([start])
+    retokenizer = Retokenizer(tokenizer)
+    (reading,) = retokenizer.tokenize([start])
     for step in steps:
         texts = [reading.text + piece for piece in step]
-        (tails,) = retokeniser.extend([reading], [texts])
+        (tails,) = retokenizer.encode_continuations([reading], [texts])
         for text, tail in zip(texts, tails, strict=True):
             assert [*reading.ids[: tail.kept], *tail.ids] == tokenizer(text, add_special_tokens=False).input_ids
-        reading = retokeniser.grown(reading, texts[0], tails[0])
+        reading = retokenizer.append(reading, texts[0], tails[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,10 +77,10 @@ def test_tokens_that_are_added_say_what_all_of_them_say(kind, data):
     tokenizer = tokenizer_of(kind)
     tokens = st.integers(0, len(tokenizer) - 1)
     prompt = data.draw(st.lists(tokens, min_size=1, max_size=10))
-    detokeniser = Detokeniser(tokenizer)
-    row = detokeniser.start(prompt)
+    detokenizer = Detokenizer(tokenizer)
+    row = detokenizer.start(prompt)
     for candidates in data.draw(st.lists(st.lists(tokens, min_size=1, max_size=4), max_size=14)):
-        ((first, *others),) = detokeniser.with_next([row], [candidates])
+        ((first, *others),) = detokenizer.with_next([row], [candidates])
         for token, text in zip(candidates, [first, *others], strict=True):
             assert text == decode_completion(tokenizer, prompt, [*row.token_ids, token])
         row.token_ids.append(candidates[0])
@@ -94,10 +94,10 @@ def test_characters_that_come_byte_by_byte(kind, text):
     """Real texts, whose characters are split over tokens: what random ids seldom give."""
     tokenizer = tokenizer_of(kind)
     prompt = tokenizer("Once").input_ids
-    detokeniser = Detokeniser(tokenizer)
-    row = detokeniser.start(prompt)
+    detokenizer = Detokenizer(tokenizer)
+    row = detokenizer.start(prompt)
     for token in tokenizer(text, add_special_tokens=False).input_ids:
-        ((said,),) = detokeniser.with_next([row], [[token]])
+        ((said,),) = detokenizer.with_next([row], [[token]])
         assert said == decode_completion(tokenizer, prompt, [*row.token_ids, token])
         row.token_ids.append(token)
         row.text = said
@@ -105,15 +105,15 @@ def test_characters_that_come_byte_by_byte(kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_newest_words_are_tokenised_again(kind, monkeypatch):
-    retokeniser = Retokeniser(tokenizer_of(kind))
+    retokenizer = Retokenizer(tokenizer_of(kind))
     text = " ".join([CORPUS[0]] * 30)
-    (reading,) = retokeniser.read([text])
+    (reading,) = retokenizer.tokenize([text])
     read = []
-    whole = retokeniser.encode
-    monkeypatch.setattr(retokeniser, "encode", lambda texts: read.extend(texts) or whole(texts))
+    whole = retokenizer.encode
+    monkeypatch.setattr(retokenizer, "encode", lambda texts: read.extend(texts) or whole(texts))
     for word in CORPUS[1].split():
-        (tails,) = retokeniser.extend([reading], [[f"{reading.text} {word}", f"{reading.text}{word}"]])
-        reading = retokeniser.grown(reading, f"{reading.text} {word}", tails[0])
+        (tails,) = retokenizer.encode_continuations([reading], [[f"{reading.text} {word}", f"{reading.text}{word}"]])
+        reading = retokenizer.append(reading, f"{reading.text} {word}", tails[0])
     assert max(map(len, read)) < 100
 
 
@@ -134,8 +134,8 @@ def test_no_cut_near_an_added_token():
 def test_a_splitter_that_looks_around_is_not_cut(pattern):
     odd = byte_level(300, pattern)
     assert not SpaceCuts(odd).usable
-    (reading,) = Retokeniser(odd).read(["a text of some words, long enough to be cut"])
-    ((tail,),) = Retokeniser(odd).extend([reading], [[reading.text + " here"]])
+    (reading,) = Retokenizer(odd).tokenize(["a text of some words, long enough to be cut"])
+    ((tail,),) = Retokenizer(odd).encode_continuations([reading], [[reading.text + " here"]])
     assert tail.kept == 0
     assert tail.ids == odd(reading.text + " here", add_special_tokens=False).input_ids
 

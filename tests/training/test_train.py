@@ -16,8 +16,9 @@ from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import TrainSettings
 from rgtg.errors import DataError, MissingExtraError, NonFiniteError, OutputError, UsageError
 from rgtg.models.loading.scorer_info import read_info
-from rgtg.models.scorers.reward_model import PrefixScorer, pad_right
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import tokenizer_hash
+from rgtg.tokenization.padding import pad_right
 from rgtg.training.arguments import reward_config
 from rgtg.training.train import train_scorer
 

@@ -136,8 +136,8 @@ def test_no_room_for_the_states_is_told(monkeypatch):
 
 def test_the_policy_runs_once_whatever_the_epochs(policy_folder, pairs_file, tmp_path, monkeypatch):
     read = []
-    real = state_cache.read_states
-    monkeypatch.setattr(state_cache, "read_states", lambda *a: read.append(len(a[1])) or real(*a))
+    real = state_cache.hidden_states_of
+    monkeypatch.setattr(state_cache, "hidden_states_of", lambda *a: read.append(len(a[1])) or real(*a))
     train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", train={"num_train_epochs": 3}))
     assert sum(read) == 2 * 64
 

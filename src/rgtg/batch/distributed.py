@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rgtg.batch.tasks import Batch, Outcome
-from rgtg.models.loading.tensor_parallel import said_by_first
+from rgtg.models.loading.tensor_parallel import broadcast_object
 
 # As `rgtg.batch.run.Complete`.
 _Complete = Callable[[Sequence[Batch]], Iterator[list[Outcome]]]
@@ -22,20 +22,20 @@ def leading(here: _Complete) -> Iterator[_Complete]:
     def complete(batches: Sequence[Batch]) -> Iterator[list[Outcome]]:
         nonlocal told
         told = True
-        said_by_first(list(batches))
+        broadcast_object(list(batches))
         yield from here(batches)
 
     try:
         yield complete
     except Exception:
         if not told:
-            said_by_first([])
+            broadcast_object([])
         raise
     if not told:
-        said_by_first([])
+        broadcast_object([])
 
 
 def follow(here: _Complete) -> None:
     """In the other processes: complete what the first one completes; what comes of it is the first one's to keep."""
-    for _ in here(said_by_first(None)):
+    for _ in here(broadcast_object(None)):
         pass

@@ -19,7 +19,7 @@ from rgtg.errors import DataError, RgtgError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
-from rgtg.models.loading.tensor_parallel import is_bound
+from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.scorers.base import weights_of
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.types.base import Provenance
@@ -94,7 +94,7 @@ def run_job(
     """
     here = partial(complete_batches, guided, settings=decoding, trace=settings.trace)
     plan = plan_job(settings, decoding, prompts, guided)
-    if complete is None and is_bound(guided.policy.model):
+    if complete is None and is_tensor_parallel(guided.policy.model):
         with leading(here) as together:
             return run_plan(settings, prompts, plan, together, progress=progress)
     return run_plan(settings, prompts, plan, complete or here, progress=progress)

@@ -18,8 +18,8 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
 from rgtg.decoding.request import Request, RowSeeds
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError
-from rgtg.models.loading.tensor_parallel import is_bound
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.loading.tensor_parallel import is_tensor_parallel
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.tokenization.encoding import encode_prompts, render_chat
 from rgtg.types.generation import Completion
 
@@ -153,7 +153,7 @@ class _Costs:
 
     @property
     def _reads_text(self) -> bool:
-        return any(isinstance(scorer, TextScorer) for scorer in self.guided.used)
+        return any(isinstance(scorer, CrossTokenizerScorer) for scorer in self.guided.used)
 
     def _render(self, row: PromptRow) -> _Source:
         if isinstance(row.prompt, str):
@@ -228,7 +228,7 @@ def complete_batch(
     except (DataError, NonFiniteError, RuntimeError) as error:
         if (reason := _reason(error)) is None:
             raise
-        if reason == _MEMORY and is_bound(guided.policy.model):
+        if reason == _MEMORY and is_tensor_parallel(guided.policy.model):
             raise RgtgError(
                 "one of the processes that split the models is out of memory, and the others cannot go on without it: "
                 "give less to decode at once (--batch-tokens)"

@@ -172,9 +172,9 @@ def _is_first(settings: GenerateSettings) -> bool:
     """Of processes that split a model only the first prints and writes; errors are every process's own."""
     if not _given(settings, _SPLIT):
         return True
-    from rgtg.models.loading.tensor_parallel import is_first
+    from rgtg.models.loading.tensor_parallel import is_main_process
 
-    return is_first()
+    return is_main_process()
 
 
 @contextmanager

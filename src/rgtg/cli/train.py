@@ -60,14 +60,14 @@ def command(
     settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
     try:
-        from rgtg.models.loading.tensor_parallel import is_first
+        from rgtg.models.loading.tensor_parallel import is_main_process
         from rgtg.training.train import train_scorer
     except ModuleNotFoundError as error:
         from rgtg.errors import MissingExtraError
 
         raise MissingExtraError(f"training needs {error.name}: pip install 'rgtg[train]'") from error
     report = train_scorer(settings, show=not (quiet or as_json))
-    if is_first():
+    if is_main_process():
         emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
 
 

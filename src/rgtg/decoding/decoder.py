@@ -27,7 +27,6 @@ from rgtg.decoding.request import Request, Stopping, end_tokens, make_processors
 from rgtg.decoding.runners.ended import InParts
 from rgtg.decoding.runners.factory import (
     DRAFTS,
-    AnyScorer,
     as_read_beside,
     check_draft,
     check_overlap,
@@ -42,10 +41,10 @@ from rgtg.decoding.runners.policy_runner import Stepper
 from rgtg.decoding.runners.segment_scorer import CachedSegments, SegmentReader
 from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.policy import Policy, load_policy
-from rgtg.models.loading.tensor_parallel import bind
+from rgtg.models.loading.tensor_parallel import register_parallel_models
 from rgtg.models.ops.lm_head import policy_logits
-from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.base import AnyScorer, Scorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import require_same_tokenizer
@@ -98,7 +97,7 @@ class Decoder:
             self.scorers = [as_read_beside(policy, one) for one in self.scorers]
         self.resolve({})
         read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
-        if bind(one.model for one in read) and overlap:
+        if register_parallel_models(one.model for one in read) and overlap:
             raise UsageError("overlap reads in two threads, and processes that split a model must read in one order")
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
@@ -192,7 +191,7 @@ class Decoder:
         prompt_ids = request.prompt_ids
         require_room(prompt_ids, settings.max_new_tokens, self.policy.max_length, "policy")
         for scorer in self.used:
-            if isinstance(scorer, TextScorer):  # how many of its tokens a completion takes is not known before
+            if isinstance(scorer, CrossTokenizerScorer):  # how many of its tokens a completion takes is unknown
                 scorer.require_room(source_of(request, self.policy.tokenizer))
             else:
                 require_room(prompt_ids, settings.max_new_tokens, scorer.max_length, "scorer")
@@ -290,9 +289,9 @@ class Decoder:
         return InParts(cast(PrefixScorer, self._reward), reader.runner, chunk)
 
     @property
-    def _reward(self) -> Scorer | TextScorer:
+    def _reward(self) -> Scorer | CrossTokenizerScorer:
         """The scorer, as one that reads whole texts (checked when policy and scorer were joined)."""
-        return cast(Scorer | TextScorer, self.scorer)
+        return cast(Scorer | CrossTokenizerScorer, self.scorer)
 
     def stopping(self, settings: DecodingSettings) -> Stopping:
         """When a row that is drawn token by token ends."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rgtg.decoding.request import settled
-from rgtg.tokenization.encoding import context_of, decode_behind
+from rgtg.tokenization.encoding import decode_after, decoding_context
 
 # Tokens that are decoded anew with each one that comes; more context than any tokenizer's spacing rules look back.
 _WINDOW = 16
@@ -29,7 +29,7 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, list(stop)
         self._special = set(tokenizer.all_special_ids)
         self._before = list(prompt_ids[-_WINDOW:])  # tokens that are decoded no more
-        self._context = context_of(tokenizer, self._before)
+        self._context = decoding_context(tokenizer, self._before)
         self._tokens: list[int] = []  # those that are
         self._done = ""  # text of the completion's tokens in _before
         self._shown = ""
@@ -39,7 +39,7 @@ class TextStream:
         self._tokens.append(token_id)
         if token_id in self._special or _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token_id))):
             return ""  # a special token adds nothing, and does not end a run of bytes
-        tail = decode_behind(self.tokenizer, self._context, self._tokens)
+        tail = decode_after(self.tokenizer, self._context, self._tokens)
         piece = self._show(self._certain(self._done + tail))
         if len(self._tokens) > 2 * _WINDOW and not tail.endswith("�"):
             self._move_on(tail)
@@ -64,8 +64,8 @@ class TextStream:
     def _move_on(self, tail: str) -> None:
         """Decode older tokens no more, if the text stays the same."""
         before, rest = [*self._before, *self._tokens[:_WINDOW]], self._tokens[_WINDOW:]
-        head = decode_behind(self.tokenizer, self._context, self._tokens[:_WINDOW])
-        context = context_of(self.tokenizer, before)
-        if not head.endswith("�") and head + decode_behind(self.tokenizer, context, rest) == tail:
+        head = decode_after(self.tokenizer, self._context, self._tokens[:_WINDOW])
+        context = decoding_context(self.tokenizer, before)
+        if not head.endswith("�") and head + decode_after(self.tokenizer, context, rest) == tail:
             self._before, self._tokens, self._done = before[-_WINDOW:], rest, self._done + head
             self._context = context

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.runners.factory import DRAFTS, AnyScorer
+from rgtg.decoding.runners.factory import DRAFTS
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import Placement
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import read_info
-from rgtg.models.loading.tensor_parallel import use_own_device
-from rgtg.models.ops.packed_linear import group_linears, groups_of, pack_linears
-from rgtg.models.scorers.base import load_scorer, trunk_of
+from rgtg.models.loading.tensor_parallel import set_local_device
+from rgtg.models.ops.packed_linear import group_linears, grouped_linears, pack_linears
+from rgtg.models.scorers.base import AnyScorer, load_scorer, trunk_of
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 
@@ -37,7 +37,7 @@ def load_models(
         if getattr(of_policy, name) is not None and not isinstance(policy, str):
             raise UsageError(f"{name} applies to a policy loaded by name; load yours with a {name} of its own")
     if of_policy.tp_plan is not None or of_scorers.tp_plan is not None:
-        use_own_device()
+        set_local_device()
     loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}))
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
@@ -64,7 +64,7 @@ def laid_out(policy: Policy, *, pack: bool = True, grouped: bool) -> Policy:
     """
     if pack:
         policy.model = pack_linears(policy.model)
-    if grouped and not groups_of(policy.model):
+    if grouped and not grouped_linears(policy.model):
         policy.model = group_linears(policy.model, pack=False)
     return policy
 

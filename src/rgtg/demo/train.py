@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rgtg.errors import NonFiniteError
-from rgtg.models.scorers.reward_model import pad_right
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
+from rgtg.tokenization.padding import pad_right
 
 CONTEXT = 192
 IGNORED = -100  # label that cross_entropy leaves out

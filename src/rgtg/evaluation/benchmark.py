@@ -10,11 +10,12 @@ from pydantic import Field
 from rgtg.config import DecodingSettings
 from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners.factory import AnyScorer, make_stepper
+from rgtg.decoding.runners.factory import make_stepper
 from rgtg.decoding.runners.policy_runner import Stepper
 from rgtg.models.loading.device_map import synchronize
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.packed_linear import decode_bytes
+from rgtg.models.scorers.base import AnyScorer
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.types.base import Record

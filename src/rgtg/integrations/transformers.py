@@ -9,7 +9,7 @@ from torch import Tensor
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.loading import Source
 from rgtg.errors import UsageError
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.tokenization.padding import pad_right
 
 # Settings of a GenerationConfig that mean the same here, with transformers' own defaults.
 _PASSED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}

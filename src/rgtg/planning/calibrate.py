@@ -19,9 +19,9 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.loading.device_map import synchronize
 from rgtg.models.loading.policy import DTYPES
-from rgtg.models.ops import attention as one_query
+from rgtg.models.ops import attention
 from rgtg.models.ops.lm_head import policy_logits
-from rgtg.models.ops.packed_linear import StackedWeights, pack_linears, packs
+from rgtg.models.ops.packed_linear import StackedWeights, can_pack_dtype, pack_linears
 from rgtg.planning.costs import OVERLAP, both
 from rgtg.planning.hardware import Device
 
@@ -75,7 +75,7 @@ def _best(run: Callable[[], Any], tries: int, clock: Clock) -> float:
 def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, float]:
     """Bytes per second with one row, operations per second with many."""
     kind = _kind(dtype)
-    pack = device.type == "cpu" and packs(kind)
+    pack = device.type == "cpu" and can_pack_dtype(kind)
     sides = [side for _ in range(_LAYERS) for side in _SIDES]
     weights = [StackedWeights(torch.randn(side, device=device).mul(0.02).to(kind), None, pack=pack) for side in sides]
     size = sum(weight.nbytes for weight in weights)
@@ -99,7 +99,7 @@ def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, flo
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kind = _kind(dtype)
-    attend = one_query.attend if device.type == "cpu" and packs(kind) else sdpa_attention_forward
+    attend = attention.attend if device.type == "cpu" and can_pack_dtype(kind) else sdpa_attention_forward
     layer = SimpleNamespace(is_causal=False, training=False)
     shape = (_BATCH, _HEADS, 2 * _COLUMNS, _HEAD_DIM)  # half of them in use: views, as in the middle of a completion
     pools = [torch.randn(shape, device=device).to(kind)[:, :, :_COLUMNS] for _ in range(2 * _CACHES)]

@@ -153,17 +153,17 @@ def encode_completion(
 
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """Text that ``completion_ids`` add after the prompt, leading space kept, special tokens left out."""
-    return decode_behind(tokenizer, context_of(tokenizer, prompt_ids), completion_ids)
+    return decode_after(tokenizer, decoding_context(tokenizer, prompt_ids), completion_ids)
 
 
-def context_of(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+def decoding_context(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
     """A prompt's last tokens, and their text: enough to know whether a leading space belongs to the completion."""
     last = list(prompt_ids[-8:])
     return last, _text(tokenizer, last)
 
 
-def decode_behind(tokenizer: Any, context: tuple[list[int], str], completion_ids: Sequence[int]) -> str:
-    """``decode_completion`` where the prompt's ``context_of`` is known."""
+def decode_after(tokenizer: Any, context: tuple[list[int], str], completion_ids: Sequence[int]) -> str:
+    """``decode_completion`` where the prompt's ``decoding_context`` is known."""
     last, before = context
     whole = _text(tokenizer, [*last, *completion_ids])
     # Else the prompt ends in the middle of a character, which the completion closes.

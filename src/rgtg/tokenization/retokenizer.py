@@ -17,7 +17,7 @@ _NEAR = 24
 
 
 @dataclass
-class Spoken:
+class CompletionText:
     """A completion as policy tokens and as text; ``before`` is the text of the prompt's last tokens."""
 
     prompt_ids: list[int]
@@ -31,7 +31,7 @@ class Spoken:
         return [*self.prompt_ids[-_CONTEXT:], *self.token_ids[-_CONTEXT:]][-_CONTEXT:]
 
 
-class Detokeniser:
+class Detokenizer:
     """Texts of completions that grow by one token, equal to ``decode_completion`` of all their tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,11 +39,11 @@ class Detokeniser:
         # A decoder of the tokenizers library treats tokens one by one, but for a text's first and a run of bytes.
         self.local = hasattr(tokenizer, "backend_tokenizer")
 
-    def start(self, prompt_ids: Sequence[int]) -> Spoken:
+    def start(self, prompt_ids: Sequence[int]) -> CompletionText:
         """The empty completion of a prompt."""
-        return Spoken(list(prompt_ids), self._decode([list(prompt_ids[-_CONTEXT:])])[0])
+        return CompletionText(list(prompt_ids), self._decode([list(prompt_ids[-_CONTEXT:])])[0])
 
-    def with_next(self, rows: Sequence[Spoken], candidates: Sequence[Sequence[int]]) -> list[list[str]]:
+    def with_next(self, rows: Sequence[CompletionText], candidates: Sequence[Sequence[int]]) -> list[list[str]]:
         """Text of each row's completion with each of its candidates behind it."""
         windows = []
         for row, tokens in zip(rows, candidates, strict=True):
@@ -55,7 +55,7 @@ class Detokeniser:
             for row, tokens in zip(rows, candidates, strict=True)
         ]
 
-    def _texts(self, row: Spoken, tokens: Sequence[int], decoded: list[str]) -> list[str]:
+    def _texts(self, row: CompletionText, tokens: Sequence[int], decoded: list[str]) -> list[str]:
         before = decoded[0]
         # What the context says must be what the text ends with, in whole characters; then only the candidate is new.
         settled = self.local and before.strip() and not before.endswith("�")
@@ -66,7 +66,7 @@ class Detokeniser:
             ]
         return [self._from_scratch(row, token) for token in tokens]
 
-    def _from_scratch(self, row: Spoken, token: int) -> str:
+    def _from_scratch(self, row: CompletionText, token: int) -> str:
         return decode_completion(self.tokenizer, row.prompt_ids, [*row.token_ids, token])
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
@@ -85,7 +85,7 @@ class Cut:
 
 
 @dataclass
-class Reading:
+class TokenizedText:
     """A text with its tokens (no special ones around them), and a cut near its end."""
 
     text: str
@@ -94,14 +94,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Tail:
+class TokenSuffix:
     """Tokens of a longer text: the first ``kept`` of the reading it grew from, then ``ids``."""
 
     kept: int
     ids: list[int]
 
 
-class Retokeniser:
+class Retokenizer:
     """Tokens of texts that grow, equal to encoding each whole text from scratch."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -115,11 +115,13 @@ class Retokeniser:
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def read(self, texts: Sequence[str]) -> list[Reading]:
+    def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """Texts from scratch."""
-        return [Reading(text, ids) for text, ids in zip(texts, self.encode(texts), strict=True)]
+        return [TokenizedText(text, ids) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
-    def extend(self, readings: Sequence[Reading], texts: Sequence[Sequence[str]]) -> list[list[Tail]]:
+    def encode_continuations(
+        self, readings: Sequence[TokenizedText], texts: Sequence[Sequence[str]]
+    ) -> list[list[TokenSuffix]]:
         """Tokens of texts that each grew (or not) from a reading."""
         for reading in readings:
             self._look_for_cut(reading)
@@ -133,15 +135,15 @@ class Retokeniser:
         ]
         again = [i for i, tail in enumerate(tails) if tail is None]
         for i, ids in zip(again, self.encode([pairs[i][1] for i in again]), strict=True):
-            tails[i] = Tail(0, ids)
+            tails[i] = TokenSuffix(0, ids)
         found = iter(tails)
         return [[tail for tail in (next(found) for _ in mine) if tail is not None] for mine in texts]
 
-    def grown(self, reading: Reading, text: str, tail: Tail) -> Reading:
-        """The reading of a text whose tokens ``extend`` gave."""
-        return Reading(text, [*reading.ids[: tail.kept], *tail.ids], reading.cut if tail.kept else None)
+    def append(self, reading: TokenizedText, text: str, tail: TokenSuffix) -> TokenizedText:
+        """The reading of a text whose tokens ``encode_continuations`` gave."""
+        return TokenizedText(text, [*reading.ids[: tail.kept], *tail.ids], reading.cut if tail.kept else None)
 
-    def _window(self, reading: Reading, text: str) -> tuple[int, str]:
+    def _window(self, reading: TokenizedText, text: str) -> tuple[int, str]:
         """Where encoding may start, and the text from there."""
         if reading.cut is not None and text.startswith(reading.text):
             start = reading.cut.start
@@ -149,17 +151,17 @@ class Retokeniser:
                 return start, text[start:]
         return 0, text
 
-    def _join(self, reading: Reading, start: int, ids: list[int]) -> Tail | None:
+    def _join(self, reading: TokenizedText, start: int, ids: list[int]) -> TokenSuffix | None:
         """Tokens of the whole text from its window's; None where they do not meet at the cut."""
         if start == 0:
-            return Tail(0, ids)
+            return TokenSuffix(0, ids)
         cut = reading.cut
         assert cut is not None, "only a reading with a cut has a window"
         if ids[: len(cut.head)] != cut.head or self.cuts.unknown in ids:
             return None
-        return Tail(cut.kept, ids[len(cut.head) :])
+        return TokenSuffix(cut.kept, ids[len(cut.head) :])
 
-    def _look_for_cut(self, reading: Reading) -> None:
+    def _look_for_cut(self, reading: TokenizedText) -> None:
         """Set the newest cut, if there is a better one than the reading has."""
         if not self.cuts.usable or (reading.cut is not None and len(reading.text) - reading.cut.place < _NEAR):
             return

@@ -11,7 +11,8 @@ from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.lora_merge import is_adapter, load_merged, output_name, untie_output
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import read_info
-from rgtg.models.scorers.reward_model import PrefixScorer, position_scores, scalar_head
+from rgtg.models.ops.lm_head import scalar_head
+from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
 from rgtg.tokenization.encoding import ensure_pad_token
 
 

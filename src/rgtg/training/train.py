@@ -13,7 +13,7 @@ from rgtg.errors import UsageError
 from rgtg.models.loading.hub import lasting_name
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
-from rgtg.models.loading.tensor_parallel import is_first, leave_group
+from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.training.arguments import (
     CHECKPOINTS,
@@ -92,7 +92,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
 @contextmanager
 def _alone(settings: TrainSettings) -> Iterator[None]:
     """Keep other runs out of the output folder; of several processes of one run the first does it for all."""
-    if not is_first():
+    if not is_main_process():
         yield
         return
     require_folder(settings.output)
@@ -111,7 +111,7 @@ def _train_model(settings: TrainSettings, request: StopRequest, show: bool) -> T
     config = reward_config(settings, max_length)
     is_main = config.process_index == 0
     if config.world_size > 1:
-        atexit.register(leave_group)
+        atexit.register(destroy_process_group)
     make_folder(settings.output)
     data = read_data(settings, config, tokenizer, max_length, is_main=is_main, show=show)
     trust = trust_of(settings, data, tokenizer, config.device)

@@ -12,8 +12,8 @@ from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError, UsageError
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights
+from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import Head, round_to_half
-from rgtg.models.scorers.hidden_state_head import require_observable
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.training.arguments import CHECKPOINTS, HEAD_DEFAULTS, reward_config
 from rgtg.training.callbacks import LOG_FILE, TrainLog
@@ -96,7 +96,7 @@ def train_head(settings: TrainSettings, request: StopRequest, *, show: bool = Fa
     dtype = (settings.train.get("model_init_kwargs") or {}).get("dtype")
     policy = load_policy(settings.base, dtype=dtype, device=config.device)
     layers, widths = _layers(settings, policy.model), _widths(settings)
-    require_observable(policy.model, layers)
+    require_hidden_states(policy.model, layers)
     rank = _rank(settings, policy.model) if settings.head == "vocab" else None
     max_length = longest(settings, policy.model)
     make_folder(settings.output)

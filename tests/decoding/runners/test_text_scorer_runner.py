@@ -15,7 +15,7 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.text_scorer_runner import BranchReader, TextReader
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import scorer_scores
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import decode_completion, encode_prompt
 
@@ -26,7 +26,7 @@ PROMPTS = ["Once upon a time, there was a", CORPUS[1], "中文 🙂"]
 def text_scorer(kind, *, causal=True, trained=None, **more):
     tokenizer = tokenizer_of(kind)
     model = reward_model_with(tokenizer, **more) if causal else encoder_with(tokenizer, **more)
-    return TextScorer(PrefixScorer(model, tokenizer, info=trained, name=kind))
+    return CrossTokenizerScorer(PrefixScorer(model, tokenizer, info=trained, name=kind))
 
 
 def reader_of(scorer, policy_kind, requests=(), eos=(1,), capacity=8):

@@ -12,7 +12,7 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.runners.text_scorer_runner import BranchReader, TextReader
 from rgtg.errors import PromptTooLongError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.policy import Policy
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.tokenization.encoding import decode_completion
@@ -43,7 +43,9 @@ def distribution(guided, prompt, length, *, beta, k):
             log_probs = next_log_probs(guided.policy.model, [*ids, *said])
             tokens = log_probs.argsort(descending=True)[:k].tolist()
             texts = [decode_completion(guided.policy.tokenizer, ids, [*said, t]) for t in tokens]
-            read = TextScorer(PrefixScorer(guided.scorer.model, guided.scorer.tokenizer, info=guided.scorer.info))
+            read = CrossTokenizerScorer(
+                PrefixScorer(guided.scorer.model, guided.scorer.tokenizer, info=guided.scorer.info)
+            )
             scores = [read.score([prompt], [text], finished=t == EOS)[0] for text, t in zip(texts, tokens, strict=True)]
             energy = [float(log_probs[t]) + beta * s for t, s in zip(tokens, scores, strict=True)]
             total = math.log(sum(map(math.exp, energy)))

@@ -10,7 +10,7 @@ from helpers.naive import info, write_adapter
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg import GuidedPolicy
 from rgtg.errors import MissingExtraError, UsageError
-from rgtg.models.loading.device_map import is_spread
+from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, write_info
 from rgtg.models.scorers.base import load_scorer
@@ -61,8 +61,8 @@ def test_policy_and_scorer_spread_over_memory_and_disk_choose_the_same_tokens(
 ):
     whole, expected = tokens(policy_folder, scorer_folder, device="cpu", token_tree=tree)
     spread, found = tokens(policy_folder, scorer_folder, token_tree=tree, **places)
-    assert is_spread(spread.policy.model) == ("device_map" in places)
-    assert is_spread(spread.scorers[0].model) == ("scorer_device_map" in places)
+    assert has_device_map(spread.policy.model) == ("device_map" in places)
+    assert has_device_map(spread.scorers[0].model) == ("scorer_device_map" in places)
     assert found == expected
     for one, other in zip((whole.policy, *whole.scorers), (spread.policy, *spread.scorers), strict=True):
         assert fingerprint_weights(one.model) == fingerprint_weights(other.model)
@@ -73,7 +73,7 @@ def test_a_next_token_scorer_spread_over_memory_and_disk_chooses_the_same_tokens
     spread, found = tokens(
         policy_folder, language_model_folder, method="genarm", device_map=OF_POLICY, scorer_device_map=OF_POLICY
     )
-    assert is_spread(spread.scorers[0].model)
+    assert has_device_map(spread.scorers[0].model)
     assert found == expected
 
 
@@ -118,7 +118,7 @@ def test_an_adapter_on_the_trunk_of_a_spread_policy_is_refused(policy_folder, ad
 
 
 def test_a_model_without_a_map_is_not_spread(policy_folder):
-    assert not is_spread(load_policy(str(policy_folder), device="cpu").model)
+    assert not has_device_map(load_policy(str(policy_folder), device="cpu").model)
 
 
 @pytest.mark.parametrize(

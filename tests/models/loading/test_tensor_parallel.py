@@ -18,7 +18,12 @@ from rgtg import GuidedPolicy
 from rgtg.errors import UsageError
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, write_info
-from rgtg.models.loading.tensor_parallel import agreed, bind, is_bound, require_divisible
+from rgtg.models.loading.tensor_parallel import (
+    broadcast_from_rank0,
+    is_tensor_parallel,
+    register_parallel_models,
+    require_divisible,
+)
 from rgtg.models.scorers.base import load_scorer, weights_of
 from rgtg.models.scorers.reward_model import PrefixScorer
 
@@ -198,6 +203,6 @@ def test_heads_that_divide_are_no_obstacle(monkeypatch):
 
 def test_models_that_are_whole_are_not_bound():
     model, values = tiny_policy(), torch.ones(2)
-    assert not bind([model])
-    assert not is_bound(model)
-    assert agreed(model, values) is values
+    assert not register_parallel_models([model])
+    assert not is_tensor_parallel(model)
+    assert broadcast_from_rank0(model, values) is values

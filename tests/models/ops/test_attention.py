@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.tiny_models import CONFIGS, tiny_policy
-from rgtg.models.ops import attention as one_query
+from rgtg.models.ops import attention
 from rgtg.models.ops.packed_linear import group_linears, structural_copy
 
 
@@ -31,10 +31,10 @@ def inputs(queries, heads=4, key_heads=4, rows=3, keys=9, dtype=torch.bfloat16):
 @pytest.mark.parametrize(("queries", "key_heads"), [(1, 4), (1, 2), (3, 4)])
 @pytest.mark.parametrize("cache", [1, 2 * 9 * 8 * 4 * 3, 2**23])  # one head, three heads, everything at once
 def test_it_is_the_attention_of_transformers(queries, key_heads, dtype, masked, cache, monkeypatch):
-    monkeypatch.setattr(one_query, "_CACHE_BYTES", cache)
+    monkeypatch.setattr(attention, "_CACHE_BYTES", cache)
     query, key, value, mask = inputs(queries, key_heads=key_heads, dtype=dtype)
     given = (Layer(4 // key_heads), query, key, value, mask if masked else None)
-    got, _ = one_query.attend(*given, scaling=8**-0.5)
+    got, _ = attention.attend(*given, scaling=8**-0.5)
     expected, _ = sdpa_attention_forward(*given, scaling=8**-0.5)
     assert got.shape == expected.shape == (3, queries, 4, 8)
     assert got.dtype == dtype
@@ -50,12 +50,12 @@ def test_a_single_query_is_widened_in_bf16_alone(cache, parts, monkeypatch):
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
     monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", counting)
-    monkeypatch.setattr(one_query, "_CACHE_BYTES", cache)
-    one_query.attend(Layer(1), *inputs(1), scaling=0.3)
+    monkeypatch.setattr(attention, "_CACHE_BYTES", cache)
+    attention.attend(Layer(1), *inputs(1), scaling=0.3)
     assert asked == [(torch.float32, 1)] * parts
     asked.clear()
     for case in ({"queries": 1, "dtype": torch.float32}, {"queries": 2}, {"queries": 1, "key_heads": 2}):
-        one_query.attend(Layer(4 // case.get("key_heads", 4)), *inputs(**case), scaling=0.3)
+        attention.attend(Layer(4 // case.get("key_heads", 4)), *inputs(**case), scaling=0.3)
     assert asked == [(torch.float32, 1), (torch.bfloat16, 2), (torch.bfloat16, 1)]
 
 
@@ -63,8 +63,8 @@ def test_a_single_query_is_widened_in_bf16_alone(cache, parts, monkeypatch):
 def test_the_twin_attends_so_and_the_model_as_before(family):
     model = tiny_policy(family)
     twin = structural_copy(model)
-    one_query.use_on(twin)
-    assert {m.config._attn_implementation for m in twin.modules() if hasattr(m, "config")} == {one_query.NAME}
+    attention.use_on(twin)
+    assert {m.config._attn_implementation for m in twin.modules() if hasattr(m, "config")} == {attention.NAME}
     assert model.config._attn_implementation == "sdpa"
     ids = torch.tensor([[0, 5, 9, 12], [0, 7, 8, 1]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])  # a plain pass makes its own mask from it

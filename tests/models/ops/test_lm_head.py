@@ -5,8 +5,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from helpers.tiny_models import CONFIGS, VOCAB, tiny_policy
-from rgtg.models.ops.lm_head import policy_logits
-from rgtg.models.scorers.reward_model import trunk
+from rgtg.models.ops.lm_head import policy_logits, trunk
 
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 SIZES = {

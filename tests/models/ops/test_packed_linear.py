@@ -12,7 +12,7 @@ from rgtg.models.ops.packed_linear import (
     GroupedLinear,
     LinearGroup,
     group_linears,
-    groups_of,
+    grouped_linears,
     pack_linears,
     structural_copy,
 )
@@ -28,15 +28,15 @@ GROUPS = {"llama": 2 * 4 + 1, "gpt2": 2 * 4 + 1, "gpt_neox": 2 * 4 + 1, "opt": 2
 def test_the_twin_says_what_the_model_says(family, pack):
     for model in (tiny_policy(family), tiny_reward_model(family)):
         twin = group_linears(model, pack=pack)
-        assert groups_of(twin)
-        assert not groups_of(model), "the model itself must stay as it was"
+        assert grouped_linears(twin)
+        assert not grouped_linears(model), "the model itself must stay as it was"
         torch.testing.assert_close(twin(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(GROUPS))
 def test_layers_that_read_one_input_share_one_product(family):
     twin = group_linears(tiny_policy(family), pack=False)
-    assert len({id(layer.group) for layer in groups_of(twin).values()}) == GROUPS[family]
+    assert len({id(layer.group) for layer in grouped_linears(twin).values()}) == GROUPS[family]
 
 
 @pytest.mark.skipif(not HAS_MKLDNN, reason="this torch has no oneDNN")

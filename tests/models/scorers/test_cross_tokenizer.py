@@ -7,7 +7,7 @@ from tokenizers import normalizers
 from helpers.naive import info, reward
 from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with, tokenizer_of, word_piece
 from rgtg.errors import DataError, PromptTooLongError, UsageError
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 
 TEMPLATE = (
@@ -21,7 +21,9 @@ def scorer_of(kind="byte-level", template=None, trained=None, **more):
     tokenizer = byte_level() if kind == "byte-level" else tokenizer_of(kind)
     if template is not None:
         tokenizer.chat_template = template
-    return TextScorer(PrefixScorer(reward_model_with(tokenizer, **more), tokenizer, info=trained, name="mine"))
+    return CrossTokenizerScorer(
+        PrefixScorer(reward_model_with(tokenizer, **more), tokenizer, info=trained, name="mine")
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def scorer_of(kind="byte-level", template=None, trained=None, **more):
 def test_the_special_tokens_that_a_tokenizer_adds(kind, before, after):
     scorer = scorer_of(kind)
     assert (scorer.before, scorer.after) == (before, after)
-    (ids,) = scorer.encode([scorer.turn("the dog")], [" was old"], [True])
+    (ids,) = scorer.encode([scorer.render("the dog")], [" was old"], [True])
     assert ids == scorer.tokenizer("the dog was old").input_ids
 
 
@@ -41,7 +43,7 @@ def test_a_tokenizer_that_is_inconsistent_is_refused():
             return type("E", (), {"input_ids": [len(text), *[7] * len(text)] if add_special_tokens else [8]})()
 
     with pytest.raises(UsageError, match="special tokens inside a text"):
-        TextScorer(PrefixScorer(reward_model_with(tokenizer_of("llama")), Odd()))
+        CrossTokenizerScorer(PrefixScorer(reward_model_with(tokenizer_of("llama")), Odd()))
 
 
 def test_scores_of_texts_together_are_those_of_each_alone():
@@ -56,7 +58,7 @@ def test_scores_of_texts_together_are_those_of_each_alone():
 @torch.no_grad()
 def test_an_encoder_without_a_padding_token():
     tokenizer = word_piece()
-    scorer = TextScorer(PrefixScorer(encoder_with(tokenizer), tokenizer))
+    scorer = CrossTokenizerScorer(PrefixScorer(encoder_with(tokenizer), tokenizer))
     assert not scorer.causal
     alone = [float(scorer.model(**tokenizer(text, return_tensors="pt")).logits) for text in ("the dog was", "a")]
     tokenizer.pad_token = None
@@ -72,12 +74,12 @@ def test_unfinished_texts_have_no_half_characters_and_finished_ones_stand_as_the
 
 def test_the_completion_is_the_assistant_turn_of_the_scorers_own_template():
     scorer = scorer_of(template=TEMPLATE)
-    turn = scorer.turn(CHAT)
-    assert (turn.opening, turn.closing) == ("<user>Who is Max?<assistant>", "</s>\n")
+    turn = scorer.render(CHAT)
+    assert (turn.text, turn.closing) == ("<user>Who is Max?<assistant>", "</s>\n")
     whole = scorer.tokenizer.apply_chat_template([*CHAT, {"role": "assistant", "content": "The dog."}], tokenize=False)
     ids = scorer.tokenizer(whole, add_special_tokens=False).input_ids
     assert scorer.score([CHAT], ["The dog."]) == pytest.approx([reward(scorer.model, ids)], abs=1e-4)
-    assert scorer.encode([turn], ["The"], [False]) == [scorer.tokenizer(turn.opening + "The").input_ids]
+    assert scorer.encode([turn], ["The"], [False]) == [scorer.tokenizer(turn.text + "The").input_ids]
 
 
 @pytest.mark.parametrize(
@@ -91,14 +93,14 @@ def test_the_completion_is_the_assistant_turn_of_the_scorers_own_template():
     ],
 )
 def test_a_turn_is_closed_as_the_pairs_of_training_were(template, trained, closing):
-    assert scorer_of(template=template, trained=trained).turn(CHAT).closing == closing
+    assert scorer_of(template=template, trained=trained).render(CHAT).closing == closing
 
 
 def test_chats_that_cannot_be_read_are_refused():
     with pytest.raises(UsageError, match=r"the scorer mine cannot read a chat: .*no chat template"):
-        scorer_of().turn(CHAT)
+        scorer_of().render(CHAT)
     with pytest.raises(UsageError, match="leaves the assistant's reply out"):
-        scorer_of(template="{{ messages[0].content }}").turn(CHAT)
+        scorer_of(template="{{ messages[0].content }}").render(CHAT)
 
 
 def test_room():
@@ -115,12 +117,14 @@ def test_a_prompt_that_is_nothing_to_the_scorer():
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(DataError, match="no token at all"):
-        TextScorer(PrefixScorer(reward_model_with(tokenizer), tokenizer)).require_room("  ")
+        CrossTokenizerScorer(PrefixScorer(reward_model_with(tokenizer), tokenizer)).require_room("  ")
 
 
 def test_a_vocabulary_that_the_model_does_not_have():
     tokenizer = byte_level()
-    scorer = TextScorer(PrefixScorer(reward_model_with(tokenizer_of("byte-level-bos")), tokenizer, name="mine"))
+    scorer = CrossTokenizerScorer(
+        PrefixScorer(reward_model_with(tokenizer_of("byte-level-bos")), tokenizer, name="mine")
+    )
     with pytest.raises(UsageError, match=r"the scorer mine gives token \d+, .* they do not belong together"):
         scorer.score([tokenizer.decode([len(tokenizer) - 1])], [" old"])
 

@@ -20,7 +20,7 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import row_seeds
 from rgtg.decoding.runners.policy_runner import Alone
 from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.models import ServedModels
@@ -32,7 +32,7 @@ PROMPTS = ["Once upon a time", "Hi", "What is it? A cat sat on a mat and looked 
 
 def text_scorer(make=reward_model_with):
     words = byte_level()
-    return TextScorer(PrefixScorer(make(words), words, info=info(), name="text"))
+    return CrossTokenizerScorer(PrefixScorer(make(words), words, info=info(), name="text"))
 
 
 @pytest.fixture(scope="module")

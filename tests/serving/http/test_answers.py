@@ -9,7 +9,7 @@ from helpers.tiny_models import tiny_policy
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.models.loading.policy import Policy
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.models import ServedModels
 from rgtg.tokenization.encoding import encode_source
@@ -54,7 +54,7 @@ def test_scores_by_another_tokenizer():
     tokenizer = tokenizer_of("byte-level")
     other = PrefixScorer(reward_model_with(tokenizer), tokenizer, name="other")
     models = ServedModels(Policy(tiny_policy(), chat_tokenizer()), {"other": other}, "tiny")
-    text = TextScorer(other)
+    text = CrossTokenizerScorer(other)
     with serving(models) as served:
         told = served.post("/v1/score", prompt=PROMPT, completion=[" a b"], prefixes=True).json()["data"][0]
         tokenizer.chat_template = chat_tokenizer().chat_template

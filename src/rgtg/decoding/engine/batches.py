@@ -7,12 +7,13 @@ from rgtg.decoding.engine.batch import Lane
 from rgtg.decoding.engine.chunked_prefill import Feed, Prefill
 from rgtg.decoding.engine.prefix_cache import PrefixStore, policy_key
 from rgtg.decoding.request import Request
-from rgtg.decoding.runners.factory import AnyScorer, Separate, make_reader, make_stepper
+from rgtg.decoding.runners.factory import Separate, make_reader, make_stepper
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
 from rgtg.decoding.runners.policy_runner import Alone, JoiningStepper
 from rgtg.decoding.runners.scorer_runner import JoiningReader
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.scorers.base import AnyScorer
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 
 

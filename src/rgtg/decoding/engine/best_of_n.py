@@ -14,13 +14,13 @@ from rgtg.decoding.runners.policy_runner import Alone
 from rgtg.decoding.runners.shared_prefix_runner import fork
 from rgtg.decoding.sampling import best_of_n_kl
 from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 
 
 def best_of_n(
     requests: list[Request],
     policy: Runner,
-    scorer: Scorer | TextScorer,
+    scorer: Scorer | CrossTokenizerScorer,
     n: int,
     rule: TokenRule,
     stopping: Stopping,

@@ -20,7 +20,7 @@ from rgtg.decoding.runners.shared_prefix_runner import SharedPromptRunner, fork
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.decoding.sampling import accept_segment, best_of_n_kl, entropy, segment_threshold
 from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 
 PAUSED = "segment"
 
@@ -152,7 +152,7 @@ def decode_segments(
     requests: Sequence[Request],
     policy: Runner,
     reader: SegmentReader,
-    scorer: Scorer | TextScorer,
+    scorer: Scorer | CrossTokenizerScorer,
     rule: TokenRule,
     segments: SegmentRule,
     stopping: SegmentStopping,
@@ -236,7 +236,7 @@ def _score(
     rows: Sequence[_Row],
     drawn: Sequence[Segment],
     reader: SegmentReader,
-    scorer: Scorer | TextScorer,
+    scorer: Scorer | CrossTokenizerScorer,
     stopping: Stopping,
     parts: InParts | None,
 ) -> Generator[list[Request], None, list[list[float]]]:

@@ -11,8 +11,8 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.scorer_runner import read_chain
 from rgtg.errors import NonFiniteError
 from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
-from rgtg.models.scorers.reward_model import PrefixScorer, require_fit
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
+from rgtg.models.scorers.reward_model import PrefixScorer, require_within_context
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 
 
@@ -32,7 +32,7 @@ class InParts:
 
 
 def read_ended(
-    scorer: Scorer | TextScorer,
+    scorer: Scorer | CrossTokenizerScorer,
     drawn: Sequence[Request],
     stopping: Stopping,
     rows: list[Request],
@@ -56,7 +56,7 @@ def read_ended(
     rewards = []
     for row in drawn:
         prompt, completion = _as_scored(parts.scorer, row, stopping)
-        require_fit([(prompt, completion)], parts.scorer.max_length)
+        require_within_context([(prompt, completion)], parts.scorer.max_length)
         rewards.append((yield from _read_beside(parts, held, [*prompt, *completion], rows)))
     return require_finite_rewards(rewards)
 
@@ -81,7 +81,7 @@ def _read_beside(
     return float(runner.readout(runner.model, states)[0])
 
 
-def rewards_of(scorer: Scorer | TextScorer, drawn: Sequence[Request], stopping: Stopping) -> list[float]:
+def rewards_of(scorer: Scorer | CrossTokenizerScorer, drawn: Sequence[Request], stopping: Stopping) -> list[float]:
     """Reward of each ended completion: the one that ``rgtg score`` gives its text.
 
     A text over the context of a scorer with a tokenizer of its own is worth −∞, and its tokens are counted as unscored.
@@ -89,7 +89,7 @@ def rewards_of(scorer: Scorer | TextScorer, drawn: Sequence[Request], stopping: 
     Raises:
         NonFiniteError: NaN or infinite.
     """
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         sources = [source_of(row, stopping.tokenizer) for row in drawn]
         ended = [row.finish_reason == "stop" for row in drawn]
         return count_unscored(scorer.rewards(sources, [row.text for row in drawn], finished=ended), drawn)

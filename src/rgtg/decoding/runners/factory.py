@@ -14,11 +14,11 @@ from rgtg.decoding.runners.segment_scorer import CachedSegments, OwnTexts, Segme
 from rgtg.decoding.runners.text_scorer_runner import BranchReader, TextReader
 from rgtg.errors import UsageError
 from rgtg.models.loading.policy import Policy
-from rgtg.models.loading.tensor_parallel import is_bound
+from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
 from rgtg.models.ops.packed_linear import decode_bytes
-from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.base import AnyScorer, Scorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -29,8 +29,7 @@ from rgtg.tokenization.encoding import require_same_tokenizer, same_tokenizer
 DRAFTS = ("policy", "prompt-lookup")
 
 # Scorers that are models of their own; the others are part of the policy.
-Separate = PrefixScorer | VocabularyScorer | TextScorer
-AnyScorer = Separate | OwnStateScorer | SharedTrunkScorer
+Separate = PrefixScorer | VocabularyScorer | CrossTokenizerScorer
 
 
 def as_read_beside(policy: Policy, scorer: AnyScorer) -> AnyScorer:
@@ -40,10 +39,10 @@ def as_read_beside(policy: Policy, scorer: AnyScorer) -> AnyScorer:
         TokenizerMismatchError: another tokenizer, and a scorer that scores the policy's tokens or reads its states.
         UsageError: a scorer without an embedding for some token of the tokenizer.
     """
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         return scorer
     if isinstance(scorer, PrefixScorer) and not (scorer.causal and same_tokenizer(policy.tokenizer, scorer.tokenizer)):
-        return TextScorer(scorer)
+        return CrossTokenizerScorer(scorer)
     require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
     require_embeddings(policy, scorer, whole=False)
     return scorer
@@ -111,7 +110,7 @@ def make_stepper(
             return InOnePass(runner(scorer, width), scorer.head)
     reader = make_reader(policy, scorer, longest, top_k=top_k, tree=tree, requests=requests)
     if overlap is None:
-        apart = not is_bound(policy.model) and policy.model.device != scorer.model.device
+        apart = not is_tensor_parallel(policy.model) and policy.model.device != scorer.model.device
         overlap = apart and not isinstance(scorer, VocabularyScorer)
     if overlap and (top_k or MAX_WIDTH + 1) <= MAX_WIDTH:
         return AtOnce(runner(policy, width), reader)
@@ -128,7 +127,7 @@ def make_reader(
     requests: Sequence[Request] = (),
 ) -> Reader:
     """A scorer that is a model of its own, with a cache for ``longest`` tokens and the candidates behind them."""
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         return make_text_reader(scorer, policy, requests, longest, tree=tree)
     if isinstance(scorer, VocabularyScorer):
         runner = make_runner(scorer.model, policy_logits, longest + 1, tree=tree, layer=scorer.layer)
@@ -138,7 +137,7 @@ def make_reader(
 
 
 def make_text_reader(
-    scorer: TextScorer, policy: Policy, requests: Sequence[Request], longest: int, *, tree: bool | None = None
+    scorer: CrossTokenizerScorer, policy: Policy, requests: Sequence[Request], longest: int, *, tree: bool | None = None
 ) -> TextReader:
     """A scorer with a tokenizer of its own: over a cache where its model can have one, else of whole texts."""
     eos_ids = end_tokens(policy)
@@ -189,7 +188,7 @@ def make_mixture(
 
 def make_segment_reader(
     policy: Policy,
-    scorer: Scorer | TextScorer,
+    scorer: Scorer | CrossTokenizerScorer,
     longest: int,
     length: int,
     *,
@@ -206,7 +205,7 @@ def make_segment_reader(
         tree: as ``make_stepper``.
         requests: as ``make_stepper``.
     """
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         return OwnTexts(scorer, policy.tokenizer, requests)
     if isinstance(scorer, PrefixScorer) and scorer.causal:
         room = longest + max(length, MAX_WIDTH)
@@ -230,7 +229,7 @@ def check_overlap(scorer: AnyScorer | None, settings: DecodingSettings, *, draft
     Raises:
         UsageError: saying why.
     """
-    if not isinstance(scorer, PrefixScorer | TextScorer) or drafted:
+    if not isinstance(scorer, PrefixScorer | CrossTokenizerScorer) or drafted:
         raise UsageError("overlap runs the policy beside a scorer that is a model of its own, without a draft")
     if settings.top_k is None or settings.top_k > MAX_WIDTH:
         raise UsageError(f"overlap reads at most {MAX_WIDTH} candidates with the policy: set top_k (10 is usual)")
@@ -242,7 +241,7 @@ def check_draft(draft: "str | Policy", scorer: AnyScorer | None, settings: Decod
     Raises:
         UsageError: saying why, and what to do.
     """
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         raise UsageError(
             f"drafts are verified with a scorer that reads the policy's tokens; {scorer.name} reads text, with a "
             "tokenizer of its own: leave the draft out"

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.models.loading.device_map import is_spread
-from rgtg.models.ops import attention as one_query
-from rgtg.models.scorers.hidden_state_head import watching
-from rgtg.models.scorers.reward_model import pad_right, trunk
+from rgtg.models.loading.device_map import has_device_map
+from rgtg.models.ops import attention
+from rgtg.models.ops.hidden_states import capture_hidden_states
+from rgtg.models.ops.lm_head import trunk
+from rgtg.tokenization.padding import pad_right
 
 # readout(model, states (…, H)) → one vector or scalar per state
 Readout = Callable[[Any, Tensor], Tensor]
@@ -96,7 +97,7 @@ class TreeRunner:
         self.trunk = trunk(model)
         self.device = model.device
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.cache = TreeCache(text.num_hidden_layers, capacity, spread=is_spread(model))
+        self.cache = TreeCache(text.num_hidden_layers, capacity, spread=has_device_map(model))
         self.windows = mask_windows(model.config)
         self.layer = layer
         self.grows = False  # whether a pass that needs more columns makes room for them
@@ -147,7 +148,7 @@ class TreeRunner:
         }
         if self.layer is None:
             return self.trunk(**inputs).last_hidden_state  # type: ignore[no-any-return]
-        with watching(self.model, [self.layer]) as seen:
+        with capture_hidden_states(self.model, [self.layer]) as seen:
             final: Tensor = self.trunk(**inputs).last_hidden_state
         self.seen = seen[self.layer]
         return final
@@ -301,7 +302,7 @@ class RecomputeRunner:
         last = torch.tensor([len(text) - 1 for text in texts])
         if self.layer is None:
             return trunk(self.model)(**inputs).last_hidden_state[rows, last]  # type: ignore[no-any-return]
-        with watching(self.model, [self.layer]) as seen:
+        with capture_hidden_states(self.model, [self.layer]) as seen:
             states: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
         self.seen = seen[self.layer][rows, last]
         return states
@@ -364,7 +365,7 @@ def _has_known_layers(model: Any) -> bool:
         return False
     if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
         return False
-    if model.config._attn_implementation not in ("sdpa", "eager", one_query.NAME):
+    if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME):
         try:  # flash and flex back-ends take no arbitrary 4-D mask
             model.set_attn_implementation("sdpa")
         except (ValueError, ImportError, AttributeError):

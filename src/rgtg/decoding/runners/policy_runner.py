@@ -14,7 +14,7 @@ from torch import Tensor
 from rgtg.decoding.runners.model_runner import Runner, read_next
 from rgtg.decoding.runners.scorer_runner import MAX_WIDTH, Reader, head_at_prefix
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.models.loading.tensor_parallel import agreed
+from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
 
 class Stepper(Protocol):
@@ -201,7 +201,7 @@ class OnCandidates(Ahead):
     def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The policy's states (B, K, H) at candidates, and the head's scores (B, K) of the observed layer there."""
         ahead = self.policy.states(TokenTree.leaves(candidate_ids))
-        return ahead, agreed(self.policy.model, self.head(self.policy.seen))
+        return ahead, broadcast_from_rank0(self.policy.model, self.head(self.policy.seen))
 
     def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate, and the policy's state at it."""
@@ -262,7 +262,7 @@ class InOnePass(OnCandidates, TwoHalves):
     def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of twice the candidates: the plain half looks ahead, the adapted half is scored."""
         plain, adapted = self.policy.states(TokenTree.leaves(candidate_ids.repeat(2, 1))).chunk(2)
-        return plain, agreed(self.policy.model, self.head(adapted))
+        return plain, broadcast_from_rank0(self.policy.model, self.head(adapted))
 
     def keep_leaf(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Keep the chosen candidate in both halves."""

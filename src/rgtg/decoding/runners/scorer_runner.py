@@ -13,7 +13,7 @@ from torch import Tensor
 from rgtg.decoding.request import Request
 from rgtg.decoding.runners.model_runner import Runner, read
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.models.loading.tensor_parallel import agreed
+from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
 # Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
 MAX_WIDTH = 128
@@ -177,7 +177,7 @@ def chain_and_leaves(chain: Tensor, leaves: Tensor) -> TokenTree:
 def head_at_prefix(head: Any, runner: Runner, candidate_ids: Tensor, first: int = 0) -> Tensor:
     """Scores (B, K) that a head gives next tokens at the newest observed states, of the rows from ``first``."""
     assert runner.seen is not None, "a head reads an observed layer"
-    return agreed(runner.model, score_at(head, runner.seen[first:, -1], candidate_ids))
+    return broadcast_from_rank0(runner.model, score_at(head, runner.seen[first:, -1], candidate_ids))
 
 
 def score_at(head: Any, states: Tensor, candidate_ids: Tensor) -> Tensor:

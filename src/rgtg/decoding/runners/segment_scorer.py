@@ -12,9 +12,9 @@ from rgtg.decoding.runners.model_runner import Runner, read
 from rgtg.decoding.runners.scorer_runner import MAX_WIDTH
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.scorers.base import Scorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.tokenization.encoding import decode_completion
+from rgtg.tokenization.padding import pad_right
 
 # Segments of each row, as token ids: rows × segments × tokens; every row has as many segments, none is empty.
 Segments = Sequence[Sequence[Sequence[int]]]
@@ -122,7 +122,7 @@ class OwnTexts(_Texts):
     What does not fit its context is worth −∞.
     """
 
-    def __init__(self, scorer: TextScorer, tokenizer: Any, requests: Sequence[Request]) -> None:
+    def __init__(self, scorer: CrossTokenizerScorer, tokenizer: Any, requests: Sequence[Request]) -> None:
         """Set up; ``tokenizer`` is the policy's, ``requests`` are those of the prompts."""
         self.scorer, self.tokenizer, self.requests = scorer, tokenizer, list(requests)
 

@@ -18,8 +18,8 @@ from rgtg.decoding.runners.branches import BranchBatch, Branches
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.scorer_runner import MAX_WIDTH
 from rgtg.models.loading.policy import Policy
-from rgtg.models.scorers.cross_tokenizer import TextScorer, Turn
-from rgtg.tokenization.retokenizer import Detokeniser, Reading, Spoken, Tail
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer, RenderedPrompt
+from rgtg.tokenization.retokenizer import CompletionText, Detokenizer, TokenizedText, TokenSuffix
 
 # Kept tokens that may wait to be read with the next candidates; more are read in a pass of their own.
 _MAY_WAIT = 16
@@ -31,7 +31,7 @@ class Candidate:
 
     token: int
     text: str
-    tail: Tail
+    tail: TokenSuffix
     finished: bool
 
 
@@ -50,9 +50,9 @@ class Row:
         candidates: those scored last.
     """
 
-    turn: Turn
-    spoken: Spoken
-    reading: Reading
+    turn: RenderedPrompt
+    spoken: CompletionText
+    reading: TokenizedText
     request: Request
     held: list[int] = field(default_factory=list)
     score: float = 0.0
@@ -63,7 +63,9 @@ class Row:
 class TextReader:
     """Whole texts of all candidates of all rows: any reward model, encoders included, without a cache."""
 
-    def __init__(self, scorer: TextScorer, policy: Policy, eos_ids: set[int], requests: Sequence[Request] = ()) -> None:
+    def __init__(
+        self, scorer: CrossTokenizerScorer, policy: Policy, eos_ids: set[int], requests: Sequence[Request] = ()
+    ) -> None:
         """Set up.
 
         Args:
@@ -75,7 +77,7 @@ class TextReader:
         """
         self.scorer, self.eos_ids, self.requests = scorer, eos_ids, list(requests)
         self.policy_tokenizer = policy.tokenizer
-        self.detokeniser = Detokeniser(policy.tokenizer)
+        self.detokenizer = Detokenizer(policy.tokenizer)
         self.rows: list[Row] = []
         self._calls = 0
 
@@ -93,10 +95,10 @@ class TextReader:
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[TreeRunner, list[list[int]]] | None:
         """Note the prompts; there is nothing to read without a cache."""
         requests = self.requests or [Request("", list(prompt), 0, []) for prompt in prompts]
-        turns = [self.scorer.turn(source_of(request, self.policy_tokenizer)) for request in requests]
-        readings = self.scorer.retokeniser.read([self.scorer.text(turn, "", finished=False) for turn in turns])
+        turns = [self.scorer.render(source_of(request, self.policy_tokenizer)) for request in requests]
+        readings = self.scorer.retokenizer.tokenize([self.scorer.full_text(turn, "", finished=False) for turn in turns])
         self.rows = [
-            Row(turn, self.detokeniser.start(prompt), reading, request)
+            Row(turn, self.detokenizer.start(prompt), reading, request)
             for turn, prompt, reading, request in zip(turns, prompts, readings, requests, strict=True)
         ]
         return None
@@ -129,13 +131,13 @@ class TextReader:
 
     def _look_at(self, candidate_ids: list[list[int]]) -> None:
         """Set each row's candidates."""
-        texts = self.detokeniser.with_next([row.spoken for row in self.rows], candidate_ids)
+        texts = self.detokenizer.with_next([row.spoken for row in self.rows], candidate_ids)
         ended = [[token in self.eos_ids for token in mine] for mine in candidate_ids]
         whole = [
-            [self.scorer.text(row.turn, said, finished=end) for said, end in zip(mine, ends, strict=True)]
+            [self.scorer.full_text(row.turn, said, finished=end) for said, end in zip(mine, ends, strict=True)]
             for row, mine, ends in zip(self.rows, texts, ended, strict=True)
         ]
-        tails = self.scorer.retokeniser.extend([row.reading for row in self.rows], whole)
+        tails = self.scorer.retokenizer.encode_continuations([row.reading for row in self.rows], whole)
         for row, *columns in zip(self.rows, candidate_ids, texts, tails, ended, strict=True):
             row.candidates = [Candidate(*each) for each in zip(*columns, strict=True)]
 
@@ -145,7 +147,7 @@ class TextReader:
         for candidate in {candidate.token: candidate for candidate in row.candidates}.values():  # padding repeats one
             tail = candidate.tail
             self.scorer.check_ids(tail.ids)
-            before, after = self.scorer.around(row.turn, finished=candidate.finished)
+            before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
             lengths.append(len(before) + tail.kept + len(tail.ids) + len(after))
             if not candidate.finished:
                 row.request.candidates += 1
@@ -161,7 +163,7 @@ class TextReader:
 
     def _ids(self, row: Row, candidate: Candidate) -> list[int]:
         """All that the scorer reads of a candidate."""
-        before, after = self.scorer.around(row.turn, finished=candidate.finished)
+        before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
         return [*before, *row.reading.ids[: candidate.tail.kept], *candidate.tail.ids, *after]
 
     def _scores(self) -> Tensor:
@@ -185,8 +187,8 @@ class TextReader:
         """Keep what was read of the chosen candidates, where there is a cache."""
 
     def _grow(self, row: Row, candidate: Candidate) -> None:
-        text = self.scorer.text(row.turn, candidate.text, finished=candidate.finished)
-        row.reading = self.scorer.retokeniser.grown(row.reading, text, candidate.tail)
+        text = self.scorer.full_text(row.turn, candidate.text, finished=candidate.finished)
+        row.reading = self.scorer.retokenizer.append(row.reading, text, candidate.tail)
         row.spoken.token_ids.append(candidate.token)
         row.spoken.text = candidate.text
 
@@ -206,7 +208,7 @@ class BranchReader(TextReader):
 
     def __init__(
         self,
-        scorer: TextScorer,
+        scorer: CrossTokenizerScorer,
         policy: Policy,
         eos_ids: set[int],
         requests: Sequence[Request] = (),
@@ -227,7 +229,7 @@ class BranchReader(TextReader):
         """Note the prompts; their texts in the scorer's tokens, to be read by the runner."""
         super().begin(prompts)
         for row in self.rows:
-            row.held = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
+            row.held = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
         self.runner.reserve(max(len(row.held) for row in self.rows))
         return self.runner, [list(row.held) for row in self.rows]
 
@@ -263,14 +265,14 @@ class BranchReader(TextReader):
 
     def _leaves_at(self, row: Row) -> int:
         """How many of the tokens read so far are those of the text so far."""
-        text = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
+        text = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
         if row.held[: len(text)] == text:
             return len(text)
         return _shared(row.held, text, 0)
 
     def _branch(self, row: Row, candidate: Candidate, place: int) -> tuple[int, list[int]]:
         """Where a candidate leaves what is held, and its tokens from there: at least the last one."""
-        before, after = self.scorer.around(row.turn, finished=candidate.finished)
+        before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
         kept = len(before) + candidate.tail.kept
         if place >= kept:
             start, rest = kept, [*candidate.tail.ids, *after]
@@ -314,7 +316,7 @@ class BranchReader(TextReader):
         """Read the text so far of all rows, and keep it."""
         read = []
         for row in self.rows:
-            text = [*self.scorer.around(row.turn, finished=False)[0], *row.reading.ids]
+            text = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
             place = _shared(row.held, text, 0)
             branches = Branches()
             if not row.full and (unread := text[place : self.scorer.max_length]):

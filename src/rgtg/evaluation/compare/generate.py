@@ -10,13 +10,13 @@ import torch
 
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.runners.factory import AnyScorer
 from rgtg.errors import NonFiniteError
 from rgtg.evaluation.compare.grid import Row
 from rgtg.evaluation.compare.shards import Part, Scores
 from rgtg.models.loading.policy import Policy
-from rgtg.models.scorers.reward_model import batches_by_length
+from rgtg.models.scorers.base import AnyScorer
 from rgtg.tokenization.encoding import encode_prompt, require_same_tokenizer
+from rgtg.tokenization.padding import batches_by_length
 from rgtg.types.generation import Completion
 
 RewardFunction = Callable[[Sequence[Completion]], list[float]]

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from rgtg.config import EvaluationSettings
 from rgtg.decoding.loading import laid_out, load_for_method
 from rgtg.decoding.methods import METHODS, find_method
-from rgtg.decoding.runners.factory import AnyScorer
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import Reward, RewardFunction
 from rgtg.evaluation.compare.grid import Row
 from rgtg.models.loading.device_map import Placement
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
-from rgtg.models.scorers.base import load_scorer, trunk_of, weights_of
+from rgtg.models.scorers.base import AnyScorer, load_scorer, trunk_of, weights_of
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.types.generation import Completion
 

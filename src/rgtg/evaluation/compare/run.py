@@ -7,7 +7,6 @@ from typing import Any
 from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.runners.factory import AnyScorer
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import Reward, RewardFunction, full_settings, guide, run_part, score_part
 from rgtg.evaluation.compare.grid import Row as Row
@@ -21,7 +20,7 @@ from rgtg.evaluation.compare.traces import trace_part
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
-from rgtg.models.scorers.base import weights_of
+from rgtg.models.scorers.base import AnyScorer, weights_of
 from rgtg.tokenization.token_bytes import TokenBytes
 from rgtg.types.base import Provenance
 from rgtg.types.comparison import ComparedCompletion, ComparisonResult, MethodResult

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from rgtg.config import CompareRun, SweepSettings
 from rgtg.data.prompts import read_prompts
-from rgtg.decoding.runners.factory import AnyScorer
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import Reward, RewardFunction
 from rgtg.evaluation.compare.grid import expand_runs, takes, with_betas
@@ -15,6 +14,7 @@ from rgtg.evaluation.compare.run import Bench, Progress
 from rgtg.evaluation.compare.shards import fingerprint_texts
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
+from rgtg.models.scorers.base import AnyScorer
 from rgtg.types.comparison import SweepResult, SweepTry
 
 _STEP = 4.0  # how far a bracket is widened at once

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rgtg.errors import MissingExtraError, UsageError, first_line
-from rgtg.models.loading.tensor_parallel import TpPlan, is_split, require_readable, split_arguments
+from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, require_readable, tensor_parallel_kwargs
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -37,7 +37,7 @@ class Placement:
         if self.tp_plan is not None:
             if self.device is not None or self.device_map is not None:
                 raise UsageError("tp_plan puts a share of the model on each process's device: leave its device out")
-            return split_arguments(self.tp_plan)
+            return tensor_parallel_kwargs(self.tp_plan)
         if self.device_map is None:
             return {}
         if self.device is not None:
@@ -62,7 +62,7 @@ def resolve_device(device: "str | torch.device | None") -> torch.device:
     return resolved
 
 
-def settle(model: Any, placement: Placement) -> Any:
+def finish_loading(model: Any, placement: Placement) -> Any:
     """Put a loaded model where it belongs, frozen and in evaluation mode.
 
     Args:
@@ -73,25 +73,25 @@ def settle(model: Any, placement: Placement) -> Any:
         UsageError: a device that cannot be used, a map that leaves the input embedding without one, or a plan that does
             not fit.
     """
-    if is_split(model):
+    if is_sharded(model):
         require_readable(model)
     elif placement.device_map is None:
         model.to(resolve_device(placement.device))
-    elif is_spread(model):
+    elif has_device_map(model):
         if model.device.type == "meta":
             raise UsageError("device_map: the input embedding must be on a device, not on the disk")
         _bring_home(model)
     return model.eval().requires_grad_(False)
 
 
-def is_spread(model: Any) -> bool:
+def has_device_map(model: Any) -> bool:
     """Whether a model's weights are in several places; asked when a model is loaded or joined, never in a step."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def is_whole(model: Any) -> bool:
+def is_on_one_device(model: Any) -> bool:
     """Whether a model's weights are all there, in one place: not spread by a map, and not split among processes."""
-    return not (is_spread(model) or is_split(model))
+    return not (has_device_map(model) or is_sharded(model))
 
 
 def synchronize() -> None:
@@ -100,7 +100,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def iter_full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model with its name, in their order; those on the disk are read, one at a time.
 
     Of a model that is split, all processes must ask: each puts its share in.

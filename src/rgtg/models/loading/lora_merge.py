@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
-from rgtg.models.loading.device_map import is_whole
+from rgtg.models.loading.device_map import is_on_one_device
 from rgtg.models.loading.hub import local_folder, named
 from rgtg.models.loading.policy import load_pretrained
 from rgtg.models.loading.scorer_info import require_safe_weights
@@ -51,7 +51,7 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
             f"{source} is a LoRA adapter of {base}, which cannot be loaded ({error}). If the base model has moved, "
             f'write its new place as "base_model_name_or_path" into {Path(source) / "adapter_config.json"}'
         ) from error
-    if not is_whole(model):
+    if not is_on_one_device(model):
         raise UsageError(
             f"{source} is a LoRA adapter, and an adapter is merged into weights that are there, on one device: load it "
             "without device_map or tp_plan, save the merged model, and spread that"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rgtg.errors import ModelNotFoundError, RgtgError, UsageError, first_line
-from rgtg.models.loading.device_map import DeviceMap, Placement, settle
+from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.hub import EXPECTED, named
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
@@ -140,5 +140,5 @@ def load_policy(
             f"{source} is no whole language model ({missing} not in its weights, and would be drawn at random): is "
             "it a reward model, or was its saving cut off?"
         )
-    settle(model, placement)
+    finish_loading(model, placement)
     return Policy(model, load_tokenizer(source, "policy"))

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from rgtg.config.training import Objective as Objective
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
-from rgtg.models.loading.device_map import whole_weights
+from rgtg.models.loading.device_map import iter_full_weights
 from rgtg.models.loading.hub import holds_only_pickles, local_folder
 from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.utils.files import write_text_synced
@@ -121,7 +121,7 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
     if isinstance(kept, str) and dtype is None:
         return kept
     digest = hashlib.sha256()
-    for name, tensor in whole_weights(model):
+    for name, tensor in iter_full_weights(model):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)]
         if dtype is not None and sample.is_floating_point():

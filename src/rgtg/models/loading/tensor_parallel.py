@@ -24,18 +24,18 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _homes: "WeakKeyDictionary[Any, torch.device]" = WeakKeyDictionary()
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """True in a single process, and in rank 0 under ``torchrun``."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def leave_group() -> None:
+def destroy_process_group() -> None:
     """Close the process group before the interpreter ends: its threads may otherwise abort a run that has succeeded."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def split_arguments(plan: TpPlan) -> dict[str, Any]:
+def tensor_parallel_kwargs(plan: TpPlan) -> dict[str, Any]:
     """For ``from_pretrained``: a plan over all processes.
 
     Raises:
@@ -50,7 +50,7 @@ def split_arguments(plan: TpPlan) -> dict[str, Any]:
             "tp_plan splits a model among processes, and this one is alone: start it with torchrun "
             "(torchrun --standalone --nproc-per-node 2 --no-python rgtg generate …)"
         )
-    atexit.register(leave_group)
+    atexit.register(destroy_process_group)
     return {"distributed_config": DistributedConfig(tp_plan=plan)}
 
 
@@ -83,7 +83,7 @@ def require_divisible(config: Any, plan: TpPlan, name: str) -> None:
             )
 
 
-def is_split(model: Any) -> bool:
+def is_sharded(model: Any) -> bool:
     """Whether each process holds a share of a model's layers."""
     return (getattr(model, "tp_size", None) or 1) > 1
 
@@ -101,16 +101,16 @@ def require_readable(model: Any) -> None:
         raise UsageError(f"the tensor parallel plan does not fit {model.name_or_path}: {first_line(error)}") from error
 
 
-def use_own_device() -> None:
+def set_local_device() -> None:
     """Make this process's GPU, where there are any, the one that models are put on: each has its own."""
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
-def bind(models: Iterable[Any]) -> bool:
+def register_parallel_models(models: Iterable[Any]) -> bool:
     """Let all processes decide by the first one's figures of these models, where one of them is split; whether so."""
     every = list(models)
-    home = next((model.device for model in every if is_split(model)), None)
+    home = next((model.device for model in every if is_sharded(model)), None)
     if home is None:
         return False
     for model in every:
@@ -118,12 +118,12 @@ def bind(models: Iterable[Any]) -> bool:
     return True
 
 
-def is_bound(model: Any) -> bool:
+def is_tensor_parallel(model: Any) -> bool:
     """Whether a model is split, or read together with one that is."""
     return model in _homes
 
 
-def agreed(model: Any, values: Tensor) -> Tensor:
+def broadcast_from_rank0(model: Any, values: Tensor) -> Tensor:
     """What the first process has read from a model, in every process; where the model is not bound, as it is."""
     home = _homes.get(model)
     if home is None:
@@ -133,7 +133,7 @@ def agreed(model: Any, values: Tensor) -> Tensor:
     return there.to(values.device)
 
 
-def said_by_first(what: Any) -> Any:
+def broadcast_object(what: Any) -> Any:
     """What the first process gives, in every process; others give nothing."""
     box = [what]
     torch.distributed.broadcast_object_list(box, 0)

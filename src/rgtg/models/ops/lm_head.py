@@ -6,10 +6,32 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rgtg.models.loading.tensor_parallel import agreed
-from rgtg.models.scorers.reward_model import scalar_head, trunk
+from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
+# Modules of encoders' classification heads; decoder families call their head ``score``.
+_ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
 _plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+def scalar_head(model: Any) -> Any:
+    """The linear head that turns a state into a score, or None where the model does not read every position.
+
+    Decoder families call it ``score``; encoders pool first and have no such head.
+    """
+    stock = getattr(model, "get_base_model", lambda: model)()
+    head = getattr(stock, "score", None)
+    return head if isinstance(head, torch.nn.Module) else None
+
+
+def trunk(model: Any) -> Any:
+    """The transformer under the head (under a peft wrapper too)."""
+    stock = getattr(model, "get_base_model", lambda: model)()
+    return getattr(stock, stock.base_model_prefix)
+
+
+def is_head_weight(name: str) -> bool:
+    """Whether a weight of a sequence-classification model belongs to its head, going by its name."""
+    return "score" in name or any(head in name for head in _ENCODER_HEADS)
 
 
 def policy_logits(model: Any, states: Tensor) -> Tensor:
@@ -17,11 +39,11 @@ def policy_logits(model: Any, states: Tensor) -> Tensor:
 
     So a token tree can be read first, and only the node that was chosen pays for the product with the vocabulary.
     """
-    logits: Tensor = model.get_output_embeddings()(states) if head_is_plain(model) else _forward_over(model, states)
-    return agreed(model, logits)
+    logits: Tensor = model.get_output_embeddings()(states) if head_is_linear(model) else _forward_over(model, states)
+    return broadcast_from_rank0(model, logits)
 
 
-def head_is_plain(model: Any) -> bool:
+def head_is_linear(model: Any) -> bool:
     """Whether a model's logits are its output embedding's product and nothing more (no cap, no scale)."""
     if model not in _plain:
         _plain[model] = _head_is_plain(model)
@@ -31,7 +53,7 @@ def head_is_plain(model: Any) -> bool:
 def scorer_scores(model: Any, states: Tensor) -> Tensor:
     """Scalar head of a sequence-classification model: scores (…) of final states (…, H)."""
     scores: Tensor = scalar_head(model)(states)[..., 0]
-    return agreed(model, scores)
+    return broadcast_from_rank0(model, scores)
 
 
 @torch.inference_mode()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rgtg.errors import UsageError
-from rgtg.models.loading.device_map import is_whole
+from rgtg.models.loading.device_map import is_on_one_device
 from rgtg.models.loading.scorer_info import fingerprint_weights
-from rgtg.models.ops import attention as one_query
+from rgtg.models.ops import attention
 
 # Weights that fit a processor's cache gain nothing.
 MIN_WEIGHT_BYTES = 8 * 2**20
@@ -148,13 +148,13 @@ class GroupedLinear(nn.Module):
 def can_pack(model: Any) -> bool:
     """Whether packing is available for the model's device and dtype, and worth it for its size."""
     weight = model.get_input_embeddings().weight
-    if not is_whole(model) or weight.device.type != "cpu" or not packs(weight.dtype):
+    if not is_on_one_device(model) or weight.device.type != "cpu" or not can_pack_dtype(weight.dtype):
         return False
     size = sum(m.weight.nbytes for m in model.modules() if _is_linear(m))
     return bool(size >= MIN_WEIGHT_BYTES)
 
 
-def packs(dtype: torch.dtype) -> bool:
+def can_pack_dtype(dtype: torch.dtype) -> bool:
     """Whether this build of torch, on this machine's processor, lays out weights of a dtype for a CPU."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
         return False
@@ -180,7 +180,7 @@ def group_linears(model: Any, *, pack: bool) -> Any:
     Raises:
         UsageError: the model's weights are in several places.
     """
-    if not is_whole(model):
+    if not is_on_one_device(model):
         raise UsageError(
             "an adapter is read in one pass with its policy where that is whole, on one device: load the policy "
             "without device_map and tp_plan"
@@ -195,7 +195,7 @@ def group_linears(model: Any, *, pack: bool) -> Any:
         for index, name in enumerate(names):
             twin.set_submodule(name, GroupedLinear(group, index))
     if pack:
-        one_query.use_on(twin)
+        attention.use_on(twin)
     twin._rgtg_fingerprint = fingerprint_weights(model)
     try:
         got = _first_output(twin(input_ids=ids, use_cache=False))
@@ -213,7 +213,7 @@ def structural_copy(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def groups_of(model: Any) -> dict[str, GroupedLinear]:
+def grouped_linears(model: Any) -> dict[str, GroupedLinear]:
     """The grouped layers of a twin, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
 
@@ -228,7 +228,7 @@ def decode_bytes(model: Any) -> int:
     tied = output is not None and getattr(output, "weight", None) is embedding.weight
     if not tied:
         weights.pop(id(embedding.weight), None)
-    groups = {id(layer.group): layer.group.nbytes for layer in groups_of(model).values()}
+    groups = {id(layer.group): layer.group.nbytes for layer in grouped_linears(model).values()}
     return int(sum(weights.values()) + sum(groups.values()))
 
 

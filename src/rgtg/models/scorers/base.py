@@ -11,6 +11,7 @@ from rgtg.models.loading.hub import named
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -56,7 +57,7 @@ class Scorer(Protocol):
 
 
 ReadableScorer = PrefixScorer | OwnStateScorer | VocabularyScorer  # those that read whole completions on their own
-AnyScorer = ReadableScorer | SharedTrunkScorer
+AnyScorer = ReadableScorer | SharedTrunkScorer | CrossTokenizerScorer
 
 
 def load_scorer(
@@ -70,7 +71,7 @@ def load_scorer(
     device_map: DeviceMap | None = None,
     tp_plan: TpPlan | None = None,
     join: bool = False,
-) -> AnyScorer:
+) -> ReadableScorer | SharedTrunkScorer:
     """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
 
     Args:

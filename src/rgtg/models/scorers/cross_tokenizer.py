@@ -10,10 +10,11 @@ from torch import Tensor
 
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.loading.scorer_info import ScorerInfo
-from rgtg.models.loading.tensor_parallel import agreed
-from rgtg.models.scorers.reward_model import PrefixScorer, ended_flags, pad_right, position_scores
+from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
+from rgtg.models.scorers.reward_model import PrefixScorer, finished_flags, position_scores
 from rgtg.tokenization.encoding import render_chat
-from rgtg.tokenization.retokenizer import Retokeniser
+from rgtg.tokenization.padding import pad_right
+from rgtg.tokenization.retokenizer import Retokenizer
 
 Prompt = str | Sequence[dict[str, Any]]
 # Stands for the assistant's text while a chat template is looked at.
@@ -21,18 +22,18 @@ _STAND_IN = "rgtgStandIn"
 
 
 @dataclass(frozen=True)
-class Turn:
+class RenderedPrompt:
     """What a scorer reads around a completion: text before it, and text after it once it is finished.
 
     ``templated``: a chat template wrote both, special tokens included.
     """
 
-    opening: str
+    text: str
     closing: str = ""
     templated: bool = False
 
 
-class TextScorer:
+class CrossTokenizerScorer:
     """Scores text: r(x, y) = R(tokenise(x ⊕ y)), with the scorer's own tokenizer and its own chat template.
 
     A completion of plain text follows its prompt as it stands, between the special tokens that the tokenizer adds.
@@ -52,26 +53,26 @@ class TextScorer:
         self.before, self.after = added_tokens(self.tokenizer)
         if self.info is not None and self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
             self.after = self.after[:-1]  # trained on open texts: EOS says that a text is finished
-        self.retokeniser = Retokeniser(self.tokenizer)
+        self.retokenizer = Retokenizer(self.tokenizer)
         self._rows = self.model.get_input_embeddings().weight.shape[0]
 
-    def turn(self, prompt: Prompt) -> Turn:
+    def render(self, prompt: Prompt) -> RenderedPrompt:
         """Where the completion of a prompt goes.
 
         Raises:
             UsageError: chat messages, and a tokenizer without a chat template, or one that leaves the reply out.
         """
         if isinstance(prompt, str):
-            return Turn(prompt)
+            return RenderedPrompt(prompt)
         reply = {"role": "assistant", "content": _STAND_IN}
         try:
             whole = render_chat(self.tokenizer, [*prompt, reply], add_generation_prompt=False)
         except UsageError as error:
             raise UsageError(f"the scorer {self.name} cannot read a chat: {error}") from error
-        opening, found, closing = whole.rpartition(_STAND_IN)
+        text, found, closing = whole.rpartition(_STAND_IN)
         if not found:
             raise UsageError(f"the chat template of the scorer {self.name} leaves the assistant's reply out")
-        return Turn(opening, self._as_trained(closing), templated=True)
+        return RenderedPrompt(text, self._as_trained(closing), templated=True)
 
     def _as_trained(self, closing: str) -> str:
         """A template's end of a turn, as a scorer that was trained here has seen it: up to EOS."""
@@ -83,12 +84,12 @@ class TextScorer:
         inside, found, rest = closing.rpartition(eos)
         return inside + eos if found and self.append_eos and not rest.strip() else closing
 
-    def text(self, turn: Turn, completion: str, *, finished: bool) -> str:
+    def full_text(self, turn: RenderedPrompt, completion: str, *, finished: bool) -> str:
         """All that the scorer reads of a turn."""
         said = completion + turn.closing if finished else completion.rstrip("�")
-        return turn.opening + said
+        return turn.text + said
 
-    def around(self, turn: Turn, *, finished: bool) -> tuple[list[int], list[int]]:
+    def special_tokens(self, turn: RenderedPrompt, *, finished: bool) -> tuple[list[int], list[int]]:
         """Tokens before and after those of the text."""
         if turn.templated:
             return [], []
@@ -104,9 +105,9 @@ class TextScorer:
             DataError: a prompt that is nothing to the scorer.
             PromptTooLongError: with the scorer's own figures.
         """
-        turn = self.turn(prompt)
-        (body,) = self.retokeniser.encode([turn.opening])
-        before, after = self.around(turn, finished=False)
+        turn = self.render(prompt)
+        (body,) = self.retokenizer.encode([turn.text])
+        before, after = self.special_tokens(turn, finished=False)
         self.check_ids(body)
         if not before and not body:
             raise DataError(f"the tokenizer of the scorer {self.name} turns the prompt into no token at all")
@@ -133,13 +134,15 @@ class TextScorer:
         """Whether so many tokens fit the scorer's context."""
         return self.max_length is None or length <= self.max_length
 
-    def encode(self, turns: Sequence[Turn], completions: Sequence[str], finished: Sequence[bool]) -> list[list[int]]:
+    def encode(
+        self, turns: Sequence[RenderedPrompt], completions: Sequence[str], finished: Sequence[bool]
+    ) -> list[list[int]]:
         """Tokens of whole texts, special ones included."""
         rows = list(zip(turns, completions, finished, strict=True))
-        bodies = self.retokeniser.encode([self.text(turn, said, finished=end) for turn, said, end in rows])
+        bodies = self.retokenizer.encode([self.full_text(turn, said, finished=end) for turn, said, end in rows])
         ids = []
         for (turn, _, end), body in zip(rows, bodies, strict=True):
-            before, after = self.around(turn, finished=end)
+            before, after = self.special_tokens(turn, finished=end)
             self.check_ids(body)
             ids.append([*before, *body, *after])
         return ids
@@ -182,8 +185,8 @@ class TextScorer:
         batch_size: int = 8,
     ) -> list[float | None]:
         """As ``score``, with None for texts over the scorer's context."""
-        ended = ended_flags(finished, len(completions))
-        ids = self.encode([self.turn(prompt) for prompt in prompts], completions, ended)
+        ended = finished_flags(finished, len(completions))
+        ids = self.encode([self.render(prompt) for prompt in prompts], completions, ended)
         fitting = [i for i, mine in enumerate(ids) if self.fits(len(mine))]
         scores: list[float | None] = [None] * len(ids)
         for i, score in zip(fitting, self.score_ids([ids[i] for i in fitting], batch_size).tolist(), strict=True):
@@ -213,7 +216,7 @@ class TextScorer:
         ids, mask = pad_right(rows, pad if pad is not None and pad < self._rows else 0, self.model.device)
         if not self.causal:
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
-            return agreed(self.model, logits[:, 0].float()).cpu()
+            return broadcast_from_rank0(self.model, logits[:, 0].float()).cpu()
         last = mask.sum(-1) - 1
         return position_scores(self.model, ids, mask).gather(1, last[:, None])[:, 0].float().cpu()
 

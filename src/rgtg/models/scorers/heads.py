@@ -97,7 +97,7 @@ Head = StateHead | VocabularyHead
 def score_positions(
     head: Head, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """Score of every prefix, given the states that `positions_of` cuts out and the completions' tokens."""
+    """Score of every prefix, given the states that `prefix_states` cuts out and the completions' tokens."""
     scores: Tensor = head.positions(states, token_ids) if isinstance(head, VocabularyHead) else head(states)
     return scores
 

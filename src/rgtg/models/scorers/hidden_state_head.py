@@ -1,28 +1,25 @@
 """Scorers that cost next to nothing: a small head on the frozen policy's own hidden states, and how those are read."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, resolve_device
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy, context_length, load_policy, resolve_dtype
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
-from rgtg.models.loading.tensor_parallel import TpPlan, agreed
+from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
+from rgtg.models.ops.hidden_states import hidden_states_of, require_hidden_states
 from rgtg.models.scorers.heads import Head, load_head, score_positions
 from rgtg.models.scorers.heads import StateHead as StateHead
 from rgtg.models.scorers.heads import VocabularyHead as VocabularyHead
-from rgtg.models.scorers.reward_model import ReadsCompletions, batches_by_length, require_fit
+from rgtg.models.scorers.reward_model import ReadsCompletions, require_within_context
 from rgtg.tokenization.encoding import tokenizer_hash
-
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
-_EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
+from rgtg.tokenization.padding import batches_by_length
 
 
 class OwnStateScorer(ReadsCompletions):
@@ -46,7 +43,7 @@ class OwnStateScorer(ReadsCompletions):
         self.layer = info.layer
         self.kind: Literal["state", "vocab"] = info.head
         self.head = head.to(policy.model.device).eval().requires_grad_(False)
-        require_observable(self.model, [self.layer])
+        require_hidden_states(self.model, [self.layer])
 
     @classmethod
     def from_pretrained(
@@ -92,109 +89,25 @@ class OwnStateScorer(ReadsCompletions):
             DataError: an empty completion, a text over the context, or (vocabulary head) an empty prompt.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        require_fit(rows, self.max_length)
+        require_within_context(rows, self.max_length)
         if self.kind == "vocab" and not all(prompt for prompt, _ in rows):
             raise DataError("a vocabulary head reads the state before a token: the prompt must have one")
         scores: dict[int, Tensor] = {}
         for part, ids, mask in batches_by_length(rows, batch_size, self.model.device):
-            states = read_states(self.model, ids, mask, [self.layer])[self.layer]
+            states = hidden_states_of(self.model, ids, mask, [self.layer])[self.layer]
             for row, i in enumerate(part):
                 window = slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1]))
-                read = positions_of(self.kind, states[row : row + 1], window)
-                scores[i] = agreed(self.model, score_positions(self.head, read, ids[row : row + 1, window])[0]).cpu()
+                read = prefix_states(self.kind, states[row : row + 1], window)
+                scores[i] = broadcast_from_rank0(
+                    self.model, score_positions(self.head, read, ids[row : row + 1, window])[0]
+                ).cpu()
         return [scores[i] for i in range(len(rows))]
 
 
-def positions_of(kind: str, states: Tensor, completion: slice) -> Tensor:
+def prefix_states(kind: str, states: Tensor, completion: slice) -> Tensor:
     """States (B, T, H) at which a completion's prefixes are read: its own tokens, or one earlier (vocabulary head)."""
     back = 1 if kind == "vocab" else 0
     return states[:, completion.start - back : completion.stop - back]
-
-
-def observed(model: Any, layer: int) -> nn.Module:
-    """The module of a causal LM whose forward output (or its first element) is ``hidden_states[layer]``.
-
-    Raises:
-        UsageError: a layer that the model has not, or a model built in a way that is not known here.
-    """
-    owner, layers = _stack(model)
-    if not 0 <= layer <= len(layers):
-        raise UsageError(f"layer {layer} is not one of this model's: 0 (embeddings) to {len(layers)} (final state)")
-    if layer == len(layers):  # where no norm is known, the trunk itself: its first output is the final state
-        return _child(owner, _FINAL_NORMS) or _module(model.base_model)
-    if layer == 0:
-        return _child(owner, _EMBEDDINGS) or _module(model.get_input_embeddings())
-    return layers[layer - 1]
-
-
-@contextmanager
-def watching(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While the block runs, each forward leaves its states (B, T, H) of these layers in the dictionary; no others."""
-    seen: dict[int, Tensor] = {}
-    home = model.device  # a layer may be elsewhere
-
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states = output if isinstance(output, Tensor) else output[0]
-            seen[layer] = states.to(home)
-
-        return hook
-
-    handles = [observed(model, layer).register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def read_states(
-    model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"], layers: list[int]
-) -> dict[int, Tensor]:
-    """Hidden states (B, T, H) of the layers asked for, in one pass of the trunk: the language-model head is not run.
-
-    Positions are counted from the mask, so padding may be on either side; states at padding are meaningless.
-    """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with watching(model, layers) as seen:
-        model.base_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-    return dict(seen)
-
-
-@torch.no_grad()
-def require_observable(model: Any, layers: Sequence[int]) -> None:
-    """Try on three tokens that `observed` finds what transformers calls these hidden states.
-
-    That is what the next decoder layer is given, or the trunk returns. (Asking for ``output_hidden_states`` would leave
-    transformers' hooks on every layer for good.)
-
-    Raises:
-        UsageError: it finds something else (a layer 0 that no module gives, or an unknown kind of model).
-    """
-    ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
-    stack = _stack(model)[1]
-    given: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given[layer] = inputs[0] if inputs else named["hidden_states"]
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(i), with_kwargs=True) for i, module in enumerate(stack)]
-    try:
-        with watching(model, layers) as seen:
-            given[len(stack)] = model.base_model(ids, use_cache=False)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer in layers:
-        if not _same(seen.get(layer), given.get(layer)):
-            raise UsageError(
-                f"layer {layer} of {type(model).__name__} cannot be observed: no module gives that state; use another "
-                f"layer (the final state is layer {len(stack)})"
-            )
 
 
 def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
@@ -248,26 +161,3 @@ def _require_placed(policy: Policy, placement: Placement) -> None:
         raise UsageError(f"dtype {dtype} is asked of a head whose policy is loaded in {policy.model.dtype}")
     if device is not None and resolve_device(device).type != policy.model.device.type:
         raise UsageError(f"device {device} is asked of a head whose policy is on {policy.model.device}")
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
-def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder layers, and the module that owns them."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
-    raise UsageError(f"{type(model).__name__} has no list of {count} layers; its states cannot be observed")
-
-
-def _module(found: nn.Module) -> nn.Module:
-    return found
-
-
-def _child(owner: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    found = (getattr(owner, name, None) for name in names)
-    return next((module for module in found if isinstance(module, nn.Module)), None)

@@ -18,7 +18,7 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
-from rgtg.models.ops.packed_linear import can_pack, group_linears, groups_of, structural_copy
+from rgtg.models.ops.packed_linear import can_pack, group_linears, grouped_linears, structural_copy
 from rgtg.models.scorers.hidden_state_head import require_same_policy
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -39,7 +39,7 @@ class SharedTrunkScorer:
 
     def __init__(self, policy: Policy, adapter: dict[str, tuple[Tensor, Tensor]], head: Tensor, **about: Any) -> None:
         """As ``from_pretrained``; ``adapter`` maps a layer's name to A (r, in) and B (out, r), the scale included."""
-        self.model = adapted_twin(policy.model, adapter)
+        self.model = copy_with_adapter(policy.model, adapter)
         self.tokenizer = policy.tokenizer
         self.weight = head.to(device=policy.model.device, dtype=policy.model.dtype)
         self.info: ScorerInfo | None = about.get("info")
@@ -104,14 +104,14 @@ def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]
     return adapter, head
 
 
-def adapted_twin(model: Any, adapter: dict[str, tuple[Tensor, Tensor]]) -> Any:
+def copy_with_adapter(model: Any, adapter: dict[str, tuple[Tensor, Tensor]]) -> Any:
     """The policy's twin whose linear layers add the adapter to the second half of the batch.
 
     Raises:
         UsageError: a layer of the adapter that the policy does not have.
     """
-    twin = structural_copy(model) if groups_of(model) else group_linears(model, pack=can_pack(model))
-    layers = groups_of(twin)
+    twin = structural_copy(model) if grouped_linears(model) else group_linears(model, pack=can_pack(model))
+    layers = grouped_linears(twin)
     unknown = sorted(set(adapter) - set(layers))
     if unknown:
         raise UsageError(f"the adapter changes {unknown[0]}, which {type(model).__name__} has not as a linear layer")

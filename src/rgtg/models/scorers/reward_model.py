@@ -1,6 +1,6 @@
 """A stock sequence-classification reward model, read at every position in one pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.errors import DataError, UsageError
-from rgtg.models.loading.device_map import DeviceMap, Placement, settle
+from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.lora_merge import is_adapter, load_merged
 from rgtg.models.loading.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
-from rgtg.models.loading.tensor_parallel import TpPlan, agreed
+from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
+from rgtg.models.ops.lm_head import is_head_weight, scalar_head, trunk
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
-
-_ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
+from rgtg.tokenization.padding import batches_by_length
 
 
 class PrefixScorer:
@@ -81,7 +81,7 @@ class PrefixScorer:
             One fp32 CPU tensor of shape (T,) per completion.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        require_fit(rows, self.max_length)
+        require_within_context(rows, self.max_length)
         if not self.causal:
             return [self._score_prefix_texts(prompt, completion, batch_size) for prompt, completion in rows]
         scores: dict[int, Tensor] = {}
@@ -115,7 +115,7 @@ class PrefixScorer:
             DataError: an empty prompt, or a text over the scorer's context.
             UsageError: another number of ``finished`` than of completions.
         """
-        prompt_ids, completion_ids = encode_to_score(
+        prompt_ids, completion_ids = encode_for_scoring(
             self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
         )
         if self.causal:
@@ -135,11 +135,11 @@ class PrefixScorer:
         for start in range(0, len(texts), batch_size):
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
             logits = self.model(**batch.to(self.model.device)).logits
-            parts.append(agreed(self.model, logits[:, 0].float()).cpu())
+            parts.append(broadcast_from_rank0(self.model, logits[:, 0].float()).cpu())
         return torch.cat(parts)
 
 
-def require_fit(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None) -> None:
+def require_within_context(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None) -> None:
     """Refuse an empty completion, and a prompt and completion over the scorer's context of ``limit`` tokens.
 
     Raises:
@@ -155,17 +155,7 @@ def require_fit(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int 
             )
 
 
-def batches_by_length(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, device: Any
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Indices of rows of like length (little padding), with their padded ids (B, T) and mask."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        yield part, *pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, device)
-
-
-def encode_to_score(
+def encode_for_scoring(
     tokenizer: Any,
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -181,7 +171,7 @@ def encode_to_score(
     Raises:
         UsageError: another number of ``finished`` than of completions.
     """
-    ended = ended_flags(finished, len(completions))
+    ended = finished_flags(finished, len(completions))
     prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
     completion_ids = [
         encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
@@ -193,7 +183,7 @@ def encode_to_score(
     return prompt_ids, completion_ids
 
 
-def ended_flags(finished: bool | Sequence[bool], many: int) -> list[bool]:
+def finished_flags(finished: bool | Sequence[bool], many: int) -> list[bool]:
     """Whether each of so many completions ended, from one answer for all or one for each.
 
     Raises:
@@ -227,26 +217,10 @@ class ReadsCompletions:
         batch_size: int = 8,
     ) -> list[float]:
         """Score of each completion after its prompt; arguments as `PrefixScorer.score`."""
-        prompt_ids, completion_ids = encode_to_score(
+        prompt_ids, completion_ids = encode_for_scoring(
             self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
         )
         return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
-
-
-def scalar_head(model: Any) -> Any:
-    """The linear head that turns a state into a score, or None where the model does not read every position.
-
-    Decoder families call it ``score``; encoders pool first and have no such head.
-    """
-    stock = getattr(model, "get_base_model", lambda: model)()
-    head = getattr(stock, "score", None)
-    return head if isinstance(head, torch.nn.Module) else None
-
-
-def trunk(model: Any) -> Any:
-    """The transformer under the head (under a peft wrapper too)."""
-    stock = getattr(model, "get_base_model", lambda: model)()
-    return getattr(stock, stock.base_model_prefix)
 
 
 def position_scores(
@@ -262,18 +236,7 @@ def position_scores(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
     scores: Tensor = scalar_head(model)(states)[..., 0]
-    return agreed(model, scores)
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Stack ragged rows: ids (B, T) padded on the right, and their 0/1 mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
+    return broadcast_from_rank0(model, scores)
 
 
 def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
@@ -283,15 +246,15 @@ def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
     if is_adapter(source):
         where = placement.arguments()
         model = load_merged(auto_class, source, "scorer", tokenizer, dtype=dtype, num_labels=1, **where)
-        return settle(model, placement)
+        return finish_loading(model, placement)
     model, report = load_pretrained(
         auto_class, source, "scorer",
         dtype=dtype, use_safetensors=True, output_loading_info=True, **placement.arguments(),
     )  # fmt: skip
-    if missing := [key for key in report["missing_keys"] if "score" in key or any(h in key for h in _ENCODER_HEADS)]:
+    if missing := [key for key in report["missing_keys"] if is_head_weight(key)]:
         raise UsageError(
             f"{source} has no trained reward head ({', '.join(sorted(missing)[:3])} not in its weights): it is a "
             f"language model, not a reward model. Train one: rgtg train --base {source} (or read "
             'its own log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
         )
-    return settle(model, placement)
+    return finish_loading(model, placement)

@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.errors import DataError, UsageError
-from rgtg.models.loading.device_map import DeviceMap, Placement, is_whole, settle
+from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading, is_on_one_device
 from rgtg.models.loading.lora_merge import is_adapter, load_merged
 from rgtg.models.loading.policy import Policy, context_length, load_policy, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
-from rgtg.models.loading.tensor_parallel import TpPlan, agreed
-from rgtg.models.ops.lm_head import head_is_plain, policy_logits
+from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
+from rgtg.models.ops.lm_head import head_is_linear, policy_logits
 from rgtg.models.scorers.heads import MANY
-from rgtg.models.scorers.reward_model import ReadsCompletions, batches_by_length, require_fit
+from rgtg.models.scorers.reward_model import ReadsCompletions, require_within_context
+from rgtg.tokenization.padding import batches_by_length
 
 TOKENS = 1024  # positions whose logits over the whole vocabulary are held at once
 
@@ -45,7 +46,7 @@ class VocabularyScorer(ReadsCompletions):
         self.weight, self.bias = output.weight, getattr(output, "bias", None)
         self.info, self.name = info, name
         self.objective: str = objective or (info.objective if info else "autoregressive")
-        self.gathers = is_whole(scorer.model)  # whether rows of its output layer can be read
+        self.gathers = is_on_one_device(scorer.model)  # whether rows of its output layer can be read
         self.layer = scorer.model.config.get_text_config().num_hidden_layers
         self.max_length = context_length(scorer.model.config)
         self.append_eos = info.append_eos if info else True  # a language model closes what it has finished
@@ -86,12 +87,12 @@ class VocabularyScorer(ReadsCompletions):
         alone: it cancels among the candidates.
         """
         # weights elsewhere, a cap or a scale on the logits; or so many that gathering their rows would copy most of W
-        gathers = self.gathers and head_is_plain(self.model)
+        gathers = self.gathers and head_is_linear(self.model)
         if not gathers or candidate_ids.shape[1] > len(self.weight) // MANY:
             return policy_logits(self.model, states).gather(-1, candidate_ids).float()
         rows = torch.nn.functional.embedding(candidate_ids, self.weight)  # (B, K, H)
         scores = (rows @ states[..., None])[..., 0].float()
-        return agreed(self.model, scores if self.bias is None else scores + self.bias[candidate_ids])
+        return broadcast_from_rank0(self.model, scores if self.bias is None else scores + self.bias[candidate_ids])
 
     @torch.inference_mode()
     def score_prefixes(
@@ -106,7 +107,7 @@ class VocabularyScorer(ReadsCompletions):
             DataError: an empty completion, an empty prompt, or a text over the context.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        require_fit(rows, self.max_length)
+        require_within_context(rows, self.max_length)
         if not all(prompt for prompt, _ in rows):
             raise DataError(f"{self.name} reads the state before a token: the prompt must have one")
         scores: dict[int, Tensor] = {}
@@ -143,4 +144,4 @@ def load_language_model(source: str, placement: Placement) -> Policy:
 
     where = placement.arguments()
     model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(placement.dtype), **where)
-    return Policy(settle(model, placement), load_tokenizer(source, "scorer"))
+    return Policy(finish_loading(model, placement), load_tokenizer(source, "scorer"))

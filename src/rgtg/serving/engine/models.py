@@ -9,13 +9,13 @@ from rgtg.config import DecodingSettings
 from rgtg.decoding.decoder import Decoder
 from rgtg.decoding.loading import laid_out, packed_beside
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.runners.factory import AnyScorer, Separate, as_read_beside
+from rgtg.decoding.runners.factory import Separate, as_read_beside
 from rgtg.errors import UsageError
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import read_info
-from rgtg.models.scorers.base import load_scorer, trunk_of
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.base import AnyScorer, load_scorer, trunk_of
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 
 
 class ServedModels:
@@ -26,7 +26,7 @@ class ServedModels:
         self.scorers = {name: as_read_beside(policy, scorer) for name, scorer in scorers.items()}
         for name, scorer in self.scorers.items():
             scorer.name = name  # what refusals call it: clients never see a path
-            if not isinstance(scorer, TextScorer):  # it reads text as the policy's does, and is not compared again
+            if not isinstance(scorer, CrossTokenizerScorer):  # those keep a tokenizer of their own
                 scorer.tokenizer = policy.tokenizer
         self._decoders: dict[tuple[str, tuple[str, ...]], Decoder] = {}
 

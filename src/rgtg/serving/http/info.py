@@ -8,8 +8,8 @@ from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.methods import METHODS, scores_vocabulary
 from rgtg.decoding.request import end_tokens
-from rgtg.decoding.runners.factory import AnyScorer
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.base import AnyScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.serving.http.bodies import JsonRoute
@@ -142,7 +142,7 @@ def _card(name: str, scorer: AnyScorer) -> ScorerCard:
 
 def _kind(scorer: AnyScorer) -> Literal["prefix", "vocabulary", "head", "adapter", "text"]:
     match scorer:
-        case TextScorer():
+        case CrossTokenizerScorer():
             return "text"
         case SharedTrunkScorer():
             return "adapter"

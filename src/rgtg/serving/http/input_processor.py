@@ -12,7 +12,7 @@ from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.request import row_seeds
 from rgtg.errors import DataError, UsageError
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.engine.request import Job, Row
 from rgtg.serving.engine.sequence import rows_of
@@ -211,7 +211,10 @@ class Planner:
                     raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
                 return int(asked)
         loaded = [self.models.scorers[name] for name in scorers]
-        limits = [self.models.max_length, *(one.max_length for one in loaded if not isinstance(one, TextScorer))]
+        limits = [
+            self.models.max_length,
+            *(one.max_length for one in loaded if not isinstance(one, CrossTokenizerScorer)),
+        ]
         longest = max(len(prompt.ids) for prompt in prompts)
         rooms = [limit - longest for limit in limits if limit is not None]
         return max(1, min(default, self.settings.max_tokens, *rooms))  # without room, the engine says so

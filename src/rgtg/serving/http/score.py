@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from rgtg.decoding.runners.factory import AnyScorer
 from rgtg.errors import DeadlineError, NonFiniteError, RgtgError
-from rgtg.models.scorers.cross_tokenizer import TextScorer
+from rgtg.models.ops.lm_head import trunk
+from rgtg.models.scorers.base import AnyScorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
-from rgtg.models.scorers.reward_model import batches_by_length, encode_to_score, require_fit, trunk
+from rgtg.models.scorers.reward_model import encode_for_scoring, require_within_context
 from rgtg.serving.http.bodies import JsonRoute
 from rgtg.serving.http.errors import ApiError, Written, from_rgtg
 from rgtg.serving.http.input_processor import Planner, Prompt
@@ -25,6 +26,7 @@ from rgtg.serving.http.serialize import usage
 from rgtg.serving.http.state import Service
 from rgtg.serving.http.streaming import while_connected
 from rgtg.tokenization.encoding import decode_completion, encode_completion
+from rgtg.tokenization.padding import batches_by_length
 
 # Texts that a scorer reads between two steps of the engine.
 _AT_ONCE = 4
@@ -58,7 +60,7 @@ def readings(planner: Planner, body: ScoreRequest, name: str) -> tuple[list[Read
     completions = [body.completion] if isinstance(body.completion, str) else body.completion
     if len(completions) > planner.settings.max_prompts:
         raise ApiError(400, f"at most {planner.settings.max_prompts} completions in a request", param="completion")
-    if isinstance(scorer, TextScorer):
+    if isinstance(scorer, CrossTokenizerScorer):
         found = [_of_text(planner, scorer, prompt, text, body) for text in completions]
     else:
         found = [_of_tokens(planner, scorer, prompt, text, body) for text in completions]
@@ -67,7 +69,7 @@ def readings(planner: Planner, body: ScoreRequest, name: str) -> tuple[list[Read
 
 def _of_tokens(planner: Planner, scorer: AnyScorer, prompt: Prompt, text: str, body: ScoreRequest) -> Reading:
     """By a scorer that reads the policy's tokens: one pass gives all prefixes."""
-    (ids,), (said,) = encode_to_score(
+    (ids,), (said,) = encode_for_scoring(
         planner.models.tokenizer,
         [prompt.text],
         [text],
@@ -75,12 +77,12 @@ def _of_tokens(planner: Planner, scorer: AnyScorer, prompt: Prompt, text: str, b
         append_eos=scorer.append_eos,
         templated=body.messages is not None,
     )
-    require_fit([(ids, said)], scorer.max_length)
+    require_within_context([(ids, said)], scorer.max_length)
     planner.require_tokens(said, "completion")
     return Reading(said, [partial(_read_tokens, scorer, ids, said)])
 
 
-def _of_text(planner: Planner, scorer: TextScorer, prompt: Prompt, text: str, body: ScoreRequest) -> Reading:
+def _of_text(planner: Planner, scorer: CrossTokenizerScorer, prompt: Prompt, text: str, body: ScoreRequest) -> Reading:
     """By a scorer with a tokenizer of its own, which reads each prefix's text anew."""
     tokenizer = planner.models.tokenizer
     said = encode_completion(tokenizer, prompt.text, text, templated=body.messages is not None, append_eos=False)
@@ -96,11 +98,11 @@ def _of_text(planner: Planner, scorer: TextScorer, prompt: Prompt, text: str, bo
 def _read_tokens(scorer: AnyScorer, prompt: list[int], said: list[int]) -> list[float]:
     if isinstance(scorer, SharedTrunkScorer):
         return [float(score) for score in adapted_scores(scorer, prompt, said)]
-    assert not isinstance(scorer, TextScorer), "it reads texts"
+    assert not isinstance(scorer, CrossTokenizerScorer), "it reads texts"
     return [float(score) for score in scorer.score_prefixes([prompt], [said])[0]]
 
 
-def _read_texts(scorer: TextScorer, prompt: Prompt, texts: Sequence[str], finished: bool) -> list[float]:
+def _read_texts(scorer: CrossTokenizerScorer, prompt: Prompt, texts: Sequence[str], finished: bool) -> list[float]:
     return scorer.score([prompt.source or prompt.text] * len(texts), texts, finished=finished)
 
 

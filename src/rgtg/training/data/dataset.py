@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers.data.data_collator import DataCollatorMixin
 
 from rgtg.errors import DataError, OutputError, UsageError
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.tokenization.padding import pad_right
 
 IN_MEMORY = 100_000  # pairs
 COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")

@@ -18,8 +18,9 @@ from torch import Tensor
 from rgtg.data.pairs import TokenizedPair
 from rgtg.data.rollouts import TokenizedRollout
 from rgtg.errors import OutputError
-from rgtg.models.scorers.hidden_state_head import positions_of, read_states
-from rgtg.models.scorers.reward_model import pad_right
+from rgtg.models.ops.hidden_states import hidden_states_of
+from rgtg.models.scorers.hidden_state_head import prefix_states
+from rgtg.tokenization.padding import pad_right
 
 MEMORY_LIMIT = 2**30  # bytes
 TOKENS = 8192  # padded tokens that the policy reads at once
@@ -82,12 +83,12 @@ def cache_states(
     done = 0
     for part in _batches(rows):
         ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, model.device)
-        read = read_states(model, ids, mask, list(layers))
+        read = hidden_states_of(model, ids, mask, list(layers))
         windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i in part]
         if not cache.states:
             _make_room(cache, read, memory_limit)
         for layer, states in read.items():
-            kept = [positions_of(kind, states[row : row + 1], window)[0] for row, window in enumerate(windows)]
+            kept = [prefix_states(kind, states[row : row + 1], window)[0] for row, window in enumerate(windows)]
             moved = torch.split(torch.cat(kept).cpu(), [len(k) for k in kept])  # one transfer from the device
             for i, k in zip(part, moved, strict=True):
                 cache.states[layer][starts[i] : starts[i + 1]] = k

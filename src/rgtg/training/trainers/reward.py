@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.losses import last_score
-from rgtg.models.scorers.reward_model import scalar_head
+from rgtg.models.ops.lm_head import scalar_head
 from rgtg.training.data.dataset import COLUMNS, PrefixCollator, prepare
 from rgtg.training.objectives import pair_losses
 from rgtg.training.scores import PAIR_FIGURES, PairScores, align_pairs, pair_figures
