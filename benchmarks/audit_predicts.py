@@ -24,10 +24,10 @@ import torch
 import stories
 from rgtg import GuidedPolicy
 from rgtg.config import TrainSettings
-from rgtg.evaluation.audit.pairs import audit_prefixes
-from rgtg.evaluation.audit.ranking import mid_ranks
-from rgtg.evaluation.audit.rollout_data import make_rollouts, rescore_rollouts
-from rgtg.evaluation.audit.rollouts import audit_rollouts
+from rgtg.evaluation.audit.candidate_ranking import audit_rollouts
+from rgtg.evaluation.audit.candidate_rollouts import make_rollouts, rescore_rollouts
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
+from rgtg.evaluation.audit.ranking_metrics import mid_ranks
 from rgtg.evaluation.metrics import bootstrap_interval, paired_difference
 from rgtg.evaluation.plots import COLOURS, new_figure
 from rgtg.evaluation.provenance import provenance

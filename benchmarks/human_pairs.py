@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rgtg.config import TrainSettings
 from rgtg.data.pairs import read_pairs, split_pairs
-from rgtg.evaluation.audit.pairs import audit_prefixes
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
 from rgtg.evaluation.plots import plot_audit
 from rgtg.training.train import train_scorer
 

@@ -34,7 +34,7 @@ from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.planning.calibrate import measure_device
-from rgtg.planning.method_costs import HEAD_RANK, HEAD_WIDTH, LORA_RANK, Job, job_cost, ways
+from rgtg.planning.method_costs import HEAD_RANK, HEAD_WIDTH, LORA_RANK, PlannedBatch, job_cost, method_variants
 from rgtg.planning.model_shapes import count
 
 # name: dtype, and layers, width and key-value heads of policy and scorer
@@ -140,7 +140,7 @@ def predicted(case, way, device, batch, done):
         tokens = sum(len(row.token_ids) for row in done)
         given["cards_drawn"] = sum(row.drafted for row in done) / tokens
         given["cards_scored"] = sum(row.scorer_calls for row in done) / tokens
-    job = Job(PlanSettings(**given), case.policy_shape, case.scorer_shape, device, 1, batch)
+    job = PlannedBatch(PlanSettings(**given), case.policy_shape, case.scorer_shape, device, 1, batch)
     return job_cost(way, job).seconds
 
 
@@ -149,7 +149,7 @@ def compare(cases, args):
     found, devices = {}, {}
     for name, (dtype, policy, scorer) in cases.items():
         case = Case(dtype, policy, scorer, args.vocabulary)
-        rows = [(way, case.guided(way)) for way in ways(KINDS)]
+        rows = [(way, case.guided(way)) for way in method_variants(KINDS)]
         for way, guided in rows:  # once in advance: what a process does only once is no part of a plan
             guided.generate(prompts(1, args.vocabulary), **settings_of(way) | {"max_new_tokens": 2})
         for number in range(args.rounds):

@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
     names = set(zipfile.ZipFile(archives[0]).namelist())
     package = {name for name in names if ".dist-info/" not in name}
     assert package == {name.removeprefix("src/") for name in below(ROOT / "src" / "rgtg")}
-    assert {"rgtg/py.typed", "rgtg/report/style.css", "rgtg/evaluation/judge_prompts/pairwise.txt"} <= package
+    assert {"rgtg/py.typed", "rgtg/report/style.css", "rgtg/evaluation/judge/prompts/pairwise.txt"} <= package
     assert {f"rgtg/serving/static/{name}" for name in ("index.html", "app.js", "page.css", "icon.svg")} <= package
     assert not [name for name in names if re.search(r"(^|/)(tests?|benchmarks|docs|shared)/", name)]
     assert archives[0].stat().st_size < 2e6, "no data, no model"

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.study import again, figures_of, golds, human_data, human_policy, record, rows, scorers, tables, worlds
+from benchmarks.study import (
+    golds,
+    human_data,
+    human_policy,
+    intervals,
+    record,
+    reproduce,
+    rows,
+    scorers,
+    tables,
+    worlds,
+)
 from benchmarks.study.__main__ import best_value
 from benchmarks.study.measure import measured, settings_of
 
@@ -89,7 +100,7 @@ def test_a_prompt_is_in_one_part_whatever_else_there_is() -> None:
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
-def test_every_row_is_one_that_its_method_accepts(row: rows.Row, world: worlds.World) -> None:
+def test_every_row_is_one_that_its_method_accepts(row: rows.StudyRow, world: worlds.World) -> None:
     for value in row.grid:
         settings = settings_of(world, row, value)
         given = {k: v for k, v in settings.items() if k not in ("scorer", "tuned_policy", "method")}
@@ -106,31 +117,31 @@ def test_rows_have_names_of_their_own_and_cover_every_method() -> None:
 
 
 def test_reward_at_equal_kl_is_read_off_the_line_between_two_strengths() -> None:
-    assert figures_of.at_kl([(4, 1.0), (8, 3.0), (20, 5.0)], 14) == 4.0
-    assert figures_of.at_kl([(4, 1.0), (8, 3.0)], 9) is None
+    assert intervals.at_kl([(4, 1.0), (8, 3.0), (20, 5.0)], 14) == 4.0
+    assert intervals.at_kl([(4, 1.0), (8, 3.0)], 9) is None
     flat = [(np.full(5, k), np.full(5, r)) for k, r in ((4.0, 1.0), (8.0, 3.0))]
-    assert figures_of.reward_at_kl([flat, flat], 6.0) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert intervals.reward_at_kl([flat, flat], 6.0) == {"mean": 2.0, "low": 2.0, "high": 2.0}
 
 
 def test_intervals_widen_with_seeds_that_disagree() -> None:
     rng = np.random.default_rng(0)
     same = np.tile(rng.normal(size=200), (3, 1))
     apart = same + np.array([[-1.0], [0.0], [1.0]])
-    width = [i["high"] - i["low"] for i in (figures_of.interval(same), figures_of.interval(apart))]
+    width = [i["high"] - i["low"] for i in (intervals.interval(same), intervals.interval(apart))]
     assert width[1] > 3 * width[0]
 
 
 def test_paired_difference_is_sharper_than_two_intervals() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(scale=5, size=(1, 300))
-    found = figures_of.paired(a + 0.2 + rng.normal(scale=0.1, size=a.shape), a)
+    found = intervals.paired(a + 0.2 + rng.normal(scale=0.1, size=a.shape), a)
     assert found["p"] < 0.001
     assert 0.15 < found["low"] < 0.2 < found["high"] < 0.25
-    assert figures_of.paired(a, a)["p"] == 1.0
+    assert intervals.paired(a, a)["p"] == 1.0
 
 
 def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
-    models = again.WithoutProxy()
+    models = reproduce.WithoutProxy()
     row = rows.BY_NAME["policy"]
     part = measured(world, row, None, "test", models)
     path = world.folder / "rows" / "test" / "policy.json"
@@ -139,12 +150,12 @@ def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, 
     assert measured(world, row, None, "test", models)["rewards"] == "kept", "a finished part is not measured again"
     kept = {"cells": [{"gold": "letters", "seed": 0, "rows": [record.slim(part, private=False)]}]}
     (tmp_path / "study-stories.json").write_text(json.dumps(kept))
-    assert again.compare(world, "policy", tmp_path) == 0
+    assert reproduce.compare(world, "policy", tmp_path) == 0
     assert "to the digit" in capsys.readouterr().out
     kept["cells"][0]["rows"][0]["rewards"][0] += 0.001
     (tmp_path / "study-stories.json").write_text(json.dumps(kept))
-    assert again.compare(world, "policy", tmp_path) == 1
-    assert again.compare(world, "no such row", tmp_path) == 2
+    assert reproduce.compare(world, "policy", tmp_path) == 1
+    assert reproduce.compare(world, "no such row", tmp_path) == 2
 
 
 def test_parts_come_back_from_the_committed_json(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
@@ -152,7 +163,7 @@ def test_parts_come_back_from_the_committed_json(world: worlds.World, tmp_path: 
     prompts = {"tune": world.tune, "test": world.test}
     worlds.write_text(work / "stories/setup.json", json.dumps(prompts))
     row = rows.BY_NAME["policy"]
-    parts = [measured(world, row, None, split, again.WithoutProxy()) for split in ("test", "tune")]
+    parts = [measured(world, row, None, split, reproduce.WithoutProxy()) for split in ("test", "tune")]
     slimmed = record.whole([record.slim(p, private=False) for p in parts])
     kept = {
         "prompts": {split: {"prompts": p} for split, p in prompts.items()},

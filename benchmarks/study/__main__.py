@@ -124,9 +124,9 @@ def main():
             world = make(args, gold, seed)
             note(world, args)
             if args.only:
-                from . import again
+                from . import reproduce
 
-                return again.compare(world, args.only, args.output)
+                return reproduce.compare(world, args.only, args.output)
             run_cell(world, args.rows, args.passes, models)
     return 0
 

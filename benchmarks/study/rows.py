@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A method with a scorer; ``grid`` are values of ``knob``, tuned on prompts of their own."""
 
     name: str
@@ -31,31 +31,32 @@ GREEDY = (0.5, 1.0, 2.0, 4.0)
 HEADS = (2.0, 4.0, 8.0, 16.0)
 FULL = {"top_k": None}
 ROWS = [
-    Row("policy", "policy", group="policy"),
-    Row("policy, whole vocabulary", "policy", settings=FULL, group="policy"),
-    Row("policy, greedy", "policy", settings={"temperature": 0.0}, group="policy"),
-    Row("best-of-n", "best-of-n", "full-bt", (2, 4, 10), "n", group="best-of-n"),
-    Row("best-of-n, prefix-bt", "best-of-n", "prefix-bt", (2, 10), "n", group="best-of-n"),
-    Row("pargs", "pargs", "prefix-bt", BETAS),
-    Row("args-sample", "args-sample", "full-bt", GREEDY),
-    Row("pargs, state head", "pargs", "state-head", HEADS, group="heads"),
-    Row("pargs, vocabulary head", "pargs", "vocab-head", HEADS, group="heads"),
-    Row("args-sample, state head", "args-sample", "full-bt-head", HEADS, group="heads"),
-    Row("sft", "policy", None, ("sft",), "policy", tuned=True, group="fine-tuned"),
-    Row("dpo", "policy", None, tuple(f"dpo β={b}" for b in FINE["dpo"]), "policy", tuned=True, group="fine-tuned"),
-    Row("rloo", "policy", None, tuple(f"rloo β={b}" for b in FINE["rloo"]), "policy", tuned=True, group="fine-tuned"),
-    Row("pargs-greedy", "pargs-greedy", "prefix-bt", GREEDY, group="greedy"),
-    Row("args", "args", "full-bt", GREEDY, group="greedy"),
-    Row("farma", "farma", "farma", SMALL, group="newer"),
-    Row("genarm", "genarm", "autoregressive", SMALL, settings=FULL, group="newer"),
-    Row("cd", "cd", "value", HEADS, group="newer"),
-    Row("cd-blockwise", "cd-blockwise", "value", (4,), "n", group="newer"),
-    Row("rad", "rad", "cumulative-mse", (5.0, 10.0, 20.0, 40.0), settings={"top_k": 20}, group="newer"),
-    Row("cards", "cards", "full-bt", BETAS, "beta", {"reward_threshold": "best-of-n"}, group="newer"),
-    Row("pargs, entropy gate", "pargs", "prefix-bt", BETAS, settings={"entropy_gate": 1.0}, group="options"),
-    Row("pargs, two scorers", "pargs", ("prefix-bt", "state-head"), BETAS, group="options"),
-    Row("pargs, tcrm", "pargs", "tcrm", BETAS, group="options"),
-    Row("pargs, adapter", "pargs", "adapter", BETAS, group="options"),
+    StudyRow("policy", "policy", group="policy"),
+    StudyRow("policy, whole vocabulary", "policy", settings=FULL, group="policy"),
+    StudyRow("policy, greedy", "policy", settings={"temperature": 0.0}, group="policy"),
+    StudyRow("best-of-n", "best-of-n", "full-bt", (2, 4, 10), "n", group="best-of-n"),
+    StudyRow("best-of-n, prefix-bt", "best-of-n", "prefix-bt", (2, 10), "n", group="best-of-n"),
+    StudyRow("pargs", "pargs", "prefix-bt", BETAS),
+    StudyRow("args-sample", "args-sample", "full-bt", GREEDY),
+    StudyRow("pargs, state head", "pargs", "state-head", HEADS, group="heads"),
+    StudyRow("pargs, vocabulary head", "pargs", "vocab-head", HEADS, group="heads"),
+    StudyRow("args-sample, state head", "args-sample", "full-bt-head", HEADS, group="heads"),
+    StudyRow("sft", "policy", None, ("sft",), "policy", tuned=True, group="fine-tuned"),
+    StudyRow("dpo", "policy", None, tuple(f"dpo β={b}" for b in FINE["dpo"]), "policy", tuned=True, group="fine-tuned"),
+    StudyRow("rloo", "policy", None, tuple(f"rloo β={b}" for b in FINE["rloo"]), "policy", tuned=True,
+             group="fine-tuned"),
+    StudyRow("pargs-greedy", "pargs-greedy", "prefix-bt", GREEDY, group="greedy"),
+    StudyRow("args", "args", "full-bt", GREEDY, group="greedy"),
+    StudyRow("farma", "farma", "farma", SMALL, group="newer"),
+    StudyRow("genarm", "genarm", "autoregressive", SMALL, settings=FULL, group="newer"),
+    StudyRow("cd", "cd", "value", HEADS, group="newer"),
+    StudyRow("cd-blockwise", "cd-blockwise", "value", (4,), "n", group="newer"),
+    StudyRow("rad", "rad", "cumulative-mse", (5.0, 10.0, 20.0, 40.0), settings={"top_k": 20}, group="newer"),
+    StudyRow("cards", "cards", "full-bt", BETAS, "beta", {"reward_threshold": "best-of-n"}, group="newer"),
+    StudyRow("pargs, entropy gate", "pargs", "prefix-bt", BETAS, settings={"entropy_gate": 1.0}, group="options"),
+    StudyRow("pargs, two scorers", "pargs", ("prefix-bt", "state-head"), BETAS, group="options"),
+    StudyRow("pargs, tcrm", "pargs", "tcrm", BETAS, group="options"),
+    StudyRow("pargs, adapter", "pargs", "adapter", BETAS, group="options"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
 # Rows that the first pass measures; the others follow as time allows.

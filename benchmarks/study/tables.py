@@ -11,7 +11,7 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.utils.files import write_text
 
-from .figures_of import at_kl, interval, paired, reward_at_kl
+from .intervals import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
 from .record import named, restored, slim, spread, whole
 from .rows import BY_NAME, ROWS, chosen

@@ -174,10 +174,10 @@ def demo(args, gold_name, seed):
     """The demo's customer letters: a policy trained here in a minute, and a rule that reads a finished reply."""
     from rgtg.config import DemoSettings
     from rgtg.demo.gold import gold_reward
-    from rgtg.demo.run import make_world
-    from rgtg.demo.train import train_policy
+    from rgtg.demo.policy import train_policy
+    from rgtg.demo.run import make_data
 
-    world = make_world(DemoSettings(seed=seed, prompts=args.tune + args.test))
+    world = make_data(DemoSettings(seed=seed, prompts=args.tune + args.test))
     folder = args.work / "demo" / f"{gold_name}-s{seed}"
     policy = folder / "policy"
     if not (policy / "model.safetensors").exists():

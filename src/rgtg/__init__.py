@@ -20,12 +20,12 @@ _PUBLIC = {
     "StepTrace": "rgtg.types.generation",
     "UsageError": "rgtg.errors",
     "VocabularyScorer": "rgtg.models.scorers.token_reward",
-    "audit_prefixes": "rgtg.evaluation.audit.pairs",
-    "audit_rollouts": "rgtg.evaluation.audit.rollouts",
+    "audit_prefixes": "rgtg.evaluation.audit.prefix_accuracy",
+    "audit_rollouts": "rgtg.evaluation.audit.candidate_ranking",
     "bradley_terry_loss": "rgtg.losses",
     "custom_generate": "rgtg.integrations.transformers",
     "load_scorer": "rgtg.models.scorers.base",
-    "make_rollouts": "rgtg.evaluation.audit.rollout_data",
+    "make_rollouts": "rgtg.evaluation.audit.candidate_rollouts",
     "prefix_bradley_terry_loss": "rgtg.losses",
     "read_pairs": "rgtg.data.pairs",
 }
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from rgtg.errors import DataError as DataError
     from rgtg.errors import RgtgError as RgtgError
     from rgtg.errors import UsageError as UsageError
-    from rgtg.evaluation.audit.pairs import audit_prefixes as audit_prefixes
-    from rgtg.evaluation.audit.rollout_data import make_rollouts as make_rollouts
-    from rgtg.evaluation.audit.rollouts import audit_rollouts as audit_rollouts
+    from rgtg.evaluation.audit.candidate_ranking import audit_rollouts as audit_rollouts
+    from rgtg.evaluation.audit.candidate_rollouts import make_rollouts as make_rollouts
+    from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes as audit_prefixes
     from rgtg.integrations.transformers import custom_generate as custom_generate
     from rgtg.losses import bradley_terry_loss as bradley_terry_loss
     from rgtg.losses import prefix_bradley_terry_loss as prefix_bradley_terry_loss

@@ -11,7 +11,7 @@ from helpers.naive import write_head
 from helpers.synthetic import write_rows
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.cli import audit
-from rgtg.evaluation.audit import rollout_data as rollouts
+from rgtg.evaluation.audit import candidate_rollouts as rollouts
 
 app = typer.Typer()
 app.command()(audit.command)

@@ -47,7 +47,7 @@ def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
 
 def test_the_table_fits_a_terminal_of_80_columns():
     from rgtg.cli.demo import _show
-    from rgtg.demo.run import Demo
+    from rgtg.demo.run import DemoOutput
 
     worst = Interval(mean=-8.25, low=-9.5, high=-7.01, n=100)
     rows = [
@@ -57,7 +57,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
     ]  # fmt: skip
     result = ComparisonResult(reward="g", prompts=1, methods=rows, provenance=Provenance(version="0", command=""))
     app = typer.Typer()
-    app.command()(lambda: _show(Demo(result, {}), Path("report.html"), 80.0))
+    app.command()(lambda: _show(DemoOutput(result, {}), Path("report.html"), 80.0))
     shown = CliRunner().invoke(app, env={"COLUMNS": "80"}).stdout
     assert "-8.25 -9.50 to -7.01" in shown
     assert "args-sample β=4" in shown

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rgtg.demo.gold import gold_reward, read_reply
+from rgtg.demo.gold import gold_reward, parse_reply
 
 ANNA = SimpleNamespace(name="Anna", product="blue kettle", remedy="replace", at_fault=True)
 ASKING = SimpleNamespace(name="Anna", product="blue kettle", remedy="instruct", at_fault=False)
@@ -44,7 +44,7 @@ def test_a_reply_cut_off_is_worth_less_than_the_same_reply_finished():
 
 
 def test_reading_names_products_and_kinds():
-    reading = read_reply(" Hi Ben, thanks for getting in touch. Please send us your red sofa and we will mend it.")
+    reading = parse_reply(" Hi Ben, thanks for getting in touch. Please send us your red sofa and we will mend it.")
     assert reading.kinds == ["greeting", "repair"]
     assert reading.names == ["Ben"]
     assert reading.remedies == [("repair", "red sofa")]

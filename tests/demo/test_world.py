@@ -2,7 +2,7 @@ import itertools
 import statistics
 
 from rgtg.demo import sentences as words
-from rgtg.demo.gold import gold_reward, read_reply
+from rgtg.demo.gold import gold_reward, parse_reply
 from rgtg.demo.world import Customer, customers, draw_pair, right_remedy, stream, write_reply
 
 
@@ -32,7 +32,7 @@ def test_every_reply_of_the_corpus_is_understood_and_messages_say_what_customers
         assert customer.product in customer.prompt
         reply = write_reply(customer, rng)
         assert reply.startswith(" ")
-        assert None not in read_reply(reply).kinds
+        assert None not in parse_reply(reply).kinds
 
 
 def test_replies_are_of_clearly_different_worth():

@@ -2,7 +2,7 @@
 
 import math
 
-from rgtg.evaluation.compare.run import assemble
+from rgtg.evaluation.compare.comparison import assemble
 from rgtg.evaluation.compare.significance import Resampling
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval, Provenance

@@ -15,7 +15,7 @@ from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.loading.scorer_info import write_info
 from rgtg.planning import calibrate
 from rgtg.planning.hardware import Device, from_sheet, parse_hardware
-from rgtg.planning.model_shapes import count, shape_of
+from rgtg.planning.model_shapes import count, model_shape
 from rgtg.planning.plan import make_plan
 
 plan = verb("plan")
@@ -90,9 +90,9 @@ def test_the_batch_is_the_one_that_fits():
     from rgtg.planning import plan as module
 
     row = module._row(
-        module.Way(METHODS["pargs"], "separate"),
+        module.MethodVariant(METHODS["pargs"], "separate"),
         PlanSettings(policy="8B", prompt_tokens=4096, new_tokens=2048),
-        shape_of("8B"), shape_of("1B"), small, 1,
+        model_shape("8B"), model_shape("1B"), small, 1,
     )  # fmt: skip
     assert row.fits
     assert row.batch < 64
@@ -100,7 +100,7 @@ def test_the_batch_is_the_one_that_fits():
 
 
 def test_folders_are_counted_and_say_what_they_hold(policy_folder, scorer_folder, tmp_path):
-    shape = shape_of(str(policy_folder))
+    shape = model_shape(str(policy_folder))
     assert shape == count(tiny_policy(), str(policy_folder))
     assert shape.exact
     result = planned(policy=str(policy_folder), scorer=str(scorer_folder))
@@ -117,34 +117,34 @@ def test_folders_are_counted_and_say_what_they_hold(policy_folder, scorer_folder
     (tmp_path / "lora" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(policy_folder)})
     )  # fmt: skip
-    assert shape_of(str(tmp_path / "lora")).trunk == shape.trunk
+    assert model_shape(str(tmp_path / "lora")).trunk == shape.trunk
 
 
 def test_of_a_hub_only_the_config_is_read(policy_folder, hub):
     hub.put("me/policy", {path.name: path.read_bytes() for path in policy_folder.iterdir()})
-    assert shape_of("me/policy").trunk == shape_of(str(policy_folder)).trunk
+    assert model_shape("me/policy").trunk == model_shape(str(policy_folder)).trunk
     assert not [path for _, path in hub.requests if "safetensors" in path or "tokenizer" in path]
     hub.put("me/nothing", {"README.md": b"none"})
     for source, told in (("me/nothing", "has no config.json"), ("me/nobody", "no such model")):
         with pytest.raises(ModelNotFoundError, match=told):
-            shape_of(source)
+            model_shape(source)
 
 
 def test_a_folder_may_be_named_like_a_number(policy_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     policy_folder.rename(tmp_path / "70GB")
-    assert shape_of("70GB").exact
+    assert model_shape("70GB").exact
 
 
 def test_sizes_between_known_models_are_scaled():
-    known, between = shape_of("8B"), shape_of("20B")
+    known, between = model_shape("8B"), model_shape("20B")
     assert (known.layers, known.hidden, known.kv_heads) == (32, 4096, 8)
     assert known.total == pytest.approx(8.03e9, rel=0.01)
     assert between.total == 20e9
-    assert known.layers < between.layers < shape_of("70B").layers
+    assert known.layers < between.layers < model_shape("70B").layers
     for size, total in (("0.5B", 0.494e9), ("3B", 3.21e9), ("32B", 32.8e9), ("70B", 70.6e9), ("405B", 405.9e9)):
-        assert shape_of(size).total == pytest.approx(total, rel=0.01)
-    assert shape_of("1B").total == 1e9  # a fifth less than the nearest
+        assert model_shape(size).total == pytest.approx(total, rel=0.01)
+    assert model_shape("1B").total == 1e9  # a fifth less than the nearest
 
 
 def test_this_machine_is_measured_and_kept(quick, policy_folder, tmp_path):

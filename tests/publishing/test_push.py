@@ -19,7 +19,7 @@ from rgtg.models.loading.hub import forget_snapshots
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, fingerprint_weights
 from rgtg.models.scorers.heads import StateHead, round_to_half
-from rgtg.publishing.card import is_public
+from rgtg.publishing.model_card import is_public
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.training.checkpoint.save import save_own_state, save_scorer
 from rgtg.training.model_card import model_card

@@ -45,7 +45,7 @@ def test_the_modules_own_tests(folder):
 
 
 def test_what_the_report_inlines_is_what_the_page_exports(folder):
-    from rgtg.report.viewer import viewer_script
+    from rgtg.report.trace_viewer import viewer_script
 
     parts = json.loads((STATIC / "viewer.json").read_text(encoding="utf-8"))
     (folder / "bundle.js").write_text(

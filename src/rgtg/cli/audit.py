@@ -28,7 +28,7 @@ from rgtg.types.base import Interval
 from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
 
 if TYPE_CHECKING:
-    from rgtg.evaluation.audit.rollout_data import Rollouts
+    from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts
     from rgtg.models.loading.policy import Policy
 
 _ROLL = "Audit of candidates"
@@ -124,7 +124,7 @@ def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
 
 
 def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
-    from rgtg.evaluation.audit.pairs import audit_prefixes
+    from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
     from rgtg.evaluation.plots import plot_audit
 
     assert settings.pairs is not None, "called with pairs only"
@@ -145,8 +145,8 @@ def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
 
 
 def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> RolloutAuditResult:
-    from rgtg.evaluation.audit.rollouts import audit_rollouts
-    from rgtg.evaluation.rollout_figures import plot_rollout_audit
+    from rgtg.evaluation.audit.candidate_ranking import audit_rollouts
+    from rgtg.evaluation.plots import plot_rollout_audit
 
     result = audit_rollouts(
         model,
@@ -164,12 +164,12 @@ def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings
     return result
 
 
-def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> "Rollouts":
+def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> "CandidateRollouts":
     """Made, continued, or read as they are."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from rgtg.evaluation.audit.rollout_data import make_rollouts, read_rollouts
+    from rgtg.evaluation.audit.candidate_rollouts import make_rollouts, read_rollouts
     from rgtg.models.scorers.reward_model import PrefixScorer
 
     if policy is None:

@@ -50,7 +50,7 @@ def command(
     hush_libraries()
     from rich.console import Console
 
-    from rgtg.evaluation.compare.run import compare
+    from rgtg.evaluation.compare.comparison import compare
     from rgtg.evaluation.plots import new_figure
     from rgtg.report import write_report
 

@@ -22,7 +22,7 @@ from rgtg.config import DemoSettings
 from rgtg.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from rgtg.demo.run import Demo
+    from rgtg.demo.run import DemoOutput
 
 INTRO = """\
 A support desk answers customers. A small language model (the policy) was trained on the desk's past replies, good \
@@ -71,7 +71,7 @@ def _require_extras() -> None:
             raise MissingExtraError(f"the demo needs {module}: pip install 'rgtg[train,report]'")
 
 
-def _write_report(settings: DemoSettings, demo: "Demo") -> Path:
+def _write_report(settings: DemoSettings, demo: "DemoOutput") -> Path:
     from rgtg.report import write_report
 
     page = settings.output / "report.html"
@@ -96,7 +96,7 @@ def _stages(show: bool) -> Callable[[str, int], AbstractContextManager[Callable[
     return stage
 
 
-def _show(demo: "Demo", report: Path, seconds: float) -> None:
+def _show(demo: "DemoOutput", report: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -26,7 +26,7 @@ from rgtg.types.base import Interval
 from rgtg.types.judge import JudgeMatch, JudgeResult, JudgeUsage
 
 if TYPE_CHECKING:
-    from rgtg.evaluation.judge.run import Judgement, Plan
+    from rgtg.evaluation.judge.run import CallEstimate, Judgement
 
 _SHOWN_FAILURES = 5
 
@@ -99,7 +99,7 @@ def _write(found: "Judgement", output: Path) -> None:
     write_json(output / "judge.json", found.result)
 
 
-def _show_plan(planned: "Plan") -> None:
+def _show_plan(planned: "CallEstimate") -> None:
     written = planned.completion_tokens_at_most
     typer.echo(
         f"{planned.pairs} pairs ({planned.identical} of identical texts, which no judge is asked about): "

@@ -28,7 +28,7 @@ class Addressee(Protocol):
 
 
 @dataclass
-class Reading:
+class ParsedReply:
     """What a reply says: the kind of each sentence in order (None where it is not understood), and who and what."""
 
     kinds: list[str | None] = field(default_factory=list)
@@ -42,14 +42,14 @@ class Reading:
         return self.kinds.count(kind)
 
 
-def read_reply(text: str) -> Reading:
+def parse_reply(text: str) -> ParsedReply:
     """Parse a reply into its sentences.
 
-    >>> read_reply(" Thank you for your message. We will repair blue.").kinds
+    >>> parse_reply(" Thank you for your message. We will repair blue.").kinds
     ['thanks', None]
     """
     parts = [part for part in re.split(r"(?<=\.)\s+", text.strip()) if part]
-    reading = Reading(repeated=len(parts) - len(set(parts)))
+    reading = ParsedReply(repeated=len(parts) - len(set(parts)))
     for part in parts:
         kind, slots = _understand(part)
         reading.kinds.append(kind)
@@ -63,7 +63,7 @@ def read_reply(text: str) -> Reading:
 
 
 # One line of the table in docs/demo.md each: what it is called, and its points.
-RULES: dict[str, Callable[[Reading, Addressee], float]] = {
+RULES: dict[str, Callable[[ParsedReply, Addressee], float]] = {
     "name": lambda r, c: (c.name in r.names) - 1.0 * any(name != c.name for name in r.names),
     "apology": lambda r, c: 1.0 * (c.at_fault and r.count("apology") > 0),
     "rude": lambda r, _: -1.5 * (r.count("reproach") + r.count("dismissal")),
@@ -85,12 +85,12 @@ def gold_reward(customer: Addressee, text: str, *, finished: bool = True) -> flo
         text: the reply.
         finished: whether the writer ended it; an unfinished reply's last sentence usually is not understood either.
     """
-    reading = read_reply(text)
+    reading = parse_reply(text)
     unusable = not reading.kinds or not finished
     return sum(rule(reading, customer) for rule in RULES.values()) - 1.0 * unusable
 
 
-def _remedy_points(reading: Reading, customer: Addressee) -> float:
+def _remedy_points(reading: ParsedReply, customer: Addressee) -> float:
     different = {remedy for remedy, _ in reading.remedies}
     if not different:
         return 0.0

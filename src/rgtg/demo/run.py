@@ -12,11 +12,11 @@ from typing import Any
 
 from rgtg.config import CompareRun, CompareSettings, DemoSettings, TrainSettings
 from rgtg.demo.gold import gold_reward
-from rgtg.demo.train import train_policy
+from rgtg.demo.policy import train_policy
 from rgtg.demo.world import Customer, customers, draw_pair, stream, write_reply
 from rgtg.errors import MissingExtraError, OutputError, UsageError
-from rgtg.evaluation.audit.pairs import audit_prefixes
-from rgtg.evaluation.compare.run import Row, assemble, expand_runs, run_method
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
+from rgtg.evaluation.compare.comparison import MethodRun, assemble, expand_runs, run_method
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -41,7 +41,7 @@ Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass
-class Demo:
+class DemoOutput:
     """What came out; the same is in the folder's files."""
 
     result: ComparisonResult
@@ -49,7 +49,7 @@ class Demo:
 
 
 @dataclass
-class World:
+class DemoData:
     """The texts of one seed: what is trained on, audited on, and answered. No message is in two of them."""
 
     corpus: list[tuple[str, str]]
@@ -64,7 +64,7 @@ def silent(name: str, total: int) -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
-def run_demo(settings: DemoSettings, stage: Stage = silent) -> Demo:
+def run_demo(settings: DemoSettings, stage: Stage = silent) -> DemoOutput:
     """Run every stage; results.json is written last.
 
     Args:
@@ -80,8 +80,8 @@ def run_demo(settings: DemoSettings, stage: Stage = silent) -> Demo:
     prepare_folder(folder)
     write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")  # marks the folder as a demo's
     with stage("write the world", 1) as step:
-        world = make_world(settings)
-        save_world(folder, world)
+        world = make_data(settings)
+        save_data(folder, world)
         step()
     with stage("train the policy", settings.policy_steps) as step:
         train_policy(
@@ -97,7 +97,7 @@ def run_demo(settings: DemoSettings, stage: Stage = silent) -> Demo:
             step()
     result = compare_methods(settings, world.unseen, stage)
     write_text(folder / "results.json", as_json(result))
-    return Demo(result, audits)
+    return DemoOutput(result, audits)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -125,7 +125,7 @@ def prepare_folder(folder: Path) -> None:
     make_folder(folder)
 
 
-def make_world(settings: DemoSettings) -> World:
+def make_data(settings: DemoSettings) -> DemoData:
     """Draw corpus, pairs and unseen messages from the seed."""
     seed, seen = settings.seed, set[str]()
 
@@ -135,7 +135,7 @@ def make_world(settings: DemoSettings) -> World:
         return drawn
 
     agents, labels, held_out = stream(seed, "agents"), stream(seed, "labels"), stream(seed, "audit labels")
-    return World(
+    return DemoData(
         corpus=[(c.prompt, write_reply(c, agents)) for c in draw("corpus", settings.corpus)],
         pairs=[draw_pair(c, labels) for c in draw("pairs", settings.pairs)],
         audit_pairs=[draw_pair(c, held_out) for c in draw("audit", settings.audit_pairs)],
@@ -143,7 +143,7 @@ def make_world(settings: DemoSettings) -> World:
     )
 
 
-def save_world(folder: Path, world: World) -> None:
+def save_data(folder: Path, world: DemoData) -> None:
     """Write the world as the files that every command reads."""
     write_rows(folder / "corpus.jsonl", ({"prompt": prompt, "completion": reply} for prompt, reply in world.corpus))
     for name, pairs in (("pairs", world.pairs), ("audit-pairs", world.audit_pairs)):
@@ -174,7 +174,7 @@ def audit(settings: DemoSettings, scorer: str) -> AuditResult:
     return result
 
 
-def method_runs(betas: Sequence[float]) -> list[Row]:
+def method_runs(betas: Sequence[float]) -> list[MethodRun]:
     """What is compared: every method, the guided ones at each beta."""
     with_betas = {"args": "full-bt", "args-sample": "full-bt", "pargs": "prefix-bt", "pargs-greedy": "prefix-bt"}
     return expand_runs(
@@ -232,7 +232,7 @@ def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Comple
     return mark
 
 
-def _file_name(run: Row) -> str:
+def _file_name(run: MethodRun) -> str:
     if isinstance(run.beta, float):
         return f"{run.method}-beta{run.beta:g}"
     return f"{run.method}-greedy" if run.given.get("temperature") == 0 else run.method

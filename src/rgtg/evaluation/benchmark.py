@@ -23,7 +23,7 @@ from rgtg.types.base import Record
 _PROBE_BYTES = 2**28
 
 
-class SpeedRow(Record):
+class DecodingSpeed(Record):
     """One way to decode: measured, and the limit that its weights' bytes and the memory's bandwidth set."""
 
     name: str
@@ -91,7 +91,7 @@ def measure_speed(
     tokens: int = 32,
     repeats: int = 3,
     progress: Callable[[str], None] | None = None,
-) -> list[SpeedRow]:
+) -> list[DecodingSpeed]:
     """Decode in turn unguided and guided, repeat after repeat, so that a machine that slows down slows both.
 
     Args:
@@ -121,7 +121,7 @@ def measure_speed(
     bandwidth = memory_bandwidth(policy.model.device)
     read = {name: bytes_per_token(policy, way) for name, way in ways.items()}
     return [
-        SpeedRow(
+        DecodingSpeed(
             name=name,
             ms_per_token=1e3 * statistics.median(took),
             of_unguided=statistics.median(u / t for u, t in zip(seconds["unguided"], took, strict=True)),

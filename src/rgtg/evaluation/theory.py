@@ -20,7 +20,7 @@ from rgtg.errors import UsageError
 from rgtg.losses import bradley_terry_loss, prefix_bradley_terry_loss, prefix_bradley_terry_pair_losses
 from rgtg.types.base import FORMAT_VERSION, Record
 
-Scores = list[Tensor]
+PrefixScores = list[Tensor]
 """Entry i − 1 holds r(y_{1:i}) of every prefix of length i, in nats: shape (V^i,)."""
 
 RANDOM_DRAWS = 100
@@ -63,14 +63,14 @@ class EqualLoss(Record):
     best_reward: float
 
 
-class Difference(Record):
+class LargestDifference(Record):
     """Exhibits 2 and 3: the largest difference of two ways to compute the guided probabilities, over all prefixes."""
 
     largest: float
     probabilities: int
 
 
-class Guidance(Record):
+class RlhfDistance(Record):
     """One row of exhibit 4: token-wise guidance with one scorer. KL(guided ‖ π·exp(β·r)/Z) in nats."""
 
     scorer: str
@@ -87,9 +87,9 @@ class TheoryResult(Record):
     length: int
     beta: float
     equal_loss: EqualLoss
-    ratio: Difference
-    prefix_function: Difference
-    guidance: list[Guidance]
+    ratio: LargestDifference
+    prefix_function: LargestDifference
+    guidance: list[RlhfDistance]
 
 
 def exhibits(*, seed: int = 0, vocabulary: int = 3, length: int = 3, beta: float = 2.0) -> TheoryResult:
@@ -125,13 +125,13 @@ def random_world(vocabulary: int, length: int, seed: int) -> World:
     return World([torch.log_softmax(x, -1) for x in logits], torch.randn(vocabulary**length, generator=draw))
 
 
-def random_scores(world: World, seed: int) -> Scores:
+def random_scores(world: World, seed: int) -> PrefixScores:
     """Standard normal scores of every prefix, whole completions included: an arbitrary scorer."""
     draw = torch.Generator().manual_seed(seed)
     return [torch.randn(world.vocabulary**i, generator=draw) for i in range(1, world.length + 1)]
 
 
-def guided_steps(world: World, scores: Scores, beta: float) -> list[Tensor]:
+def guided_steps(world: World, scores: PrefixScores, beta: float) -> list[Tensor]:
     """Log π̃(v | prefix), the library's rule at every prefix: entry i has shape (V^i, V)."""
     return [
         guided_log_probs(step, score.view(step.shape), beta)
@@ -144,7 +144,7 @@ def sequence_log_probs(steps: Sequence[Tensor]) -> Float[Tensor, " completions"]
     return prefix_log_probs(steps)[-1]
 
 
-def prefix_log_probs(steps: Sequence[Tensor]) -> Scores:
+def prefix_log_probs(steps: Sequence[Tensor]) -> PrefixScores:
     """Log p(y_{1:i}) of every prefix, i = 1 … T."""
     partial, found = torch.zeros(1), []
     for step in steps:
@@ -158,17 +158,17 @@ def rlhf_log_probs(world: World, beta: float) -> Float[Tensor, " completions"]:
     return torch.log_softmax(sequence_log_probs(world.log_policy) + beta * world.reward, -1)
 
 
-def mean_scores(world: World) -> Scores:
+def mean_scores(world: World) -> PrefixScores:
     """E_π[r(y) | y_{1:i}] of every prefix: the value that controlled decoding learns."""
     return _backwards(world, lambda below, step: (step.exp() * below).sum(-1))
 
 
-def soft_value_scores(world: World, beta: float) -> Scores:
+def soft_value_scores(world: World, beta: float) -> PrefixScores:
     """(1/β)·log E_π[exp(β·r(y)) | y_{1:i}] of every prefix: the scorer with which guidance *is* RLHF."""
     return _backwards(world, lambda below, step: (step + beta * below).logsumexp(-1) / beta)
 
 
-def prefix_bt_scores(world: World) -> Scores:
+def prefix_bt_scores(world: World) -> PrefixScores:
     """The scorer that `prefix_bradley_terry_loss` has its minimum at, with unlimited data and capacity.
 
     The population is every pair (y, y') drawn from π, y preferred with probability σ(r(y) − r(y')); each prefix's score
@@ -212,7 +212,7 @@ def equal_loss_opposite_prefixes(world: World, beta: float) -> EqualLoss:
     )
 
 
-def ratio_of_rlhf_policies(world: World, scores: Scores, beta: float) -> Difference:
+def ratio_of_rlhf_policies(world: World, scores: PrefixScores, beta: float) -> LargestDifference:
     """Exhibit 2: the guided policy is a ratio of two RLHF policies over prefixes.
 
     π_i(y_{1:i}) ∝ π(y_{1:i})·exp(β·r(y_{1:i})) is the RLHF policy over prefixes of length i, and
@@ -230,7 +230,7 @@ def ratio_of_rlhf_policies(world: World, scores: Scores, beta: float) -> Differe
     return _difference(guided_steps(world, scores, beta), ratios)
 
 
-def functions_of_the_prefix(world: World, scores: Scores, beta: float, seed: int) -> Difference:
+def functions_of_the_prefix(world: World, scores: PrefixScores, beta: float, seed: int) -> LargestDifference:
     """Exhibit 3: r(y_{1:i}) + f(y_{<i}) steers exactly as r(y_{1:i}) does, whatever f is (here normal, ten wide)."""
     draw = torch.Generator().manual_seed(seed)
     shifted = []
@@ -240,7 +240,7 @@ def functions_of_the_prefix(world: World, scores: Scores, beta: float, seed: int
     return _difference(guided_steps(world, scores, beta), guided_steps(world, shifted, beta))
 
 
-def distance_to_rlhf(world: World, beta: float, seed: int) -> list[Guidance]:
+def distance_to_rlhf(world: World, beta: float, seed: int) -> list[RlhfDistance]:
     """Exhibit 4: how far token-wise guidance with several scorers is from the RLHF policy π·exp(β·r)/Z, in nats.
 
     All give whole completions their reward; they differ in what they say of prefixes. A full-sequence scorer may say
@@ -256,7 +256,7 @@ def distance_to_rlhf(world: World, beta: float, seed: int) -> list[Guidance]:
         _guidance("", world, guided_steps(world, _unconstrained(world, seed + i), beta), beta)
         for i in range(RANDOM_DRAWS)
     ]
-    arbitrary = Guidance(
+    arbitrary = RlhfDistance(
         scorer=f"full-bt: arbitrary on prefixes (mean of {RANDOM_DRAWS})",
         kl_nats=sum(row.kl_nats for row in drawn) / RANDOM_DRAWS,
         reward=sum(row.reward for row in drawn) / RANDOM_DRAWS,
@@ -265,15 +265,15 @@ def distance_to_rlhf(world: World, beta: float, seed: int) -> list[Guidance]:
     return [_guidance("none: the policy itself", world, world.log_policy, beta), arbitrary, *rows]
 
 
-def _unconstrained(world: World, seed: int) -> Scores:
+def _unconstrained(world: World, seed: int) -> PrefixScores:
     spread, middle = world.reward.std(), world.reward.mean()
     return [*(spread * score + middle for score in random_scores(world, seed)[:-1]), world.reward]
 
 
-def _guidance(name: str, world: World, steps: Sequence[Tensor], beta: float) -> Guidance:
+def _guidance(name: str, world: World, steps: Sequence[Tensor], beta: float) -> RlhfDistance:
     guided = sequence_log_probs(steps)
     kl = (guided.exp() * (guided - rlhf_log_probs(world, beta))).sum()
-    return Guidance(scorer=name, kl_nats=float(kl), reward=_expected_reward(world, steps))
+    return RlhfDistance(scorer=name, kl_nats=float(kl), reward=_expected_reward(world, steps))
 
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
@@ -291,7 +291,7 @@ def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
     solver.step(closure)  # type: ignore[no-untyped-call]
 
 
-def _backwards(world: World, rule: Callable[[Tensor, Tensor], Tensor]) -> Scores:
+def _backwards(world: World, rule: Callable[[Tensor, Tensor], Tensor]) -> PrefixScores:
     """Scores of all prefixes from the reward of whole completions, one token back at a time."""
     scores = [world.reward]
     for step in reversed(world.log_policy[1:]):
@@ -299,16 +299,16 @@ def _backwards(world: World, rule: Callable[[Tensor, Tensor], Tensor]) -> Scores
     return scores
 
 
-def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LargestDifference:
     gaps = torch.cat([(a.exp() - b.exp()).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
-    return Difference(largest=float(gaps.max()), probabilities=len(gaps))
+    return LargestDifference(largest=float(gaps.max()), probabilities=len(gaps))
 
 
 def _expected_reward(world: World, steps: Sequence[Tensor]) -> float:
     return float((sequence_log_probs(steps).exp() * world.reward).sum())
 
 
-def _greedy(world: World, scores: Scores, beta: float) -> int:
+def _greedy(world: World, scores: PrefixScores, beta: float) -> int:
     """Number of the completion that greedy guided decoding writes."""
     prefix = 0
     for step, score in zip(world.log_policy, scores, strict=True):
@@ -322,7 +322,7 @@ def _tokens(world: World, completion: int) -> list[int]:
     return [completion // world.vocabulary**i % world.vocabulary for i in reversed(range(world.length))]
 
 
-def _opposite(a: Scores, b: Scores) -> tuple[int, int]:
+def _opposite(a: PrefixScores, b: PrefixScores) -> tuple[int, int]:
     """Pairs of prefixes of one length, and how many of them two scorers order in opposite ways."""
     compared = opposite = 0
     for ours, theirs in zip(a, b, strict=True):
@@ -351,7 +351,7 @@ class _Comparisons:
         beyond = world.vocabulary ** torch.arange(world.length - 1, -1, -1)  # completions below a prefix of length i
         return cls(first, second, first[:, None] // beyond, second[:, None] // beyond)
 
-    def tensors(self, scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self, scores: PrefixScores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `prefix_bradley_terry_loss` takes: scores of both sides, their masks, and where they differ."""
         chosen, rejected = (
             torch.stack([score[at] for score, at in zip(scores, side.unbind(-1), strict=True)], -1)
@@ -361,11 +361,11 @@ class _Comparisons:
         return chosen, rejected, mask, mask, self.first_prefixes != self.second_prefixes
 
 
-def _full_loss(world: World, scores: Scores) -> float:
+def _full_loss(world: World, scores: PrefixScores) -> float:
     compared = _Comparisons.of(world, chosen_first=True)
     return float(bradley_terry_loss(scores[-1][compared.first], scores[-1][compared.second]))
 
 
-def _prefix_loss(world: World, scores: Scores) -> float:
+def _prefix_loss(world: World, scores: PrefixScores) -> float:
     compared = _Comparisons.of(world, chosen_first=True)
     return float(prefix_bradley_terry_loss(*compared.tensors(scores)))

@@ -22,8 +22,8 @@ from rgtg.models.loading.policy import DTYPES
 from rgtg.models.ops import attention
 from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.ops.packed_linear import StackedWeights, can_pack_dtype, pack_linears
-from rgtg.planning.costs import OVERLAP, both
 from rgtg.planning.hardware import Device
+from rgtg.planning.roofline import OVERLAP, overlapped_seconds
 
 _TRIES = 12
 # Products of a layer 1024 wide, of more layers than a processor's caches hold: outputs, inputs.
@@ -90,7 +90,7 @@ def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, floa
 
 
 def _apart(together: float, one: float) -> float:
-    """The other of two times that overlap as ``both`` says; at least half of the whole."""
+    """The other of two times that overlap as ``overlapped_seconds`` says; at least half of the whole."""
     return float(max(together**OVERLAP - one**OVERLAP, (0.5 * together) ** OVERLAP) ** (1 / OVERLAP))
 
 
@@ -129,7 +129,7 @@ def _passes(
     wide = _runner(device, dtype, layers, width)
     taken = [best(lambda n=n: _read(wide, torch.full((1, n), 7))) for n in rows]  # type: ignore[misc]
     trunk = layers * _TRUNK * width**2
-    products = [both(trunk * _kind(dtype).itemsize / bandwidth, 2 * trunk * n / compute) for n in rows]
+    products = [overlapped_seconds(trunk * _kind(dtype).itemsize / bandwidth, 2 * trunk * n / compute) for n in rows]
     more = (taken[1] - taken[0]) - (products[1] - products[0])
     row = more / (layers * (rows[1] - rows[0]) * width)
     return max(short - 2 * layer, 0.0), layer, max(row, 0.0)

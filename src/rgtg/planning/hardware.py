@@ -14,8 +14,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Device(Record):
     """Rates of one device in one dtype. Times are seconds, sizes bytes, rates bytes or operations per second.
 
-    A pass takes  Σ_products both(bytes / bandwidth, operations / compute)  +  attention  +  layers · (rows · hidden ·
-    row_seconds + layer_seconds)  +  pass_seconds; a step of the loop adds what choosing a token takes (``costs``).
+    A pass takes  Σ_products overlapped_seconds(bytes / bandwidth, operations / compute)  +  attention  +  layers ·
+    (rows · hidden · row_seconds + layer_seconds)  +  pass_seconds. Each step of the decoding loop adds the time of
+    choosing a token (``roofline.step_seconds``).
     """
 
     version: int = FORMAT_VERSION

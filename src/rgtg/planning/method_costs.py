@@ -7,9 +7,9 @@ from typing import Literal
 from rgtg.config import DecodingSettings
 from rgtg.config.planning import PlanSettings
 from rgtg.decoding.methods import METHODS, Method, branch_columns, segments_of
-from rgtg.planning.costs import Cost, Pass, pass_cost, product_seconds, step_seconds
 from rgtg.planning.hardware import BYTES, Device
-from rgtg.planning.model_shapes import Shape
+from rgtg.planning.model_shapes import ModelShape
+from rgtg.planning.roofline import ForwardPass, TimeEstimate, pass_cost, product_seconds, step_seconds
 
 Kind = Literal["none", "separate", "vocabulary", "adapter", "state head", "vocabulary head"]
 HEAD_WIDTH, HEAD_RANK, LORA_RANK = 256, 64, 16
@@ -18,7 +18,7 @@ MAX_WIDTH = 128  # nodes of one pass over candidates or segments, as decoding.re
 
 
 @dataclass(frozen=True)
-class Way:
+class MethodVariant:
     """A method read with one kind of scorer."""
 
     method: Method
@@ -30,7 +30,7 @@ class Way:
         return self.kind in ("separate", "vocabulary")
 
 
-def ways(kinds: set[Kind]) -> list[Way]:
+def method_variants(kinds: set[Kind]) -> list[MethodVariant]:
     """Every row of the methods table with the scorers that suit it: its own kind, and for pargs the small ones too."""
     found = []
     for method in METHODS.values():
@@ -42,17 +42,17 @@ def ways(kinds: set[Kind]) -> list[Way]:
             mine = ("separate", "adapter", "state head", "vocabulary head")
         else:
             mine = ("separate",)
-        found += [Way(method, kind) for kind in mine if kind in kinds]
+        found += [MethodVariant(method, kind) for kind in mine if kind in kinds]
     return found
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedBatch:
     """One batch of a plan: shapes, devices, and what is asked for."""
 
     settings: PlanSettings
-    policy: Shape
-    scorer: Shape | None
+    policy: ModelShape
+    scorer: ModelShape | None
     device: Device
     parallel: int
     batch: int
@@ -62,28 +62,28 @@ class Job:
         """Tokens of a row's prefix, on average over the completion."""
         return self.settings.prompt_tokens + self.settings.new_tokens / 2
 
-    def read(self, shape: Shape, one: Pass) -> Cost:
+    def read(self, shape: ModelShape, one: ForwardPass) -> TimeEstimate:
         """A pass of one of the models."""
         return pass_cost(shape, self.device, one, self.parallel)
 
-    def policy_token(self, branches: int = 1) -> Cost:
+    def policy_token(self, branches: int = 1) -> TimeEstimate:
         """The policy reads one token of every row; branches share their prompt's cache."""
         s = self.settings
         columns = self.columns if branches == 1 else s.prompt_tokens + branches * s.new_tokens / 2
-        return self.read(self.policy, Pass(self.batch, branches, columns, self.batch * branches))
+        return self.read(self.policy, ForwardPass(self.batch, branches, columns, self.batch * branches))
 
-    def step(self, branches: int = 1) -> Cost:
+    def step(self, branches: int = 1) -> TimeEstimate:
         """Choosing a token for every row."""
         seconds = step_seconds(self.device, self.batch * branches, self.policy.vocabulary)
-        return Cost(seconds, 0.0)
+        return TimeEstimate(seconds, 0.0)
 
     @property
-    def reward(self) -> Shape:
+    def reward(self) -> ModelShape:
         """The scorer as a reward model."""
         return _scorer(self).without_head()
 
 
-def candidates(way: Way, settings: PlanSettings, vocabulary: int) -> int:
+def candidates(way: MethodVariant, settings: PlanSettings, vocabulary: int) -> int:
     """Next tokens that are scored at each step."""
     if way.method.candidates != "policy":
         return vocabulary
@@ -91,16 +91,16 @@ def candidates(way: Way, settings: PlanSettings, vocabulary: int) -> int:
     return min(given or vocabulary, vocabulary)
 
 
-def prompt_cost(way: Way, job: Job) -> Cost:
+def prompt_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
     """Reading the prompts of a batch, before the first token."""
     length, batch = job.settings.prompt_tokens, job.batch
-    cost = job.read(job.policy, Pass(batch * (2 if way.kind == "adapter" else 1), length, 0, batch))
+    cost = job.read(job.policy, ForwardPass(batch * (2 if way.kind == "adapter" else 1), length, 0, batch))
     if way.needs_scorer and way.method.unit != "completion":
-        cost += job.read(job.reward if way.kind == "separate" else _scorer(job), Pass(batch, length, 0))
+        cost += job.read(job.reward if way.kind == "separate" else _scorer(job), ForwardPass(batch, length, 0))
     return cost
 
 
-def job_cost(way: Way, job: Job) -> Cost:
+def job_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
     """A batch from its prompts to its last token, which no policy that reads for itself has to read."""
     cost = prompt_cost(way, job) + token_cost(way, job) * job.settings.new_tokens
     if way.method.unit == "token" and way.kind not in ("state head", "adapter"):
@@ -110,7 +110,7 @@ def job_cost(way: Way, job: Job) -> Cost:
     return cost
 
 
-def token_cost(way: Way, job: Job) -> Cost:
+def token_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
     """One token of every row of a batch, the average over a completion."""
     k = candidates(way, job.settings, job.policy.vocabulary)
     match way.method.unit:
@@ -125,59 +125,59 @@ def token_cost(way: Way, job: Job) -> Cost:
     return _cards(job) if way.method.rule == "accept" else _blockwise(way, job)
 
 
-def _stepwise(way: Way, job: Job, k: int) -> Cost:
+def _stepwise(way: MethodVariant, job: PlannedBatch, k: int) -> TimeEstimate:
     batch, columns, shape = job.batch, job.columns, job.policy
     match way.kind:
         case "none":
             return job.policy_token() + job.step()
         case "separate":
-            return job.policy_token() + job.step() + job.read(job.reward, Pass(batch, k, columns))
+            return job.policy_token() + job.step() + job.read(job.reward, ForwardPass(batch, k, columns))
         case "vocabulary":
             logits = batch if k == shape.vocabulary else 0
-            return job.policy_token() + job.step() + job.read(_scorer(job), Pass(batch, 1, columns, logits))
+            return job.policy_token() + job.step() + job.read(_scorer(job), ForwardPass(batch, 1, columns, logits))
         case "vocabulary head":
             return job.policy_token() + job.step() + _head_cost(job, batch)
         case "state head":
-            return job.read(shape, Pass(batch, k, columns, batch)) + job.step() + _head_cost(job, batch * k)
+            return job.read(shape, ForwardPass(batch, k, columns, batch)) + job.step() + _head_cost(job, batch * k)
         case "adapter":
             more = shape.model_copy(update={"trunk": shape.trunk + adapter_weights(shape)})
-            return job.read(more, Pass(2 * batch, k, columns, batch)) + job.step() + _adapter_cost(job)
+            return job.read(more, ForwardPass(2 * batch, k, columns, batch)) + job.step() + _adapter_cost(job)
 
 
-def _rewards(job: Job, n: float) -> Cost:
+def _rewards(job: PlannedBatch, n: float) -> TimeEstimate:
     """A reward model reads n finished completions of every prompt from their beginning, a few together."""
     s = job.settings
     passes = job.batch * n / _SCORED_TOGETHER
     together = min(_SCORED_TOGETHER, job.batch * n)
-    return job.read(job.reward, Pass(together, s.prompt_tokens + s.new_tokens, 0)) * max(passes, 1)
+    return job.read(job.reward, ForwardPass(together, s.prompt_tokens + s.new_tokens, 0)) * max(passes, 1)
 
 
-def _blockwise(way: Way, job: Job) -> Cost:
+def _blockwise(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
     """N segments of each row drawn side by side, read as branches by the scorer; both read the chosen one again."""
     s = job.settings
     length = min(s.segment_tokens, s.new_tokens)
-    draw = job.read(job.policy, Pass(job.batch, s.n, job.columns + s.n * length / 2, job.batch * s.n))
+    draw = job.read(job.policy, ForwardPass(job.batch, s.n, job.columns + s.n * length / 2, job.batch * s.n))
     drawn = draw * ((length - 1) / length) + job.step(s.n)  # of the last token nothing follows
     passes = math.ceil(s.n / max(1, MAX_WIDTH // length))
-    scored = job.read(job.reward, Pass(job.batch, s.n * length / passes, job.columns)) * passes
-    again = job.read(job.policy, Pass(job.batch, length, job.columns, job.batch))
-    kept = job.read(job.reward, Pass(job.batch, length, job.columns))
+    scored = job.read(job.reward, ForwardPass(job.batch, s.n * length / passes, job.columns)) * passes
+    again = job.read(job.policy, ForwardPass(job.batch, length, job.columns, job.batch))
+    kept = job.read(job.reward, ForwardPass(job.batch, length, job.columns))
     ended = _rewards(job, s.n) * (1 / s.new_tokens)  # what ends a completion is scored as a whole text, and not kept
     return drawn + (scored + again + kept) * (1 / length - 1 / s.new_tokens) + ended
 
 
-def _cards(job: Job) -> Cost:
+def _cards(job: PlannedBatch) -> TimeEstimate:
     """Segments drawn until one is accepted, as often as was measured."""
     s = job.settings
     drawn = (job.policy_token() + job.step()) * s.cards_drawn
     length = s.cards_drawn / s.cards_scored
-    scored = job.read(job.reward, Pass(job.batch, length, job.columns))
+    scored = job.read(job.reward, ForwardPass(job.batch, length, job.columns))
     ended = _rewards(job, s.cards_drawn) * (1 / s.new_tokens)
     inside = max(0.0, 1 - length / s.new_tokens)  # the share of segments that end no completion
     return drawn + scored * (inside * (s.cards_scored + s.cards_scored / s.cards_drawn)) + ended
 
 
-def adapter_weights(shape: Shape, rank: int = LORA_RANK) -> int:
+def adapter_weights(shape: ModelShape, rank: int = LORA_RANK) -> int:
     """Weights of a LoRA on every linear layer of the trunk."""
     attention = shape.heads * shape.head_dim
     cache = shape.kv_heads * shape.head_dim
@@ -187,30 +187,30 @@ def adapter_weights(shape: Shape, rank: int = LORA_RANK) -> int:
     return round(rank * shape.layers * sides)
 
 
-def head_weights(shape: Shape, kind: Kind) -> int:
+def head_weights(shape: ModelShape, kind: Kind) -> int:
     """Weights of a head on the policy's states, with the sizes that training tries first."""
     inner = shape.hidden * HEAD_WIDTH
     return inner + HEAD_WIDTH * HEAD_RANK + shape.vocabulary * HEAD_RANK if kind == "vocabulary head" else inner
 
 
-def _head_cost(job: Job, rows: int) -> Cost:
+def _head_cost(job: PlannedBatch, rows: int) -> TimeEstimate:
     """A small network in fp32, about as many operators as half a layer."""
     weights = job.policy.hidden * HEAD_WIDTH
     seconds = product_seconds(job.device, 4 * weights, 2 * weights * rows) + job.device.layer_seconds / 2
-    return Cost(seconds, 4 * weights / job.device.bandwidth)
+    return TimeEstimate(seconds, 4 * weights / job.device.bandwidth)
 
 
-def _adapter_cost(job: Job) -> Cost:
+def _adapter_cost(job: PlannedBatch) -> TimeEstimate:
     """The second product of each LoRA is an operator of its own, four to a layer: as many again as a layer has."""
-    return Cost(job.policy.layers * job.device.layer_seconds, 0.0)
+    return TimeEstimate(job.policy.layers * job.device.layer_seconds, 0.0)
 
 
-def _scorer(job: Job) -> Shape:
-    assert job.scorer is not None, "ways with a scorer of its own are planned where one is named"
+def _scorer(job: PlannedBatch) -> ModelShape:
+    assert job.scorer is not None, "variants with a scorer of its own are planned where one is named"
     return job.scorer
 
 
-def weight_bytes(way: Way, job: Job) -> float:
+def weight_bytes(way: MethodVariant, job: PlannedBatch) -> float:
     """Weights held on all devices together."""
     width = BYTES[job.device.dtype]
     held = job.policy.total * width
@@ -225,7 +225,7 @@ def weight_bytes(way: Way, job: Job) -> float:
     return held
 
 
-def caches(way: Way, job: Job) -> list[tuple[Shape, int, int]]:
+def caches(way: MethodVariant, job: PlannedBatch) -> list[tuple[ModelShape, int, int]]:
     """Model, rows and columns of every cache that the engine makes for a batch (its columns are reserved at once)."""
     s, method = job.settings, way.method
     asked = DecodingSettings(
@@ -244,13 +244,13 @@ def caches(way: Way, job: Job) -> list[tuple[Shape, int, int]]:
     return found
 
 
-def cache_bytes(way: Way, job: Job) -> float:
+def cache_bytes(way: MethodVariant, job: PlannedBatch) -> float:
     """Caches of a batch, of policy and scorer, on all devices together."""
     width = BYTES[job.device.dtype]
     return float(sum(rows * columns * shape.cache_bytes(width) for shape, rows, columns in caches(way, job)))
 
 
-def work_bytes(way: Way, job: Job) -> float:
+def work_bytes(way: MethodVariant, job: PlannedBatch) -> float:
     """What a pass takes besides: states and masks of the prompts' pass, and the loop's log-probabilities."""
     s, width = job.settings, BYTES[job.device.dtype]
     rows = job.batch * s.prompt_tokens * (2 if way.kind == "adapter" else 1)

@@ -9,7 +9,7 @@ from rgtg.errors import DataError, ModelNotFoundError, UsageError, first_line
 from rgtg.types.base import Record
 
 
-class Shape(Record):
+class ModelShape(Record):
     """Sizes of a decoder. ``trunk`` counts the weights of its layers' products, ``head`` its output layer's.
 
     ``experts`` of the trunk's weights belong to mixtures of experts, of which a token takes ``active`` of ``routed``.
@@ -68,21 +68,21 @@ class Shape(Record):
 
 # Widely used open models: layers, hidden, key-value heads, intermediate, vocabulary.
 _KNOWN = {
-    0.5e9: Shape.llama("0.5B", 24, 896, 2, 4864, 151_936, tied=True),
-    1.2e9: Shape.llama("1B", 16, 2048, 8, 8192, 128_256, tied=True),
-    3.2e9: Shape.llama("3B", 28, 3072, 8, 8192, 128_256, tied=True),
-    8.0e9: Shape.llama("8B", 32, 4096, 8, 14_336, 128_256),
-    14.8e9: Shape.llama("14B", 48, 5120, 8, 13_824, 152_064),
-    32.8e9: Shape.llama("32B", 64, 5120, 8, 27_648, 152_064),
-    70.6e9: Shape.llama("70B", 80, 8192, 8, 28_672, 128_256),
-    405.9e9: Shape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
+    0.5e9: ModelShape.llama("0.5B", 24, 896, 2, 4864, 151_936, tied=True),
+    1.2e9: ModelShape.llama("1B", 16, 2048, 8, 8192, 128_256, tied=True),
+    3.2e9: ModelShape.llama("3B", 28, 3072, 8, 8192, 128_256, tied=True),
+    8.0e9: ModelShape.llama("8B", 32, 4096, 8, 14_336, 128_256),
+    14.8e9: ModelShape.llama("14B", 48, 5120, 8, 13_824, 152_064),
+    32.8e9: ModelShape.llama("32B", 64, 5120, 8, 27_648, 152_064),
+    70.6e9: ModelShape.llama("70B", 80, 8192, 8, 28_672, 128_256),
+    405.9e9: ModelShape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
 # No hub id begins so without an owner, and asking for one takes half a minute offline.
 _NUMBER = re.compile(r"[-+.]*\d")
 
 
-def shape_of(source: str) -> Shape:
+def model_shape(source: str) -> ModelShape:
     """Sizes of a model given as a size (70B, 350M), or as a folder or hub id, whose config.json is counted exactly.
 
     Raises:
@@ -101,7 +101,7 @@ def shape_of(source: str) -> Shape:
     return _by_size(source, float(found[1]) * (1e9 if found[2].upper() == "B" else 1e6))
 
 
-def _by_size(name: str, parameters: float) -> Shape:
+def _by_size(name: str, parameters: float) -> ModelShape:
     """The nearest known model, its weights scaled to the size that was asked for."""
     if not 1e7 <= parameters <= 2e12:
         raise UsageError(f"{name}: sizes from 10M to 2000B are known; give a folder with a config.json for others")
@@ -122,7 +122,7 @@ def _by_size(name: str, parameters: float) -> Shape:
     )  # fmt: skip
 
 
-def _from_config(source: str) -> Shape:
+def _from_config(source: str) -> ModelShape:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +155,7 @@ def _base_of(adapter: Path) -> str:
         raise DataError(f"{adapter} names no base model (base_model_name_or_path)") from error
 
 
-def count(model: Any, name: str) -> Shape:
+def count(model: Any, name: str) -> ModelShape:
     """Sizes of a causal language model, counted (it may be on the meta device)."""
     text = model.config.get_text_config()
     output = model.get_output_embeddings()
@@ -165,7 +165,7 @@ def count(model: Any, name: str) -> Shape:
     experts = sum(size for n, size in products if ".experts." in n)
     heads = text.num_attention_heads
     routed = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    return Shape(
+    return ModelShape(
         name=name, layers=text.num_hidden_layers, hidden=text.hidden_size, heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocabulary=text.vocab_size,

@@ -21,17 +21,17 @@ from rgtg.planning.method_costs import (
     HEAD_RANK,
     HEAD_WIDTH,
     LORA_RANK,
-    Job,
     Kind,
-    Way,
+    MethodVariant,
+    PlannedBatch,
     cache_bytes,
     job_cost,
+    method_variants,
     token_cost,
-    ways,
     weight_bytes,
     work_bytes,
 )
-from rgtg.planning.model_shapes import Shape, shape_of
+from rgtg.planning.model_shapes import ModelShape, model_shape
 from rgtg.types.base import FORMAT_VERSION, Record
 
 SPARE = 0.9  # of a device's memory; the rest is the allocator's and the driver's
@@ -61,8 +61,8 @@ class PlanResult(Record):
     """What ``rgtg plan`` prints."""
 
     version: int = FORMAT_VERSION
-    policy: Shape
-    scorer: Shape | None
+    policy: ModelShape
+    scorer: ModelShape | None
     device: Device
     devices: int
     settings: dict[str, Any]
@@ -78,19 +78,19 @@ def make_plan(settings: PlanSettings) -> PlanResult:
         ModelNotFoundError: a folder or hub id without a config.json of a decoder.
         DataError: a hardware file that is damaged.
     """
-    policy = shape_of(settings.policy)
+    policy = model_shape(settings.policy)
     scorer, kinds = _scorer(settings.scorer)
     device, devices = _hardware(settings)
     if settings.tensor_parallel is not None and devices % settings.tensor_parallel:
         raise UsageError(f"tensor_parallel {settings.tensor_parallel} does not divide {devices} devices")
-    rows = [_row(way, settings, policy, scorer, device, devices) for way in ways(kinds)]
+    rows = [_row(way, settings, policy, scorer, device, devices) for way in method_variants(kinds)]
     return PlanResult(
         policy=policy, scorer=scorer, device=device, devices=devices, rows=rows,
         settings=settings.model_dump(mode="json"), assumptions=_assumptions(settings, policy, scorer, device),
     )  # fmt: skip
 
 
-def _scorer(source: str | None) -> tuple[Shape | None, set[Kind]]:
+def _scorer(source: str | None) -> tuple[ModelShape | None, set[Kind]]:
     """The scorer's sizes, and the kinds of scorers that the plan has rows for."""
     small: set[Kind] = {"none", "adapter", "state head", "vocabulary head"}
     if source is None:
@@ -104,8 +104,8 @@ def _scorer(source: str | None) -> tuple[Shape | None, set[Kind]]:
         if info is not None and info.trunk == "own":
             return None, {"none", "vocabulary head" if info.head == "vocab" else "state head"}
         if info is not None:
-            return shape_of(source), {"none", "vocabulary" if info.head == "vocab" else "separate"}
-    return shape_of(source), {*small, "separate", "vocabulary"}
+            return model_shape(source), {"none", "vocabulary" if info.head == "vocab" else "separate"}
+    return model_shape(source), {*small, "separate", "vocabulary"}
 
 
 def _hardware(settings: PlanSettings) -> tuple[Device, int]:
@@ -135,14 +135,21 @@ def _read_device(path: Path, dtype: str) -> Device:
 
 
 def _row(
-    way: Way, settings: PlanSettings, policy: Shape, scorer: Shape | None, device: Device, devices: int
+    way: MethodVariant,
+    settings: PlanSettings,
+    policy: ModelShape,
+    scorer: ModelShape | None,
+    device: Device,
+    devices: int,
 ) -> PlanRow:
     """The cheapest way to place one method on the devices, or the smallest that does not fit."""
     splits = (
         [settings.tensor_parallel] if settings.tensor_parallel else [d for d in _powers(devices) if not devices % d]
     )
     batches = [settings.batch_size] if settings.batch_size else _powers(min(LARGEST_BATCH, settings.prompts))[::-1]
-    placed = [_placed(way, Job(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches]
+    placed = [
+        _placed(way, PlannedBatch(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches
+    ]
     fitting = [row for row in placed if row.fits]
     return min(fitting, key=lambda row: row.device_hours) if fitting else placed[-1]
 
@@ -157,7 +164,7 @@ def _powers(limit: int) -> list[int]:
     return sorted({limit, *(2**i for i in range(limit.bit_length()) if 2**i <= limit)})
 
 
-def _placed(way: Way, job: Job, devices: int) -> PlanRow:
+def _placed(way: MethodVariant, job: PlannedBatch, devices: int) -> PlanRow:
     s, parallel = job.settings, job.parallel
     weights = weight_bytes(way, job) / parallel
     caches = cache_bytes(way, job) / min(parallel, job.policy.kv_heads)
@@ -174,7 +181,7 @@ def _placed(way: Way, job: Job, devices: int) -> PlanRow:
     )  # fmt: skip
 
 
-def _assumptions(settings: PlanSettings, policy: Shape, scorer: Shape | None, device: Device) -> list[str]:
+def _assumptions(settings: PlanSettings, policy: ModelShape, scorer: ModelShape | None, device: Device) -> list[str]:
     """What a reader must know to believe the plan, or not to."""
     shapes = (("policy", policy), ("scorer", scorer))
     return [
@@ -192,7 +199,7 @@ def _assumptions(settings: PlanSettings, policy: Shape, scorer: Shape | None, de
     ]
 
 
-def _of_size(role: str, shape: Shape) -> str:
+def _of_size(role: str, shape: ModelShape) -> str:
     return (
         f"{role} {shape.name}: {shape.layers} layers × {shape.hidden}, {shape.kv_heads} of {shape.heads} heads cached, "
         f"vocabulary {shape.vocabulary:,}, as in a widely used model; a folder or hub id is counted exactly"

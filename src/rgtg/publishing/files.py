@@ -22,7 +22,7 @@ _BIG = 2**20  # an unknown file of this size is more than a note
 
 
 @dataclass
-class Selection:
+class SelectedFiles:
     """Files by what becomes of them: published (name → path), or left here (names)."""
 
     info: ScorerInfo
@@ -30,7 +30,7 @@ class Selection:
     left_out: list[str] = field(default_factory=list)
 
 
-def select_files(folder: Path, exclude: Sequence[str] = ()) -> Selection:
+def select_files(folder: Path, exclude: Sequence[str] = ()) -> SelectedFiles:
     """Sort a scorer's files. Folders in it (checkpoints), hidden files and unknown small ones stay here.
 
     Args:
@@ -46,7 +46,7 @@ def select_files(folder: Path, exclude: Sequence[str] = ()) -> Selection:
     info = read_info(folder)
     if info is None:
         raise UsageError(f"{folder} has no {INFO_FILE}: publish a folder that rgtg train has finished")
-    found = Selection(info)
+    found = SelectedFiles(info)
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir() or _any(path.name, exclude) or path.name in AUDITS:
             found.left_out.append(path.name)
@@ -83,7 +83,7 @@ def _goes(path: Path, folder: Path) -> bool:
     return False
 
 
-def _require_whole(folder: Path, found: Selection) -> None:
+def _require_whole(folder: Path, found: SelectedFiles) -> None:
     names = found.published
     if INFO_FILE not in names:
         raise UsageError(f"--exclude: a scorer without {INFO_FILE} cannot be loaded")

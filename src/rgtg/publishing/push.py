@@ -13,8 +13,8 @@ from pydantic import Field
 from rgtg.config.publishing import PushSettings
 from rgtg.errors import DataError, EndpointError, RgtgError, UsageError, first_line
 from rgtg.models.loading.scorer_info import INFO_FILE, ScorerInfo, fingerprint_weights
-from rgtg.publishing.card import Audit, is_public, published_card, published_settings, read_audits
-from rgtg.publishing.files import AUDITS, WEIGHTS, Selection, select_files
+from rgtg.publishing.files import AUDITS, WEIGHTS, SelectedFiles, select_files
+from rgtg.publishing.model_card import PublishedAudit, is_public, published_card, published_settings, read_audits
 from rgtg.types.base import Record
 
 _ADAPTER = "adapter_config.json"
@@ -61,7 +61,7 @@ def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _audits(settings: PushSettings, found: Selection) -> list[Audit]:
+def _audits(settings: PushSettings, found: SelectedFiles) -> list[PublishedAudit]:
     """The audits that are asked for, or lie in the folder; one of other weights is refused."""
     source = settings.audit
     if source is None:
@@ -89,7 +89,9 @@ def _fingerprint(folder: Path, info: ScorerInfo, dtype: str | None) -> str:
     return fingerprint_weights(weights_of(load_scorer(str(folder), dtype=dtype, device="cpu")))
 
 
-def _contents(settings: PushSettings, found: Selection, audits: Sequence[Audit]) -> dict[str, Path | bytes]:
+def _contents(
+    settings: PushSettings, found: SelectedFiles, audits: Sequence[PublishedAudit]
+) -> dict[str, Path | bytes]:
     """What each published file holds: weights and tokenizer as they are, the rest without folders of this machine."""
     contents: dict[str, Path | bytes] = dict(found.published)
     info = found.info

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from rgtg.report.document import Block, Cell, Figure, Paragraph, Section, Table
-from rgtg.report.drawing import draw_choices, draw_prefix_audits, legend_height
+from rgtg.report.figures import draw_choices, draw_prefix_audits, legend_height
 from rgtg.report.number_format import NOTHING, number, spread
 from rgtg.report.number_format import signed as _signed
 from rgtg.types.audit import AuditResult

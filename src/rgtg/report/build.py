@@ -8,7 +8,7 @@ from rgtg.report import comparison
 from rgtg.report.audits import audits as audit_section
 from rgtg.report.audits import rollout_audits as rollout_section
 from rgtg.report.document import Facts, Section
-from rgtg.report.drawing import write_png
+from rgtg.report.figures import write_png
 from rgtg.report.html import render_html
 from rgtg.report.markdown import figures_of, render_markdown
 from rgtg.report.samples import samples

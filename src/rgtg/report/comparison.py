@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rgtg.report.document import Block, Cell, Figure, Paragraph, Points, Section, Table
-from rgtg.report.drawing import Marks, draw_costs, draw_frontier, legend_height
+from rgtg.report.figures import Marks, draw_costs, draw_frontier, legend_height
 from rgtg.report.number_format import NOTHING, number, p_value, signed, spread
 from rgtg.types.base import Interval
 from rgtg.types.comparison import ComparisonResult, MethodResult, OverOptimisation, PairedDifference, Recommendation

@@ -8,8 +8,8 @@ from importlib import resources
 from typing import Any
 
 from rgtg.report.document import Block, Card, Cell, Facts, Figure, Paragraph, Points, Sample, Section, Table
-from rgtg.report.drawing import as_svg
-from rgtg.report.viewer import viewer_script, viewer_style
+from rgtg.report.figures import as_svg
+from rgtg.report.trace_viewer import viewer_script, viewer_style
 
 # Nothing in JSON may end the script element it is in, or begin a comment there.
 _MARKUP = re.compile("[<>&\u2028\u2029]")

@@ -5,7 +5,7 @@ import pytest
 from rgtg.config import CompareRun, CompareSettings, GuidingScorer, validate
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare.grid import expand_runs, is_random, settle, takes, with_betas
+from rgtg.evaluation.compare.grid import expand_runs, has_setting, is_random, with_betas, with_shared_settings
 
 
 def shared(**values):
@@ -62,7 +62,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
     assert plain.given == {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "max_new_tokens": 9}
     assert greedy.given == {"top_k": 3, "top_p": 0.8, "max_new_tokens": 9}
     assert (plain.scorers, greedy.scorers) == ((), ("s",))
-    assert settle(plain, shared()).given["top_k"] == 3
+    assert with_shared_settings(plain, shared()).given["top_k"] == 3
     with pytest.raises(UsageError, match="top_p"):
         expand_runs(runs, shared(decoding={"top_p": 2}))
     with pytest.raises(ValueError, match="give it in the rows"):
@@ -135,7 +135,7 @@ def test_every_method_of_the_table_expands():
         run = CompareRun.model_validate({"method": method.name, **needed})
         (row,) = expand_runs([run], shared(scorer="s", temperature=0.9))
         assert row.scorers == (("s",) if method.scorer else ())
-        assert (row.strength is None) == (not takes(method.name, "beta") and not takes(method.name, "n"))
+        assert (row.strength is None) == (not has_setting(method.name, "beta") and not has_setting(method.name, "n"))
 
 
 def test_betas_are_multiplied():

@@ -3,7 +3,7 @@
 import pytest
 
 from rgtg.errors import DataError, UsageError
-from rgtg.evaluation.compare.shards import Part, Parts, Scores, fingerprint_texts
+from rgtg.evaluation.compare.shards import Shard, ShardFolder, ShardRewards, fingerprint_texts
 from rgtg.types.generation import Completion
 
 MADE = {"beta": 2.0, "policy": "abc"}
@@ -12,12 +12,12 @@ MADE = {"beta": 2.0, "policy": "abc"}
 def part(label="pargs β=2", seed=0):
     done = Completion(prompt="p", text="t", token_ids=[1, 2], finish_reason="stop", method="pargs", seed=9,
                       policy_log_prob=-1 / 3, guided_log_prob=float("-inf"), candidates_log_prob=-0.1)  # fmt: skip
-    scores = {"reward": Scores(fingerprint=None, values=[0.1 + 0.2])}
-    return Part(label=label, seed=seed, made_with=MADE, seconds=1.5, completions=[done], scores=scores)
+    scores = {"reward": ShardRewards(fingerprint=None, values=[0.1 + 0.2])}
+    return Shard(label=label, seed=seed, made_with=MADE, seconds=1.5, completions=[done], scores=scores)
 
 
 def test_a_part_comes_back_to_the_digit(tmp_path):
-    parts = Parts(tmp_path / "parts")
+    parts = ShardFolder(tmp_path / "parts")
     assert parts.find("pargs β=2", 0, MADE) is None
     parts.save(part())
     assert parts.find("pargs β=2", 0, MADE) == part()
@@ -27,24 +27,24 @@ def test_a_part_comes_back_to_the_digit(tmp_path):
 
 
 def test_another_setting_or_model_is_refused_unless_forced(tmp_path):
-    Parts(tmp_path).save(part())
+    ShardFolder(tmp_path).save(part())
     with pytest.raises(UsageError, match=r"made with another beta \(beta: 2.0 there, 3.0 now\)"):
-        Parts(tmp_path).find("pargs β=2", 0, MADE | {"beta": 3.0})
+        ShardFolder(tmp_path).find("pargs β=2", 0, MADE | {"beta": 3.0})
     with pytest.raises(UsageError, match="made with another top_k"):
-        Parts(tmp_path).find("pargs β=2", 0, MADE | {"top_k": 3})
-    forced = Parts(tmp_path, force=True)
+        ShardFolder(tmp_path).find("pargs β=2", 0, MADE | {"top_k": 3})
+    forced = ShardFolder(tmp_path, force=True)
     assert forced.find("pargs β=2", 0, MADE | {"beta": 3.0}) is None
     assert forced.find("pargs β=2", 0, MADE) == part()
 
 
 def test_a_file_that_is_no_part_is_named(tmp_path):
-    parts = Parts(tmp_path)
+    parts = ShardFolder(tmp_path)
     parts.save(part())
     (path,) = tmp_path.iterdir()
     path.write_text("{")
     with pytest.raises(DataError, match="delete it, or give --force"):
         parts.find("pargs β=2", 0, MADE)
-    assert Parts(tmp_path, force=True).find("pargs β=2", 0, MADE) is None
+    assert ShardFolder(tmp_path, force=True).find("pargs β=2", 0, MADE) is None
 
 
 def test_texts_are_told_apart_with_their_borders():

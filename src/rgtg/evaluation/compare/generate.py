@@ -11,8 +11,8 @@ import torch
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import NonFiniteError
-from rgtg.evaluation.compare.grid import Row
-from rgtg.evaluation.compare.shards import Part, Scores
+from rgtg.evaluation.compare.grid import MethodRun
+from rgtg.evaluation.compare.shards import Shard, ShardRewards
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.base import AnyScorer
 from rgtg.tokenization.encoding import encode_prompt, require_same_tokenizer
@@ -23,7 +23,7 @@ RewardFunction = Callable[[Sequence[Completion]], list[float]]
 
 
 @dataclass(frozen=True)
-class Reward:
+class NamedReward:
     """A named reward of finished completions: a model's, or any rule.
 
     ``fingerprint`` says when stored rewards still hold; with None the rule is asked again on every run.
@@ -34,9 +34,9 @@ class Reward:
     fingerprint: str | None = None
 
     @classmethod
-    def of(cls, name: str, one: RewardFunction) -> "Reward":
+    def of(cls, name: str, one: RewardFunction) -> "NamedReward":
         """A function as a reward of that name; what is a reward already keeps its own."""
-        return one if isinstance(one, Reward) else cls(name, one)
+        return one if isinstance(one, NamedReward) else cls(name, one)
 
     def __call__(self, done: Sequence[Completion]) -> list[float]:
         """One finite number per completion.
@@ -53,7 +53,7 @@ class Reward:
         return values
 
 
-def guide(policy: Policy, scorers: Sequence[AnyScorer], row: Row) -> GuidedPolicy:
+def make_guided_policy(policy: Policy, scorers: Sequence[AnyScorer], row: MethodRun) -> GuidedPolicy:
     """The row's policy and scorers, joined by its method."""
     scorer: Any = None if not scorers else scorers[0] if len(scorers) == 1 else list(scorers)
     given = {name: row.given[name] for name in ("top_k", "n") if name in row.given}
@@ -61,7 +61,7 @@ def guide(policy: Policy, scorers: Sequence[AnyScorer], row: Row) -> GuidedPolic
     return GuidedPolicy(policy, scorer, method=row.method, beta=beta, **given)
 
 
-def full_settings(guided: GuidedPolicy, row: Row, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def full_settings(guided: GuidedPolicy, row: MethodRun, names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Every decoding setting of a row, those left at their defaults too; models by their short names."""
     short = names or {}
     resolved = validate(DecodingSettings, guided.defaults | row.decoding())
@@ -71,7 +71,7 @@ def full_settings(guided: GuidedPolicy, row: Row, names: Mapping[str, str] | Non
 
 
 def complete(
-    guided: GuidedPolicy, row: Row, prompts: Sequence[str], *, seed: int, batch_size: int
+    guided: GuidedPolicy, row: MethodRun, prompts: Sequence[str], *, seed: int, batch_size: int
 ) -> tuple[list[Completion], float]:
     """One completion per prompt, and the seconds they took. Rows of one seed share their random numbers."""
     rest = {name: value for name, value in row.given.items() if name not in ("top_k", "n")}
@@ -80,32 +80,32 @@ def complete(
     return done, time.perf_counter() - start
 
 
-def run_part(
+def run_shard(
     guided: GuidedPolicy,
-    row: Row,
+    row: MethodRun,
     prompts: Sequence[str],
     *,
     seed: int,
     batch_size: int,
     reference: Policy | None = None,
     made_with: dict[str, Any] | None = None,
-) -> Part:
+) -> Shard:
     """Complete the prompts with one seed; ``reference`` is what KL is measured to where it is not the row's policy."""
     done, seconds = complete(guided, row, prompts, seed=seed, batch_size=batch_size)
     log_probs = None if reference is None else reference_log_probs(reference, guided.policy, done, batch_size)
-    return Part(
+    return Shard(
         label=row.label, seed=seed, made_with=made_with or {}, seconds=seconds, completions=done,
         reference_log_probs=log_probs,
     )  # fmt: skip
 
 
-def score_part(part: Part, rewards: Mapping[str, Reward]) -> bool:
+def score_shard(part: Shard, rewards: Mapping[str, NamedReward]) -> bool:
     """Ask the rewards that the part does not hold yet, or holds from another model; whether anything changed."""
     before = dict(part.scores)
     for key, reward in rewards.items():
         held = before.get(key)
         if held is None or held.fingerprint is None or held.fingerprint != reward.fingerprint:
-            part.scores[key] = Scores(fingerprint=reward.fingerprint, values=reward(part.completions))
+            part.scores[key] = ShardRewards(fingerprint=reward.fingerprint, values=reward(part.completions))
     return part.scores != before
 
 

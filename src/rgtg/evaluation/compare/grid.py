@@ -18,7 +18,7 @@ Beta = float | list[float] | None
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRun:
     """One row of a comparison: a method, what steers it, and the settings it was given.
 
     ``curve`` is the label without the strength (beta; n where the method has no beta), which orders a curve's rows.
@@ -42,16 +42,16 @@ class Row:
     def strength(self) -> float | None:
         """Beta (the first of several), else n; None where the method has neither."""
         beta = self.beta[0] if isinstance(self.beta, list) else self.beta
-        if takes(self.method, "beta"):
+        if has_setting(self.method, "beta"):
             return 1.0 if beta is None else beta
-        return float(self.given.get("n", DecodingSettings().n)) if takes(self.method, "n") else None
+        return float(self.given.get("n", DecodingSettings().n)) if has_setting(self.method, "n") else None
 
     def decoding(self) -> dict[str, Any]:
         """What was given, beta included."""
         return self.given | ({} if self.beta is None else {"beta": self.beta})
 
 
-def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = None) -> list[Row]:
+def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = None) -> list[MethodRun]:
     """One row per combination of the settings given as lists, each with a label of its own.
 
     Args:
@@ -63,7 +63,7 @@ def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = 
     """
     rows = [row for run in runs for row in _expand(run, shared.scorer if shared else None)]
     if shared is not None:
-        rows = [settle(row, shared) for row in rows]
+        rows = [with_shared_settings(row, shared) for row in rows]
     for row in rows:
         _require_usable(row)
     twice = [label for label, count in Counter(row.label for row in rows).items() if count > 1]
@@ -72,19 +72,19 @@ def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = 
     return rows
 
 
-def settle(row: Row, shared: EvaluationSettings) -> Row:
+def with_shared_settings(row: MethodRun, shared: EvaluationSettings) -> MethodRun:
     """The row with the comparison's own decoding settings, as far as its method has them; its own stay."""
     common = shared.model_dump(include={"max_new_tokens", "temperature"}) | shared.decoding
     if "top_k" in shared.model_fields_set:  # else the method's own default holds
         common["top_k"] = shared.top_k
-    applying = {name: value for name, value in common.items() if takes(row.method, name, value)}
+    applying = {name: value for name, value in common.items() if has_setting(row.method, name, value)}
     return replace(row, given=applying | row.given)
 
 
 _ABSENT = object()
 
 
-def takes(method: str, name: str, value: Any = _ABSENT) -> bool:
+def has_setting(method: str, name: str, value: Any = _ABSENT) -> bool:
     """Whether a method has a setting (and can be given this value of it): the table's own check says so."""
     given = DecodingSettings.model_fields[name].get_default() if value is _ABSENT else value
     settings = validate(DecodingSettings, {"method": method, name: given})
@@ -95,14 +95,14 @@ def takes(method: str, name: str, value: Any = _ABSENT) -> bool:
     return True
 
 
-def is_random(row: Row) -> bool:
+def is_random(row: MethodRun) -> bool:
     """Whether another seed can give other completions."""
     method = METHODS[row.method]
     plain = method.unit == "token" and method.rule == "sample"
     return method.rule != "greedy" and not (plain and row.given.get("temperature") == 0)
 
 
-def _expand(run: CompareRun, scorer: str | None) -> Iterator[Row]:
+def _expand(run: CompareRun, scorer: str | None) -> Iterator[MethodRun]:
     find_method(run.method)
     base = run.label or run.method
     given = run.model_dump(include={"n", "top_k", "temperature"}, exclude_unset=True) | (run.model_extra or {})
@@ -111,13 +111,13 @@ def _expand(run: CompareRun, scorer: str | None) -> Iterator[Row]:
         _require_values(name, values, base)
     for chosen in itertools.product(*swept.values()):
         mine = given | dict(zip(swept, chosen, strict=True))
-        by_n = not takes(run.method, "beta")  # then n is the strength, and no part of the curve's name
+        by_n = not has_setting(run.method, "beta")  # then n is the strength, and no part of the curve's name
         shown = [f"{_SHORT.get(name, name)}={_show(mine[name])}" for name in swept]
         curve = " ".join([base, *(s for s, name in zip(shown, swept, strict=True) if not (by_n and name == "n"))])
         for names, beta in _betas(run, scorer, base):
             label = " ".join([base, *([] if beta is None else [f"β={_show(beta)}"]), *shown])
             others = [f"β=*+{_show(beta[1:])}"] if isinstance(beta, list) else []
-            yield Row(
+            yield MethodRun(
                 label, " ".join([curve, *others]), run.method, names, beta, run.policy, tuple(run.trained_with), mine
             )
 
@@ -152,12 +152,12 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _require_usable(row: Row) -> None:
+def _require_usable(row: MethodRun) -> None:
     method = METHODS[row.method]
     settings = validate(DecodingSettings, {"method": row.method} | row.decoding())
     check_settings(method, settings)
     require_complete(method, settings)
-    if takes(row.method, "n") and settings.n > 1 and (settings.temperature == 0 or settings.top_k == 1):
+    if has_setting(row.method, "n") and settings.n > 1 and (settings.temperature == 0 or settings.top_k == 1):
         raise UsageError(
             f"{row.label} would draw {settings.n} times the same: a baseline that samples needs a temperature above 0 "
             "and more than one candidate"
@@ -168,7 +168,7 @@ def _require_usable(row: Row) -> None:
         raise UsageError(f"{row.label} has a policy of its own and needs a scorer of its own too")
 
 
-def with_betas(row: Row, factor: float, scorers: Sequence[GuidingScorer]) -> Row:
+def with_betas(row: MethodRun, factor: float, scorers: Sequence[GuidingScorer]) -> MethodRun:
     """The row with its scorers' betas (1 where none is given) times a factor."""
     betas = [factor * float(one.beta) for one in scorers if not isinstance(one.beta, list)] or [factor]
     beta: Beta = betas if len(betas) > 1 else betas[0]

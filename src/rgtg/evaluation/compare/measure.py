@@ -7,8 +7,8 @@ from typing import Any
 from rgtg.config import EvaluationSettings
 from rgtg.decoding.methods import METHODS
 from rgtg.decoding.sampling import best_of_n_kl
-from rgtg.evaluation.compare.grid import Row, takes
-from rgtg.evaluation.compare.shards import Part
+from rgtg.evaluation.compare.grid import MethodRun, has_setting
+from rgtg.evaluation.compare.shards import Shard
 from rgtg.evaluation.compare.traces import rule_of, sample_steps
 from rgtg.evaluation.metrics import (
     best_of_n_kl_estimate,
@@ -83,9 +83,9 @@ def measure(
     return figures
 
 
-def row_result(
-    row: Row,
-    parts: Sequence[Part],
+def run_result(
+    row: MethodRun,
+    parts: Sequence[Shard],
     settings: EvaluationSettings,
     *,
     full: dict[str, Any],
@@ -113,8 +113,8 @@ def row_result(
     return MethodResult(
         label=row.label,
         method=row.method,
-        beta=full["beta"] if takes(row.method, "beta") else None,
-        n=int(full["n"]) if takes(row.method, "n") else None,
+        beta=full["beta"] if has_setting(row.method, "beta") else None,
+        n=int(full["n"]) if has_setting(row.method, "n") else None,
         curve=row.curve,
         strength=row.strength,
         settings=full,
@@ -182,7 +182,7 @@ def _divergences(
     return found
 
 
-def _samples(part: Part, rule: dict[str, Any], texts: TokenBytes | None) -> list[dict[str, Any]]:
+def _samples(part: Shard, rule: dict[str, Any], texts: TokenBytes | None) -> list[dict[str, Any]]:
     found = []
     for completion, reward in list(zip(part.completions, part.scores[GOLD].values, strict=True))[:SAMPLES]:
         sample = completion.model_dump(exclude={"trace"}) | {"reward": reward}

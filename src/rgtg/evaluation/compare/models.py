@@ -10,8 +10,8 @@ from rgtg.config import EvaluationSettings
 from rgtg.decoding.loading import laid_out, load_for_method
 from rgtg.decoding.methods import METHODS, find_method
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare.generate import Reward, RewardFunction
-from rgtg.evaluation.compare.grid import Row
+from rgtg.evaluation.compare.generate import NamedReward, RewardFunction
+from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.models.loading.device_map import Placement
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
@@ -20,7 +20,7 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.types.generation import Completion
 
 
-class Key(NamedTuple):
+class ScorerKey(NamedTuple):
     """A scorer as it is loaded; where the rest does not matter to it, two rows of one name share it."""
 
     name: str
@@ -30,30 +30,30 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Contestants:
+class ComparisonModels:
     """Everything a comparison runs with.
 
     ``proxies`` are the rewards beside gold; ``names`` are short ones of models; ``given`` are scorers that came loaded.
     """
 
     policy: Policy
-    reward: Reward
+    reward: NamedReward
     policies: dict[str, Policy] = field(default_factory=dict)
-    scorers: dict[Key, AnyScorer] = field(default_factory=dict)
-    proxies: dict[str, Reward] = field(default_factory=dict)
+    scorers: dict[ScorerKey, AnyScorer] = field(default_factory=dict)
+    proxies: dict[str, NamedReward] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     gold_model: Any = None
     given: Mapping[str, AnyScorer] = field(default_factory=dict)
 
-    def policy_of(self, row: Row) -> Policy:
+    def policy_of(self, row: MethodRun) -> Policy:
         """The row's own policy, or the one that all are measured against."""
         return self.policy if row.policy is None else self.policies[row.policy]
 
-    def scorers_of(self, row: Row) -> list[AnyScorer]:
+    def scorers_of(self, row: MethodRun) -> list[AnyScorer]:
         """What steers or selects in a row."""
         return [self.scorers[key] for key in keys_of(row, self.given)]
 
-    def guided_by(self, row: Row) -> list[str]:
+    def guided_by(self, row: MethodRun) -> list[str]:
         """The row's scorers by their names as proxies, those that can score finished completions."""
         named = dict.fromkeys(self.names[key.name] for key in keys_of(row, self.given))
         return [name for name in named if name in self.proxies]
@@ -66,15 +66,15 @@ class Contestants:
         return {"policy": self.policy.model} | gold | {self.names[name]: module for name, module in others.items()}
 
 
-def load_contestants(
+def load_comparison_models(
     settings: EvaluationSettings,
-    rows: Sequence[Row],
+    rows: Sequence[MethodRun],
     *,
     policy: Policy | None = None,
     scorers: Mapping[str, AnyScorer] | None = None,
     reward: RewardFunction | None = None,
     proxies: Mapping[str, RewardFunction] | None = None,
-) -> Contestants:
+) -> ComparisonModels:
     """Load each model once; what is given loaded is taken as it is. Arguments: those of ``compare``.
 
     Raises:
@@ -91,7 +91,9 @@ def load_contestants(
     judge = None
     if reward is None:
         judge = PrefixScorer.from_pretrained(_name_of(settings.reward, "reward", "held-out reward model"), **where)
-    found = Contestants(policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None, given=given)
+    found = ComparisonModels(
+        policy, _gold(settings, judge, reward), gold_model=judge.model if judge else None, given=given
+    )
     found.policies = {name: laid_out(load_policy(name, **where), grouped=adapters) for name in _own_policies(rows)}
     for row in rows:
         for key in keys_of(row, given):
@@ -108,7 +110,7 @@ def load_contestants(
     return found
 
 
-def keys_of(row: Row, given: Container[str] = ()) -> list[Key]:
+def keys_of(row: MethodRun, given: Container[str] = ()) -> list[ScorerKey]:
     """A row's scorers, none where its method reads none; those ``given`` need no look at their files."""
     method = METHODS[row.method]
     keys = []
@@ -116,7 +118,7 @@ def keys_of(row: Row, given: Container[str] = ()) -> list[Key]:
         trunk = "separate" if name in given else trunk_of(name)
         joined = trunk == "shared" and method.unit == "token"
         own = None if trunk == "separate" else row.policy
-        keys.append(Key(name, own, joined, method.scorer == "autoregressive"))
+        keys.append(ScorerKey(name, own, joined, method.scorer == "autoregressive"))
     return keys
 
 
@@ -206,18 +208,18 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _gold(settings: EvaluationSettings, judge: PrefixScorer | None, reward: RewardFunction | None) -> Reward:
+def _gold(settings: EvaluationSettings, judge: PrefixScorer | None, reward: RewardFunction | None) -> NamedReward:
     if judge is not None:
-        return Reward(Path(settings.reward or judge.name).name, reward_of(judge), fingerprint_weights(judge.model))
+        return NamedReward(Path(settings.reward or judge.name).name, reward_of(judge), fingerprint_weights(judge.model))
     assert reward is not None, "either is given"
-    return Reward.of(settings.reward or str(getattr(reward, "__name__", "gold")), reward)
+    return NamedReward.of(settings.reward or str(getattr(reward, "__name__", "gold")), reward)
 
 
 def _proxies(
-    settings: EvaluationSettings, found: Contestants, given: Mapping[str, RewardFunction], where: dict[str, Any]
-) -> tuple[dict[str, Reward], dict[str, Any]]:
+    settings: EvaluationSettings, found: ComparisonModels, given: Mapping[str, RewardFunction], where: dict[str, Any]
+) -> tuple[dict[str, NamedReward], dict[str, Any]]:
     """Rewards beside gold: rules given, models named, and every scorer that can read finished completions."""
-    rewards = {name: Reward.of(name, one) for name, one in given.items()}
+    rewards = {name: NamedReward.of(name, one) for name, one in given.items()}
     models: dict[str, Any] = {}
     for name, source in settings.proxies.items():
         models[name] = load_scorer(source, policy=found.policy, **where)
@@ -230,17 +232,17 @@ def _proxies(
     for name, model in (models | own).items():
         if name in rewards or (name in models and name in own):
             raise UsageError(f"two rewards are called {name!r}: give the proxy another name")
-        rewards[name] = Reward(name, reward_of(model), fingerprint_weights(weights_of(model)))
+        rewards[name] = NamedReward(name, reward_of(model), fingerprint_weights(weights_of(model)))
     return rewards, models
 
 
-def _load_scorer(key: Key, row: Row, found: Contestants, where: dict[str, Any]) -> AnyScorer:
+def _load_scorer(key: ScorerKey, row: MethodRun, found: ComparisonModels, where: dict[str, Any]) -> AnyScorer:
     if key.name in found.given:
         return found.given[key.name]
     return load_for_method(key.name, found.policy_of(row), row.method, Placement(**where), pack=True)
 
 
-def _own_policies(rows: Sequence[Row]) -> list[str]:
+def _own_policies(rows: Sequence[MethodRun]) -> list[str]:
     return list(dict.fromkeys(row.policy for row in rows if row.policy is not None))
 
 
@@ -250,7 +252,7 @@ def _name_of(given: str | None, setting: str, what: str) -> str:
     return given
 
 
-def _require_scorers(rows: Sequence[Row], given: Mapping[str, AnyScorer]) -> None:
+def _require_scorers(rows: Sequence[MethodRun], given: Mapping[str, AnyScorer]) -> None:
     for row in rows:
         if find_method(row.method).scorer and not row.scorers:
             raise UsageError(f"{row.label} needs a scorer: give one for all (scorer) or one per method")

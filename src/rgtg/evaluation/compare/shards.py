@@ -13,20 +13,20 @@ from rgtg.types.base import Record
 from rgtg.types.generation import Completion
 from rgtg.utils.files import write_text
 
-PART_VERSION = 1
+SHARD_VERSION = 1
 
 
-class Scores(Record):
+class ShardRewards(Record):
     """One reward of every completion of a part; ``fingerprint`` is None for a rule, which is asked again."""
 
     fingerprint: str | None
     values: list[float]
 
 
-class Part(Record):
+class Shard(Record):
     """What one row gave with one seed, in the order of the prompts; ``made_with`` is all that its texts depend on."""
 
-    version: int = PART_VERSION
+    version: int = SHARD_VERSION
     label: str
     seed: int
     made_with: dict[str, Any]
@@ -35,16 +35,16 @@ class Part(Record):
     reference_log_probs: list[float] | None = Field(
         default=None, description="nats, under the policy that KL is measured to; None where the row's own policy is it"
     )
-    scores: dict[str, Scores] = Field(default_factory=dict, description="reward, proxy:NAME → values")
+    scores: dict[str, ShardRewards] = Field(default_factory=dict, description="reward, proxy:NAME → values")
 
 
-class Parts:
+class ShardFolder:
     """The folder of finished parts."""
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         self.folder, self.force = folder, force
 
-    def find(self, label: str, seed: int, made_with: dict[str, Any]) -> Part | None:
+    def find(self, label: str, seed: int, made_with: dict[str, Any]) -> Shard | None:
         """The finished part of that row and seed; None where there is none yet (or one to be made anew).
 
         Raises:
@@ -55,7 +55,7 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            part = Part.model_validate_json(path.read_bytes())
+            part = Shard.model_validate_json(path.read_bytes())
         except ValidationError as error:
             if self.force:
                 return None
@@ -71,7 +71,7 @@ class Parts:
             "now): give another --output, or --force to make it anew"
         )
 
-    def save(self, part: Part) -> None:
+    def save(self, part: Shard) -> None:
         """Write a part, whole or not at all."""
         write_text(self._path(part.label, part.seed), part.model_dump_json() + "\n")
 

@@ -44,9 +44,9 @@ def differences(
     mine = [(row, base) for row in results if row is not base]
     found = []
     for metric in _metrics(results):
-        found += _contrast(mine, metric, "baseline", how)
+        found += _paired_tests(mine, metric, "baseline", how)
     best = [representative(rows) for rows in curves(results).values()]
-    return found + _contrast(list(itertools.combinations(best, 2)), "reward", "methods", how)
+    return found + _paired_tests(list(itertools.combinations(best, 2)), "reward", "methods", how)
 
 
 def over_optimised(results: Sequence[MethodResult], how: Resampling | None = None) -> list[OverOptimisation]:
@@ -60,7 +60,7 @@ def over_optimised(results: Sequence[MethodResult], how: Resampling | None = Non
     for name, rows in curves(results).items():
         pairs = [(rows[j], rows[i]) for i, j in itertools.combinations(range(len(rows)), 2)]
         fallen: dict[str, tuple[MethodResult, MethodResult, PairedDifference]] = {}
-        for (at, lesser), gold in zip(pairs, _contrast(pairs, "reward", "methods", how), strict=True):
+        for (at, lesser), gold in zip(pairs, _paired_tests(pairs, "reward", "methods", how), strict=True):
             before = fallen.get(at.label)
             higher = before is None or before[1].metrics["reward"].mean < lesser.metrics["reward"].mean
             if gold.difference.mean < 0 and gold.p_adjusted < SIGNIFICANT and higher:
@@ -124,7 +124,7 @@ def _least_of_the_best(rows: Sequence[MethodResult]) -> tuple[MethodResult, str]
     return best, "the highest gold reward, by more than one standard error over every lesser strength"
 
 
-def _contrast(
+def _paired_tests(
     pairs: Sequence[tuple[MethodResult, MethodResult]], metric: str, family: Family, how: Resampling
 ) -> list[PairedDifference]:
     """First less second of each pair, tested together."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from rgtg.config import CompareRun, SweepSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare.generate import Reward, RewardFunction
-from rgtg.evaluation.compare.grid import expand_runs, takes, with_betas
-from rgtg.evaluation.compare.models import load_contestants
-from rgtg.evaluation.compare.run import Bench, Progress
+from rgtg.evaluation.compare.comparison import ComparisonRunner, Progress
+from rgtg.evaluation.compare.generate import NamedReward, RewardFunction
+from rgtg.evaluation.compare.grid import expand_runs, has_setting, with_betas
+from rgtg.evaluation.compare.models import load_comparison_models
 from rgtg.evaluation.compare.shards import fingerprint_texts
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
@@ -19,7 +19,7 @@ from rgtg.types.comparison import SweepResult, SweepTry
 
 _STEP = 4.0  # how far a bracket is widened at once
 _MARGIN = 0.15  # interpolation stays this far, in share of the bracket, from its ends
-_NO_REWARD = Reward("none", lambda done: [0.0] * len(done))  # a KL target needs none
+_NO_REWARD = NamedReward("none", lambda done: [0.0] * len(done))  # a KL target needs none
 
 
 def sweep(
@@ -35,21 +35,21 @@ def sweep(
     """The factor of the betas at which the target is met within the tolerance, and every one tried.
 
     Every try completes the same prompts with the same seeds, so that the curve is smooth in beta. Tries are parts, as
-    in ``rgtg.evaluation.compare.run.compare`` (whose arguments these are): a sweep that was stopped goes on.
+    in ``rgtg.evaluation.compare.comparison.compare`` (whose arguments these are): a sweep that was stopped goes on.
 
     Raises:
         UsageError: a method without beta, a reward target without a reward, and as ``compare``.
     """
-    if not takes(settings.method, "beta"):
+    if not has_setting(settings.method, "beta"):
         raise UsageError(f"{settings.method} has no beta to find")
     steering = {"scorers": settings.scorers} if settings.scorers else {"scorer": settings.scorer}
     (row,) = expand_runs([CompareRun.model_validate({"method": settings.method} | steering)], settings)
     texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
     rewarded = settings.target_reward is not None or settings.reward is not None or reward is not None
-    models = load_contestants(
+    models = load_comparison_models(
         settings, [row], policy=policy, scorers=scorers, proxies=proxies, reward=reward if rewarded else _NO_REWARD
     )
-    bench = Bench(models, texts, settings, progress)
+    bench = ComparisonRunner(models, texts, settings, progress)
     metric, target = _target(settings)
 
     def measure(factor: float) -> SweepTry:
@@ -73,7 +73,7 @@ def sweep(
 
 
 @dataclass
-class Found:
+class SearchOutcome:
     """The end of a search: the try nearest to the target, whether it is within the tolerance, and why not."""
 
     best: SweepTry
@@ -84,7 +84,7 @@ class Found:
 
 def search(
     measure: Callable[[float], SweepTry], target: float, tolerance: float, low: float, high: float, most: int
-) -> Found:
+) -> SearchOutcome:
     """Where a figure that grows with log beta meets a target.
 
     From 1 (or the nearer end of the range) the bracket is widened fourfold until the target lies between its ends; then
@@ -105,10 +105,10 @@ def search(
         tries.append(measure(factor))
         return tries[-1].value.mean - target
 
-    def end(verdict: str = "") -> Found:
+    def end(verdict: str = "") -> SearchOutcome:
         best = min(tries, key=lambda one: abs(one.value.mean - target))
         reached = abs(best.value.mean - target) <= tolerance
-        return Found(best, reached, "within the tolerance" if reached else verdict, tries)
+        return SearchOutcome(best, reached, "within the tolerance" if reached else verdict, tries)
 
     at = min(max(1.0, low), high)
     gap = ask(at)

@@ -6,8 +6,8 @@ from typing import Any
 
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
-from rgtg.evaluation.compare.grid import Row
-from rgtg.evaluation.compare.shards import Part
+from rgtg.evaluation.compare.grid import MethodRun
+from rgtg.evaluation.compare.shards import Shard
 from rgtg.tokenization.token_bytes import TokenBytes
 from rgtg.types.generation import Completion, StepTrace
 
@@ -16,7 +16,7 @@ _MOST = 50
 _DIGITS = 5
 
 
-def trace_part(part: Part, guided: GuidedPolicy, row: Row, prompts: Sequence[str], count: int) -> bool:
+def trace_shard(part: Shard, guided: GuidedPolicy, row: MethodRun, prompts: Sequence[str], count: int) -> bool:
     """Keep the steps of a part's first completions, by making these once more; whether anything changed.
 
     A part's time is that of completions without a trace. A completion that comes out as other tokens (which another

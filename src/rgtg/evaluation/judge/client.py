@@ -31,7 +31,7 @@ class CallRefusedError(CallFailedError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class JudgeAnswer:
     """What a judge said, and the tokens it took."""
 
     text: str
@@ -50,7 +50,7 @@ class AnswerCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, JudgeAnswer] = {}
         self._file: Any = None
         if path.exists():
             self._read()
@@ -67,11 +67,11 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> JudgeAnswer | None:
         """The answer to a request, if it was ever paid for."""
         return self._answers.get(key)
 
-    def put(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, answer: JudgeAnswer) -> None:
         """Keep an answer.
 
         Raises:
@@ -106,13 +106,13 @@ class AnswerCache:
             try:
                 row = json.loads(line)
                 key = row.pop("key")
-                self._answers[key] = Answer(**row)
+                self._answers[key] = JudgeAnswer(**row)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
 
 
 @dataclass
-class Endpoint:
+class JudgeClient:
     """A judge at its URL. ``ask`` may be called from several threads.
 
     Raises:
@@ -128,8 +128,8 @@ class Endpoint:
         self.url = endpoint_url(self.settings)
         self._key = _api_key(self.settings, self.url)
         self._lock = threading.Lock()
-        self._paid: list[Answer] = []
-        self._reused: list[Answer] = []
+        self._paid: list[JudgeAnswer] = []
+        self._reused: list[JudgeAnswer] = []
         self._retries = 0
         try:
             from openai import OpenAI, Timeout
@@ -143,7 +143,7 @@ class Endpoint:
             timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
         )
 
-    def ask(self, messages: list[Message]) -> Answer:
+    def ask(self, messages: list[Message]) -> JudgeAnswer:
         """The answer to a conversation: the one kept on disk, else a call's.
 
         Raises:
@@ -184,7 +184,7 @@ class Endpoint:
         kept = f"{len(self.cache)} answers are kept in {self.cache.path}; run the same command again to go on"
         return EndpointError(f"the judge at {self.url}: {self._without_key(reason)}. {kept}")
 
-    def _call(self, messages: list[Message]) -> Answer:
+    def _call(self, messages: list[Message]) -> JudgeAnswer:
         import openai
 
         try:
@@ -259,7 +259,7 @@ def cost(settings: JudgeSettings, prompt_tokens: int, completion_tokens: int) ->
     return (prompt_tokens * (settings.price_in or 0) + completion_tokens * (settings.price_out or 0)) / 1e6
 
 
-def _answer(response: Any, messages: Sequence[Message]) -> Answer:
+def _answer(response: Any, messages: Sequence[Message]) -> JudgeAnswer:
     """The first choice of a response; a server is free to send anything at all.
 
     Raises:
@@ -273,8 +273,8 @@ def _answer(response: Any, messages: Sequence[Message]) -> Answer:
         raise CallFailedError("the response is not of the chat-completions format") from error
     if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
         written = estimated_tokens([{"role": "assistant", "content": text}])
-        return Answer(text, finish_reason, estimated_tokens(messages), written, estimated=True)
-    return Answer(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
+        return JudgeAnswer(text, finish_reason, estimated_tokens(messages), written, estimated=True)
+    return JudgeAnswer(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
 
 
 def _api_key(settings: JudgeSettings, url: str) -> str:
@@ -290,5 +290,5 @@ def _said(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 
-def _tokens(answers: Sequence[Answer]) -> tuple[int, int]:
+def _tokens(answers: Sequence[JudgeAnswer]) -> tuple[int, int]:
     return sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)

@@ -17,12 +17,12 @@ from rgtg.utils.files import file_checksum
 
 # Prompt, seed of the run (of a comparison's rows), and how many completions of both came before: the n-th meets the
 # other side's n-th.
-Place = tuple[str, int | None, int]
-Written = Mapping[Place, str]
+CompletionKey = tuple[str, int | None, int]
+Completions = Mapping[CompletionKey, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class CompletionPair:
     """Two completions of one prompt, by the labels of those who wrote them."""
 
     a: str
@@ -33,15 +33,15 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
-class Contests:
+class JudgeInputs:
     """Everything to be judged, and fingerprints of the files it came from."""
 
     kind: Literal["win-rate", "agreement"]
-    contests: list[Contest]
+    contests: list[CompletionPair]
     data: dict[str, str]
 
 
-def read_contests(settings: JudgeSettings, rejects: Path | None = None) -> Contests:
+def read_inputs(settings: JudgeSettings, rejects: Path | None = None) -> JudgeInputs:
     """Pair up what the settings name: chosen with rejected, or every two labels on every prompt.
 
     Args:
@@ -62,16 +62,18 @@ def read_contests(settings: JudgeSettings, rejects: Path | None = None) -> Conte
     written, data = _read_all(sides or settings.completions)
     if sides and len(written) != 2:
         raise UsageError(f"--a and --b hold more than two labels ({', '.join(written)}): use --completions")
-    return Contests("win-rate", _meetings(written, settings), data)
+    return JudgeInputs("win-rate", _meetings(written, settings), data)
 
 
-def _human_pairs(settings: JudgeSettings, source: str, rejects: Path | None) -> Contests:
+def _human_pairs(settings: JudgeSettings, source: str, rejects: Path | None) -> JudgeInputs:
     found = read_pairs(source, on_bad=settings.on_bad, rejects=rejects)
-    contests = [Contest("chosen", "rejected", p.prompt, p.chosen, p.rejected) for p in found.pairs[: settings.limit]]
-    return Contests("agreement", contests, {"pairs": found.fingerprint})
+    contests = [
+        CompletionPair("chosen", "rejected", p.prompt, p.chosen, p.rejected) for p in found.pairs[: settings.limit]
+    ]
+    return JudgeInputs("agreement", contests, {"pairs": found.fingerprint})
 
 
-def _meetings(written: Mapping[str, Written], settings: JudgeSettings) -> list[Contest]:
+def _meetings(written: Mapping[str, Completions], settings: JudgeSettings) -> list[CompletionPair]:
     if len(written) < 2:
         raise UsageError(f"only {', '.join(written)} was given: a judge needs completions of at least two")
     if settings.baseline is not None and settings.baseline not in written:
@@ -79,7 +81,7 @@ def _meetings(written: Mapping[str, Written], settings: JudgeSettings) -> list[C
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in next(iter(written.values()))))
     wanted = set(prompts[: settings.limit])
     return [
-        Contest(a, b, place[0], written[a][place], written[b][place])
+        CompletionPair(a, b, place[0], written[a][place], written[b][place])
         for a, b in itertools.combinations(written, 2)
         if settings.baseline in (None, a, b)
         for place in _shared_places(a, b, written)
@@ -87,7 +89,7 @@ def _meetings(written: Mapping[str, Written], settings: JudgeSettings) -> list[C
     ]
 
 
-def _shared_places(a: str, b: str, written: Mapping[str, Written]) -> list[Place]:
+def _shared_places(a: str, b: str, written: Mapping[str, Completions]) -> list[CompletionKey]:
     """Where both have a completion. A row without randomness ran with fewer seeds; all else must match."""
     seeds = {seed for _, seed, _ in written[a]} & {seed for _, seed, _ in written[b]}
     of_a, of_b = ([place for place in written[side] if place[1] in seeds] for side in (a, b))
@@ -101,8 +103,8 @@ def _shared_places(a: str, b: str, written: Mapping[str, Written]) -> list[Place
     return of_a
 
 
-def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str, str]]:
-    written: dict[str, dict[Place, str]] = {}
+def _read_all(sources: list[str]) -> tuple[dict[str, dict[CompletionKey, str]], dict[str, str]]:
+    written: dict[str, dict[CompletionKey, str]] = {}
     data = {}
     for source, (name, path) in zip(sources, _named(sources), strict=True):
         for label, texts in _by_label(read_completions(path), name).items():
@@ -113,9 +115,9 @@ def _read_all(sources: list[str]) -> tuple[dict[str, dict[Place, str]], dict[str
     return written, data
 
 
-def _by_label(rows: list[dict[str, Any]], name: str) -> dict[str, dict[Place, str]]:
+def _by_label(rows: list[dict[str, Any]], name: str) -> dict[str, dict[CompletionKey, str]]:
     """Texts by place for each row of a comparison; other completions go by the name of their file."""
-    written: dict[str, dict[Place, str]] = {}
+    written: dict[str, dict[CompletionKey, str]] = {}
     seen: Counter[tuple[str, str, int | None]] = Counter()
     for row in rows:
         label, prompt, seed = str(row.get("row") or name), row["prompt"], row.get("run_seed")

@@ -39,7 +39,7 @@ class JudgePrompt:
         Raises:
             UsageError: the file cannot be read, lacks a placeholder, or holds an unknown one.
         """
-        folder = resources.files("rgtg.evaluation") / "judge_prompts"
+        folder = resources.files("rgtg.evaluation") / "judge" / "prompts"
         question = _read(path) if path else (folder / "pairwise.txt").read_text(encoding="utf-8")
         return cls(question.strip(), (folder / "reminder.txt").read_text(encoding="utf-8").strip())
 

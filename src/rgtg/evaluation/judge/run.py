@@ -15,13 +15,13 @@ from rgtg.evaluation.judge.client import (
     AnswerCache,
     CallFailedError,
     CallRefusedError,
-    Endpoint,
+    JudgeClient,
     cost,
     endpoint_url,
     estimated_tokens,
     request_key,
 )
-from rgtg.evaluation.judge.inputs import Contest, Contests, read_contests
+from rgtg.evaluation.judge.inputs import CompletionPair, JudgeInputs, read_inputs
 from rgtg.evaluation.judge.prompt import JudgePrompt, Message, NoVerdictError, Verdict, read_verdict
 from rgtg.evaluation.judge.win_rate import pair_score, summarise
 from rgtg.evaluation.provenance import provenance
@@ -46,7 +46,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallEstimate:
     """What a run would do: calls to make, answers already there, and about how many tokens that is."""
 
     pairs: int
@@ -59,7 +59,7 @@ class Plan:
 
 
 @dataclass
-class _Reply:
+class _JudgeReply:
     """What came of one question: the verdict, or why there is none."""
 
     verdict: Verdict | None = None
@@ -76,10 +76,10 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
         DataError: bad rows, or sides that do not answer the same prompts.
         EndpointError: the endpoint cannot be reached, refuses, or keeps failing; what it answered is kept.
     """
-    found = read_contests(settings, settings.output / "rejects.jsonl" if settings.on_bad == "skip" else None)
+    found = read_inputs(settings, settings.output / "rejects.jsonl" if settings.on_bad == "skip" else None)
     prompt = JudgePrompt.load(settings.prompt_file)
     with AnswerCache(settings.answers) as cache:
-        endpoint = Endpoint(settings, cache)
+        endpoint = JudgeClient(settings, cache)
         # 1. Both orders of every pair; what is the same question is asked once.
         questions = _questions(found.contests, prompt)
         # 2. Answers, several at once.
@@ -99,7 +99,7 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
     return Judgement(result, pairs)
 
 
-def plan(settings: JudgeSettings) -> Plan:
+def plan(settings: JudgeSettings) -> CallEstimate:
     """What ``judge`` would do, without a call and without a key.
 
     Raises:
@@ -107,14 +107,14 @@ def plan(settings: JudgeSettings) -> Plan:
         DataError: bad rows, or sides that do not answer the same prompts.
     """
     endpoint_url(settings)
-    found = read_contests(settings)
+    found = read_inputs(settings)
     prompt = JudgePrompt.load(settings.prompt_file)
     questions = _questions(found.contests, prompt)
     with AnswerCache(settings.answers) as cache:
         new = [m for m in questions.values() if cache.get(request_key(settings, m)) is None]
     read = sum(map(estimated_tokens, new))
     written = len(new) * settings.max_tokens if settings.max_tokens is not None else None
-    return Plan(
+    return CallEstimate(
         pairs=len(found.contests),
         identical=sum(contest.text_a == contest.text_b for contest in found.contests),
         calls=len(new),
@@ -125,11 +125,11 @@ def plan(settings: JudgeSettings) -> Plan:
     )
 
 
-def _orders(contest: Contest) -> tuple[tuple[str, str], tuple[str, str]]:
+def _orders(contest: CompletionPair) -> tuple[tuple[str, str], tuple[str, str]]:
     return (contest.text_a, contest.text_b), (contest.text_b, contest.text_a)
 
 
-def _questions(contests: Sequence[Contest], prompt: JudgePrompt) -> dict[tuple[str, str, str], list[Message]]:
+def _questions(contests: Sequence[CompletionPair], prompt: JudgePrompt) -> dict[tuple[str, str, str], list[Message]]:
     """(prompt, first, second) → messages; identical texts are a tie that needs no judge."""
     return {
         (contest.prompt, first, second): prompt.ask(contest.prompt, first, second)
@@ -141,20 +141,20 @@ def _questions(contests: Sequence[Contest], prompt: JudgePrompt) -> dict[tuple[s
 
 def _ask_all(
     questions: dict[tuple[str, str, str], list[Message]],
-    endpoint: Endpoint,
+    endpoint: JudgeClient,
     prompt: JudgePrompt,
     progress: Progress | None,
-) -> dict[tuple[str, str, str], _Reply]:
+) -> dict[tuple[str, str, str], _JudgeReply]:
     """Replies to all questions.
 
     Raises:
         EndpointError: as ``judge`` says. Whatever stops the work, calls under way are waited for: they are paid.
     """
-    replies: dict[tuple[str, str, str], _Reply] = {}
+    replies: dict[tuple[str, str, str], _JudgeReply] = {}
     answered, failed_in_a_row = False, 0
     pool = ThreadPoolExecutor(endpoint.settings.concurrency, thread_name_prefix="judge")
     try:
-        asked: dict[Future[_Reply], tuple[str, str, str]] = {
+        asked: dict[Future[_JudgeReply], tuple[str, str, str]] = {
             pool.submit(_ask, messages, endpoint, prompt): question for question, messages in questions.items()
         }
         for future in as_completed(asked):
@@ -178,15 +178,15 @@ def _ask_all(
     return replies
 
 
-def _require_some_reply(replies: dict[tuple[str, str, str], _Reply], endpoint: Endpoint) -> None:
+def _require_some_reply(replies: dict[tuple[str, str, str], _JudgeReply], endpoint: JudgeClient) -> None:
     """Refuse to make figures where not one call got through."""
     if replies and all(reply.fault for reply in replies.values()):
         raise endpoint.failure(f"every call failed, the last one with: {[*replies.values()][-1].problem}")
 
 
-def _ask(messages: list[Message], endpoint: Endpoint, prompt: JudgePrompt) -> _Reply:
+def _ask(messages: list[Message], endpoint: JudgeClient, prompt: JudgePrompt) -> _JudgeReply:
     """Ask, and ask again where the answer holds no verdict; bounded."""
-    reply = _Reply()
+    reply = _JudgeReply()
     for _ in range(1 + endpoint.settings.answer_retries):
         try:
             answer = endpoint.ask(messages)
@@ -208,7 +208,7 @@ def _ask(messages: list[Message], endpoint: Endpoint, prompt: JudgePrompt) -> _R
 
 
 def _collect(
-    contests: Sequence[Contest], replies: dict[tuple[str, str, str], _Reply]
+    contests: Sequence[CompletionPair], replies: dict[tuple[str, str, str], _JudgeReply]
 ) -> tuple[list[JudgedPair], list[JudgeFailure]]:
     pairs, failures = [], []
     for contest in contests:
@@ -240,7 +240,7 @@ def _matches(pairs: Sequence[JudgedPair], settings: JudgeSettings) -> list[Judge
     return [summarise(some, seed=settings.seed, resamples=settings.bootstrap) for some in by_labels.values()]
 
 
-def _provenance(settings: JudgeSettings, found: Contests) -> Provenance:
+def _provenance(settings: JudgeSettings, found: JudgeInputs) -> Provenance:
     return provenance(
         command="rgtg judge", settings=settings.model_dump(mode="json"), seed=settings.seed, models={}, data=found.data
     )

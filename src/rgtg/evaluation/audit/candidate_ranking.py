@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rgtg.errors import DataError, NonFiniteError, UsageError
-from rgtg.evaluation.audit import ranking as choices
-from rgtg.evaluation.audit.rollout_data import Rollouts, read_rollouts
+from rgtg.evaluation.audit import ranking_metrics as choices
+from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts, read_rollouts
 from rgtg.evaluation.metrics import unit_numbers
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -51,7 +51,7 @@ class _Table:
 
 def audit_rollouts(
     scorer: "Scorer | str | tuple[Any, Any]",
-    rollouts: "Rollouts | str | Path",
+    rollouts: "CandidateRollouts | str | Path",
     *,
     beta: float | None = None,
     kl_nats: float | None = None,
@@ -108,7 +108,7 @@ def audit_rollouts(
     )  # fmt: skip
 
 
-def candidate_scores(scorer: Any, rollouts: Rollouts, batch_size: int = 64) -> Tensor:
+def candidate_scores(scorer: Any, rollouts: CandidateRollouts, batch_size: int = 64) -> Tensor:
     """The scorer's score (N, K), fp32, of every candidate: of prompt ⊕ written ⊕ v, the last position alone.
 
     A scorer with the policy's tokenizer reads the policy's ids, as guidance does; another one, or one that scores texts
@@ -150,7 +150,7 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
     return f"Steers {'well' if share.mean >= WELL else 'weakly'}: {figures}; that is {part}."
 
 
-def _require_fit(model: Any, rollouts: Rollouts) -> None:
+def _require_fit(model: Any, rollouts: CandidateRollouts) -> None:
     """Refuse what cannot be read alone, a head on another policy, and a scorer that is what it would be judged by."""
     header = rollouts.header
     if not hasattr(model, "score_prefixes") and not hasattr(model, "score"):

@@ -69,6 +69,8 @@ def guided_weights(
     log_probs: Float[Tensor, "prefixes candidates"], scores: Float[Tensor, "prefixes candidates"], beta: float
 ) -> Float[Tensor, "prefixes candidates"]:
     """The guided distribution ∝ π(v)·exp(β·s(v)) (`rgtg.decoding.sampling.guided_log_probs`), as probabilities."""
+    if beta == 0:  # exactly π: fp32 rounding must not look like a gain or a loss
+        return torch.softmax(log_probs.double(), -1)
     return guided_log_probs(log_probs, scores, beta).double().exp()
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.evaluation.plots import COLOURS, draw_audits, draw_intervals, new_figure
-from rgtg.evaluation.rollout_figures import draw_rollout_audits
+from rgtg.evaluation.plots import COLOURS, draw_audits, draw_intervals, draw_rollout_audits, new_figure
 from rgtg.report.document import Figure
 from rgtg.types.audit import AuditResult
 from rgtg.types.comparison import MethodResult

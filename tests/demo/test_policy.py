@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from rgtg.demo.train import new_policy, reply_loss, train_policy, train_tokenizer
+from rgtg.demo.policy import new_policy, reply_loss, train_policy, train_tokenizer
 from rgtg.demo.world import customers, stream, write_reply
 from rgtg.models.loading.policy import load_policy
 from rgtg.tokenization.encoding import encode_completion, encode_prompt, tokenizer_hash

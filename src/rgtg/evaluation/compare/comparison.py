@@ -8,15 +8,22 @@ from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare.generate import Reward, RewardFunction, full_settings, guide, run_part, score_part
-from rgtg.evaluation.compare.grid import Row as Row
+from rgtg.evaluation.compare.generate import (
+    NamedReward,
+    RewardFunction,
+    full_settings,
+    make_guided_policy,
+    run_shard,
+    score_shard,
+)
+from rgtg.evaluation.compare.grid import MethodRun as MethodRun
 from rgtg.evaluation.compare.grid import expand_runs as expand_runs
-from rgtg.evaluation.compare.grid import is_random, settle
-from rgtg.evaluation.compare.measure import GOLD, budgets_of, proxy_key, row_result
-from rgtg.evaluation.compare.models import Contestants, load_contestants
-from rgtg.evaluation.compare.shards import Part, Parts, fingerprint_texts
+from rgtg.evaluation.compare.grid import is_random, with_shared_settings
+from rgtg.evaluation.compare.measure import GOLD, budgets_of, proxy_key, run_result
+from rgtg.evaluation.compare.models import ComparisonModels, load_comparison_models
+from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_texts
 from rgtg.evaluation.compare.significance import Resampling, differences, find_baseline, over_optimised, recommend
-from rgtg.evaluation.compare.traces import trace_part
+from rgtg.evaluation.compare.traces import trace_shard
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -50,7 +57,7 @@ def compare(
         policy: loaded already.
         scorers: name, as in the rows → loaded scorer.
         reward: gold as a rule: takes completions, gives one finite number each. Nothing can check that no method used
-            it. A ``rgtg.evaluation.compare.generate.Reward`` also names it.
+            it. A ``rgtg.evaluation.compare.generate.NamedReward`` also names it.
         proxies: name → rule, beside the reward models that the settings name.
         prompts: in place of the file that the settings name.
 
@@ -64,8 +71,8 @@ def compare(
     if baseline is not None and baseline not in {row.label for row in rows}:
         raise UsageError(f"baseline {baseline!r} is no row; rows: {', '.join(row.label for row in rows)}")
     texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
-    models = load_contestants(settings, rows, policy=policy, scorers=scorers, reward=reward, proxies=proxies)
-    bench = Bench(models, texts, settings, progress)
+    models = load_comparison_models(settings, rows, policy=policy, scorers=scorers, reward=reward, proxies=proxies)
+    bench = ComparisonRunner(models, texts, settings, progress)
     bench.check(rows)
     results = [bench.run(row) for row in rows]
     bench.write_completions(rows)
@@ -80,21 +87,21 @@ def compare(
 
 
 @dataclass
-class Bench:
+class ComparisonRunner:
     """Models, prompts and finished parts; runs rows one by one."""
 
-    models: Contestants
+    models: ComparisonModels
     prompts: Sequence[str]
     settings: EvaluationSettings
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
         self._done = self._total = 0
-        self.parts = Parts(self.settings.output / "parts", force=self.settings.force)
+        self.parts = ShardFolder(self.settings.output / "parts", force=self.settings.force)
         self._rewards = _keyed(self.models.reward, self.models.proxies)
         self._joined: dict[str, tuple[GuidedPolicy, dict[str, Any]]] = {}
 
-    def check(self, rows: Sequence[Row]) -> None:
+    def check(self, rows: Sequence[MethodRun]) -> None:
         """Refuse rows that cannot be run, and parts of another comparison, before any work."""
         for row in rows:
             _, made_with = self._join(row)
@@ -102,7 +109,7 @@ class Bench:
                 self.parts.find(row.label, seed, made_with)
                 self._total += 1
 
-    def run(self, row: Row) -> MethodResult:
+    def run(self, row: MethodRun) -> MethodResult:
         """The row over all its seeds; parts that are finished are read."""
         parts = []
         for seed in seeds_of(row, self.settings):
@@ -110,13 +117,13 @@ class Bench:
                 self.progress(f"{row.label}, seed {seed}", self._done, self._total)
             parts.append(self._part(row, seed))
             self._done += 1
-        return row_result(
+        return run_result(
             row, parts, self.settings, full=full_settings(self._join(row)[0], row, self.models.names),
             proxies=list(self.models.proxies), guided_by=self.models.guided_by(row),
             texts=TokenBytes(self._join(row)[0].policy.tokenizer),
         )  # fmt: skip
 
-    def write_completions(self, rows: Iterable[Row]) -> None:
+    def write_completions(self, rows: Iterable[MethodRun]) -> None:
         """completions.jsonl: every completion of every row and seed, with its rewards."""
         path = self.settings.output / "completions.jsonl"
         with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -126,31 +133,31 @@ class Bench:
                     assert part is not None, "run() has made and scored it"
                     file.writelines(line.model_dump_json() + "\n" for line in self._lines(part))
 
-    def _join(self, row: Row) -> tuple[GuidedPolicy, dict[str, Any]]:
+    def _join(self, row: MethodRun) -> tuple[GuidedPolicy, dict[str, Any]]:
         """The row's policy with its scorers, and all that its completions depend on but for the seed; made once."""
         if row.label not in self._joined:
-            guided = guide(self.models.policy_of(row), self.models.scorers_of(row), row)
+            guided = make_guided_policy(self.models.policy_of(row), self.models.scorers_of(row), row)
             self._joined[row.label] = guided, self._made_with(guided, row)
         return self._joined[row.label]
 
-    def _part(self, row: Row, seed: int) -> Part:
+    def _part(self, row: MethodRun, seed: int) -> Shard:
         """One row and seed, scored: read where it is finished, else made and written."""
         guided, made_with = self._join(row)
         kept = self.parts.find(row.label, seed, made_with)
-        part = kept or run_part(
+        part = kept or run_shard(
             guided, row, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
             reference=None if row.policy is None else self.models.policy,
         )  # fmt: skip
         if kept is None:
             self.parts.save(part)  # before any reward is asked: one that fails must not cost the completions
-        changed = score_part(part, self._rewards)
+        changed = score_shard(part, self._rewards)
         if seed == self.settings.run_seeds[0]:
-            changed |= trace_part(part, guided, row, self.prompts, _traces(self.settings))
+            changed |= trace_shard(part, guided, row, self.prompts, _traces(self.settings))
         if changed:
             self.parts.save(part)
         return part
 
-    def _lines(self, part: Part) -> Iterator[ComparedCompletion]:
+    def _lines(self, part: Shard) -> Iterator[ComparedCompletion]:
         proxies = self.models.proxies
         for i, completion in enumerate(part.completions):
             yield ComparedCompletion(
@@ -159,7 +166,7 @@ class Bench:
                 proxy_rewards={name: part.scores[proxy_key(name)].values[i] for name in proxies},
             )  # fmt: skip
 
-    def _made_with(self, guided: GuidedPolicy, row: Row) -> dict[str, Any]:
+    def _made_with(self, guided: GuidedPolicy, row: MethodRun) -> dict[str, Any]:
         """All that a part's completions depend on, but for the seed."""
         own = {} if row.policy is None else {"reference": fingerprint_weights(self.models.policy.model)}
         return full_settings(guided, row) | own | {
@@ -173,7 +180,7 @@ class Bench:
 def run_method(
     policy: Policy,
     scorer: AnyScorer | Sequence[AnyScorer] | None,
-    row: Row,
+    row: MethodRun,
     prompts: Sequence[str],
     settings: EvaluationSettings,
     reward: RewardFunction,
@@ -199,22 +206,22 @@ def run_method(
         >>> run_method(policy, scorer, rows[0], prompts, shared, lambda done: [len(c.text) for c in done])
         ... # doctest: +SKIP
     """
-    row = settle(row, settings)
+    row = with_shared_settings(row, settings)
     scorers = list(scorer) if isinstance(scorer, Sequence) else [] if scorer is None else [scorer]
-    guided = guide(policy, scorers, row)
-    named = {name: Reward.of(name, one) for name, one in (proxies or {}).items()}
-    gold = Reward.of("gold", reward)
+    guided = make_guided_policy(policy, scorers, row)
+    named = {name: NamedReward.of(name, one) for name, one in (proxies or {}).items()}
+    gold = NamedReward.of("gold", reward)
     parts = []
     for seed in seeds_of(row, settings):
-        part = run_part(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
-        score_part(part, _keyed(gold, named))
+        part = run_shard(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
+        score_shard(part, _keyed(gold, named))
         parts.append(part)
-    trace_part(parts[0], guided, row, prompts, _traces(settings))
+    trace_shard(parts[0], guided, row, prompts, _traces(settings))
     texts = TokenBytes(policy.tokenizer)
-    return row_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named), texts=texts)
+    return run_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named), texts=texts)
 
 
-def seeds_of(row: Row, settings: EvaluationSettings) -> list[int]:
+def seeds_of(row: MethodRun, settings: EvaluationSettings) -> list[int]:
     """The seeds of a row; one, where another would give the same completions."""
     return settings.run_seeds if is_random(row) else settings.run_seeds[:1]
 
@@ -224,7 +231,7 @@ def _traces(settings: EvaluationSettings) -> int:
     return settings.traces if isinstance(settings, CompareSettings) else 0
 
 
-def _keyed(reward: Reward, proxies: Mapping[str, Reward]) -> dict[str, Reward]:
+def _keyed(reward: NamedReward, proxies: Mapping[str, NamedReward]) -> dict[str, NamedReward]:
     return {GOLD: reward} | {proxy_key(name): proxy for name, proxy in proxies.items()}
 
 

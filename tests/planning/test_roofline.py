@@ -12,26 +12,33 @@ from rgtg.config import PlanSettings
 from rgtg.decoding.methods import METHODS
 from rgtg.decoding.runners import scorer_runner as readers
 from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.planning.costs import Pass, attention_seconds, both, exchange_seconds, pass_cost, step_seconds
 from rgtg.planning.hardware import Device, from_sheet
 from rgtg.planning.method_costs import (
     MAX_WIDTH,
-    Job,
-    Way,
+    MethodVariant,
+    PlannedBatch,
     adapter_weights,
     cache_bytes,
     candidates,
     head_weights,
     job_cost,
+    method_variants,
     prompt_cost,
     token_cost,
-    ways,
     weight_bytes,
 )
-from rgtg.planning.model_shapes import Shape, count
+from rgtg.planning.model_shapes import ModelShape, count
+from rgtg.planning.roofline import (
+    ForwardPass,
+    attention_seconds,
+    exchange_seconds,
+    overlapped_seconds,
+    pass_cost,
+    step_seconds,
+)
 
 # 2 layers of 4 × 4 heads: q, k, v, o 16 weights each, three sides of 4 × 8; vocabulary 10
-SHAPE = Shape.llama("small", 2, 4, 2, 8, 10, head_dim=2, heads=2)
+SHAPE = ModelShape.llama("small", 2, 4, 2, 8, 10, head_dim=2, heads=2)
 DEVICE = Device(
     name="slow", dtype="bfloat16", memory=1e6, bandwidth=100.0, compute=1000.0, attention_bandwidth=[50.0, 25.0],
     attention_compute=500.0, row_seconds=0.001, layer_seconds=0.1, pass_seconds=0.5, step_seconds=2.0,
@@ -45,7 +52,7 @@ ALL = {"none", *NAMES}
 
 
 def job(settings, policy=SHAPE, scorer=SHAPE, device=DEVICE, parallel=1, batch=1):
-    return Job(PlanSettings(policy="", **settings), policy, scorer, device, parallel, batch)
+    return PlannedBatch(PlanSettings(policy="", **settings), policy, scorer, device, parallel, batch)
 
 
 def test_sizes_of_a_small_shape():
@@ -56,22 +63,22 @@ def test_sizes_of_a_small_shape():
 
 def test_a_pass_by_hand():
     # one row, one new token behind nine, no logits: 640 bytes at 100 a second, 640 operations at 1000
-    products = both(6.4, 0.64)
+    products = overlapped_seconds(6.4, 0.64)
     # per layer: 1 · 10 columns · 8 bytes of keys and values per head (2 · 2 · 2), two heads, at 50 a second;
     # 4 · 2 heads · 10 columns · 2 = 160 operations at 500
-    attention = 2 * both(160 / 50, 160 / 500)
+    attention = 2 * overlapped_seconds(160 / 50, 160 / 500)
     rest = 2 * 1 * 4 * 0.001 + 2 * 0.1 + 0.5
-    cost = pass_cost(SHAPE, DEVICE, Pass(1, 1, 9))
+    cost = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 9))
     assert cost.seconds == pytest.approx(products + attention + rest)
     assert cost.limit == pytest.approx((640 + 9 * 32) / 100)
     # the output layer: 80 bytes, and 80 operations of the one state
-    with_logits = pass_cost(SHAPE, DEVICE, Pass(1, 1, 9, 1))
-    assert with_logits.seconds - cost.seconds == pytest.approx(both(0.8, 0.08))
+    with_logits = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 9, 1))
+    assert with_logits.seconds - cost.seconds == pytest.approx(overlapped_seconds(0.8, 0.08))
     assert step_seconds(DEVICE, 3, 10) == pytest.approx(2.3)
 
 
 def test_two_devices_share_a_pass_and_exchange_states():
-    one, two = (pass_cost(SHAPE, DEVICE, Pass(4, 3, 7), parallel) for parallel in (1, 2))
+    one, two = (pass_cost(SHAPE, DEVICE, ForwardPass(4, 3, 7), parallel) for parallel in (1, 2))
     exchange = exchange_seconds(DEVICE, 12 * 4 * 2, 2)
     assert exchange == pytest.approx(0.3 + 96 / 10)  # 2 · ½ of what is added up, both ways
     fixed = 2 * 12 * 4 * 0.001 + 2 * 0.1 + 0.5
@@ -82,17 +89,17 @@ def test_two_devices_share_a_pass_and_exchange_states():
 def test_grouped_heads_are_expanded_where_several_queries_read_them():
     grouped = SHAPE.model_copy(update={"heads": 4, "kv_heads": 2})
     head = 2 * 1 * 12 * 2 * 2  # keys and values of one head, 12 columns
-    many = attention_seconds(grouped, DEVICE, Pass(1, 2, 10))
-    assert many == pytest.approx(head * 6 / 100 + both(head * 4 / 25, 4 * 2 * 4 * 12 * 2 / 500))
-    assert attention_seconds(grouped, DEVICE, Pass(1, 1, 11)) == pytest.approx(
-        both(head * 2 / 25, 4 * 1 * 4 * 12 * 2 / 500)
+    many = attention_seconds(grouped, DEVICE, ForwardPass(1, 2, 10))
+    assert many == pytest.approx(head * 6 / 100 + overlapped_seconds(head * 4 / 25, 4 * 2 * 4 * 12 * 2 / 500))
+    assert attention_seconds(grouped, DEVICE, ForwardPass(1, 1, 11)) == pytest.approx(
+        overlapped_seconds(head * 2 / 25, 4 * 1 * 4 * 12 * 2 / 500)
     )
 
 
 def test_both_lies_between_the_larger_limit_and_the_sum():
-    assert both(3.0, 0.0) == pytest.approx(3)
-    assert 3 < both(3.0, 2.0) < 5
-    assert both(2.0, 3.0) == both(3.0, 2.0)
+    assert overlapped_seconds(3.0, 0.0) == pytest.approx(3)
+    assert 3 < overlapped_seconds(3.0, 2.0) < 5
+    assert overlapped_seconds(2.0, 3.0) == overlapped_seconds(3.0, 2.0)
 
 
 def test_experts_are_read_as_rows_meet_them():
@@ -105,19 +112,19 @@ def test_experts_are_read_as_rows_meet_them():
 
 def test_tokens_of_a_job_by_hand():
     asked = job({"prompt_tokens": 6, "new_tokens": 8})
-    way = Way(METHODS["policy"], "none")
-    token = pass_cost(SHAPE, DEVICE, Pass(1, 1, 10, 1)).seconds + 2.1  # behind 6 and half of 8; ten logits
-    prompt = pass_cost(SHAPE, DEVICE, Pass(1, 6, 0, 1)).seconds
+    way = MethodVariant(METHODS["policy"], "none")
+    token = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1  # behind 6 and half of 8; ten logits
+    prompt = pass_cost(SHAPE, DEVICE, ForwardPass(1, 6, 0, 1)).seconds
     assert token_cost(way, asked).seconds == pytest.approx(token)
     # eight are chosen; the prompts' pass gave the first, so seven are read
     assert job_cost(way, asked).seconds == pytest.approx(prompt + 8 * token - (token - 2.1))
-    pargs = Way(METHODS["pargs"], "separate")
-    scored = pass_cost(SHAPE.without_head(), DEVICE, Pass(1, 3, 10)).seconds
+    pargs = MethodVariant(METHODS["pargs"], "separate")
+    scored = pass_cost(SHAPE.without_head(), DEVICE, ForwardPass(1, 3, 10)).seconds
     asked = job({"prompt_tokens": 6, "new_tokens": 8, "k": 3})
     assert token_cost(pargs, asked).seconds == pytest.approx(token + scored)
-    best, asked = Way(METHODS["best-of-n"], "separate"), job({"prompt_tokens": 6, "new_tokens": 8, "n": 4})
-    drawn = pass_cost(SHAPE, DEVICE, Pass(1, 4, 6 + 4 * 4, 4)).seconds + 2 + 4 * 0.1
-    rewards = pass_cost(SHAPE.without_head(), DEVICE, Pass(4, 14, 0)).seconds
+    best, asked = MethodVariant(METHODS["best-of-n"], "separate"), job({"prompt_tokens": 6, "new_tokens": 8, "n": 4})
+    drawn = pass_cost(SHAPE, DEVICE, ForwardPass(1, 4, 6 + 4 * 4, 4)).seconds + 2 + 4 * 0.1
+    rewards = pass_cost(SHAPE.without_head(), DEVICE, ForwardPass(4, 14, 0)).seconds
     assert token_cost(best, asked).seconds == pytest.approx(drawn + rewards / 8)
 
 
@@ -126,36 +133,36 @@ def test_tokens_of_segments_by_hand():
         {"prompt_tokens": 6, "new_tokens": 8, "n": 2, "segment_tokens": 4, "cards_drawn": 2, "cards_scored": 0.5}
     )
     reward = SHAPE.without_head()
-    drawn = pass_cost(SHAPE, DEVICE, Pass(1, 2, 10 + 2 * 4 / 2, 2)).seconds * 3 / 4 + 2 + 2 * 0.1
-    scored, kept = (pass_cost(reward, DEVICE, Pass(1, nodes, 10)).seconds for nodes in (2 * 4, 4))
-    again = pass_cost(SHAPE, DEVICE, Pass(1, 4, 10, 1)).seconds
-    ended = pass_cost(reward, DEVICE, Pass(2, 14, 0)).seconds  # two completions, read whole
-    blockwise = token_cost(Way(METHODS["cd-blockwise"], "separate"), asked).seconds
+    drawn = pass_cost(SHAPE, DEVICE, ForwardPass(1, 2, 10 + 2 * 4 / 2, 2)).seconds * 3 / 4 + 2 + 2 * 0.1
+    scored, kept = (pass_cost(reward, DEVICE, ForwardPass(1, nodes, 10)).seconds for nodes in (2 * 4, 4))
+    again = pass_cost(SHAPE, DEVICE, ForwardPass(1, 4, 10, 1)).seconds
+    ended = pass_cost(reward, DEVICE, ForwardPass(2, 14, 0)).seconds  # two completions, read whole
+    blockwise = token_cost(MethodVariant(METHODS["cd-blockwise"], "separate"), asked).seconds
     assert blockwise == pytest.approx(drawn + (scored + again + kept) / 8 + ended / 8)  # one of two segments
     # cards: two tokens drawn for one that stays, in segments of four, half of which are kept
-    token = pass_cost(SHAPE, DEVICE, Pass(1, 1, 10, 1)).seconds + 2.1
-    cards = token_cost(Way(METHODS["cards"], "separate"), asked).seconds
+    token = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1
+    cards = token_cost(MethodVariant(METHODS["cards"], "separate"), asked).seconds
     assert cards == pytest.approx(2 * token + kept * (0.5 + 0.5 / 2) / 2 + ended / 8)
 
 
 def test_every_method_has_a_way_and_costs_at_least_the_policy():
-    planned = ways(ALL)
+    planned = method_variants(ALL)
     assert {way.method.name for way in planned} == set(METHODS)
     asked = job({}, device=from_sheet("h200", "bfloat16"), batch=4)
-    least = token_cost(Way(METHODS["policy"], "none"), asked)
+    least = token_cost(MethodVariant(METHODS["policy"], "none"), asked)
     for way in planned:
         cost = token_cost(way, asked)
         # cd-blockwise does not read a segment's last token, and shares what it draws among n
         assert cost.seconds > 0.9 * least.seconds
         assert cost.limit < cost.seconds
         assert prompt_cost(way, asked).seconds > 0
-    assert {way.kind for way in ways({"none"})} == {"none"}
+    assert {way.kind for way in method_variants({"none"})} == {"none"}
 
 
 def test_candidates_are_the_methods_own_unless_given():
-    assert candidates(Way(METHODS["rad"], "separate"), PlanSettings(policy=""), 1000) == 20
-    assert candidates(Way(METHODS["rad"], "separate"), PlanSettings(policy="", k=5), 1000) == 5
-    assert candidates(Way(METHODS["farma"], "vocabulary"), PlanSettings(policy="", k=5), 1000) == 1000
+    assert candidates(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy=""), 1000) == 20
+    assert candidates(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy="", k=5), 1000) == 5
+    assert candidates(MethodVariant(METHODS["farma"], "vocabulary"), PlanSettings(policy="", k=5), 1000) == 1000
 
 
 @pytest.fixture
@@ -172,7 +179,7 @@ def made(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained on")
-@pytest.mark.parametrize("way", ways(ALL), ids=lambda way: f"{way.method.name}, {way.kind}")
+@pytest.mark.parametrize("way", method_variants(ALL), ids=lambda way: f"{way.method.name}, {way.kind}")
 def test_caches_are_as_large_as_the_engine_makes_them(way, made):
     policy, scorers = kinds()
     scorer = None if way.kind == "none" else scorers[NAMES[way.kind]][0]
@@ -204,7 +211,7 @@ def test_weights_are_counted():
         "state head": 2 * shape.total + 4 * head_weights(shape, "state head"),
         "vocabulary": 4 * shape.total, "separate": 2 * (2 * shape.total - shape.head),
     }.items():  # fmt: skip
-        assert weight_bytes(Way(METHODS["pargs"], kind), job({}, shape, shape, device)) == held
+        assert weight_bytes(MethodVariant(METHODS["pargs"], kind), job({}, shape, shape, device)) == held
 
 
 def test_passes_are_as_wide_as_the_engine_makes_them():

@@ -7,9 +7,9 @@ import torch
 from helpers.naive import info, reward, tiny_scorer, write_head
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_tokenizer
 from rgtg.errors import DataError, NonFiniteError, UsageError
-from rgtg.evaluation.audit.rollout_data import Rollouts, make_rollouts, write_rollouts
-from rgtg.evaluation.audit.rollouts import audit_rollouts, candidate_scores, verdict
-from rgtg.evaluation.rollout_figures import plot_rollout_audit
+from rgtg.evaluation.audit.candidate_ranking import audit_rollouts, candidate_scores, verdict
+from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts, make_rollouts, write_rollouts
+from rgtg.evaluation.plots import plot_rollout_audit
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.heads import StateHead, VocabularyHead
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
@@ -62,7 +62,7 @@ def by_hand(rows):
         row.model_copy(update={"policy_log_probs": [math.log(p) for p in probabilities], "rewards": rewards})
         for row, (probabilities, rewards) in zip(made.rows, rows, strict=True)
     ]
-    return Rollouts(made.header, changed)
+    return CandidateRollouts(made.header, changed)
 
 
 def test_the_values_themselves_order_perfectly_and_regret_nothing(rollouts):
@@ -257,7 +257,7 @@ def test_unusable_settings(rollouts, options, error, text):
 
 def test_nothing_to_audit_with_and_broken_scores(tmp_path, rollouts):
     path = tmp_path / "empty.jsonl"
-    write_rollouts(Rollouts(rollouts.header, []), path)
+    write_rollouts(CandidateRollouts(rollouts.header, []), path)
     with pytest.raises(DataError, match="holds no prefix"):
         audit_rollouts(tiny_scorer(), path)
     with pytest.raises(NonFiniteError, match="scorer returned NaN"):

@@ -22,14 +22,14 @@ NO_AUDIT = "No audit was published with this scorer. `rgtg audit --scorer {repo}
 
 
 @dataclass(frozen=True)
-class Audit:
+class PublishedAudit:
     """What ``rgtg audit`` wrote: its figures, and the files (name → path) that hold them."""
 
     result: AuditResult | RolloutAuditResult
     files: dict[str, Path]
 
 
-def read_audits(source: Path) -> list[Audit]:
+def read_audits(source: Path) -> list[PublishedAudit]:
     """The audits in a folder that ``rgtg audit`` wrote, or in one file, with their figures.
 
     Raises:
@@ -42,12 +42,12 @@ def read_audits(source: Path) -> list[Audit]:
     return [_read(path) for path in paths]
 
 
-def _read(path: Path) -> Audit:
+def _read(path: Path) -> PublishedAudit:
     name = "rollout-audit" if path.name.startswith("rollout") else "audit"
     kind: Any = RolloutAuditResult if name == "rollout-audit" else AuditResult
     found = kind.from_file(path, "audit", "rgtg audit")
     figure = path.with_suffix(".png")
-    return Audit(found, {f"{name}.json": path} | ({f"{name}.png": figure} if figure.is_file() else {}))
+    return PublishedAudit(found, {f"{name}.json": path} | ({f"{name}.png": figure} if figure.is_file() else {}))
 
 
 def is_public(name: str) -> bool:
@@ -65,7 +65,7 @@ def published_card(
     info: ScorerInfo,
     repo: str,
     revision: str | None,
-    audits: Sequence[Audit],
+    audits: Sequence[PublishedAudit],
     *,
     folder: str,
     trained_from: str,
@@ -111,7 +111,7 @@ def _with_section(text: str, section: str) -> str:
     return f"{head}\n{block}## Use\n{rest}" if use else f"{text.rstrip()}\n\n{block.rstrip()}\n"
 
 
-def _shown(given: Audit) -> str:
+def _shown(given: PublishedAudit) -> str:
     audit, about = given.result, given.result.provenance
     image = "".join(f"\n\n![{audit.verdict}]({name})" for name in given.files if name.endswith(".png"))
     facts = (

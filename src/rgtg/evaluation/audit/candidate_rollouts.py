@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 _STRIDES = 0.7548776662466927, 0.5698402909980532
 
 
-class Reward(Protocol):
+class RolloutReward(Protocol):
     """A model that scores finished completions; every scorer of rgtg is one."""
 
     name: str
@@ -42,7 +42,7 @@ class Reward(Protocol):
 
 
 @dataclass
-class Rollouts:
+class CandidateRollouts:
     """Contents of a roll-outs file."""
 
     header: RolloutHeader
@@ -61,7 +61,7 @@ class _Cut:
 def make_rollouts(
     policy: Policy,
     prompts: "Sequence[str] | str | Path",
-    reward: "Reward | Callable[[str], float]",
+    reward: "RolloutReward | Callable[[str], float]",
     *,
     path: "str | Path | None" = None,
     prefixes: int = 400,
@@ -71,7 +71,7 @@ def make_rollouts(
     seed: int = 0,
     batch_size: int = 128,
     progress: Progress | None = None,
-) -> Rollouts:
+) -> CandidateRollouts:
     """Estimate the value of each of the policy's next tokens at sampled prefixes: Q̂(prefix ⊕ v), by roll-outs.
 
     The policy completes the prompts (ordinary sampling), and each completion is cut at positions spread evenly over
@@ -103,13 +103,13 @@ def make_rollouts(
         raise DataError("there are no prompts to roll out from")
     header = _header(policy, texts, reward, seed, candidates, per_candidate, max_new_tokens)
     file = Path(path) if path is not None else None
-    found = _open(file, header) if file is not None else Rollouts(header, [])
+    found = _open(file, header) if file is not None else CandidateRollouts(header, [])
     if not found.rows or found.rows[-1].index < prefixes - 1:
         _complete(found, policy, texts, reward, file, prefixes, batch_size, progress)
-    return Rollouts(found.header, [row for row in found.rows if row.index < prefixes])
+    return CandidateRollouts(found.header, [row for row in found.rows if row.index < prefixes])
 
 
-def read_rollouts(path: "str | Path") -> Rollouts:
+def read_rollouts(path: "str | Path") -> CandidateRollouts:
     """Read a roll-outs file; a last line that was cut off by a stopped run is left out.
 
     Raises:
@@ -135,10 +135,12 @@ def read_rollouts(path: "str | Path") -> Rollouts:
             raise DataError(f"{path}:{number}: prefix {row.index} comes after {rows[-1].index}; did two runs write it?")
         _check_shapes(row, header, len((rows or [row])[0].candidate_ids), f"{path}:{number}")
         rows.append(row)
-    return Rollouts(header, rows)
+    return CandidateRollouts(header, rows)
 
 
-def rescore_rollouts(rollouts: Rollouts, reward: "Reward | Callable[[str], float]") -> Rollouts:
+def rescore_rollouts(
+    rollouts: CandidateRollouts, reward: "RolloutReward | Callable[[str], float]"
+) -> CandidateRollouts:
     """The same roll-outs under another held-out reward: nothing is sampled again.
 
     Raises:
@@ -150,17 +152,17 @@ def rescore_rollouts(rollouts: Rollouts, reward: "Reward | Callable[[str], float
     for row in rollouts.rows:
         found = _rewards(reward, row.prompt, row.texts, row.finished)
         rows.append(row.model_copy(update={"rewards": _repeat(found, row.ended, header.per_candidate)}))
-    return Rollouts(header, rows)
+    return CandidateRollouts(header, rows)
 
 
-def write_rollouts(rollouts: Rollouts, path: "str | Path") -> None:
+def write_rollouts(rollouts: CandidateRollouts, path: "str | Path") -> None:
     """Write a whole roll-outs file, whole or not at all."""
     records = (rollouts.header, *rollouts.rows)
     write_text(Path(path), "".join(record.model_dump_json() + "\n" for record in records))
 
 
 def _complete(
-    found: Rollouts,
+    found: CandidateRollouts,
     policy: Policy,
     prompts: Sequence[str],
     reward: Any,
@@ -288,11 +290,11 @@ def _describe(reward: Any) -> tuple[str, str]:
     return name, hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def _open(path: Path, header: RolloutHeader) -> Rollouts:
+def _open(path: Path, header: RolloutHeader) -> CandidateRollouts:
     """What the file has already; a new one where there is none. A line that a stopped run left half is cut off."""
     if not path.exists():
-        write_rollouts(Rollouts(header, []), path)
-        return Rollouts(header, [])
+        write_rollouts(CandidateRollouts(header, []), path)
+        return CandidateRollouts(header, [])
     found = read_rollouts(path)
     mine, theirs = (h.model_dump(exclude={"provenance"}) for h in (header, found.header))
     other = [f"{key} {theirs[key]!r} where this run has {mine[key]!r}" for key in mine if mine[key] != theirs[key]]

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from rgtg.planning.hardware import BYTES, Device
-from rgtg.planning.model_shapes import Shape
+from rgtg.planning.model_shapes import ModelShape
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A pass of ``batch`` rows of the cache with ``queries`` new tokens each, over ``columns`` cached ones.
 
     ``logits`` counts the states that go through the output layer.
@@ -26,26 +26,26 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TimeEstimate:
     """Seconds of a pass, and the seconds that reading its weights and caches alone would take."""
 
     seconds: float
     limit: float
 
-    def __add__(self, other: "Cost") -> "Cost":
+    def __add__(self, other: "TimeEstimate") -> "TimeEstimate":
         """One after the other."""
-        return Cost(self.seconds + other.seconds, self.limit + other.limit)
+        return TimeEstimate(self.seconds + other.seconds, self.limit + other.limit)
 
-    def __mul__(self, times: float) -> "Cost":
+    def __mul__(self, times: float) -> "TimeEstimate":
         """So many of them."""
-        return Cost(self.seconds * times, self.limit * times)
+        return TimeEstimate(self.seconds * times, self.limit * times)
 
 
 OVERLAP = 1.8
 
 
-def pass_cost(shape: Shape, device: Device, one: Pass, parallel: int = 1) -> Cost:
-    """Cost of a pass whose weights and caches are spread over ``parallel`` devices."""
+def pass_cost(shape: ModelShape, device: Device, one: ForwardPass, parallel: int = 1) -> TimeEstimate:
+    """Time of a pass whose weights and caches are spread over ``parallel`` devices."""
     width = BYTES[device.dtype]
     trunk = shape.read_per_pass(math.ceil(one.rows)) * width / parallel
     seconds = product_seconds(device, trunk, 2 * shape.used_per_row * one.rows / parallel)
@@ -60,15 +60,15 @@ def pass_cost(shape: Shape, device: Device, one: Pass, parallel: int = 1) -> Cos
     seconds += shape.layers * device.layer_seconds + device.pass_seconds
     if parallel > 1:
         seconds += shape.layers * 2 * exchange_seconds(device, one.rows * shape.hidden * width, parallel)
-    return Cost(seconds, (read + cache) / device.bandwidth)
+    return TimeEstimate(seconds, (read + cache) / device.bandwidth)
 
 
 def product_seconds(device: Device, weights: float, operations: float) -> float:
     """Of products that read so many bytes: between the larger of the two limits and their sum."""
-    return both(weights / device.bandwidth, operations / device.compute)
+    return overlapped_seconds(weights / device.bandwidth, operations / device.compute)
 
 
-def both(reading: float, computing: float) -> float:
+def overlapped_seconds(reading: float, computing: float) -> float:
     """Seconds of reading and computing that overlap in part: (t_r^p + t_c^p)^{1/p}, p = 1.8.
 
     p was read off docs/results/decode-profile.json, whose products of 1 to 80 rows it gives within 15 %.
@@ -76,7 +76,7 @@ def both(reading: float, computing: float) -> float:
     return float((reading**OVERLAP + computing**OVERLAP) ** (1 / OVERLAP))
 
 
-def attention_seconds(shape: Shape, device: Device, one: Pass) -> float:
+def attention_seconds(shape: ModelShape, device: Device, one: ForwardPass) -> float:
     """Of one layer. A cache of fewer heads than the queries is expanded first where several queries read it."""
     columns = one.columns + one.queries
     of_head = 2 * one.batch * columns * shape.head_dim * BYTES[device.dtype]  # keys and values of one head
@@ -87,7 +87,7 @@ def attention_seconds(shape: Shape, device: Device, one: Pass) -> float:
     else:
         copied, read = 0.0, of_head * shape.kv_heads / device.attention_bandwidth[0 if single and not grouped else 1]
     operations = 4 * one.rows * shape.heads * columns * shape.head_dim
-    return copied + both(read, operations / device.attention_compute)
+    return copied + overlapped_seconds(read, operations / device.attention_compute)
 
 
 def exchange_seconds(device: Device, size: float, parallel: int) -> float:

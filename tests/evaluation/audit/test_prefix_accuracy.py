@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.errors import DataError, UsageError
-from rgtg.evaluation.audit.pairs import audit_prefixes, verdict
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes, verdict
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.types.base import Interval
 from rgtg.types.generation import PreferencePair

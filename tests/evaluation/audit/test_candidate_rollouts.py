@@ -6,7 +6,13 @@ import pytest
 from helpers.naive import EOS, completion_distribution, make_guided, tiny_scorer
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, UsageError
-from rgtg.evaluation.audit.rollout_data import make_rollouts, plan_cuts, read_rollouts, rescore_rollouts, write_rollouts
+from rgtg.evaluation.audit.candidate_rollouts import (
+    make_rollouts,
+    plan_cuts,
+    read_rollouts,
+    rescore_rollouts,
+    write_rollouts,
+)
 from rgtg.models.loading.policy import Policy
 
 PROMPTS = ["Say this: ", "Why not?", "One day, "]

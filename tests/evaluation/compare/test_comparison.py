@@ -9,9 +9,9 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.evaluation.compare import generate as running
+from rgtg.evaluation.compare.comparison import assemble, compare, expand_runs, run_method
 from rgtg.evaluation.compare.generate import reference_log_probs
 from rgtg.evaluation.compare.models import keys_of, require_held_out, reward_of
-from rgtg.evaluation.compare.run import assemble, compare, expand_runs, run_method
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -188,7 +188,7 @@ def test_log_probs_under_a_reference_are_those_it_had_itself(policy_folder):
     policy = load_policy(str(policy_folder))
     (row,) = expand_runs([CompareRun(method="policy", max_new_tokens=7)])
     prompts = ["Hello", "A much longer prompt", "So"]
-    done, _ = running.complete(running.guide(policy, [], row), row, prompts, seed=1, batch_size=2)
+    done, _ = running.complete(running.make_guided_policy(policy, [], row), row, prompts, seed=1, batch_size=2)
     assert reference_log_probs(policy, policy, done, 2) == pytest.approx([c.policy_log_prob for c in done], abs=1e-3)
 
 

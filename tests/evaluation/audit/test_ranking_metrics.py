@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgtg.evaluation.audit import ranking as choices
+from rgtg.evaluation.audit import ranking_metrics as choices
 from rgtg.evaluation.metrics import bootstrap_interval
 
 POLICY = torch.tensor([[0.5, 0.3, 0.2]]).log()
