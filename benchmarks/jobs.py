@@ -78,7 +78,7 @@ class Begun(BaseException):
 
 def begin(work: Path, *, resumed: bool) -> dict[str, float]:
     """Read, check, plan, and finish one batch; ``resumed``: with half of the rows finished already."""
-    from rgtg.batch.output import Place
+    from rgtg.batch.output import JobOutput
     from rgtg.batch.run import run_job
     from rgtg.cli.common import hush_libraries
     from rgtg.config import GenerateSettings
@@ -88,7 +88,7 @@ def begin(work: Path, *, resumed: bool) -> dict[str, float]:
     hush_libraries()
     settings = GenerateSettings(policy="policy", output=work / "out.jsonl", batch_size=8)
     decoding = {"max_new_tokens": 4}
-    log = Place(settings.output).log
+    log = JobOutput(settings.output).journal
     log.unlink(missing_ok=True)
     guided = GuidedPolicy.from_pretrained(str(work / "policy"), str(work / "scorer"))
 

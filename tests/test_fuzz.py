@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.made_report import audit, judged, rollout_audit, steered
 from helpers.naive import info
 from helpers.served import chat_tokenizer
-from rgtg.batch.journal import Entry, JobLog
+from rgtg.batch.journal import Journal, JournalEntry
 from rgtg.config import (
     CompareSettings,
     GenerateSettings,
@@ -120,14 +120,14 @@ def _report(read, value):
 
 
 def _log(path):
-    with JobLog.open(path, {"settings": {"a": 1}}, rows=4, sums=1) as log:
-        log.append([Entry(3, json.dumps({"id": "d"}), (1,))])
+    with Journal.open(path, {"settings": {"a": 1}}, rows=4, counts=1) as journal:
+        journal.append([JournalEntry(3, json.dumps({"id": "d"}), (1,))])
 
 
 def _log_of(folder):
     path = folder / "made.log"
-    with JobLog.open(path, {"settings": {"a": 1}}, rows=4, sums=1) as log:
-        log.append([Entry(i, json.dumps({"id": str(i), "text": "é"}), (7,)) for i in (2, 0)])
+    with Journal.open(path, {"settings": {"a": 1}}, rows=4, counts=1) as journal:
+        journal.append([JournalEntry(i, json.dumps({"id": str(i), "text": "é"}), (7,)) for i in (2, 0)])
     return path.read_bytes(), "log", _log
 
 

@@ -1,14 +1,15 @@
-"""Whole jobs in this process: resumed, refused, retried, stopped at every step of writing, and added up."""
+"""Whole jobs in this process: resuming, refusing, retrying, stopping at every step of writing."""
 
 import hashlib
 import json
 
 import pytest
 
+from helpers.files import snapshot
 from helpers.naive import make_guided
-from rgtg.batch import output as place_module
+from rgtg.batch import output as output_module
 from rgtg.batch import run as run_module
-from rgtg.batch.output import Place
+from rgtg.batch.output import JobOutput
 from rgtg.batch.run import run_job
 from rgtg.batch.tasks import complete_batch
 from rgtg.config import GenerateSettings
@@ -21,7 +22,7 @@ SHORT = {"max_new_tokens": 3}
 
 
 class Stop(BaseException):
-    """As sudden as a kill: nothing catches it."""
+    """Stop the process like a kill: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def guided():
 
 @pytest.fixture
 def job(tmp_path, guided):
-    """Runs a job over prompts in the same file and output; returns its result."""
+    """Run a job over the same file of prompts; return its result."""
 
     def run(rows=None, decoding=SHORT, output="out.jsonl", **given):
         path = tmp_path / "prompts.jsonl"
@@ -40,7 +41,7 @@ def job(tmp_path, guided):
         about = {k: given.pop(k) for k in ("progress", "complete") if k in given}
         steered = given.pop("guided", guided)
         settings = GenerateSettings(policy="p", output=tmp_path / output, batch_tokens=24, **given)
-        Place(settings.output).check(force=settings.force)
+        JobOutput(settings.output).check(force=settings.force)
         return run_job(settings, decoding, read_prompt_rows(path), steered, **about)
 
     return run
@@ -54,7 +55,7 @@ ROWS = [{"prompt": "ab" * n, "id": f"id{n}"} for n in (3, 1, 4, 2, 5, 1)]
 ROWS[5] = ROWS[5] | {"id": "again"}
 
 
-def test_the_output_is_in_the_order_of_the_prompts_and_everything_adds_up(job, tmp_path):
+def test_the_output_is_in_prompt_order_and_its_counts_add_up(job, tmp_path):
     result = job(ROWS)
     done = [Completion.model_validate(line) for line in lines(tmp_path / "out.jsonl")]
     assert [(c.id, c.prompt) for c in done] == [(row["id"], row["prompt"]) for row in ROWS]
@@ -66,7 +67,7 @@ def test_the_output_is_in_the_order_of_the_prompts_and_everything_adds_up(job, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job.json", "prompts.jsonl"]
 
 
-def test_stopped_after_any_number_of_batches_it_goes_on_to_the_same_bytes(job, tmp_path, guided):
+def test_a_job_stopped_after_any_batch_resumes_to_the_same_bytes(job, tmp_path, guided):
     job(ROWS)
     whole = (tmp_path / "out.jsonl").read_bytes()
     batches = []
@@ -96,14 +97,14 @@ def test_stopped_after_any_number_of_batches_it_goes_on_to_the_same_bytes(job, t
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_stopped_at_any_step_of_writing_it_goes_on_to_the_same_bytes(job, tmp_path, monkeypatch, step):
+def test_a_job_stopped_at_any_step_of_writing_resumes_to_the_same_bytes(job, tmp_path, monkeypatch, step):
     rows = [*ROWS, "{"]
     job(rows, on_bad="skip")
     names = ["out.jsonl", "out.jsonl.errors.jsonl"]
     whole = {name: (tmp_path / name).read_bytes() for name in names}
     about = JobResult.model_validate_json((tmp_path / "out.jsonl.job.json").read_bytes())
     calls = []
-    write, remove = place_module._write_lines, place_module.JobLog.remove
+    write, remove = output_module._write_lines, output_module.Journal.remove
 
     def counted(function):
         def call(*args):
@@ -115,8 +116,8 @@ def test_stopped_at_any_step_of_writing_it_goes_on_to_the_same_bytes(job, tmp_pa
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(place_module, "_write_lines", counted(write))
-        patch.setattr(place_module.JobLog, "remove", counted(remove))
+        patch.setattr(output_module, "_write_lines", counted(write))
+        patch.setattr(output_module.Journal, "remove", counted(remove))
         if step < 4:
             with pytest.raises(Stop):
                 job(rows, on_bad="skip", output="b.jsonl")
@@ -129,11 +130,11 @@ def test_stopped_at_any_step_of_writing_it_goes_on_to_the_same_bytes(job, tmp_pa
     assert not (tmp_path / "b.jsonl.partial").exists()
 
 
-def test_a_finished_job_is_not_done_again(job, tmp_path):
+def test_a_finished_job_is_not_repeated(job, tmp_path):
     first = job(ROWS)
-    before = (tmp_path / "out.jsonl").stat()
+    before = snapshot(tmp_path / "out.jsonl")
     assert job(ROWS, complete=lambda pending: pytest.fail("nothing is to be done")) == first
-    assert (tmp_path / "out.jsonl").stat() == before
+    assert snapshot(tmp_path / "out.jsonl") == before
 
 
 def cut(text):
@@ -159,16 +160,14 @@ def turned(text):
         (turned, r"SHA-256 [0-9a-f]{12}… there, [0-9a-f]{12}… written"),
     ],
 )
-def test_a_finished_output_that_is_damaged_later_is_refused_and_made_anew_by_force(
-    job, tmp_path, guided, failed, damage, told
-):
+def test_a_damaged_output_is_refused_and_force_replaces_it(job, tmp_path, guided, failed, damage, told):
     path = tmp_path / "out.jsonl"
     job(ROWS, **({"complete": failing(guided, "ab" * 4, [])} if failed else {}))
     job(ROWS, output="whole.jsonl")
     path.write_bytes(damage(path.read_bytes()))
     damaged = path.read_bytes()
     with pytest.raises(
-        UsageError, match=rf"out\.jsonl was changed after the job wrote it \({told}\): .*--force to make"
+        UsageError, match=rf"out\.jsonl was changed after the job wrote it \({told}\): .*--force to replace"
     ):
         job(ROWS)
     assert path.read_bytes() == damaged
@@ -178,7 +177,7 @@ def test_a_finished_output_that_is_damaged_later_is_refused_and_made_anew_by_for
     assert job(ROWS, force=True, **nothing).completions == len(ROWS), "sound, it is not made again"
 
 
-def test_a_record_without_the_content_counts_lines(job, tmp_path):
+def test_a_result_without_a_checksum_is_checked_by_its_number_of_lines(job, tmp_path):
     job(ROWS)
     path, about = tmp_path / "out.jsonl", tmp_path / "out.jsonl.job.json"
     early = json.loads(about.read_text())
@@ -193,7 +192,7 @@ def test_a_record_without_the_content_counts_lines(job, tmp_path):
     assert job(ROWS, force=True).completions == len(lines(path)) == 6
 
 
-def test_an_output_that_is_gone_is_made_anew(job, tmp_path):
+def test_a_deleted_output_is_made_again(job, tmp_path):
     job(ROWS)
     whole = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
@@ -215,7 +214,7 @@ def test_an_output_that_is_gone_is_made_anew(job, tmp_path):
         ({"guided": make_guided(family="qwen2", beta=1.0)}, "policy"),
     ],
 )
-def test_a_changed_job_is_refused_unless_forced(job, tmp_path, finished, change, name):
+def test_a_job_with_other_settings_is_refused_without_force(job, tmp_path, finished, change, name):
     def stopped(pending):
         raise Stop
 
@@ -234,7 +233,7 @@ def test_a_changed_job_is_refused_unless_forced(job, tmp_path, finished, change,
     assert len(lines(tmp_path / "out.jsonl")) == len(given["rows"])
 
 
-def test_batches_may_change_between_two_runs(job, tmp_path):
+def test_batch_settings_may_change_between_runs(job, tmp_path):
     def one(pending):
         yield complete_batch(make_guided(beta=1.0), pending[0], SHORT)
         raise Stop
@@ -255,7 +254,7 @@ def test_an_output_that_no_job_made_is_not_overwritten(job, tmp_path):
     assert job(ROWS, force=True).completions == 6
 
 
-def test_bad_rows_are_refused_or_listed(job, tmp_path):
+def test_bad_rows_raise_an_error_or_are_listed(job, tmp_path):
     rows = [ROWS[0], "{", {"prompt": "x" * 200, "id": "long"}, ROWS[1]]
     with pytest.raises(DataError, match=r"(?s)cannot use 2 of 4 rows .*jsonl:2: not JSON.*jsonl:3: too long"):
         job(rows)
@@ -264,12 +263,12 @@ def test_bad_rows_are_refused_or_listed(job, tmp_path):
     assert (result.rows, result.completions, result.failed, result.undecoded) == (4, 2, 2, 0)
     failures = [RowFailure.model_validate(line) for line in lines(tmp_path / "out.jsonl.errors.jsonl")]
     assert [(f.id, f.line, f.reason) for f in failures] == [(None, 2, "not JSON"), ("long", 3, "too long")]
-    with pytest.raises(DataError, match="no row can be completed, the first one since not JSON"):
+    with pytest.raises(DataError, match="no row can be completed; the first error is: not JSON"):
         job(["{"], on_bad="skip", output="none.jsonl")
 
 
 def failing(guided, bad, calls):
-    """Completes batches, but for rows whose prompt is bad."""
+    """Complete batches, and fail for rows whose prompt is ``bad``."""
 
     def complete(pending):
         for batch in pending:
@@ -290,7 +289,7 @@ def failing(guided, bad, calls):
     return complete
 
 
-def test_rows_that_fail_are_listed_and_tried_again_by_a_rerun(job, tmp_path, guided):
+def test_failed_rows_are_listed_and_the_next_run_tries_them_again(job, tmp_path, guided):
     job(ROWS, output="whole.jsonl")
     calls = []
     result = job(ROWS, complete=failing(guided, "ab" * 4, calls))
@@ -307,7 +306,7 @@ def test_rows_that_fail_are_listed_and_tried_again_by_a_rerun(job, tmp_path, gui
     assert not (tmp_path / "out.jsonl.errors.jsonl").exists()
 
 
-def test_a_retry_reads_the_output_as_it_was_written(job, tmp_path, guided):
+def test_a_retry_refuses_an_output_that_was_changed(job, tmp_path, guided):
     job(ROWS, complete=failing(guided, "ab" * 4, []))
     path = tmp_path / "out.jsonl"
     path.write_bytes(path.read_bytes() + b"{}\n")
@@ -315,28 +314,28 @@ def test_a_retry_reads_the_output_as_it_was_written(job, tmp_path, guided):
         job(ROWS)
 
 
-def test_where_every_row_fails_the_work_stops(job, guided, monkeypatch):
-    monkeypatch.setattr(run_module, "_HOPELESS", 3)
+def test_the_job_stops_if_every_row_fails(job, guided, monkeypatch):
+    monkeypatch.setattr(run_module, "_MOST_FAILURES", 3)
     calls = []
 
     def complete(pending):
         for batch in pending:
             calls.append(batch)
-            yield [run_module.Failed(task, "not a finite number", "NaN") for task in batch.tasks]
+            yield [run_module.FailedTask(task, "not a finite number", "NaN") for task in batch.tasks]
 
-    with pytest.raises(RgtgError, match=r"the first [34] rows all failed, the last one since NaN"):
+    with pytest.raises(RgtgError, match=r"the first [34] rows all failed; the last error is: NaN"):
         job(ROWS, complete=complete)
     assert len(calls) < 5
 
 
-def test_rows_that_do_not_add_up_are_never_written(job, tmp_path):
+def test_an_output_with_missing_rows_is_not_written(job, tmp_path):
     with pytest.raises(RgtgError, match="do not add up"):
         job(ROWS, complete=lambda pending: iter(()))
     assert not (tmp_path / "out.jsonl.job.json").exists()
     assert (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_openai_batches_come_back_as_such(job, tmp_path):
+def test_openai_batch_lines_give_openai_batch_results(job, tmp_path):
     body = {"prompt": "abc", "max_tokens": 2, "seed": 5, "model": "p"}
     rows = [
         {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body},
@@ -358,7 +357,7 @@ def test_openai_batches_come_back_as_such(job, tmp_path):
     assert [c.id for c in plain] == ["a", "b"]
 
 
-def test_openai_failures_and_a_retry(job, tmp_path, guided):
+def test_openai_failures_are_listed_and_retried(job, tmp_path, guided):
     rows = [
         {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"prompt": prompt, "model": "other"}}
         for name, prompt in (("a", "abc"), ("b", "abcd"), ("c", "abcde"))

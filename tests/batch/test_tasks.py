@@ -1,4 +1,4 @@
-"""Tasks, batches and outcomes: seeds as of generate, budgets kept, and one bad row that costs no other."""
+"""Tasks, batches and outcomes: seeds, token budgets, and rows that fail alone."""
 
 import pickle
 from dataclasses import replace
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from helpers.naive import make_guided
-from rgtg.batch import tasks as work
-from rgtg.batch.tasks import Batch, Done, Failed, Task, complete_batch, plan_batches, prepare
+from rgtg.batch import tasks as tasks_module
+from rgtg.batch.tasks import CompletedTask, FailedTask, Task, TaskBatch, complete_batch, plan_batches, prepare_tasks
 from rgtg.data.prompts import PromptRow
 from rgtg.errors import NonFiniteError, RgtgError, UsageError
 
@@ -24,71 +24,71 @@ def guided():
     return make_guided(beta=1.0)
 
 
-def task(index, columns, **settings):
-    return Task(index, PromptRow(index + 1, f"r{index}", "a", settings), 0, 1, columns)
+def task(index, max_tokens, **settings):
+    return Task(index, PromptRow(index + 1, f"r{index}", "a", settings), 0, 1, max_tokens)
 
 
-def test_seeds_are_those_of_generate_and_repeated_prompts_differ(guided):
+def test_tasks_get_the_seeds_of_generate_and_repeated_prompts_differ(guided):
     texts = ["ab", "abc", "ab", "ab"]
-    tasks, bad = prepare(guided, rows(*texts), SHORT, seed=3)
+    tasks, bad = prepare_tasks(guided, rows(*texts), SHORT, seed=3)
     assert not bad
     assert [t.seed for t in tasks] == guided.row_seeds(texts, 3)
     assert len({t.seed for t in tasks}) == 4
-    assert [(t.index, t.length, t.columns) for t in tasks] == [(0, 2, 6), (1, 3, 7), (2, 2, 6), (3, 2, 6)]
+    assert [(t.index, t.prompt_tokens, t.max_tokens) for t in tasks] == [(0, 2, 6), (1, 3, 7), (2, 2, 6), (3, 2, 6)]
     own = [replace(row, seed=9) if row.number == 1 else row for row in rows("ab", "ab")]
-    assert [t.seed for t in prepare(guided, own, SHORT, seed=3)[0]] == [9, guided.row_seeds(["ab"], 3)[0]]
+    assert [t.seed for t in prepare_tasks(guided, own, SHORT, seed=3)[0]] == [9, guided.row_seeds(["ab"], 3)[0]]
 
 
-def test_rows_that_do_not_fit_are_kept_apart_and_indices_stay_dense(guided):
+def test_rows_that_do_not_fit_are_returned_separately_and_indices_have_no_gaps(guided):
     given = rows("a", "x" * 130, "b")
     given[2] = replace(given[2], settings={"max_new_tokens": 500})
-    tasks, bad = prepare(guided, [*given, *rows("c")], SHORT, seed=0)
+    tasks, bad = prepare_tasks(guided, [*given, *rows("c")], SHORT, seed=0)
     assert [(t.index, t.row.prompt) for t in tasks] == [(0, "a"), (1, "c")]
     assert [(row.number, row.reason) for row in bad] == [(2, "too long"), (3, "too long")]
     assert "130 tokens and 4 new ones exceed the policy's context of 128" in bad[0].error
 
 
-def test_settings_of_a_row_that_the_method_has_not_are_that_row_s_matter(guided):
+def test_a_row_s_unknown_setting_rejects_that_row_only(guided):
     given = rows("a") + rows("b", settings={"segment_length": 3})
-    tasks, bad = prepare(guided, given, SHORT, seed=0)
+    tasks, bad = prepare_tasks(guided, given, SHORT, seed=0)
     assert [t.row.prompt for t in tasks] == ["a"]
     assert bad[0].reason == "bad value"
     assert "segment_length applies to" in bad[0].error
     with pytest.raises(UsageError, match="segment_length applies to"):
-        prepare(guided, rows("a"), {"segment_length": 3}, seed=0)
+        prepare_tasks(guided, rows("a"), {"segment_length": 3}, seed=0)
 
 
-def test_chats_need_a_template_and_a_template_may_refuse_a_row(guided, monkeypatch):
+def test_chats_need_a_template_and_a_template_may_reject_a_row(guided, monkeypatch):
     chat = [{"role": "user", "content": "Hi"}]
     with pytest.raises(UsageError, match="no chat template"):
-        prepare(guided, rows(chat), SHORT, seed=0)
+        prepare_tasks(guided, rows(chat), SHORT, seed=0)
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     monkeypatch.setattr(guided.policy.tokenizer, "chat_template", template + "{{ m.content }}{% endfor %}")
-    tasks, bad = prepare(guided, rows(chat, [{"role": "tool", "content": "x"}]), SHORT, seed=0)
+    tasks, bad = prepare_tasks(guided, rows(chat, [{"role": "tool", "content": "x"}]), SHORT, seed=0)
     assert [t.row.prompt for t in tasks] == [chat]
     assert (bad[0].reason, "no tools here" in bad[0].error) == ("chat template", True)
 
 
-def test_columns_are_those_that_the_branches_of_a_method_take():
+def test_max_tokens_counts_the_branches_of_the_method():
     best = make_guided("best-of-n", n=3)
-    assert prepare(best, rows("ab"), SHORT, seed=0)[0][0].columns == 2 + 4 + 3 * 5
+    assert prepare_tasks(best, rows("ab"), SHORT, seed=0)[0][0].max_tokens == 2 + 4 + 3 * 5
     blocks = make_guided("cd-blockwise", n=3)
-    assert prepare(blocks, rows("ab"), SHORT | {"segment_length": 2}, seed=0)[0][0].columns == 2 + 4 + 4 * 3
+    assert prepare_tasks(blocks, rows("ab"), SHORT | {"segment_length": 2}, seed=0)[0][0].max_tokens == 2 + 4 + 4 * 3
 
 
-def test_batches_hold_the_budget_the_longest_first_and_never_mix_settings():
+def test_batches_keep_the_budget_start_with_the_longest_and_do_not_mix_settings():
     tasks = [task(0, 10), task(1, 40), task(2, 20), task(3, 20, beta=2.0), task(4, 200), task(5, 10), task(6, 10)]
     batches = plan_batches(tasks, rows=None, tokens=80)
     assert [[t.index for t in batch.tasks] for batch in batches] == [[4], [1, 2], [3], [0, 5, 6]]
     assert batches[2].settings == {"beta": 2.0}
-    assert all(len(b.tasks) * b.tasks[0].columns <= 80 or len(b.tasks) == 1 for b in batches)
+    assert all(len(b.tasks) * b.tasks[0].max_tokens <= 80 or len(b.tasks) == 1 for b in batches)
     assert [len(b.tasks) for b in plan_batches(tasks, rows=1, tokens=80)] == [1] * 7
     assert plan_batches(reversed(tasks), rows=None, tokens=80) == batches
 
 
-def test_a_batch_gives_what_generate_gives_each_row_alone(guided):
-    tasks, _ = prepare(guided, rows("ab", "abcd", "ab"), SHORT, seed=1)
-    outcomes = complete_batch(guided, Batch(tuple(tasks)), SHORT, trace=True)
+def test_a_batch_gives_the_same_completions_as_generate(guided):
+    tasks, _ = prepare_tasks(guided, rows("ab", "abcd", "ab"), SHORT, seed=1)
+    outcomes = complete_batch(guided, TaskBatch(tuple(tasks)), SHORT, trace=True)
     alone = [guided.generate([t.row.prompt], seed=[t.seed], **SHORT)[0] for t in tasks]
     assert [o.completion.token_ids for o in outcomes] == [one.token_ids for one in alone]
     assert [o.completion.id for o in outcomes] == ["r1", "r2", "r3"]
@@ -96,15 +96,15 @@ def test_a_batch_gives_what_generate_gives_each_row_alone(guided):
     assert pickle.loads(pickle.dumps(outcomes)) == outcomes
 
 
-def test_without_memory_processes_that_split_models_stop(guided, monkeypatch):
+def test_out_of_memory_is_an_error_if_processes_split_the_models(guided, monkeypatch):
     def failing(prompts, **given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    tasks, _ = prepare(guided, rows("ab", "abc"), SHORT, seed=1)
+    tasks, _ = prepare_tasks(guided, rows("ab", "abc"), SHORT, seed=1)
     monkeypatch.setattr(guided, "generate", failing)
-    monkeypatch.setattr(work, "is_tensor_parallel", lambda model: model is guided.policy.model)
-    with pytest.raises(RgtgError, match="give less to decode at once"):
-        complete_batch(guided, Batch(tuple(tasks)), SHORT)
+    monkeypatch.setattr(tasks_module, "is_tensor_parallel", lambda model: model is guided.policy.model)
+    with pytest.raises(RgtgError, match="decode less at once"):
+        complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_without_memory_processes_that_split_models_stop(guided, monkeypatch):
         (RuntimeError("DefaultCPUAllocator: not enough memory"), "out of memory"),
     ],
 )
-def test_a_row_that_fails_costs_no_other(guided, monkeypatch, error, reason):
-    tasks, _ = prepare(guided, rows("ab", "bad", "abc", "abcd", "a"), SHORT, seed=1)
+def test_only_the_row_that_fails_is_lost(guided, monkeypatch, error, reason):
+    tasks, _ = prepare_tasks(guided, rows("ab", "bad", "abc", "abcd", "a"), SHORT, seed=1)
     whole, calls = guided.generate, []
 
     def failing(prompts, **given):
@@ -126,17 +126,17 @@ def test_a_row_that_fails_costs_no_other(guided, monkeypatch, error, reason):
         return whole(prompts, **given)
 
     monkeypatch.setattr(guided, "generate", failing)
-    outcomes = complete_batch(guided, Batch(tuple(tasks)), SHORT)
+    outcomes = complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
     assert [o.task.index for o in outcomes] == [0, 1, 2, 3, 4]
-    assert [type(o) for o in outcomes] == [Done, Failed, Done, Done, Done]
+    assert [type(o) for o in outcomes] == [CompletedTask, FailedTask, CompletedTask, CompletedTask, CompletedTask]
     assert (outcomes[1].reason, outcomes[1].error) == (reason, str(error))
     assert calls == [5, 3, 2, 1, 1, 1, 2]
 
 
-def test_a_fault_of_another_kind_stops_the_work(guided, monkeypatch):
+def test_any_other_error_is_raised(guided, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(guided, "generate", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        complete_batch(guided, Batch((task(0, 5),)), SHORT)
+        complete_batch(guided, TaskBatch((task(0, 5),)), SHORT)

@@ -65,7 +65,7 @@ def test_generate_keeps_what_is_finished(policy_folder, scorer_folder, tmp_path,
     models += ["--prompts", prompts, "--batch-size", 2]
     assert run(*models, "--output", tmp_path / "whole.jsonl").exit_code == 0
     no_room()
-    refused(run(*models, "--output", output), "rows it holds are kept, and the same command goes on from them")
+    refused(run(*models, "--output", output), "rows it holds are kept, and the same command resumes from them")
     kept = (tmp_path / "done.jsonl.partial").read_bytes()
     assert kept.endswith(b"\n")
     assert not output.exists()
@@ -92,7 +92,7 @@ def test_generate_says_how_to_go_on_when_only_the_finished_output_finds_no_room(
 
     with monkeypatch.context() as patched:
         patched.setattr(place, "_write_lines", write_without_room)
-        told = f"all 12 finished rows are kept in {output}.partial, and the same command goes on from them once there"
+        told = f"all 12 finished rows are kept in {output}.partial, and the same command resumes from them once there"
         refused(run(*models, "--output", output), told)
     assert not output.exists()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -15,7 +15,7 @@ import rgtg
 from helpers.command import verb
 from helpers.ray_hands import Fake, Faulty, Other, Stillborn, notes, slow_worker
 from helpers.ray_world import save_models, write_prompts
-from rgtg.batch.tasks import Batch, Failed, Task
+from rgtg.batch.tasks import FailedTask, Task, TaskBatch
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import PromptRow, read_prompt_rows
 from rgtg.errors import RgtgError
@@ -150,7 +150,7 @@ def pool(ray_cluster, tmp_path, monkeypatch):
 def batch(*prompts):
     start = ord(prompts[0][0])
     rows = [PromptRow(number=i, id=text, prompt=text) for i, text in enumerate(prompts, start)]
-    return Batch(tuple(Task(row.number, row, 0, 1, 1) for row in rows))
+    return TaskBatch(tuple(Task(row.number, row, 0, 1, 1) for row in rows))
 
 
 def test_a_batch_that_kills_workers_is_done_row_by_row():
@@ -166,7 +166,7 @@ def test_a_batch_that_kills_workers_is_done_row_by_row():
 def test_a_row_that_kills_workers_is_given_up_and_the_others_are_done(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_pool, "_DEATHS", 1)
     (failed,), rest = pool(Fake, [batch("b?"), batch("d", "e")])
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, FailedTask)
     assert (failed.task.row.id, failed.reason) == ("b?", "worker died")
     assert rest == [100, 101]
     assert notes(tmp_path / "out.jsonl", "given") == [["b?"], ["d", "e"]]

@@ -1,1 +1,1 @@
-"""Resumable jobs over files of prompts."""
+"""Resumable completion of files of prompts."""

@@ -1,17 +1,25 @@
-"""Complete a file of prompts, row by row, so that nothing finished is lost: read, plan, complete, put in order."""
+"""Complete a file of prompts row by row and lose nothing that is finished: read, plan, complete, write in order."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rgtg.batch.distributed import follow, leading
-from rgtg.batch.journal import Entry, JobLog
-from rgtg.batch.lines import COUNTED, entry_of, failure_of, shape_of
-from rgtg.batch.output import Place, sums
-from rgtg.batch.tasks import Batch, Done, Failed, Outcome, Task, complete_batches, plan_batches, prepare
+from rgtg.batch.journal import Journal, JournalEntry
+from rgtg.batch.output import COUNTS, JobOutput, choose_output_format, journal_entry, row_failure
+from rgtg.batch.tasks import (
+    CompletedTask,
+    FailedTask,
+    Task,
+    TaskBatch,
+    TaskOutcome,
+    complete_batches,
+    plan_batches,
+    prepare_tasks,
+)
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import BadRow, PromptFile, refuse_rows
 from rgtg.decoding.guided_policy import GuidedPolicy
@@ -19,19 +27,20 @@ from rgtg.errors import DataError, RgtgError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
-from rgtg.models.loading.tensor_parallel import is_tensor_parallel
+from rgtg.models.loading.tensor_parallel import broadcast_object, is_tensor_parallel
 from rgtg.models.scorers.base import weights_of
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.types.base import Provenance
 from rgtg.types.batch import JobResult
 
-_HOPELESS = 32  # rows that fail without one success, after which the fault is not theirs
-Complete = Callable[[Sequence[Batch]], Iterator[list[Outcome]]]
+_MOST_FAILURES = 32  # after so many failures without one success, the rows are not the cause
+# Completes batches, in any order, and yields the outcomes of each.
+CompleteBatches = Callable[[Sequence[TaskBatch]], Iterator[list[TaskOutcome]]]
 
 
 @dataclass
-class JobState:
-    """How far a job is; ``cost`` is in tokens that rows may come to hold, by which time is best foretold."""
+class JobProgress:
+    """How far a job is. Time is best predicted from ``cost``, the most tokens that the rows can hold."""
 
     rows: int
     before: int
@@ -42,22 +51,22 @@ class JobState:
     total_cost: int = 0
 
 
-Progress = Callable[[JobState], None]
+OnProgress = Callable[[JobProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What only the loaded models can say of a job; it can be pickled.
+class JobPlan:
+    """What only a process with the models can say of a job. It can be pickled.
 
     Attributes:
         tasks: of the rows that can be completed.
-        unfit: the others that were read.
-        made_with: all that the lines of the output depend on.
+        bad: rows that were read but cannot be completed.
+        made_with: everything that the lines of the output depend on.
         provenance: of the result.
     """
 
     tasks: list[Task]
-    unfit: list[BadRow]
+    bad: list[BadRow]
     made_with: dict[str, Any]
     provenance: Provenance
 
@@ -68,26 +77,26 @@ def run_job(
     prompts: PromptFile,
     guided: GuidedPolicy,
     *,
-    progress: Progress | None = None,
-    complete: Complete | None = None,
+    progress: OnProgress | None = None,
+    complete: CompleteBatches | None = None,
 ) -> JobResult:
-    """Complete every row of a file of prompts and write the output, or go on with what an earlier run has done.
+    """Complete every row of a file of prompts and write the output, or resume what an earlier run has begun.
 
-    Finished rows are appended to ``OUTPUT.partial`` batch by batch, in the order in which they are finished. At the end
-    the output is written in the order of the prompts. However often a run is killed in between, the output is the same,
-    byte for byte, as that of a run that was not (on one machine, with the same batch settings).
+    Finished rows are appended to the journal ``OUTPUT.partial`` batch by batch. At the end, the output is written in
+    the order of the prompts. However often the job is killed in between, its output is the same, byte for byte, as
+    that of a job that was not killed (on one machine, with the same batch settings).
 
     Args:
         settings: of the run: output, seed, batches, what to do with bad rows.
-        decoding: the decoding settings that were given.
+        decoding: the decoding settings that the user gave.
         prompts: the rows.
         guided: policy and scorers.
-        progress: told after every batch.
-        complete: makes outcomes of batches, in any order; None does it here, where models are split together with the
-            other processes, which call `follow_job`.
+        progress: called after every batch.
+        complete: completes batches elsewhere. By default they are completed here, and where processes split the
+            models, in all of them: the other processes call `follow_job`.
 
     Raises:
-        DataError: bad rows, where ``on_bad`` is error; or none that can be completed.
+        DataError: bad rows, if ``on_bad`` is error; or no row that can be completed.
         UsageError: settings that cannot be used, or an output made with others, without ``force``.
         OutputError: a file that cannot be written; finished rows are kept.
         RgtgError: every row fails.
@@ -95,87 +104,79 @@ def run_job(
     here = partial(complete_batches, guided, settings=decoding, trace=settings.trace)
     plan = plan_job(settings, decoding, prompts, guided)
     if complete is None and is_tensor_parallel(guided.policy.model):
-        with leading(here) as together:
-            return run_plan(settings, prompts, plan, together, progress=progress)
+        with _on_all_ranks(here) as everywhere:
+            return run_plan(settings, prompts, plan, everywhere, progress=progress)
     return run_plan(settings, prompts, plan, complete or here, progress=progress)
 
 
 def follow_job(
     settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
 ) -> None:  # fmt: skip
-    """What every process but the first does of `run_job`, where models are split among them: it writes nothing.
+    """What rank 1 and up do while rank 0 runs `run_job` with split models: decode the same batches, write nothing.
 
     Raises:
         UsageError: settings that cannot be used.
     """
-    plan_job(settings, decoding, prompts, guided)  # fingerprints of split models are made by all processes
-    follow(partial(complete_batches, guided, settings=decoding, trace=settings.trace))
+    plan_job(settings, decoding, prompts, guided)  # all ranks together compute the fingerprints of split models
+    for _ in complete_batches(guided, broadcast_object(None), decoding, trace=settings.trace):
+        pass
+
+
+@contextmanager
+def _on_all_ranks(here: CompleteBatches) -> Iterator[CompleteBatches]:
+    """On rank 0: yield a function that completes batches on all ranks; the others wait for them in `follow_job`.
+
+    The batches are broadcast once; an empty list if the block ends, or raises an error, before there are any. After an
+    interrupt nothing is broadcast: the other ranks were interrupted too.
+    """
+    sent = False
+
+    def complete(batches: Sequence[TaskBatch]) -> Iterator[list[TaskOutcome]]:
+        nonlocal sent
+        sent = True
+        broadcast_object(list(batches))
+        yield from here(batches)
+
+    try:
+        yield complete
+    except Exception:
+        if not sent:
+            broadcast_object([])
+        raise
+    if not sent:
+        broadcast_object([])
 
 
 def plan_job(
     settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
-) -> Plan:  # fmt: skip
-    """The part of `run_job` that needs the models; the rest is `run_plan`, in whatever process.
+) -> JobPlan:  # fmt: skip
+    """The part of `run_job` that needs the models. `run_plan` is the rest, and may run in another process.
 
     Raises:
         UsageError: settings that cannot be used.
     """
-    tasks, unfit = prepare(guided, prompts.rows, decoding, settings.seed)
-    return Plan(
-        tasks, unfit, made_with(settings, decoding, prompts, guided), _provenance(settings, prompts, guided)
-    )  # fmt: skip
-
-
-def run_plan(
-    settings: GenerateSettings,
-    prompts: PromptFile,
-    plan: Plan,
-    complete: Complete,
-    *,
-    progress: Progress | None = None,
-) -> JobResult:
-    """The part of `run_job` that needs no models, but for ``complete``; arguments and errors are those of `run_job`."""
-    assert settings.output is not None, "checked before anything is loaded"
-    tasks, bad = plan.tasks, _bad_rows(prompts, plan.unfit, settings.on_bad)
-    if not tasks:
-        raise DataError(f"{prompts.source}: no row can be completed, the first one since {bad[0].error}")
-    place, shape = Place(settings.output), shape_of(settings.output_format, prompts.rows)
-    name = _model_name(settings)
-    _say_who_answers(prompts, name)
-    kept = place.finished(plan.made_with, force=settings.force)
-    if kept is not None and not kept.undecoded:
-        return kept
-    with JobLog.open(place.log, plan.made_with, rows=len(tasks), sums=len(COUNTED), force=settings.force) as log:
-        if kept is not None:
-            place.reopen(log, {task.row.id: task.index for task in tasks})
-        batches = plan_batches(tasks, rows=settings.batch_size, tokens=settings.batch_tokens)
-        failed = _complete(log, batches, complete, partial(entry_of, shape=shape, model=name), prompts.total, progress)
-        without: list[BadRow | Failed] = [*bad, *failed]
-        failures = sorted(map(failure_of, without), key=lambda failure: failure.line)
-        result = JobResult(
-            rows=prompts.total, completions=log.finished, failed=len(failures), undecoded=len(failed),
-            counts=sums(log.counts), made_with=plan.made_with, provenance=plan.provenance,
-        )  # fmt: skip
-        return place.write(log, failures, result, shape)
-
-
-def made_with(
-    settings: GenerateSettings, decoding: dict[str, Any], prompts: PromptFile, guided: GuidedPolicy
-) -> dict[str, Any]:
-    """All that the lines of an output depend on."""
-    shape = shape_of(settings.output_format, prompts.rows)
-    return guided.resolve(decoding, complete=True).model_dump(mode="json", exclude={"seed"}) | {
+    tasks, bad = prepare_tasks(guided, prompts.rows, decoding, settings.seed)
+    output_format = choose_output_format(settings.output_format, prompts.rows)
+    made_with = guided.resolve(decoding, complete=True).model_dump(mode="json", exclude={"seed"}) | {
         "seed": settings.seed,
         "trace": settings.trace,
-        "format": shape,
-        **models_of(guided),
+        "format": output_format,
+        **model_fingerprints(guided),
         "prompts": prompts.fingerprint,
-        **({"model": _model_name(settings)} if shape == "openai" else {}),
+        **({"model": _model_name(settings)} if output_format == "openai" else {}),
     }
+    models = {"policy": guided.policy.model}
+    for i, scorer in enumerate(guided.scorers):
+        models[f"scorer {i + 1}" if len(guided.scorers) > 1 else "scorer"] = weights_of(scorer)
+    origin = provenance(
+        command="rgtg generate", settings=settings.model_dump(mode="json", exclude={"force"}), seed=settings.seed,
+        models=models, data={"prompts": prompts.fingerprint},
+    )  # fmt: skip
+    return JobPlan(tasks, bad, made_with, origin)
 
 
-def models_of(guided: GuidedPolicy) -> dict[str, Any]:
-    """Fingerprints of the models, among all that a job is made with."""
+def model_fingerprints(guided: GuidedPolicy) -> dict[str, Any]:
+    """Fingerprints of the models, which are a part of ``made_with``."""
     draft = guided.draft
     return {
         "draft": fingerprint_weights(draft.model) if isinstance(draft, Policy) else draft,
@@ -185,57 +186,74 @@ def models_of(guided: GuidedPolicy) -> dict[str, Any]:
     }
 
 
-def _bad_rows(prompts: PromptFile, unfit: list[BadRow], on_bad: str) -> list[BadRow]:
-    """Rows that cannot be completed, in their order; refused unless they may be left out."""
-    bad = sorted([*prompts.bad, *unfit], key=lambda row: row.number)
-    if on_bad == "error":
+def run_plan(
+    settings: GenerateSettings,
+    prompts: PromptFile,
+    plan: JobPlan,
+    complete: CompleteBatches,
+    *,
+    progress: OnProgress | None = None,
+) -> JobResult:
+    """The rest of `run_job`, which needs models only in ``complete``. Arguments and errors are those of `run_job`."""
+    assert settings.output is not None, "checked before anything is loaded"
+    # 1. Check the rows.
+    tasks, bad = plan.tasks, sorted([*prompts.bad, *plan.bad], key=lambda row: row.number)
+    if settings.on_bad == "error":
         refuse_rows(prompts.source, bad, prompts.total)
-    return bad
+    if not tasks:
+        raise DataError(f"{prompts.source}: no row can be completed; the first error is: {bad[0].error}")
+    model = _model_name(settings)
+    if prompts.models and prompts.models[0] not in ("", model):
+        warnings.warn(f"the prompts ask for the model {prompts.models[0]!r}; {model} answers them", stacklevel=2)
+    # 2. Is the job finished already?
+    output, output_format = JobOutput(settings.output), choose_output_format(settings.output_format, prompts.rows)
+    finished = output.find_finished(plan.made_with, force=settings.force)
+    if finished is not None and not finished.undecoded:
+        return finished
+    made_with, force = plan.made_with, settings.force
+    with Journal.open(output.journal, made_with, rows=len(tasks), counts=len(COUNTS), force=force) as journal:
+        if finished is not None:  # only the rows that failed are tried again
+            output.copy_to_journal(journal, {task.row.id: task.index for task in tasks})
+        # 3. Complete the rows that the journal does not hold.
+        batches = plan_batches(tasks, rows=settings.batch_size, tokens=settings.batch_tokens)
+        entry = partial(journal_entry, output_format=output_format, model=model)
+        failed = _complete(journal, batches, complete, entry, prompts.total, progress)
+        # 4. Write the output in the order of the prompts.
+        failures = [*map(row_failure, bad), *map(row_failure, failed)]
+        failures.sort(key=lambda failure: failure.line)
+        result = JobResult(
+            rows=prompts.total, completions=journal.finished, failed=len(failures), undecoded=len(failed),
+            counts=dict(zip(COUNTS, journal.counts, strict=True)), made_with=made_with, provenance=plan.provenance,
+        )  # fmt: skip
+        return output.write(journal, failures, result, output_format)
 
 
 def _model_name(settings: GenerateSettings) -> str:
     return Path(settings.policy or "").name
 
 
-def _say_who_answers(prompts: PromptFile, name: str) -> None:
-    if prompts.models and prompts.models[0] not in ("", name):
-        warnings.warn(f"the prompts ask for the model {prompts.models[0]!r}; {name} answers them", stacklevel=3)
-
-
 def _complete(
-    log: JobLog, batches: list[Batch], complete: Complete, entry: Callable[[Done], Entry], rows: int,
-    progress: Progress | None,
-) -> list[Failed]:  # fmt: skip
-    """Complete what the log does not hold, and put it there; what failed."""
-    pending = [batch for batch in batches if any(task.index not in log for task in batch.tasks)]
-    state = JobState(rows, before=log.finished, done=log.finished, total_cost=sum(map(_cost, pending)))
-    tell = progress or (lambda state: None)
-    tell(state)
-    failed: list[Failed] = []
+    journal: Journal, batches: list[TaskBatch], complete: CompleteBatches,
+    entry: Callable[[CompletedTask], JournalEntry], rows: int, on_progress: OnProgress | None,
+) -> list[FailedTask]:  # fmt: skip
+    """Complete what the journal does not hold, and append it. Return what failed."""
+    pending = [batch for batch in batches if any(task.index not in journal for task in batch.tasks)]
+    total_cost = sum(task.max_tokens for batch in pending for task in batch.tasks)
+    progress = JobProgress(rows, before=journal.finished, done=journal.finished, total_cost=total_cost)
+    report = on_progress or (lambda progress: None)
+    report(progress)
+    failed: list[FailedTask] = []
     for outcomes in complete(pending):
-        new = [outcome for outcome in outcomes if outcome.task.index not in log]
-        done = [outcome for outcome in new if isinstance(outcome, Done)]
-        wrong = [outcome for outcome in new if isinstance(outcome, Failed)]
-        log.append(map(entry, done), (failure_of(outcome).model_dump_json() for outcome in wrong))
-        failed += wrong
-        if len(failed) >= _HOPELESS and not log.finished:
-            raise RgtgError(f"the first {len(failed)} rows all failed, the last one since {failed[-1].error}")
-        state.done, state.failed = log.finished, len(failed)
-        state.tokens += sum(len(outcome.completion.token_ids) for outcome in done)
-        state.cost += sum(outcome.task.columns for outcome in outcomes)
-        tell(state)
+        # A batch that was interrupted is repeated whole; its rows that are finished already are dropped.
+        new = [outcome for outcome in outcomes if outcome.task.index not in journal]
+        done = [outcome for outcome in new if isinstance(outcome, CompletedTask)]
+        new_failed = [outcome for outcome in new if isinstance(outcome, FailedTask)]
+        journal.append(map(entry, done), (row_failure(outcome).model_dump_json() for outcome in new_failed))
+        failed += new_failed
+        if len(failed) >= _MOST_FAILURES and not journal.finished:
+            raise RgtgError(f"the first {len(failed)} rows all failed; the last error is: {failed[-1].error}")
+        progress.done, progress.failed = journal.finished, len(failed)
+        progress.tokens += sum(len(outcome.completion.token_ids) for outcome in done)
+        progress.cost += sum(outcome.task.max_tokens for outcome in outcomes)
+        report(progress)
     return failed
-
-
-def _cost(batch: Batch) -> int:
-    return sum(task.columns for task in batch.tasks)
-
-
-def _provenance(settings: GenerateSettings, prompts: PromptFile, guided: GuidedPolicy) -> Provenance:
-    models = {"policy": guided.policy.model}
-    for i, scorer in enumerate(guided.scorers):
-        models[f"scorer {i + 1}" if len(guided.scorers) > 1 else "scorer"] = weights_of(scorer)
-    return provenance(
-        command="rgtg generate", settings=settings.model_dump(mode="json", exclude={"force"}), seed=settings.seed,
-        models=models, data={"prompts": prompts.fingerprint},
-    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The work of a job in three pure steps: tasks of rows, batches of tasks, outcomes of batches.
+"""A job's work in three pure steps: rows become tasks, tasks become batches, batches become outcomes.
 
-Tasks and outcomes can be pickled, so a batch may be completed anywhere that the same models are loaded. Batches depend
-on the tasks alone, never on which of them are finished: a batch that was cut short is done again as it was, and gives
-the same figures to the last bit.
+Tasks and outcomes can be pickled, so any process that has loaded the same models can complete a batch. Batches depend
+only on the tasks, not on which tasks are finished: a batch that was interrupted is repeated unchanged, and gives the
+same numbers to the last bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rgtg.config import DecodingSettings
+from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.data.prompts import BadRow, PromptRow
 from rgtg.data.sources import Reason
 from rgtg.decoding.guided_policy import GuidedPolicy
@@ -23,8 +23,43 @@ from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.tokenization.encoding import encode_prompts, render_chat
 from rgtg.types.generation import Completion
 
-_CHUNK = 512  # rows that are tokenised at once
+_CHUNK = 512  # rows that are tokenized at once
 _MEMORY = "out of memory"
+# Settings that GuidedPolicy.from_pretrained takes, and the seed, which each row has of its own.
+_NOT_PER_CALL = {"method", "beta", "top_k", "n", "seed"}
+
+
+def load_guided_policy(settings: GenerateSettings) -> GuidedPolicy:
+    """Load the policy and scorers of the settings; ``settings.policy`` must be given.
+
+    Raises:
+        ModelNotFoundError: a folder or hub id that cannot be loaded.
+        UsageError: models and settings that do not go together.
+    """
+    assert settings.policy is not None, "checked before anything is loaded"
+    given = settings.model_fields_set
+    return GuidedPolicy.from_pretrained(
+        settings.policy,
+        settings.scorer,
+        method=settings.method,
+        beta=settings.beta if "beta" in given else None,
+        n=settings.n if "n" in given else None,
+        top_k=settings.top_k if "top_k" in given else "default",
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        tp_plan=settings.tp_plan,
+        scorer_device=settings.scorer_device,
+        scorer_device_map=settings.scorer_device_map,
+        scorer_tp_plan=settings.scorer_tp_plan,
+        draft=settings.draft,
+    )
+
+
+def given_decoding_settings(settings: GenerateSettings) -> dict[str, Any]:
+    """The decoding settings that the user gave, as keyword arguments of ``GuidedPolicy.generate``."""
+    names = DecodingSettings.model_fields.keys() & settings.model_fields_set - _NOT_PER_CALL
+    return {name: getattr(settings, name) for name in DecodingSettings.model_fields if name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +67,30 @@ class Task:
     """A row that is ready to be completed.
 
     Attributes:
-        index: its place among all tasks.
-        row: id, prompt and settings of its own.
+        index: its position among all tasks.
+        row: id, prompt and the row's own settings.
         seed: of its generator.
-        length: of the prompt, in tokens.
-        columns: tokens that it may come to hold at once, prompt included.
+        prompt_tokens: length of the prompt.
+        max_tokens: most tokens that the row can hold in the cache at once, prompt included.
     """
 
     index: int
     row: PromptRow
     seed: int
-    length: int
-    columns: int
+    prompt_tokens: int
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Tasks of the same settings that are decoded together."""
+class TaskBatch:
+    """Tasks with the same settings, decoded together."""
 
     tasks: tuple[Task, ...]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class CompletedTask:
     """A task and its completion."""
 
     task: Task
@@ -63,115 +98,118 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """A task that got no completion, and why."""
+class FailedTask:
+    """A task that has no completion, and why."""
 
     task: Task
     reason: str
     error: str
 
 
-Outcome = Done | Failed
+TaskOutcome = CompletedTask | FailedTask
 
 
-def prepare(
+def prepare_tasks(
     guided: GuidedPolicy, rows: Sequence[PromptRow], settings: dict[str, Any], seed: int
 ) -> tuple[list[Task], list[BadRow]]:
-    """Tasks of the rows that fit the models, with the seeds that ``GuidedPolicy.generate`` gives them; and the others.
+    """Tokenize rows. Return a task for each row that fits the models, and the rows that do not.
 
     Args:
         guided: policy and scorers.
         rows: of a file of prompts.
-        settings: decoding settings of the run; a row's own are laid over them.
-        seed: of the run.
+        settings: decoding settings of the run; a row's own settings override them.
+        seed: of the run; rows get the seeds that ``GuidedPolicy.generate`` would give them.
 
     Raises:
-        UsageError: settings of the run that cannot be used, or chats without a template.
+        UsageError: settings of the run that cannot be used, or chats without a chat template.
     """
     guided.resolve(settings, complete=True)
     tasks: list[Task] = []
     bad: list[BadRow] = []
-    seeds, costs = RowSeeds(seed), _Costs(guided, settings)
+    seeds, checker = RowSeeds(seed), _PromptChecker(guided, settings)
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
-        for row, source in zip(part, costs.encode(part), strict=True):
+        for row, prompt in zip(part, checker.encode(part), strict=True):
             try:
-                length, columns = costs.of(row, source)
-            except _UnfitError as problem:
+                prompt_tokens, max_tokens = checker.count_tokens(row, prompt)
+            except _BadPromptError as problem:
                 bad.append(BadRow(row.number, row.id, problem.reason, str(problem)))
                 continue
-            drawn = seeds.next(source.ids) if row.seed is None else row.seed
-            tasks.append(Task(len(tasks), row, drawn, length, columns))
+            own_seed = seeds.next(prompt.ids) if row.seed is None else row.seed
+            tasks.append(Task(len(tasks), row, own_seed, prompt_tokens, max_tokens))
     return tasks, bad
 
 
-class _UnfitError(Exception):
-    def __init__(self, reason: str, error: Exception) -> None:
-        self.reason = reason
-        super().__init__(f"{reason}: {' '.join(str(error).split())[:300]}")
+class _BadPromptError(Exception):
+    def __init__(self, reason: Reason, error: Exception) -> None:
+        self.reason = reason.value
+        super().__init__(f"{self.reason}: {' '.join(str(error).split())[:300]}")
 
 
 @dataclass
-class _Source:
-    """A row as the policy reads it, or why it cannot."""
+class _EncodedPrompt:
+    """A prompt as the policy reads it, or why it cannot be read."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    problem: _UnfitError | None = None
+    problem: _BadPromptError | None = None
 
 
-class _Costs:
-    """What rows come to in tokens; settings are resolved once for all rows that share them."""
+class _PromptChecker:
+    """Tokenizes prompts and checks that they fit. Settings are resolved once for all rows that share them."""
 
     def __init__(self, guided: GuidedPolicy, settings: dict[str, Any]) -> None:
         self.guided, self.settings = guided, settings
         self._resolved: dict[str, Any] = {}
-        self._fits: dict[str, int] = {}  # the longest prompt that is known to fit, by settings
+        self._fits: dict[str, int] = {}  # by settings: the longest prompt that is known to fit
+        self._reads_text = any(isinstance(scorer, CrossTokenizerScorer) for scorer in guided.used)
 
-    def encode(self, rows: Sequence[PromptRow]) -> list[_Source]:
-        """Texts and token ids of rows, texts and chats in one call each."""
-        sources = [self._render(row) for row in rows]
+    def encode(self, rows: Sequence[PromptRow]) -> list[_EncodedPrompt]:
+        """Tokenize rows: all texts in one call, all chats in another."""
+        prompts = [self._render(row) for row in rows]
         for templated in (False, True):
-            kind = [s for s, row in zip(sources, rows, strict=True) if isinstance(row.prompt, list) == templated]
-            if mine := [source for source in kind if source.problem is None]:
-                texts = [source.text for source in mine]
+            usable = [
+                prompt
+                for prompt, row in zip(prompts, rows, strict=True)
+                if isinstance(row.prompt, list) == templated and prompt.problem is None
+            ]
+            if usable:
+                texts = [prompt.text for prompt in usable]
                 ids = encode_prompts(self.guided.policy.tokenizer, texts, templated=templated)
-                for source, found in zip(mine, ids, strict=True):
-                    source.ids = found
-        return sources
+                for prompt, found in zip(usable, ids, strict=True):
+                    prompt.ids = found
+        return prompts
 
-    def of(self, row: PromptRow, source: _Source) -> tuple[int, int]:
-        """Tokens of the prompt, and those that the row may come to hold."""
-        if source.problem is not None:
-            raise source.problem
+    def count_tokens(self, row: PromptRow, prompt: _EncodedPrompt) -> tuple[int, int]:
+        """Tokens of the prompt, and the most that the row can hold at once.
+
+        Raises:
+            _BadPromptError: the prompt cannot be read or does not fit, or the row's settings cannot be used.
+        """
+        if prompt.problem is not None:
+            raise prompt.problem
         settings, key = self._resolve(row.settings)
-        length = len(source.ids)
+        length = len(prompt.ids)
         if length > self._fits.get(key, 0) or length == 0 or self._reads_text:
-            self._require_room(row, source, settings)
+            try:
+                request = Request(prompt.text, prompt.ids, 0, [], source=row.prompt)
+                self.guided.require_room(request, settings)
+            except PromptTooLongError as error:
+                raise _BadPromptError(Reason.TOO_LONG, error) from error
+            except DataError as error:
+                raise _BadPromptError(Reason.EMPTY_PROMPT, error) from error
             self._fits[key] = length
         return length, length + settings.max_new_tokens + branch_columns(self.guided.method, settings)
 
-    @property
-    def _reads_text(self) -> bool:
-        return any(isinstance(scorer, CrossTokenizerScorer) for scorer in self.guided.used)
-
-    def _render(self, row: PromptRow) -> _Source:
+    def _render(self, row: PromptRow) -> _EncodedPrompt:
         if isinstance(row.prompt, str):
-            return _Source(row.prompt)
+            return _EncodedPrompt(row.prompt)
         try:
-            return _Source(render_chat(self.guided.policy.tokenizer, row.prompt, add_generation_prompt=True))
-        except UsageError:  # no chat template: no row of this kind can be done
+            return _EncodedPrompt(render_chat(self.guided.policy.tokenizer, row.prompt, add_generation_prompt=True))
+        except UsageError:  # no chat template: no chat can be completed
             raise
-        except Exception as error:  # a template is a program: it may refuse roles, or fail in any way
-            return _Source(problem=_UnfitError(Reason.CHAT_TEMPLATE.value, error))
-
-    def _require_room(self, row: PromptRow, source: _Source, settings: DecodingSettings) -> None:
-        try:
-            self.guided.require_room(Request(source.text, source.ids, 0, [], source=row.prompt), settings)
-        except PromptTooLongError as error:
-            raise _UnfitError(Reason.TOO_LONG.value, error) from error
-        except DataError as error:
-            raise _UnfitError(Reason.EMPTY_PROMPT.value, error) from error
+        except Exception as error:  # a template is a program: it may reject roles, or fail in any way
+            return _EncodedPrompt(problem=_BadPromptError(Reason.CHAT_TEMPLATE, error))
 
     def _resolve(self, own: dict[str, Any]) -> tuple[DecodingSettings, str]:
         key = repr(sorted(own.items())) if own else ""
@@ -179,45 +217,45 @@ class _Costs:
             try:
                 self._resolved[key] = self.guided.resolve(self.settings | own, complete=True)
             except UsageError as error:
-                raise _UnfitError(Reason.BAD_VALUE.value, error) from error
+                raise _BadPromptError(Reason.BAD_VALUE, error) from error
         return self._resolved[key], key
 
 
-def plan_batches(tasks: Iterable[Task], *, rows: int | None, tokens: int) -> list[Batch]:
-    """Batches of tasks of like length and equal settings, the largest first, so that what does not fit shows at once.
+def plan_batches(tasks: Iterable[Task], *, rows: int | None, tokens: int) -> list[TaskBatch]:
+    """Group tasks of similar length and equal settings, the largest first, so that a lack of memory shows at once.
 
-    A batch of n tasks is padded to the longest: n · columns of that one ≤ ``tokens``, and n ≤ ``rows`` where it is
-    given. A task over the budget has a batch of its own.
+    A batch of n tasks is padded to its longest: n · max_tokens of that one ≤ ``tokens``, and n ≤ ``rows`` if given. A
+    task that exceeds the budget gets a batch of its own.
     """
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(repr(sorted(task.row.settings.items())), []).append(task)
     batches = [batch for group in groups.values() for batch in _split(group, rows, tokens)]
-    return sorted(batches, key=lambda batch: (-batch.tasks[0].columns, batch.tasks[0].index))
+    return sorted(batches, key=lambda batch: (-batch.tasks[0].max_tokens, batch.tasks[0].index))
 
 
-def _split(group: list[Task], rows: int | None, tokens: int) -> Iterator[Batch]:
-    group.sort(key=lambda task: (-task.columns, task.index))
+def _split(group: list[Task], rows: int | None, tokens: int) -> Iterator[TaskBatch]:
+    group.sort(key=lambda task: (-task.max_tokens, task.index))
     start = 0
     while start < len(group):
-        count = max(1, min(tokens // group[start].columns, rows or len(group)))
-        yield Batch(tuple(group[start : start + count]), group[start].row.settings)
+        count = max(1, min(tokens // group[start].max_tokens, rows or len(group)))
+        yield TaskBatch(tuple(group[start : start + count]), group[start].row.settings)
         start += count
 
 
 def complete_batch(
-    guided: GuidedPolicy, batch: Batch, settings: dict[str, Any], *, trace: bool = False
-) -> list[Outcome]:
-    """Complete a batch; where a row makes it fail, it is halved until that row stands alone.
+    guided: GuidedPolicy, batch: TaskBatch, settings: dict[str, Any], *, trace: bool = False
+) -> list[TaskOutcome]:
+    """Complete a batch. If a row makes it fail, the batch is halved until that row is alone.
 
     Args:
         guided: policy and scorers.
         batch: of `plan_batches`.
         settings: decoding settings of the run.
-        trace: keep every candidate's figures of every step.
+        trace: keep the scores and probabilities of every candidate at every step.
 
     Raises:
-        RgtgError: no memory, where processes split the models: one alone cannot halve what all of them decode.
+        RgtgError: out of memory while processes share the models: one process cannot halve what all of them decode.
     """
     tasks = batch.tasks
     try:
@@ -226,39 +264,39 @@ def complete_batch(
             batch_size=len(tasks), **settings | batch.settings,
         )  # fmt: skip
     except (DataError, NonFiniteError, RuntimeError) as error:
-        if (reason := _reason(error)) is None:
+        if (reason := _row_failure(error)) is None:
             raise
         if reason == _MEMORY and is_tensor_parallel(guided.policy.model):
             raise RgtgError(
                 "one of the processes that split the models is out of memory, and the others cannot go on without it: "
-                "give less to decode at once (--batch-tokens)"
+                "decode less at once (--batch-tokens)"
             ) from error
         if len(tasks) == 1:
-            return [Failed(tasks[0], reason, " ".join(str(error).split())[:300])]
+            return [FailedTask(tasks[0], reason, " ".join(str(error).split())[:300])]
         half = (len(tasks) + 1) // 2
     else:
-        named = [each.model_copy(update={"id": task.row.id}) for task, each in zip(tasks, done, strict=True)]
-        return [Done(task, each) for task, each in zip(tasks, named, strict=True)]
-    halves = (
-        Batch(tasks[:half], batch.settings),
-        Batch(tasks[half:], batch.settings),
-    )  # outside: the memory is free again
+        return [
+            CompletedTask(task, completion.model_copy(update={"id": task.row.id}))
+            for task, completion in zip(tasks, done, strict=True)
+        ]
+    # Outside the except block, which keeps the failed batch's tensors alive.
+    halves = (TaskBatch(tasks[:half], batch.settings), TaskBatch(tasks[half:], batch.settings))
     return [outcome for part in halves for outcome in complete_batch(guided, part, settings, trace=trace)]
 
 
-def _reason(error: Exception) -> str | None:
-    """Why a row has no completion, where that is the row's or the batch's matter; None for any other fault."""
+def _row_failure(error: Exception) -> str | None:
+    """Why a row has no completion, if the row or the size of the batch is the cause; None for any other error."""
     if isinstance(error, NonFiniteError):
         return "not a finite number"
     if isinstance(error, DataError):
         return "bad prompt"
-    short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)  # of a GPU, of the CPU
-    return _MEMORY if short else None
+    gpu_or_cpu = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return _MEMORY if gpu_or_cpu else None
 
 
 def complete_batches(
-    guided: GuidedPolicy, batches: Iterable[Batch], settings: dict[str, Any], *, trace: bool = False
-) -> Iterator[list[Outcome]]:
-    """Outcomes of each batch, one after another, in this process."""
+    guided: GuidedPolicy, batches: Iterable[TaskBatch], settings: dict[str, Any], *, trace: bool = False
+) -> Iterator[list[TaskOutcome]]:
+    """Complete batches one after another in this process."""
     for batch in batches:
         yield complete_batch(guided, batch, settings, trace=trace)

@@ -191,9 +191,9 @@ def _given(settings: GenerateSettings, names: tuple[str, ...]) -> list[str]:
 
 
 def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> None:
-    from rgtg.batch.load import decoding_of, load_guided
+    from rgtg.batch.tasks import given_decoding_settings, load_guided_policy
 
-    guided, decoding = load_guided(settings), decoding_of(settings)
+    guided, decoding = load_guided_policy(settings), given_decoding_settings(settings)
     assert settings.prompt is not None, "checked before anything is loaded"
     if as_json or settings.trace:
         (done,) = guided.generate(settings.prompt, seed=settings.seed, trace=settings.trace, **decoding)
@@ -209,13 +209,13 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, first: bool) -> None:
-    from rgtg.batch.output import Place
+    from rgtg.batch.output import JobOutput
     from rgtg.data.prompts import read_prompt_rows, refuse_rows
     from rgtg.integrations.ray_cluster import require_ray
 
     assert settings.prompts is not None, "checked before anything is loaded"
     assert settings.output is not None, "checked before anything is loaded"
-    refuse_overwriting([("--prompts", settings.prompts)], Place(settings.output).files)
+    refuse_overwriting([("--prompts", settings.prompts)], JobOutput(settings.output).files)
     if settings.ray:
         require_ray()
     with resumable("the same command goes on from the rows that are finished"):
@@ -224,7 +224,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, fi
         if settings.on_bad == "error":  # before any model is loaded
             refuse_rows(prompts.source, prompts.bad, prompts.total)
         if first:
-            Place(settings.output).check(force=settings.force)
+            JobOutput(settings.output).check(force=settings.force)
         with _ready(settings, prompts, first) as run, job_bar("generating", quiet=quiet or as_json) as tell:
             result = run(progress=tell)
     if result is None:
@@ -234,7 +234,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, fi
     if result.undecoded:
         raise RgtgError(
             f"{result.undecoded} of {result.rows} rows failed while they were decoded: see "
-            f"{Place(settings.output).errors}; the same command tries them again"
+            f"{JobOutput(settings.output).errors}; the same command tries them again"
         )
 
 
@@ -252,10 +252,10 @@ def _ready(
         with redirect_stdout(sys.stderr), on_ray(settings, prompts) as run:  # Ray tells of deaths on stdout
             yield run
         return
-    from rgtg.batch.load import decoding_of, load_guided
     from rgtg.batch.run import follow_job, run_job
+    from rgtg.batch.tasks import given_decoding_settings, load_guided_policy
 
-    arguments = (settings, decoding_of(settings), prompts, load_guided(settings))
+    arguments = (settings, given_decoding_settings(settings), prompts, load_guided_policy(settings))
     yield partial(run_job, *arguments) if first else lambda progress: follow_job(*arguments)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rgtg.batch.run import JobState
+    from rgtg.batch.run import JobProgress
 
 _EVERY = 30.0  # seconds between two lines where there is no terminal
 
@@ -21,7 +21,7 @@ def reading_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None
 
 
 @contextmanager
-def job_bar(what: str, *, quiet: bool) -> Iterator[Callable[["JobState"], None]]:
+def job_bar(what: str, *, quiet: bool) -> Iterator[Callable[["JobProgress"], None]]:
     """While a job works: rows, tokens per second, and the time that is left by the tokens that rows may take."""
     speed = Speed()
     with _bar(what, quiet=quiet) as show:
@@ -32,8 +32,8 @@ def job_bar(what: str, *, quiet: bool) -> Iterator[Callable[["JobState"], None]]
 class Speed:
     """What a job's rows and tokens come to per second.
 
-    >>> from rgtg.batch.run import JobState
-    >>> Speed(clock=iter([0.0, 2.0]).__next__).text(JobState(rows=9, before=4, done=5, failed=1, tokens=30))
+    >>> from rgtg.batch.run import JobProgress
+    >>> Speed(clock=iter([0.0, 2.0]).__next__).text(JobProgress(rows=9, before=4, done=5, failed=1, tokens=30))
     '5/9 rows, 1 failed, 15 tokens/s, 0.5 rows/s'
     """
 
@@ -43,7 +43,7 @@ class Speed:
     def __post_init__(self) -> None:
         self.start = self.clock()
 
-    def text(self, state: "JobState") -> str:
+    def text(self, state: "JobProgress") -> str:
         """One line, without the time that is left."""
         passed = max(self.clock() - self.start, 1e-3)
         failed = [f"{state.failed} failed"] if state.failed else []

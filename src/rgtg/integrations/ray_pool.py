@@ -11,9 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rgtg.batch.load import decoding_of, load_guided
-from rgtg.batch.run import Plan, models_of, plan_job
-from rgtg.batch.tasks import Batch, Failed, Outcome, complete_batch
+from rgtg.batch.run import JobPlan, model_fingerprints, plan_job
+from rgtg.batch.tasks import (
+    FailedTask,
+    TaskBatch,
+    TaskOutcome,
+    complete_batch,
+    given_decoding_settings,
+    load_guided_policy,
+)
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import PromptFile
 from rgtg.decoding.guided_policy import GuidedPolicy
@@ -35,7 +41,7 @@ class Worker:
     """
 
     def __init__(self, settings: GenerateSettings) -> None:
-        self.settings, self.decoding = settings, decoding_of(settings)
+        self.settings, self.decoding = settings, given_decoding_settings(settings)
         self._guided: GuidedPolicy | None = None
 
     def begin(self) -> tuple[str, str]:
@@ -49,19 +55,19 @@ class Worker:
     def load(self) -> dict[str, Any] | RgtgError:
         """Load the models; their fingerprints."""
         try:
-            self._guided = load_guided(self.settings)
+            self._guided = load_guided_policy(self.settings)
         except RgtgError as error:
             return error
-        return models_of(self._guided)
+        return model_fingerprints(self._guided)
 
-    def plan(self, settings: GenerateSettings, prompts: PromptFile) -> Plan | RgtgError:
+    def plan(self, settings: GenerateSettings, prompts: PromptFile) -> JobPlan | RgtgError:
         """The job, as the driver's settings name its models."""
         try:
             return plan_job(settings, self.decoding, prompts, self.guided)
         except RgtgError as error:
             return error
 
-    def complete(self, batch: Batch) -> list[Outcome] | RgtgError:
+    def complete(self, batch: TaskBatch) -> list[TaskOutcome] | RgtgError:
         """Outcomes of a batch."""
         try:
             return complete_batch(self.guided, batch, self.decoding, trace=self.settings.trace)
@@ -130,7 +136,7 @@ class Pool:
             for hand in [*self._idle, *(hand for hand, _ in self._at.values())]:
                 ray.kill(hand.actor)
 
-    def plan(self, settings: GenerateSettings, prompts: PromptFile) -> Plan:
+    def plan(self, settings: GenerateSettings, prompts: PromptFile) -> JobPlan:
         """The job, by the worker that is ready first: the driver needs neither memory nor device for the models.
 
         Raises:
@@ -138,10 +144,10 @@ class Pool:
             RgtgError: no worker can start, or they die.
         """
         (plan,) = self._answers([_Call("it planned the job", "plan", (settings, prompts))])
-        assert isinstance(plan, Plan), "what a worker answers"
+        assert isinstance(plan, JobPlan), "what a worker answers"
         return plan
 
-    def complete(self, batches: Iterable[Batch]) -> Iterator[list[Outcome]]:
+    def complete(self, batches: Iterable[TaskBatch]) -> Iterator[list[TaskOutcome]]:
         """Outcomes of the batches, as they come.
 
         Raises:
@@ -229,7 +235,7 @@ class Pool:
         self._deaths[_BEGIN.name] = self._deaths[_LOAD.name] = 0
         self._idle.append(hand)
 
-    def _after_death(self, hand: _Hand, call: _Call, death: _Death) -> tuple[list[_Call], list[Outcome]]:
+    def _after_death(self, hand: _Hand, call: _Call, death: _Death) -> tuple[list[_Call], list[TaskOutcome]]:
         """Replace a worker; its work that is to be tried again, and outcomes of what is given up.
 
         Raises:
@@ -249,18 +255,18 @@ class Pool:
         return [call] if call.method == "plan" else [], []
 
 
-def _completing(batch: Batch) -> _Call:
+def _completing(batch: TaskBatch) -> _Call:
     return _Call(f"it did rows {[task.index for task in batch.tasks]}", "complete", (batch,))
 
 
-def _again(batch: Batch, deaths: int) -> tuple[list[_Call], list[Outcome]]:
+def _again(batch: TaskBatch, deaths: int) -> tuple[list[_Call], list[TaskOutcome]]:
     """What is tried again of a batch whose worker died so many times, and outcomes of what is not."""
     if deaths < _DEATHS:
         return [_completing(batch)], []
     if len(batch.tasks) > 1:
-        return [_completing(Batch((task,), batch.settings)) for task in batch.tasks], []
+        return [_completing(TaskBatch((task,), batch.settings)) for task in batch.tasks], []
     return [], [
-        Failed(batch.tasks[0], "worker died", f"the worker's process died {deaths} times while it did this row")
+        FailedTask(batch.tasks[0], "worker died", f"the worker's process died {deaths} times while it did this row")
     ]
 
 
