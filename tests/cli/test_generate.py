@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers.command import verb
+from helpers.files import snapshot
 from helpers.naive import info
 from helpers.other_tokenizers import reward_model_with, tokenizer_of
 from rgtg.models.loading.scorer_info import write_info
@@ -80,11 +81,11 @@ def test_saved_settings_are_those_that_were_used_and_read_back(models, prompts, 
     assert first.exit_code == 0, first.stderr
     saved = tmp_path / "saved.json"
     saved.write_text((tmp_path / "out.jsonl.settings.json").read_text())
-    before = output.stat()
+    before = snapshot(output)
     again = run("generate", "--config", saved, "--json")  # the same job, or it would be refused
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["rows"] == 3
-    assert output.stat() == before
+    assert snapshot(output) == before
     assert "top_k" in json.loads(saved.read_text())
 
 
@@ -120,9 +121,8 @@ def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp
 
     def failing(guided, batch, settings, **given):
         outcomes = whole(guided, batch, settings, **given)
-        return [
-            work.Failed(o.task, "not a finite number", "NaN") if o.task.row.prompt == "What" else o for o in outcomes
-        ]
+        nan = "not a finite number", "NaN"
+        return [work.FailedTask(o.task, *nan) if o.task.row.prompt == "What" else o for o in outcomes]
 
     monkeypatch.setattr(work, "complete_batch", failing)
     output = tmp_path / "out.jsonl"
