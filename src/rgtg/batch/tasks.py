@@ -20,7 +20,8 @@ from rgtg.decoding.request import Request, RowSeeds
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError
 from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.tokenization.encoding import encode_prompts, render_chat
+from rgtg.tokenization.conversation import render_chat
+from rgtg.tokenization.encoding import encode_prompts
 from rgtg.types.generation import Completion
 
 _CHUNK = 512  # rows that are tokenized at once

@@ -4,7 +4,7 @@ from typing import Any
 
 from rgtg.data.sources import Reason, RowProblem
 from rgtg.errors import UsageError
-from rgtg.tokenization.encoding import render_chat
+from rgtg.tokenization.conversation import render_chat
 from rgtg.types.generation import PreferencePair
 
 HH_TURN = "\n\nAssistant:"

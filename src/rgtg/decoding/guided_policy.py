@@ -13,7 +13,8 @@ from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.tensor_parallel import TpPlan
-from rgtg.tokenization.encoding import decode_completion, encode_source
+from rgtg.tokenization.conversation import encode_source
+from rgtg.tokenization.encoding import decode_completion
 from rgtg.types.generation import Completion
 
 

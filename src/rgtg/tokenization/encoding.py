@@ -1,7 +1,7 @@
-"""Text to token ids and back, in one place: training, audit and decoding must read the same tokens.
+"""Text to token ids and back, and whether two tokenizers are the same.
 
-A tokenizer is used as the policy uses it while generating: the prompt is encoded alone, with its special tokens,
-and the completion is what follows it.
+Training, audit and decoding share these functions, so that they see the same tokens. The prompt is encoded on its own,
+with its special tokens, as in generation; the completion is what follows it.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rgtg.errors import DataError, TokenizerMismatchError, UsageError
+from rgtg.errors import DataError, TokenizerMismatchError
 
 PAD_TOKEN = "<|rgtg-pad|>"
 
@@ -27,27 +27,27 @@ _PROBES = (
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Fingerprint of what a tokenizer *does*: its vocabulary, its reading of probe texts, and its EOS.
+    """Fingerprint of what a tokenizer *does*: its vocabulary, its ids of probe texts, and its EOS.
 
-    Names and files are not compared: the same files can load as another class (and give other ids). The padding
-    token is left out, since a scorer may need one where the policy has none.
+    Names and files are not compared, because the same files can load as another class that gives other ids. The padding
+    token is left out: a scorer may need one although the policy has none.
     """
     vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token != PAD_TOKEN}
-    readings = [tokenizer(text).input_ids for text in _PROBES]
-    what = json.dumps([sorted(vocabulary.items()), readings, tokenizer.eos_token_id])
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+    probe_ids = [tokenizer(text).input_ids for text in _PROBES]
+    content = json.dumps([sorted(vocabulary.items()), probe_ids, tokenizer.eos_token_id])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers read text in the same way."""
+    """Whether two tokenizers encode text in the same way."""
     return one is other or tokenizer_hash(one) == tokenizer_hash(other)
 
 
 def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None:
-    """Refuse a policy and a scorer that read text differently.
+    """Check that policy and scorer encode text in the same way.
 
     Raises:
-        TokenizerMismatchError: naming the first probe text on which they differ.
+        TokenizerMismatchError: they do not; the message shows the first probe text on which they differ.
     """
     if same_tokenizer(policy_tokenizer, scorer_tokenizer):
         return
@@ -58,16 +58,16 @@ def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None
             detail = f"{text!r} is {ours[:12]} to the policy and {theirs[:12]} to the scorer (first 12 ids)"
             break
     raise TokenizerMismatchError(
-        f"policy and scorer have different tokenizers: {detail}. What scores or drafts the policy's own tokens needs "
-        "its tokenizer: train it from the policy's own base model (rgtg train --base POLICY). A reward model may have "
-        "another."
+        f"policy and scorer have different tokenizers: {detail}. A scorer or draft model "
+        "that reads the policy's tokens needs that tokenizer: train it from the policy's base model (rgtg train "
+        "--base POLICY). A reward model may have another."
     )
 
 
 def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
-    """Give the tokenizer a padding token that is not its EOS, growing the model's embedding by one only if it must.
+    """Give the tokenizer a padding token other than EOS; the model's embedding grows by a row only if it has to.
 
-    Stock reward models read the last token that is not padding; if padding were EOS, they would skip a real EOS.
+    Stock reward models score the last token that is not padding. If padding were EOS, they would skip a real EOS.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         for candidate in (tokenizer.unk_token, tokenizer.bos_token):
@@ -83,10 +83,10 @@ def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> list[int]:
-    """Token ids of a prompt, special tokens included unless a chat template has already written them.
+    """Token ids of a prompt. Special tokens are added unless a chat template has already written them (``templated``).
 
     Raises:
-        DataError: an empty prompt, or one the tokenizer turns into no token.
+        DataError: an empty prompt, or one that the tokenizer turns into no token.
     """
     if not prompt:
         raise DataError("the prompt is empty; give at least one character")
@@ -97,29 +97,16 @@ def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> li
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, templated: bool = False) -> list[list[int]]:
-    """The same for several prompts in one call, which is faster; one that turns into no token has an empty list."""
+    """Token ids of several prompts in one call, which is faster; a prompt without any token gives an empty list."""
     rows: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not templated).input_ids
-    return [_open_ended(tokenizer, prompt, ids) for prompt, ids in zip(prompts, rows, strict=True)]
+    return [_without_eos(tokenizer, prompt, ids) for prompt, ids in zip(prompts, rows, strict=True)]
 
 
-def _open_ended(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
-    """BERT- and T5-like tokenizers close every text; a prompt that is to be continued must stay open."""
+def _without_eos(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
+    """Remove the EOS that BERT- and T5-like tokenizers add to every text: the prompt is going to be continued."""
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token or "\0"):
         ids = ids[:-1]
     return ids
-
-
-def encode_source(tokenizer: Any, source: str | Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
-    """Text of a prompt, chat messages through the tokenizer's template, and its token ids.
-
-    Raises:
-        DataError: an empty prompt.
-        UsageError: chat messages, and a tokenizer without a chat template.
-    """
-    if isinstance(source, str):
-        return source, encode_prompt(tokenizer, source)
-    text = render_chat(tokenizer, source, add_generation_prompt=True)
-    return text, encode_prompt(tokenizer, text, templated=True)
 
 
 def encode_completion(
@@ -131,11 +118,11 @@ def encode_completion(
     append_eos: bool = True,
     prompt_ids: list[int] | None = None,
 ) -> list[int]:
-    """Token ids of a completion as it stands after its prompt, closed by EOS if asked for.
+    """Token ids of a completion that follows its prompt, with EOS at the end if ``append_eos``.
 
-    Where encoding prompt and completion together keeps the prompt's own ids, what follows them is the completion
-    (so a SentencePiece tokenizer adds no space of its own). Where a token would straddle the border, which no
-    generation could produce, the completion is encoded alone. ``prompt_ids``, where the caller has them, saves
+    Prompt and completion are encoded together. If the result starts with the prompt's own ids, the rest is the
+    completion, and a SentencePiece tokenizer adds no space of its own. Otherwise a token crosses the border, which
+    generation cannot produce, and the completion is encoded on its own. ``prompt_ids``, if the caller has them, saves
     encoding the prompt again.
     """
     if prompt_ids is None:
@@ -152,45 +139,24 @@ def encode_completion(
 
 
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
-    """Text that ``completion_ids`` add after the prompt, leading space kept, special tokens left out."""
+    """Text of a completion after its prompt: with its leading space, without special tokens."""
     return decode_after(tokenizer, decoding_context(tokenizer, prompt_ids), completion_ids)
 
 
 def decoding_context(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
-    """A prompt's last tokens, and their text: enough to know whether a leading space belongs to the completion."""
+    """A prompt's last tokens and their text, which show whether a leading space belongs to the completion."""
     last = list(prompt_ids[-8:])
     return last, _text(tokenizer, last)
 
 
 def decode_after(tokenizer: Any, context: tuple[list[int], str], completion_ids: Sequence[int]) -> str:
-    """``decode_completion`` where the prompt's ``decoding_context`` is known."""
+    """Like ``decode_completion``, with the prompt's ``decoding_context`` computed before."""
     last, before = context
     whole = _text(tokenizer, [*last, *completion_ids])
-    # Else the prompt ends in the middle of a character, which the completion closes.
-    return whole[len(before) :] if whole.startswith(before) else _text(tokenizer, list(completion_ids))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return _text(tokenizer, list(completion_ids))  # the prompt ends inside a character, which the completion finishes
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    """Text of a list of chat messages through the tokenizer's own chat template.
-
-    Raises:
-        UsageError: the tokenizer has no chat template.
-        DataError: the template refuses the messages, or tries what its sandbox forbids.
-    """
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            "the data holds chat messages, but the tokenizer has no chat template: set one in its "
-            "tokenizer_config.json, or give prompt, chosen and rejected as plain text"
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except TemplateError as error:
-        raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error

@@ -25,7 +25,7 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.engine.request import Failed, Finished, Job, Row, Step, Ticket
-from rgtg.tokenization.encoding import encode_source
+from rgtg.tokenization.conversation import encode_source
 
 PROMPTS = ["Once upon a time", "Hi", "What is it? A cat sat on a mat and looked at me", "Once upon a mat"]
 

@@ -12,7 +12,7 @@ from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.models import ServedModels
-from rgtg.tokenization.encoding import encode_source
+from rgtg.tokenization.conversation import encode_source
 
 PROMPT, SAID = "Once upon", [" a time", "", " x"]
 CHAT = [{"role": "user", "content": "Hi"}]

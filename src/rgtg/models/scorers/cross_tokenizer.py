@@ -12,7 +12,7 @@ from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 from rgtg.models.scorers.reward_model import PrefixScorer, finished_flags, position_scores
-from rgtg.tokenization.encoding import render_chat
+from rgtg.tokenization.conversation import render_chat
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
 

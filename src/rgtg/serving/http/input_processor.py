@@ -19,7 +19,7 @@ from rgtg.serving.engine.sequence import rows_of
 from rgtg.serving.http.errors import ApiError, Written, from_rgtg
 from rgtg.serving.http.requests import Guidance, Message, Sampling
 from rgtg.serving.settings import ServeSettings
-from rgtg.tokenization.encoding import encode_source
+from rgtg.tokenization.conversation import encode_source
 
 Source = str | list[int] | list[Message]
 
