@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""Text to token ids and back, and comparing tokenizers."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from rgtg.tokenization.encoding import (
 )
 
 
-def test_there_and_back(tokenizer):
+def test_encode_then_decode(tokenizer):
     prompt = encode_prompt(tokenizer, "Hi you")
     completion = encode_completion(tokenizer, "Hi you", " there", append_eos=True)
     assert completion[-1] == tokenizer.eos_token_id
@@ -24,7 +24,7 @@ def test_there_and_back(tokenizer):
         encode_prompt(tokenizer, "")
 
 
-def test_hash_is_of_what_a_tokenizer_does(tokenizer):
+def test_the_hash_ignores_the_padding_token_and_sees_added_tokens(tokenizer):
     other = tiny_tokenizer()
     other.pad_token = "<unk>"
     assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
@@ -35,7 +35,7 @@ def test_hash_is_of_what_a_tokenizer_does(tokenizer):
         require_same_tokenizer(tokenizer, other)
 
 
-def test_padding_is_never_eos(tokenizer):
+def test_the_padding_token_is_not_eos(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     ensure_pad_token(tokenizer)
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)

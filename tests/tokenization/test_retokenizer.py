@@ -1,4 +1,4 @@
-"""Growing texts: tokens to text and text to tokens, a step at a time, equal what is done from scratch."""
+"""Incremental detokenization and retokenization give what the whole text gives."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,48 +7,17 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from helpers.other_tokenizers import CORPUS, KINDS, byte_level, tokenizer_of, unigram
 from rgtg.tokenization.encoding import decode_completion
-from rgtg.tokenization.retokenizer import Detokenizer, Retokenizer
-from rgtg.tokenization.space_cuts import SpaceCuts
+from rgtg.tokenization.retokenizer import Detokenizer, Retokenizer, SpaceSplitter
 
 ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = [
-    "the",
-    " the",
-    " then",
-    "re",
-    "s",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    ".",
-    ", and",
-    " 12",
-    "345",
-    "'s",
-    " isn't",
-    "\t",
+    "the", " the", " then", "re", "s", " ", "  ", "\n", "\n\n", ".", ", and", " 12", "345", "'s", " isn't", "\t",
     "</s>",
-]
+]  # fmt: skip
 ODD = [
-    " é",
-    "e\u0301",
-    "\u0301",
-    " 🙂",
-    "👩‍👩‍👧",
-    "🇫🇷",
-    "中文",
-    "한국",
-    " हिन्दी",
-    "שלום",
-    "\u00a0",
-    "ﬁ",
-    "\u2028",
-    "<s>",
-    "İ",
-    "ß",
-    "�",
-]
+    " é", "e\u0301", "\u0301", " 🙂", "👩‍👩‍👧", "🇫🇷", "中文", "한국", " हिन्दी", "שלום",
+    "\u00a0", "ﬁ", "\u2028", "<s>", "İ", "ß", "�",
+]  # fmt: skip
 pieces = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), min_size=1, max_size=12)
 starts = st.sampled_from(
     ["Once upon a time, there was a", CORPUS[1], CORPUS[4], "a", "so the dog", "x  y   z the end of it"]
@@ -58,7 +27,7 @@ starts = st.sampled_from(
 @pytest.mark.parametrize("kind", KINDS)
 @ANY
 @given(start=starts, steps=st.lists(pieces, min_size=1, max_size=6))
-def test_a_text_that_grows_is_tokenised_as_from_scratch(kind, start, steps):
+def test_a_growing_text_is_tokenized_as_the_whole_text(kind, start, steps):
     tokenizer = tokenizer_of(kind)
     retokenizer = Retokenizer(tokenizer)
     (reading,) = retokenizer.tokenize([start])
@@ -73,7 +42,7 @@ def test_a_text_that_grows_is_tokenised_as_from_scratch(kind, start, steps):
 @pytest.mark.parametrize("kind", KINDS)
 @ANY
 @given(data=st.data())
-def test_tokens_that_are_added_say_what_all_of_them_say(kind, data):
+def test_appended_tokens_decode_as_all_tokens_together(kind, data):
     tokenizer = tokenizer_of(kind)
     tokens = st.integers(0, len(tokenizer) - 1)
     prompt = data.draw(st.lists(tokens, min_size=1, max_size=10))
@@ -90,8 +59,8 @@ def test_tokens_that_are_added_say_what_all_of_them_say(kind, data):
 @pytest.mark.parametrize("kind", ["byte-level", "llama"])
 @ANY
 @given(text=st.text("aé🙂中 ", min_size=1, max_size=12))
-def test_characters_that_come_byte_by_byte(kind, text):
-    """Real texts, whose characters are split over tokens: what random ids seldom give."""
+def test_characters_split_over_tokens_are_decoded(kind, text):
+    """Random ids seldom give a character that is split over tokens; these texts do."""
     tokenizer = tokenizer_of(kind)
     prompt = tokenizer("Once").input_ids
     detokenizer = Detokenizer(tokenizer)
@@ -104,7 +73,7 @@ def test_characters_that_come_byte_by_byte(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_newest_words_are_tokenised_again(kind, monkeypatch):
+def test_only_the_last_words_are_tokenized_again(kind, monkeypatch):
     retokenizer = Retokenizer(tokenizer_of(kind))
     text = " ".join([CORPUS[0]] * 30)
     (reading,) = retokenizer.tokenize([text])
@@ -117,51 +86,51 @@ def test_only_the_newest_words_are_tokenised_again(kind, monkeypatch):
     assert max(map(len, read)) < 100
 
 
-def test_cuts_stand_before_words_after_spaces():
-    cuts = SpaceCuts(tokenizer_of("byte-level"))
-    assert cuts.places("one two  three four é five") == (3, 14, 21)
-    assert cuts.places("one two") is None
+def test_texts_are_split_at_spaces_before_words():
+    splitter = SpaceSplitter(tokenizer_of("byte-level"))
+    assert splitter.last_splits("one two  three four é five") == (3, 14, 21)
+    assert splitter.last_splits("one two") is None
 
 
-def test_no_cut_near_an_added_token():
-    cuts = SpaceCuts(tokenizer_of("byte-level"))
-    assert not cuts.plain("so it ends</s> and goes on", 4)
-    assert not cuts.plain("so it ends</s> and goes on", 12)
-    assert cuts.plain("so it ends</s> and goes on", 20)
+def test_an_added_token_near_the_split_is_found():
+    splitter = SpaceSplitter(tokenizer_of("byte-level"))
+    assert splitter.has_added_token("so it ends</s> and goes on", 4)
+    assert splitter.has_added_token("so it ends</s> and goes on", 12)
+    assert not splitter.has_added_token("so it ends</s> and goes on", 20)
 
 
 @pytest.mark.parametrize("pattern", [r"\s+$|\S+", r"(?<=a)b|.", r"\bword\b|.", r"(\w)\1|."])
-def test_a_splitter_that_looks_around_is_not_cut(pattern):
+def test_a_pre_tokenizer_that_looks_around_is_not_usable(pattern):
     odd = byte_level(300, pattern)
-    assert not SpaceCuts(odd).usable
+    assert not SpaceSplitter(odd).usable
     (reading,) = Retokenizer(odd).tokenize(["a text of some words, long enough to be cut"])
     ((tail,),) = Retokenizer(odd).encode_continuations([reading], [[reading.text + " here"]])
     assert tail.kept == 0
     assert tail.ids == odd(reading.text + " here", add_special_tokens=False).input_ids
 
 
-def test_a_unigram_over_spaces_is_not_cut():
+def test_a_unigram_model_across_spaces_is_not_usable():
     whole = unigram()
     whole.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
-    assert not SpaceCuts(whole).usable
+    assert not SpaceSplitter(whole).usable
 
 
-def test_a_splitter_over_words_is_not_cut():
-    assert not SpaceCuts(byte_level(300, r"\w+ \w+|.")).usable
+def test_a_pre_tokenizer_across_words_is_not_usable():
+    assert not SpaceSplitter(byte_level(300, r"\w+ \w+|.")).usable
 
 
-def test_added_tokens_that_are_found_in_normalized_text_are_not_cut_around():
+def test_added_tokens_of_normalized_text_are_not_usable():
     late = unigram()
-    assert SpaceCuts(late).usable
+    assert SpaceSplitter(late).usable
     late.add_tokens([AddedToken("file", normalized=True)])  # NFKC makes one of the ligature in "\ufb01le"
-    assert not SpaceCuts(late).usable
+    assert not SpaceSplitter(late).usable
 
 
-def test_parts_written_in_python_are_not_cut():
+def test_components_written_in_python_are_not_usable():
     class Mine:
         def pre_tokenize(self, text):
             text.split(lambda _, piece: piece.split(Regex(r"\s"), "isolated"))
 
     odd = byte_level(300)
     odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Mine())
-    assert not SpaceCuts(odd).usable
+    assert not SpaceSplitter(odd).usable

@@ -1,4 +1,4 @@
-"""The bytes that each token adds to a text: half characters, leading spaces, and nothing for special tokens."""
+"""The bytes of each token of a vocabulary, as detokenization joins them."""
 
 import json
 import re
@@ -8,34 +8,34 @@ _HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """Bytes and text of single tokens of one tokenizer, each worked out once.
+    """Bytes and text of a tokenizer's single tokens, computed once per token.
 
-    Bytes of a completion's tokens joined are its text in UTF-8 (a special token adds none), so a token that is half a
-    character has bytes but no text of its own.
+    The joined bytes of a completion's tokens are its text in UTF-8. A token may hold part of a character, which has
+    bytes but no text; a special token has no bytes.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._kinds = _decoders_of(tokenizer)
-        self._of_char = _byte_of_char() if "ByteLevel" in self._kinds else {}
-        self._known: dict[int, tuple[bytes, str]] = {}
+        self._decoders = _decoder_types(tokenizer)
+        self._byte_of_char = _byte_level_alphabet() if "ByteLevel" in self._decoders else {}
+        self._cache: dict[int, tuple[bytes, str]] = {}
 
     def of(self, token_id: int) -> bytes:
-        """What the token adds to a text."""
-        return self._look_up(token_id)[0]
+        """The bytes that the token adds to a text."""
+        return self._lookup(token_id)[0]
 
     def text(self, token_id: int) -> str:
-        """The token alone: U+FFFD where its bytes are no text, its name where it is a special token."""
-        return self._look_up(token_id)[1]
+        """The text of the token alone: U+FFFD for bytes that are no text, its name for a special token."""
+        return self._lookup(token_id)[1]
 
-    def _look_up(self, token_id: int) -> tuple[bytes, str]:
-        if token_id not in self._known:
-            self._known[token_id] = self._work_out(token_id)
-        return self._known[token_id]
+    def _lookup(self, token_id: int) -> tuple[bytes, str]:
+        if token_id not in self._cache:
+            self._cache[token_id] = self._compute(token_id)
+        return self._cache[token_id]
 
-    def _work_out(self, token_id: int) -> tuple[bytes, str]:
+    def _compute(self, token_id: int) -> tuple[bytes, str]:
         name = self.tokenizer.convert_ids_to_tokens(token_id)
         if token_id in self._special or name is None:
             return b"", name or ""
@@ -44,20 +44,20 @@ class TokenBytes:
         return raw, raw.decode(errors="replace")
 
     def _bytes_of(self, token_id: int, name: str) -> bytes:
-        if "ByteLevel" in self._kinds:
-            return bytes(byte for char in name for byte in self._of_char.get(char, char.encode()))
-        if "ByteFallback" in self._kinds and (found := _HEX.fullmatch(name)):
+        if "ByteLevel" in self._decoders:
+            return bytes(byte for char in name for byte in self._byte_of_char.get(char, char.encode()))
+        if "ByteFallback" in self._decoders and (found := _HEX.fullmatch(name)):
             return bytes([int(found[1], 16)])
-        if self._kinds & {"Replace", "Metaspace"}:
+        if self._decoders & {"Replace", "Metaspace"}:
             return name.replace("▁", " ").encode()
-        if self._kinds == {"Fuse"}:
+        if self._decoders == {"Fuse"}:
             return name.encode()
         text = str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
         return b"" if "�" in text else text.encode()
 
 
-def _decoders_of(tokenizer: Any) -> set[str]:
-    """Names of the steps by which a fast tokenizer turns tokens into text; empty for others."""
+def _decoder_types(tokenizer: Any) -> set[str]:
+    """Types of the decoders by which a fast tokenizer turns tokens into text; empty for other tokenizers."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return set()
@@ -65,8 +65,8 @@ def _decoders_of(tokenizer: Any) -> set[str]:
     return {step["type"] for step in state.get("decoders", [state])}
 
 
-def _byte_of_char() -> dict[str, bytes]:
-    """GPT-2's printable character for each byte, read backwards."""
+def _byte_level_alphabet() -> dict[str, bytes]:
+    """The byte that each printable character of GPT-2's byte-level vocabulary stands for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
