@@ -33,7 +33,8 @@ from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.ops.packed_linear import pack_linears
-from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.scorers.heads import StateHead, VocabularyHead
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer

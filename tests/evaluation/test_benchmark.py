@@ -8,7 +8,8 @@ from rgtg.decoding.runners.factory import make_stepper
 from rgtg.evaluation.benchmark import bytes_per_token, measure_speed, memory_bandwidth, seconds_per_token
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.packed_linear import decode_bytes, group_linears
-from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead
+from rgtg.models.scorers.heads import StateHead
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 
 
 def test_bytes_of_weights_read_per_token():

@@ -19,7 +19,7 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.loading.device_map import synchronize
 from rgtg.models.loading.policy import DTYPES
-from rgtg.models.ops import attention
+from rgtg.models.ops.attention import single_query_attention
 from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.ops.packed_linear import StackedWeights, can_pack_dtype, pack_linears
 from rgtg.planning.hardware import Device
@@ -99,7 +99,7 @@ def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, flo
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kind = _kind(dtype)
-    attend = attention.attend if device.type == "cpu" and can_pack_dtype(kind) else sdpa_attention_forward
+    attend = single_query_attention if device.type == "cpu" and can_pack_dtype(kind) else sdpa_attention_forward
     layer = SimpleNamespace(is_causal=False, training=False)
     shape = (_BATCH, _HEADS, 2 * _COLUMNS, _HEAD_DIM)  # half of them in use: views, as in the middle of a completion
     pools = [torch.randn(shape, device=device).to(kind)[:, :, :_COLUMNS] for _ in range(2 * _CACHES)]

@@ -12,7 +12,8 @@ from rgtg.decoding.engine.drafters import MAX_DRAFT, Acceptance, Costs, FromMode
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.sampling import accept_draft
 from rgtg.models.loading.policy import Policy
-from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead
+from rgtg.models.scorers.heads import StateHead
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 
 # A prompt that holds every token, so that look-up finds whatever comes.
 ECHO = [0, *range(3, VOCAB), 9, 14, 30, 9, 14]

@@ -30,7 +30,7 @@ from rgtg.decoding.runners.policy_runner import (
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.lm_head import policy_logits
-from rgtg.models.scorers.hidden_state_head import VocabularyHead
+from rgtg.models.scorers.heads import VocabularyHead
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer

@@ -1,4 +1,4 @@
-"""Logits and layers read outside the model's own forward, against the model's own forward."""
+"""Logits computed from final hidden states equal those of the model's own forward."""
 
 import pytest
 import torch
@@ -26,10 +26,10 @@ def scaled():
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", [*sorted(CONFIGS), capped, scaled])
-def test_logits_after_states_are_the_models_own(model):
+def test_logits_equal_the_models_own(model):
     model = model() if callable(model) else tiny_policy(model)
     states = trunk(model)(input_ids=IDS).last_hidden_state
     expected = model(input_ids=IDS).logits
     torch.testing.assert_close(policy_logits(model, states), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(policy_logits(model, states[:, -1]), expected[:, -1], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(model(input_ids=IDS).logits, expected)  # it is as it was
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)  # the model has not changed

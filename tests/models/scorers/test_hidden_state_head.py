@@ -10,15 +10,9 @@ from helpers.tiny_models import CONFIGS, tiny_policy, tiny_tokenizer
 from rgtg.errors import DataError, ModelNotFoundError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights, read_info, write_info
-from rgtg.models.ops.hidden_states import (
-    capture_hidden_states,
-    hidden_state_module,
-    hidden_states_of,
-    require_hidden_states,
-)
 from rgtg.models.scorers.base import load_scorer
-from rgtg.models.scorers.heads import round_to_half, save_head
-from rgtg.models.scorers.hidden_state_head import OwnStateScorer, StateHead, VocabularyHead
+from rgtg.models.scorers.heads import StateHead, VocabularyHead, round_to_half, save_head
+from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import tokenizer_hash
 
@@ -128,42 +122,6 @@ def test_every_prefix_equals_the_definition(family, kind):
         scores = scorer.score_prefixes(PROMPTS, COMPLETIONS, batch_size=2)
         for prompt, completion, found in zip(PROMPTS, COMPLETIONS, scores, strict=True):
             torch.testing.assert_close(found, definition(scorer, prompt, completion), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_observed_states_are_those_of_transformers_and_no_others(family):
-    model, ids = tiny_policy(family), torch.tensor([[0, 9, 4, 7]])
-    layers = [1, 2] if family == "opt" else [0, 1, 2]
-    with capture_hidden_states(model, layers) as seen:
-        expected = model(ids, output_hidden_states=True).hidden_states
-    assert sorted(seen) == layers
-    for layer in layers:
-        assert torch.equal(seen[layer], expected[layer])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_stays_hooked(family):
-    model = tiny_policy(family)
-    require_hidden_states(model, [1, 2])
-    hidden_states_of(model, torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.long), [1])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_state_that_no_module_gives_is_refused():
-    with pytest.raises(UsageError, match="layer 0 of OPTForCausalLM cannot be observed"):
-        require_hidden_states(tiny_policy("opt"), [0])
-    with pytest.raises(UsageError, match=r"0 \(embeddings\) to 2"):
-        hidden_state_module(tiny_policy(), 3)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-def test_padding_on_either_side_changes_nothing(family):
-    model, ids = tiny_policy(family), [0, 9, 4, 7, 12, 33, 21, 8, 9]
-    plain = hidden_states_of(model, torch.tensor([ids]), torch.ones(1, 9, dtype=torch.long), [2])[2][0]
-    for rows in ([[*ids, 1, 1]], [[1, 1, *ids]]):
-        mask = torch.tensor([[int(i != 1) for i in row] for row in rows])
-        padded = hidden_states_of(model, torch.tensor(rows), mask, [2])[2][0]
-        torch.testing.assert_close(padded[mask[0].bool()], plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["state", "vocab"])

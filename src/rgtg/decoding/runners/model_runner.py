@@ -11,7 +11,7 @@ from torch import Tensor
 from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.loading.device_map import has_device_map
-from rgtg.models.ops import attention
+from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import trunk
 from rgtg.tokenization.padding import pad_right
@@ -365,7 +365,7 @@ def _has_known_layers(model: Any) -> bool:
         return False
     if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
         return False
-    if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME):
+    if model.config._attn_implementation not in ("sdpa", "eager", SINGLE_QUERY_ATTENTION):
         try:  # flash and flex back-ends take no arbitrary 4-D mask
             model.set_attn_implementation("sdpa")
         except (ValueError, ImportError, AttributeError):

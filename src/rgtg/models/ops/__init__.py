@@ -1,1 +1,1 @@
-"""Faster layers for decoding, each equal to the model's own."""
+"""Operations on a loaded model: hidden states, heads, and faster layers for decoding."""

@@ -1,4 +1,8 @@
-"""Hidden states of a causal language model's layers, read in a forward pass."""
+"""Hidden states of a causal language model's layers, captured in a forward pass.
+
+Layers count as in transformers' ``hidden_states``: 0 is the embeddings, ``num_hidden_layers`` the last hidden state,
+after the final norm.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,103 +13,106 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rgtg.errors import UsageError
+from rgtg.models.ops.lm_head import final_states
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
-_EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # what adds positions to the token embeddings
+_EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # modules that run after positions are added to the embeddings
 
 
 def hidden_state_module(model: Any, layer: int) -> nn.Module:
     """The module of a causal LM whose forward output (or its first element) is ``hidden_states[layer]``.
 
     Raises:
-        UsageError: a layer that the model has not, or a model built in a way that is not known here.
+        UsageError: the model does not have the layer, or its layers are not in a list.
     """
-    owner, layers = _stack(model)
+    owner, layers = _decoder_layers(model)
     if not 0 <= layer <= len(layers):
         raise UsageError(f"layer {layer} is not one of this model's: 0 (embeddings) to {len(layers)} (final state)")
-    if layer == len(layers):  # where no norm is known, the trunk itself: its first output is the final state
-        return _child(owner, _FINAL_NORMS) or _module(model.base_model)
-    if layer == 0:
-        return _child(owner, _EMBEDDINGS) or _module(model.get_input_embeddings())
-    return layers[layer - 1]
+    module: nn.Module
+    if layer == len(layers):  # without a known final norm, the trunk itself: its first output is the final state
+        module = _child(owner, _FINAL_NORMS) or model.base_model
+    elif layer == 0:
+        module = _child(owner, _EMBEDDINGS) or model.get_input_embeddings()
+    else:
+        module = layers[layer - 1]
+    return module
 
 
 @contextmanager
 def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While the block runs, each forward leaves its states (B, T, H) of these layers in the dictionary; no others."""
-    seen: dict[int, Tensor] = {}
-    home = model.device  # a layer may be elsewhere
+    """Capture hidden states with forward hooks.
 
-    def keep(layer: int) -> Any:
+    While the block runs, each forward pass writes its states (B, T, H) of these layers into the dictionary, on the
+    model's device. States of other layers are not kept.
+    """
+    captured: dict[int, Tensor] = {}
+    device = model.device  # with a device map, a layer may be on another one
+
+    def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            seen[layer] = states.to(home)
+            captured[layer] = states.to(device)
 
         return hook
 
-    handles = [hidden_state_module(model, layer).register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
+    hooks = [hidden_state_module(model, i).register_forward_hook(hook_of(i)) for i in dict.fromkeys(layers)]
     try:
-        yield seen
+        yield captured
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
 def hidden_states_of(
     model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"], layers: list[int]
 ) -> dict[int, Tensor]:
-    """Hidden states (B, T, H) of the layers asked for, in one pass of the trunk: the language-model head is not run.
+    """Hidden states (B, T, H) of several layers, in one pass of the trunk. The language-model head does not run.
 
-    Positions are counted from the mask, so padding may be on either side; states at padding are meaningless.
+    Rows may be padded on either side; states at padding have no meaning.
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with capture_hidden_states(model, layers) as seen:
-        model.base_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-    return dict(seen)
+    with capture_hidden_states(model, layers) as states:
+        final_states(model, input_ids, attention_mask)
+    return dict(states)
 
 
 @torch.no_grad()
 def require_hidden_states(model: Any, layers: Sequence[int]) -> None:
-    """Try on three tokens that `hidden_state_module` finds what transformers calls these hidden states.
+    """Check on three tokens that `capture_hidden_states` captures what transformers calls these hidden states.
 
-    That is what the next decoder layer is given, or the trunk returns. (Asking for ``output_hidden_states`` would leave
-    transformers' hooks on every layer for good.)
+    ``hidden_states[i]`` is the input of decoder layer i, and the last one is the trunk's output. (The check does not
+    use ``output_hidden_states``, because that leaves transformers' own hooks on every layer.)
 
     Raises:
-        UsageError: it finds something else (a layer 0 that no module gives, or an unknown kind of model).
+        UsageError: the captured states differ: layer 0 of a model in which no module outputs it, or an unknown model.
     """
     ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
-    stack = _stack(model)[1]
-    given: dict[int, Tensor] = {}
+    stack = _decoder_layers(model)[1]
+    expected: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:
+    def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given[layer] = inputs[0] if inputs else named["hidden_states"]
+            expected[layer] = inputs[0] if inputs else named["hidden_states"]
 
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(i), with_kwargs=True) for i, module in enumerate(stack)]
+    hooks = [module.register_forward_pre_hook(hook_of(i), with_kwargs=True) for i, module in enumerate(stack)]
     try:
-        with capture_hidden_states(model, layers) as seen:
-            given[len(stack)] = model.base_model(ids, use_cache=False)[0]
+        with capture_hidden_states(model, layers) as captured:
+            expected[len(stack)] = model.base_model(ids, use_cache=False)[0]
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     for layer in layers:
-        if not _same(seen.get(layer), given.get(layer)):
+        if layer not in captured or layer not in expected or not torch.equal(captured[layer], expected[layer]):
             raise UsageError(
-                f"layer {layer} of {type(model).__name__} cannot be observed: no module gives that state; use another "
-                f"layer (the final state is layer {len(stack)})"
+                f"layer {layer} of {type(model).__name__} cannot be observed: no module outputs that state; use "
+                f"another layer (the final state is layer {len(stack)})"
             )
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
-def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder layers, and the module that owns them."""
+def _decoder_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that owns the decoder layers, and the layers."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         for child in module.children():
@@ -114,10 +121,6 @@ def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     raise UsageError(f"{type(model).__name__} has no list of {count} layers; its states cannot be observed")
 
 
-def _module(found: nn.Module) -> nn.Module:
-    return found
-
-
 def _child(owner: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    found = (getattr(owner, name, None) for name in names)
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    children = (getattr(owner, name, None) for name in names)
+    return next((child for child in children if isinstance(child, nn.Module)), None)

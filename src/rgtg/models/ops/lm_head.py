@@ -1,64 +1,79 @@
-"""What a model says at its last states: a policy's next-token logits, a scorer's score."""
+"""The heads of a model, applied to final hidden states: next-token logits of a policy, scores of a reward model."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
+from rgtg.tokenization.padding import position_ids
 
 # Modules of encoders' classification heads; decoder families call their head ``score``.
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
-_plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+_is_linear: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 def scalar_head(model: Any) -> Any:
-    """The linear head that turns a state into a score, or None where the model does not read every position.
+    """The linear head that turns a state into a score, or None if the model does not score every position.
 
-    Decoder families call it ``score``; encoders pool first and have no such head.
+    Decoder families call it ``score``. Encoders pool the states first and have no such head.
     """
-    stock = getattr(model, "get_base_model", lambda: model)()
-    head = getattr(stock, "score", None)
+    head = getattr(_without_peft(model), "score", None)
     return head if isinstance(head, torch.nn.Module) else None
 
 
-def trunk(model: Any) -> Any:
-    """The transformer under the head (under a peft wrapper too)."""
-    stock = getattr(model, "get_base_model", lambda: model)()
-    return getattr(stock, stock.base_model_prefix)
-
-
 def is_head_weight(name: str) -> bool:
-    """Whether a weight of a sequence-classification model belongs to its head, going by its name."""
+    """Whether a weight of a sequence-classification model belongs to its head, judged by its name."""
     return "score" in name or any(head in name for head in _ENCODER_HEADS)
 
 
-def policy_logits(model: Any, states: Tensor) -> Tensor:
-    """Next-token logits (…, V) after final states (…, H), as the model's own forward makes them of its trunk's output.
+def trunk(model: Any) -> Any:
+    """The transformer below the head, also of a model in a peft wrapper."""
+    stock = _without_peft(model)
+    return getattr(stock, stock.base_model_prefix)
 
-    So a token tree can be read first, and only the node that was chosen pays for the product with the vocabulary.
+
+def final_states(
+    model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch length hidden"]:
+    """Final hidden states of padded sequences. Rows may be padded on either side; states at padding have no meaning."""
+    output = trunk(model)(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def policy_logits(model: Any, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocabulary"]:
+    """Next-token logits of final hidden states, exactly as the model's own forward computes them.
+
+    Decoding can so run the trunk on a token tree first, and the product with the vocabulary on the chosen node alone.
     """
-    logits: Tensor = model.get_output_embeddings()(states) if head_is_linear(model) else _forward_over(model, states)
+    logits = model.get_output_embeddings()(states) if head_is_linear(model) else _logits_by_forward(model, states)
     return broadcast_from_rank0(model, logits)
 
 
 def head_is_linear(model: Any) -> bool:
-    """Whether a model's logits are its output embedding's product and nothing more (no cap, no scale)."""
-    if model not in _plain:
-        _plain[model] = _head_is_plain(model)
-    return _plain[model]
+    """Whether a model's logits are its output embedding's product alone, without soft-capping or scaling."""
+    if model not in _is_linear:
+        _is_linear[model] = _check_linear(model)
+    return _is_linear[model]
 
 
-def scorer_scores(model: Any, states: Tensor) -> Tensor:
-    """Scalar head of a sequence-classification model: scores (…) of final states (…, H)."""
+def scorer_scores(model: Any, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
+    """Scores of final hidden states: the scalar head of a sequence-classification model."""
     scores: Tensor = scalar_head(model)(states)[..., 0]
     return broadcast_from_rank0(model, scores)
 
 
+def _without_peft(model: Any) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 @torch.inference_mode()
-def _head_is_plain(model: Any) -> bool:
-    """Whether logits are the output embedding's product and nothing more (no cap, no scale): bit for bit on a trial."""
+def _check_linear(model: Any) -> bool:
+    """Compare the output embedding's product with the model's logits on four tokens, bit for bit."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(5 * i + 2) % vocabulary for i in range(4)]], device=model.device)
     head = model.get_output_embeddings()
@@ -71,19 +86,22 @@ def _head_is_plain(model: Any) -> bool:
         return False
 
 
-def _forward_over(model: Any, states: Tensor) -> Tensor:
-    """The model's own forward with its trunk standing still: whatever it does to the states, it does here."""
+def _logits_by_forward(model: Any, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocabulary"]:
+    """Applies the model's output head, including any scaling or soft-capping, to hidden states computed earlier.
+
+    The model's own forward runs with its trunk replaced by a function that returns ``states``.
+    """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     body = trunk(model)
     flat = states.reshape(1, -1, states.shape[-1])
-    before = vars(body).get("forward")  # the class's own, unless accelerate has put one around it
+    patched = vars(body).get("forward")  # set on the instance if accelerate wrapped it; normally only on the class
     body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=flat)
     try:
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=states.device)
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         del body.forward
-        if before is not None:
-            body.forward = before
+        if patched is not None:
+            body.forward = patched
     return logits.reshape(*states.shape[:-1], -1)  # type: ignore[no-any-return]
