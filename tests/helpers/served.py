@@ -18,7 +18,7 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.http.app import create_app
-from rgtg.serving.http.state import Service
+from rgtg.serving.http.state import ServerState
 from rgtg.serving.server import load_engine
 from rgtg.serving.settings import ServeSettings
 
@@ -68,9 +68,9 @@ class Served:
 
     def _open(self, engine):
         self.engine, self.models, self.settings = engine, engine.models, engine.settings
-        self.service = Service(self.settings)
-        self.service.open(self.engine)
-        self.app = create_app(self.service)
+        self.state = ServerState(self.settings)
+        self.state.open(self.engine)
+        self.app = create_app(self.state)
         self.client = TestClient(self.app, raise_server_exceptions=False)
         self.openai = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=self.client, max_retries=0)
 

@@ -118,7 +118,7 @@ def test_a_replica_is_healthy_as_long_as_its_engine_is(models):
     replica = Guided(ReplicaSettings(**models, allow_public=True, host="0.0.0.0", max_queue=0, log="errors"))
     for _ in range(3):
         replica.check_health()
-    replica.service.engine.stop()
+    replica.state.engine.stop()
     with pytest.raises(NotServingError):
         replica.check_health()
 

@@ -18,7 +18,7 @@ import uvicorn
 
 from helpers.served import events_of, on_a_socket, serving, settings
 from rgtg.serving.engine.request import Step
-from rgtg.serving.http.streaming import FAREWELL_SECONDS
+from rgtg.serving.http.streaming import FLUSH_SECONDS
 from rgtg.serving.server import DrainingServer, listen
 
 LONG = {"model": "tiny+kind", "prompt": "Once upon", "max_tokens": 100, "stream": True}
@@ -170,8 +170,8 @@ def test_deadlines():
 def until_told(served):
     """A server of its own thread and socket, which is told to stop inside the block and has stopped behind it."""
     with listen(settings(port=0)) as bound:
-        config = uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS)
-        server = DrainingServer(config, served.service)
+        config = uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FLUSH_SECONDS)
+        server = DrainingServer(config, served.state)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         while not server.started:
@@ -186,7 +186,7 @@ def drained(served, seconds, body, clients):
     answers, late = [], []
     with until_told(served) as (server, bound):
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        served.service.settings.drain_seconds = seconds
+        served.state.settings.drain_seconds = seconds
         asking = [
             threading.Thread(target=lambda: answers.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=60)))
             for _ in range(clients)
@@ -196,7 +196,7 @@ def drained(served, seconds, body, clients):
         while (now := served.engine.snapshot()).running + now.waiting + len(answers) < clients:
             time.sleep(0.005)  # some may have been answered before the last is taken in
         server.handle_exit(signal.SIGTERM, None)
-        while served.service.status != "draining":
+        while served.state.status != "draining":
             time.sleep(0.001)
         late += [
             httpx2.post(f"{url}/v1/completions", json=body),

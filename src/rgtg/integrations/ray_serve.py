@@ -15,7 +15,7 @@ from rgtg.config.base import validate
 from rgtg.errors import BusyError, UsageError
 from rgtg.integrations.ray_cluster import Room, nodes_alive, require_ray, share, whole_path
 from rgtg.serving.http.app import create_app
-from rgtg.serving.http.state import Service
+from rgtg.serving.http.state import ServerState
 from rgtg.serving.server import load_engine, log_to_stderr
 from rgtg.serving.settings import ServeSettings
 
@@ -66,12 +66,12 @@ class Guided:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         log_to_stderr(errors_only=settings.log == "errors")
-        self.service = Service(settings)
-        self.service.open(load_engine(settings))
+        self.state = ServerState(settings)
+        self.state.open(load_engine(settings))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve passes requests to."""
-        return create_app(self.service)
+        return create_app(self.state)
 
     def check_health(self) -> None:
         """Fail where the engine's thread is gone: Serve then replaces the replica.
@@ -80,14 +80,14 @@ class Guided:
             NotServingError: it is.
         """
         try:
-            self.service.require().run(_nothing)
+            self.state.require().engine.run(_nothing)
         except BusyError:  # it lives, and has much to do
             return
 
     def __del__(self) -> None:
         """Serve calls it when accepted requests are answered, or out of time."""
-        if (service := getattr(self, "service", None)) is not None and service.engine is not None:
-            service.engine.stop()
+        if (state := getattr(self, "state", None)) is not None and state.engine is not None:
+            state.engine.stop()
 
 
 def app(args: dict[str, Any]) -> "Application":

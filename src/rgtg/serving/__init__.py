@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server with guidance per request, and a page to watch it (extra ``serve``)."""
+"""An OpenAI-compatible server with guidance per request, and a web page (extra ``serve``)."""

@@ -1,4 +1,4 @@
-"""The process: listen, load in the background, serve, and on SIGTERM finish what was taken in."""
+"""The server process: listen, load the models in the background, serve, and drain on SIGTERM."""
 
 import logging
 import signal
@@ -14,103 +14,103 @@ from rgtg.errors import UsageError
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.http.app import create_app
-from rgtg.serving.http.state import Service
-from rgtg.serving.http.streaming import FAREWELL_SECONDS
+from rgtg.serving.http.state import ServerState
+from rgtg.serving.http.streaming import FLUSH_SECONDS
 from rgtg.serving.settings import ServeSettings
 
 _log = logging.getLogger("rgtg.serving")
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that keeps answering while accepted requests are finished: others are told 503."""
+    """A uvicorn server that finishes accepted requests before it stops, and answers new ones with 503."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
-        self.service = service
-        self._asked = 0
+        self.state = state
+        self._signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain, then leave; second one: leave at once."""
-        self._asked += 1
-        if self._asked == 1:
-            _log.info("stopping: requests that were accepted get %g s", self.service.settings.drain_seconds)
+        """The first signal drains and stops the server; the second stops it at once."""
+        self._signals += 1
+        if self._signals == 1:
+            _log.info("stopping: accepted requests get up to %g s", self.state.settings.drain_seconds)
             threading.Thread(target=self._drain, name="rgtg-drain", daemon=True).start()
         else:
-            self.force_exit = self._asked > 2 or sig == signal.SIGINT
+            self.force_exit = self._signals > 2 or sig == signal.SIGINT
             self.should_exit = True
 
     def _drain(self) -> None:
         try:
-            self.service.drain()
+            self.state.drain()
         finally:
             self.should_exit = True
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket at the address.
+    """A socket that listens on the settings' host and port.
 
     Raises:
-        UsageError: it cannot be had.
+        UsageError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((settings.host, settings.port))
-        made.listen(1024)  # now, so that two servers cannot both have it
+        sock.bind((settings.host, settings.port))
+        sock.listen(1024)  # at once, so that no second server can take the same address
     except OSError as error:
-        made.close()
-        why = error.strerror or str(error)
+        sock.close()
+        reason = error.strerror or str(error)
         raise UsageError(
-            f"cannot listen on {settings.host} port {settings.port}: {why}; choose another --host or --port"
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --host or --port"
         ) from error
-    made.setblocking(False)
-    return made
+    sock.setblocking(False)
+    return sock
 
 
 def serve(settings: ServeSettings, ready: Callable[[str, ServedModels], None]) -> None:
-    """Serve until a signal says to stop.
+    """Serve until a signal stops the process.
 
     Args:
         settings: of the server.
-        ready: told the URL and the models, once requests are taken.
+        ready: called with the URL and the models once the server accepts requests.
 
     Raises:
-        UsageError: the address cannot be had.
-        RgtgError: models that cannot be loaded.
+        UsageError: the address is not available.
+        RgtgError: the models cannot be loaded.
     """
-    service, failed = Service(settings), []
-    with listen(settings) as bound:
+    state, errors = ServerState(settings), []
+    with listen(settings) as sock:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        url = f"http://{host}:{bound.getsockname()[1]}"
+        url = f"http://{host}:{sock.getsockname()[1]}"
 
         def load() -> None:
             try:
                 engine = load_engine(settings)
-                if service.open(engine):
+                if state.open(engine):
                     ready(url, engine.models)
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
                 server.should_exit = True
 
-        app = create_app(service, threading.Thread(target=load, name="rgtg-load", daemon=True).start)
+        app = create_app(state, threading.Thread(target=load, name="rgtg-load", daemon=True).start)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=FAREWELL_SECONDS,
+            app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=FLUSH_SECONDS,
             server_header=False,
         )  # fmt: skip
-        server = DrainingServer(config, service)
-        server.run(sockets=[bound])
-    if service.engine is not None:
-        service.engine.stop()
-    if failed:
-        raise failed[0]
+        server = DrainingServer(config, state)
+        server.run(sockets=[sock])
+    if state.engine is not None:
+        state.engine.stop()
+    if errors:
+        raise errors[0]
 
 
 def load_engine(settings: ServeSettings) -> Engine:
-    """The models loaded, and an engine running on them.
+    """Load the models and start an engine with them.
 
     Raises:
-        RgtgError: models that cannot be loaded or joined.
+        RgtgError: the models cannot be loaded or combined.
     """
     models = ServedModels.load(
         settings.policy,
@@ -126,7 +126,7 @@ def load_engine(settings: ServeSettings) -> Engine:
 
 
 def log_to_stderr(*, errors_only: bool) -> None:
-    """Write a line for every request, or for errors only."""
+    """Log every request to stderr, or only errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _log.handlers = [handler]

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from helpers.served import serving, settings
 from rgtg.errors import UsageError
 from rgtg.serving.http.app import create_app
-from rgtg.serving.http.state import Service
+from rgtg.serving.http.state import ServerState
 from rgtg.serving.settings import ServeSettings
 
 BODY = {"model": "tiny", "prompt": "Hi", "max_tokens": 1}
@@ -133,8 +133,8 @@ def test_prompts_and_users_are_not_logged(caplog):
 
 
 def test_before_the_models_are_there():
-    service = Service(settings())
-    client = TestClient(create_app(service))
+    state = ServerState(settings())
+    client = TestClient(create_app(state))
     assert client.get("/livez").status_code == 200
     for answer in (
         client.get("/readyz"),

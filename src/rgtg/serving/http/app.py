@@ -1,4 +1,4 @@
-"""The web app: routes, what they pass through, errors, and the page."""
+"""The ASGI app: routes, middleware, error handlers, and the page."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,18 +14,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from rgtg.errors import RgtgError
-from rgtg.serving.http import compare as comparing
-from rgtg.serving.http import completions
-from rgtg.serving.http import info as about
-from rgtg.serving.http import score as scoring
-from rgtg.serving.http.errors import ApiError, request_id_of, told
-from rgtg.serving.http.middleware import Guarded, Identified
-from rgtg.serving.http.state import Service
-from rgtg.serving.http.streaming import ClientGone
+from rgtg.serving.http import compare, completions, info, score
+from rgtg.serving.http.errors import to_api_error
+from rgtg.serving.http.middleware import AccessMiddleware, RequestIdMiddleware
+from rgtg.serving.http.state import ServerState
+from rgtg.serving.http.streaming import ClientDisconnected
 from rgtg.version import __version__
 
 STATIC = Path(__file__).parents[1] / "static"
-# The page loads nothing from elsewhere, and talks to nobody else.
+# The page loads nothing from other hosts and connects to this server only.
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -35,16 +32,16 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-# nginx's status for an answer that nobody waits for.
-_NOBODY = 499
+# nginx's status for a client that closed the connection.
+_CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(service: Service, start: Callable[[], None] | None = None) -> FastAPI:
-    """The app of a service.
+def create_app(state: ServerState, start: Callable[[], None] | None = None) -> FastAPI:
+    """The app of a server.
 
     Args:
-        service: settings, and the engine once it is there.
-        start: called once the server listens; it may take its time in a thread of its own.
+        state: settings, and the engine once it is loaded.
+        start: called when the app starts; long work belongs in a thread of its own.
     """
 
     @asynccontextmanager
@@ -57,27 +54,27 @@ def create_app(service: Service, start: Callable[[], None] | None = None) -> Fas
         title="rgtg",
         version=__version__,
         description="Reward-guided text generation behind OpenAI's API, with guidance per request.",
-        docs_url=None,  # they load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
-        middleware=_middleware(service),
+        middleware=_middleware(state),
     )
     for router in (
-        completions.routes(service), comparing.routes(service), scoring.routes(service), about.models(service),
-        about.tokens(service), about.health(service),
+        completions.routes(state), compare.routes(state), score.routes(state), info.model_routes(state),
+        info.token_routes(state), info.health_routes(state),
     ):  # fmt: skip
         app.include_router(router)
     for kind in (RgtgError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _handler(service))
-    app.add_exception_handler(ClientGone, _nobody)
+        app.add_exception_handler(kind, _error_handler(state))
+    app.add_exception_handler(ClientDisconnected, _client_closed_request)
     app.add_api_route("/", _page, include_in_schema=False)
-    app.mount("/static", _Static(directory=STATIC, check_dir=False))
+    app.mount("/static", _PageFiles(directory=STATIC, check_dir=False))
     return app
 
 
-def _middleware(service: Service) -> list[Middleware]:
+def _middleware(state: ServerState) -> list[Middleware]:
     """Outermost first."""
-    settings = service.settings
+    settings = state.settings
     key = settings.api_key.get_secret_value() if settings.api_key else None
     cors = Middleware(
         CORSMiddleware,
@@ -86,21 +83,23 @@ def _middleware(service: Service) -> list[Middleware]:
         allow_headers=["authorization", "content-type", "x-request-id"],
         expose_headers=["x-request-id", "retry-after"],
     )
-    guarded = Middleware(Guarded, service.metrics, hosts=settings.hosts, key=key, max_body=settings.max_body_kib * 1024)
-    return [Middleware(Identified), *([cors] if settings.cors_origin else []), guarded]
+    access = Middleware(
+        AccessMiddleware, state.metrics, hosts=settings.hosts, key=key, max_body=settings.max_body_kib * 1024
+    )
+    return [Middleware(RequestIdMiddleware), *([cors] if settings.cors_origin else []), access]
 
 
-def _handler(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def answer(request: Request, error: Exception) -> Response:
-        refusal: ApiError = told(request, error)
-        service.metrics.rejected.labels(refusal.code or str(refusal.status_code)).inc()
-        return refusal.response(request_id_of(request))
+def _error_handler(state: ServerState) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def handle(request: Request, error: Exception) -> Response:
+        refusal = to_api_error(request, error)
+        state.metrics.rejected.labels(refusal.code or str(refusal.status_code)).inc()
+        return refusal.response(request.state.request_id)
 
-    return answer
+    return handle
 
 
-async def _nobody(_: Request, __: Exception) -> Response:
-    return Response(status_code=_NOBODY)
+async def _client_closed_request(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _page() -> Response:
@@ -108,11 +107,11 @@ async def _page() -> Response:
     return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
 
 
-class _Static(StaticFiles):
-    """Files of the page, and nothing else of this machine."""
+class _PageFiles(StaticFiles):
+    """The files of the page."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """A file with the page's headers."""
+        """A file, with the page's headers."""
         response = await super().get_response(path, scope)
         response.headers.update(_PAGE_HEADERS)
         return response

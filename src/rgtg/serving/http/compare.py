@@ -1,168 +1,163 @@
-"""``/v1/compare``: one prompt, guided and unguided, from one seed, side by side."""
+"""``/v1/compare``: one prompt, guided and unguided, with the same seed."""
 
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.detokenizer import TextStream
-from rgtg.serving.engine.request import Finished, Job, Row, Step
-from rgtg.serving.http.bodies import JsonRoute
-from rgtg.serving.http.errors import ApiError, request_id_of
-from rgtg.serving.http.input_processor import Plan, Planner, Prompt, written
+from rgtg.serving.engine.request import Finished, Job, Step
+from rgtg.serving.http.errors import ApiError
+from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
+from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import CompareRequest, Guidance
-from rgtg.serving.http.responses import Comparison, ComparisonChunk, GuidanceReport, Side, Usage, documented
-from rgtg.serving.http.serialize import first_divergence, summary, trace_steps, usage
-from rgtg.serving.http.state import Service
-from rgtg.serving.http.streaming import Flight, Stream
+from rgtg.serving.http.responses import Comparison, ComparisonChunk, GuidanceReport, Side, documented
+from rgtg.serving.http.serialize import guidance_report, json_response, to_json, trace_steps, usage_of
+from rgtg.serving.http.state import ServerState
+from rgtg.serving.http.streaming import EventStream, ResponseStream
+from rgtg.tokenization.token_bytes import TokenBytes
+from rgtg.types.generation import StepTrace
 
 SIDES: tuple[Literal["unguided", "guided"], ...] = ("unguided", "guided")
 
 
 @dataclass(frozen=True)
-class Duel:
-    """A comparison that has been read; both sides have one prompt, one seed and one length."""
+class ParsedComparison:
+    """A validated comparison.
 
-    service: Service
-    prompt: Prompt
-    plans: tuple[Plan, Plan]
+    Attributes:
+        sides: the unguided and the guided request; both have the same prompt, seed and length.
+        job: the prompt with one row per side.
+        token_bytes: of the policy's tokenizer.
+        id: of the answer.
+    """
+
+    sides: tuple[ParsedRequest, ParsedRequest]
     job: Job
-    seed: int
+    token_bytes: TokenBytes
     id: str
 
-    def report(self, side: int, end: Finished, *, trace: bool) -> GuidanceReport:
-        """How a side came about."""
-        plan = self.plans[side]
-        told = summary(end, plan.resolved, plan.scorers, self.seed)
-        if plan.trace:
-            told.prompt_token_ids = list(self.prompt.ids)
-            if trace:
-                told.trace = trace_steps(end.completion.trace or [], self.service.known)
-        return told
-
     def side(self, side: int, end: Finished) -> Side:
-        """A side as a whole."""
-        made = end.completion
+        """A side of the answer."""
+        completion, report = end.completion, guidance_report(self.sides[side], 0, end)
+        if self.sides[side].trace:
+            report.trace = trace_steps(completion.trace or [], self.token_bytes)
         return Side(
-            text=made.text,
-            finish_reason=made.finish_reason,
-            token_ids=made.token_ids,
-            guidance=self.report(side, end, trace=True),
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            token_ids=completion.token_ids,
+            guidance=report,
         )
 
-    def usage(self, ends: list[Finished]) -> Usage:
-        """Tokens read, and made by both."""
-        made = sum(len(end.completion.token_ids) for end in ends)
-        return usage(len(self.prompt.ids), made, max(end.cached_tokens for end in ends))
+    def chunk(self, side: int, text: str, **fields: Any) -> ComparisonChunk:
+        """An event of one side."""
+        return ComparisonChunk(id=self.id, object="comparison.chunk", side=SIDES[side], text=text, **fields)
+
+    def token_chunk(self, side: int, text: str, token_id: int, trace: StepTrace | None) -> ComparisonChunk:
+        """The event of a token."""
+        fields = {} if trace is None else {"guidance": GuidanceReport(trace=trace_steps([trace], self.token_bytes))}
+        return self.chunk(side, text, token_id=token_id, **fields)
 
 
-def read(planner: Planner, service: Service, body: CompareRequest) -> Duel:
-    """Turn a body into a job of two rows; call it in a thread."""
+def _parse(processor: InputProcessor, body: CompareRequest) -> ParsedComparison:
+    """Validate a comparison; blocking, so call it in a worker thread."""
     guidance = body.guidance or Guidance()
-    traced = guidance.trace is not False
-    param = "messages" if body.messages is not None else "prompt"
-    source = body.messages if body.messages is not None else body.prompt
-    assert source is not None, "checked with the body"
-    (prompt,) = planner.prompts([source], param)
-    asked = guidance.model_copy(update={"method": guidance.method or "pargs", "trace": traced})
-    tokens = service.settings.default_max_tokens
-    guided = planner.plan(body.model_copy(update={"guidance": asked}), [prompt], tokens=tokens)
+    trace = guidance.trace is not False
+    source, param = body.source
+    prompts = processor.encode([source], param)
+
+    def parse(guidance: Guidance, **changes: Any) -> ParsedRequest:
+        changed = body.model_copy(update=changes | {"guidance": guidance})
+        return processor.parse(changed, prompts, param, default_tokens=processor.settings.default_max_tokens)
+
+    # 1. the guided side, with a trace unless the request says otherwise
+    guided = parse(guidance.model_copy(update={"method": guidance.method or "pargs", "trace": trace}))
     if not guided.scorers:
-        raise ApiError(400, "nothing steers: choose a method with a scorer", param="guidance.method")
-    alone = Guidance.model_validate({"method": "policy", "top_k": guided.resolved.top_k, "trace": traced})
-    length = guided.settings.max_new_tokens
-    unguided = planner.plan(
-        body.model_copy(update={"guidance": alone, "model": None, "max_tokens": length}), [prompt], tokens=tokens
-    )
-    seed = planner.seed(body.seed)
-    (job,) = planner.jobs([prompt], guided, n=1, seed=seed)
-    rows = tuple(Row(plan.settings, plan.scorers, job.rows[0].seed, plan.trace) for plan in (unguided, guided))
-    job = Job(job.prompt, job.prompt_ids, rows, job.source, job.deadline)
-    return Duel(service, prompt, (unguided, guided), job, seed, f"cmp-{secrets.token_hex(12)}")
+        raise ApiError(400, "nothing guides this request: choose a method with a scorer", param="guidance.method")
+    # 2. the unguided side: the same candidates, length and seed
+    unguided = parse(
+        Guidance.model_validate({"method": "policy", "top_k": guided.settings.top_k, "trace": trace}),
+        model=None, max_tokens=guided.settings.max_new_tokens, seed=guided.seed,
+    )  # fmt: skip
+    # 3. one job for both
+    sides = unguided, guided
+    job = replace(guided.jobs[0], rows=tuple(side.jobs[0].rows[0] for side in sides))
+    return ParsedComparison(sides, job, processor.token_bytes, f"cmp-{secrets.token_hex(12)}")
 
 
-async def chunks(duel: Duel, flight: Flight) -> AsyncIterator[bytes]:
-    """Every event of a stream."""
+async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> AsyncIterator[bytes]:
+    """The events of a stream."""
     start = time.monotonic()
-    known = duel.service.known
-    texts = [TextStream(known.tokenizer, duel.prompt.ids, plan.resolved.stop) for plan in duel.plans]
-    told = [0, 0]
+    tokenizer, prompt_ids = comparison.token_bytes.tokenizer, comparison.job.prompt_ids
+    texts = [TextStream(tokenizer, prompt_ids, side.settings.stop) for side in comparison.sides]
+    num_tokens = [0, 0]
     ends: dict[int, Finished] = {}
-    async for side, event in flight.events():
+    async for side, event in stream.events():
+        text = texts[side]
         if isinstance(event, Step):
-            told[side] += 1
-            yield _token(duel, side, texts[side].add(event.token_id), event).json_bytes()
+            num_tokens[side] += 1
+            yield to_json(comparison.token_chunk(side, text.add(event.token_id), event.token_id, event.trace))
             continue
-        ends[side] = event
-        for chunk in _end(duel, side, texts[side], told[side], event):
-            yield chunk.json_bytes()
-    yield _summary(duel, [ends[0], ends[1]], time.monotonic() - start).json_bytes()
-
-
-def _token(duel: Duel, side: int, text: str, step: Step) -> ComparisonChunk:
-    chunk = ComparisonChunk(id=duel.id, object="comparison.chunk", side=SIDES[side], text=text, token_id=step.token_id)
-    if step.trace is not None:
-        chunk.guidance = GuidanceReport(trace=trace_steps([step.trace], duel.service.known))
-    return chunk
-
-
-def _end(duel: Duel, side: int, text: TextStream, told: int, end: Finished) -> list[ComparisonChunk]:
-    """Tokens that were not told as they came (best-of-n), the rest of the text, and how the side ended."""
-    made = end.completion
-    traces = dict(enumerate(made.trace or []))
-    late = [Step(side, made.token_ids[i], traces.get(i)) for i in range(told, len(made.token_ids))]
-    chunks = [_token(duel, side, text.add(step.token_id), step) for step in late]
-    chunks.append(
-        ComparisonChunk(
-            id=duel.id,
-            object="comparison.chunk",
-            side=SIDES[side],
-            text=text.end(made.text),
-            finish_reason=made.finish_reason,
-            guidance=duel.report(side, end, trace=False),
-        )
-    )
-    return chunks
-
-
-def _summary(duel: Duel, ends: list[Finished], seconds: float) -> ComparisonChunk:
-    return ComparisonChunk(
-        id=duel.id,
+        ends[side], completion = event, event.completion
+        # tokens without an event of their own: best-of-n knows its completion only at the end
+        traces = dict(enumerate(completion.trace or []))
+        for i in range(num_tokens[side], len(completion.token_ids)):
+            token_id = completion.token_ids[i]
+            yield to_json(comparison.token_chunk(side, text.add(token_id), token_id, traces.get(i)))
+        report = guidance_report(comparison.sides[side], 0, event)
+        rest = text.end(completion.text)
+        yield to_json(comparison.chunk(side, rest, finish_reason=completion.finish_reason, guidance=report))
+    both = [ends[0], ends[1]]
+    summary = ComparisonChunk(
+        id=comparison.id,
         object="comparison.summary",
-        seed=duel.seed,
-        first_divergence=first_divergence(*(end.completion.token_ids for end in ends)),
-        usage=duel.usage(ends),
-        seconds=seconds,
+        seed=comparison.sides[1].seed,
+        first_divergence=_first_divergence(both),
+        usage=usage_of(comparison.sides[1], both),
+        seconds=time.monotonic() - start,
     )
+    yield to_json(summary)
 
 
-def routes(service: Service) -> APIRouter:
+def _first_divergence(ends: Sequence[Finished]) -> int | None:
+    """Index of the first token that differs or that only one side has; None if the sides are equal."""
+    one, other = (end.completion.token_ids for end in ends)
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def routes(state: ServerState) -> APIRouter:
     """The endpoint."""
     router = APIRouter(route_class=JsonRoute, tags=["guidance"])
 
     @router.post("/v1/compare", response_model=None, responses=documented(Comparison, streams=True))
     async def compare(request: Request, body: CompareRequest) -> Response:
-        """Continue a prompt twice from one seed: guided and unguided."""
-        duel = await run_in_threadpool(read, service.planner, service, body)
-        stream = bool(body.stream)
-        names = written(body, "messages" if body.messages is not None else "prompt")
-        flight = Flight(service.require(), [duel.job], service.metrics, names, stepwise=stream)
-        if stream:
-            return Stream(flight, chunks(duel, flight), request_id_of(request))
-        with flight:
-            ends = await flight.finished(request)
-        whole = Comparison(
-            id=duel.id,
-            seed=duel.seed,
-            unguided=duel.side(0, ends[0]),
-            guided=duel.side(1, ends[1]),
-            first_divergence=first_divergence(*(end.completion.token_ids for end in ends)),
-            usage=duel.usage(ends),
+        """Continue a prompt twice with one seed: guided and unguided."""
+        processor = state.require()
+        comparison = await run_in_threadpool(_parse, processor, body)
+        guided = comparison.sides[1]
+        stream = ResponseStream(
+            processor.engine, [comparison.job], state.metrics, guided.names, every_token=bool(body.stream)
         )
-        return Response(whole.json_bytes(), media_type="application/json")
+        if body.stream:
+            return EventStream(stream, _chunks(comparison, stream), request.state.request_id)
+        with stream:
+            ends = await stream.ends(request)
+        answer = Comparison(
+            id=comparison.id,
+            object="comparison",
+            seed=guided.seed,
+            unguided=comparison.side(0, ends[0]),
+            guided=comparison.side(1, ends[1]),
+            first_divergence=_first_divergence(ends),
+            usage=usage_of(guided, ends),
+        )
+        return json_response(answer)
 
     return router

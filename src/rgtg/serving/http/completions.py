@@ -1,164 +1,129 @@
-"""``/v1/chat/completions`` and ``/v1/completions``: one flow, two formats."""
+"""``/v1/chat/completions`` and ``/v1/completions``."""
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.detokenizer import TextStream
-from rgtg.serving.engine.request import Finished, Job, Step
-from rgtg.serving.http.bodies import JsonRoute
-from rgtg.serving.http.errors import Written, request_id_of
-from rgtg.serving.http.formats import ChatFormat, Format, Piece, TextFormat
-from rgtg.serving.http.input_processor import Plan, Planner, Prompt, Source, written
-from rgtg.serving.http.requests import ChatRequest, Choices, CompletionRequest
-from rgtg.serving.http.responses import Chat, GuidanceReport, Text, Usage, documented
-from rgtg.serving.http.serialize import summary, trace_steps, usage
-from rgtg.serving.http.state import Service
-from rgtg.serving.http.streaming import Flight, Stream
+from rgtg.serving.engine.request import Finished, Step
+from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
+from rgtg.serving.http.middleware import JsonRoute
+from rgtg.serving.http.requests import ChatRequest, CompletionRequest
+from rgtg.serving.http.responses import ChatCompletion, TextCompletion, documented
+from rgtg.serving.http.serialize import (
+    ChatSerializer,
+    ChoiceDelta,
+    CompletionSerializer,
+    Serializer,
+    guidance_report,
+    json_response,
+    to_json,
+    usage_of,
+)
+from rgtg.serving.http.state import ServerState
+from rgtg.serving.http.streaming import EventStream, ResponseStream
+from rgtg.types.generation import StepTrace
 
-# New tokens of a legacy completion that asks for no number: OpenAI's default.
-_LEGACY_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Order:
-    """A request that has been read: what to make, and how its choices are told."""
-
-    service: Service
-    prompts: list[Prompt]
-    plan: Plan
-    jobs: list[Job]
-    n: int
-    seed: int
-    written: Written
-    traced: bool
-
-    def flight(self, *, stepwise: bool) -> Flight:
-        """Hand it to the engine."""
-        return Flight(self.service.require(), self.jobs, self.service.metrics, self.written, stepwise=stepwise)
-
-    def piece(self, index: int, end: Finished) -> Piece:
-        """A choice as a whole."""
-        made = end.completion
-        guidance = self.report(index, end)
-        if guidance is not None and self.plan.trace:
-            guidance.trace = trace_steps(made.trace or [], self.service.known)
-        return Piece(index, made.text, made.trace or () if self.traced else (), made.finish_reason, guidance)
-
-    def report(self, index: int, end: Finished) -> GuidanceReport | None:
-        """How a choice came about, where that is shown."""
-        if not self.plan.shown:
-            return None
-        told = summary(end, self.plan.resolved, self.plan.scorers, self.seed)
-        if self.plan.trace:
-            told.prompt_token_ids = list(self.prompts[index // self.n].ids)
-        return told
-
-    def usage(self, ends: Sequence[Finished]) -> Usage:
-        """Tokens read and made; a prompt counts once, whatever n."""
-        return usage(
-            sum(len(prompt.ids) for prompt in self.prompts),
-            sum(len(end.completion.token_ids) for end in ends),
-            sum(max(end.cached_tokens for end in ends[i : i + self.n]) for i in range(0, len(ends), self.n)),
-        )
+# OpenAI's default of max_tokens for /v1/completions.
+_DEFAULT_COMPLETION_TOKENS = 16
 
 
-def read(planner: Planner, service: Service, body: Choices, sources: list[Source], param: str) -> Order:
-    """Turn a body into jobs; call it in a thread."""
-    traced = body.logprobs is not None and body.logprobs is not False  # type: ignore[attr-defined]
-    tokens = _LEGACY_TOKENS if isinstance(body, CompletionRequest) else service.settings.default_max_tokens
-    prompts = planner.prompts(sources, param)
-    plan = planner.plan(body, prompts, tokens=tokens, traced=traced)
-    n, seed = body.n or 1, planner.seed(body.seed)
-    jobs = planner.jobs(prompts, plan, n=n, seed=seed, traced=traced)
-    return Order(service, prompts, plan, jobs, n, seed, written(body, param), traced)
-
-
-async def answer(request: Request, order: Order, form: Format, *, stream: bool) -> Response:
-    """Make the completions, and write them as they come or at the end."""
-    flight = order.flight(stepwise=stream)
-    if stream:
-        return Stream(flight, chunks(order, form, flight), request_id_of(request))
-    with flight:
-        ends = await flight.finished(request)
-    pieces = [order.piece(index, end) for index, end in enumerate(ends)]
-    return Response(form.whole(pieces, order.usage(ends)).json_bytes(), media_type="application/json")
-
-
-async def chunks(order: Order, form: Format, flight: Flight) -> AsyncIterator[bytes]:
-    """Every event of a stream."""
-    tellers = [Teller(order, index) for index in range(flight.rows)]
-    ends: dict[int, Finished] = {}
-    async for index, event in flight.events():
-        if isinstance(event, Finished):
-            ends[index] = event
-        for piece in tellers[index].tell(event):
-            yield form.chunk(piece, None).json_bytes()
-    if getattr(form, "with_usage", False):
-        yield form.chunk(None, order.usage([ends[i] for i in range(flight.rows)])).json_bytes()
-
-
-class Teller:
-    """One choice of a stream: which pieces its events make."""
-
-    def __init__(self, order: Order, index: int) -> None:
-        prompt = order.prompts[index // order.n]
-        self.order, self.index = order, index
-        self.text = TextStream(order.service.known.tokenizer, prompt.ids, order.plan.resolved.stop)
-        self._begun = False
-        self._told = 0
-
-    def tell(self, event: Step | Finished) -> list[Piece]:
-        """Pieces to send now."""
-        if isinstance(event, Finished):
-            return self._end(event)
-        self._told += 1
-        traced = [event.trace] if event.trace is not None else []
-        text = self.text.add(event.token_id)
-        return [self._piece(text, traced)] if text or traced else []
-
-    def _end(self, event: Finished) -> list[Piece]:
-        """The rest of the text, with steps that were not told before; then how it ended."""
-        made = event.completion
-        rest, steps = self.text.end(made.text), (made.trace or [])[self._told :]
-        pieces = [self._piece(rest, steps)] if rest or steps or not self._begun else []
-        return [*pieces, Piece(self.index, "", (), made.finish_reason, self.order.report(self.index, event))]
-
-    def _piece(self, text: str, steps: list) -> Piece:  # type: ignore[type-arg]
-        first, self._begun = not self._begun, True
-        told = None
-        if self.order.plan.trace and steps:
-            told = GuidanceReport(trace=trace_steps(steps, self.order.service.known))
-        return Piece(self.index, text, steps if self.order.traced else (), None, told, first)
-
-
-def routes(service: Service) -> APIRouter:
+def routes(state: ServerState) -> APIRouter:
     """Both endpoints."""
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", response_model=None, responses=documented(Chat, streams=True))
+    @router.post("/v1/chat/completions", response_model=None, responses=documented(ChatCompletion, streams=True))
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Continue a chat."""
-        order = await run_in_threadpool(read, service.planner, service, body, [body.messages], "messages")
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatFormat(body.model, service.known, top, body.with_usage)
-        return await answer(request, order, form, stream=bool(body.stream))
+        return await _answer(state, request, body)
 
-    @router.post("/v1/completions", response_model=None, responses=documented(Text, streams=True))
+    @router.post("/v1/completions", response_model=None, responses=documented(TextCompletion, streams=True))
     async def complete(request: Request, body: CompletionRequest) -> Response:
         """Continue a text, or several."""
-        order = await run_in_threadpool(read, service.planner, service, body, _sources(body), "prompt")
-        form = TextFormat(body.model, service.known, body.logprobs, body.with_usage)
-        return await answer(request, order, form, stream=bool(body.stream))
+        return await _answer(state, request, body)
 
     return router
 
 
-def _sources(body: CompletionRequest) -> list[Source]:
-    """A prompt, or each of several."""
-    given = body.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]
-    return list(given)
+async def _answer(state: ServerState, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+    """Parse the request, run it, and send the answer as a stream or at the end."""
+    processor = state.require()
+    parsed = await run_in_threadpool(_parse, processor, body)
+    kind = ChatSerializer if isinstance(body, ChatRequest) else CompletionSerializer
+    serializer = kind(parsed, body.model, processor.token_bytes, include_usage=body.include_usage)
+    stream = ResponseStream(processor.engine, parsed.jobs, state.metrics, parsed.names, every_token=bool(body.stream))
+    if body.stream:
+        return EventStream(stream, _chunks(serializer, stream), request.state.request_id)
+    with stream:
+        ends = await stream.ends(request)
+    choices = [_choice(parsed, index, end) for index, end in enumerate(ends)]
+    return json_response(serializer.answer(choices, usage_of(parsed, ends)))
+
+
+def _parse(processor: InputProcessor, body: ChatRequest | CompletionRequest) -> ParsedRequest:
+    sources, param = body.sources
+    chat = isinstance(body, ChatRequest)
+    return processor.parse(
+        body,
+        processor.encode(sources, param),
+        param,
+        default_tokens=processor.settings.default_max_tokens if chat else _DEFAULT_COMPLETION_TOKENS,
+        n=body.n or 1,
+        num_logprobs=body.num_logprobs,
+    )
+
+
+def _choice(request: ParsedRequest, index: int, end: Finished) -> ChoiceDelta:
+    """A choice as a whole."""
+    completion = end.completion
+    report = guidance_report(request, index, end) if request.reports_guidance else None
+    return ChoiceDelta(index, completion.text, completion.trace or (), completion.finish_reason, report)
+
+
+async def _chunks(serializer: Serializer, stream: ResponseStream) -> AsyncIterator[bytes]:
+    """The events of a stream."""
+    formatters = [StreamFormatter(serializer, index) for index in range(stream.rows)]
+    ends: dict[int, Finished] = {}
+    async for index, event in stream.events():
+        if isinstance(event, Finished):
+            ends[index] = event
+            deltas = formatters[index].end(event)
+        else:
+            deltas = formatters[index].add(event)
+        for delta in deltas:
+            yield to_json(serializer.chunk(delta))
+    if serializer.include_usage:
+        usage = usage_of(serializer.request, [ends[index] for index in range(stream.rows)])
+        yield to_json(serializer.chunk(None, usage))
+
+
+class StreamFormatter:
+    """Turns the tokens of one choice into deltas."""
+
+    def __init__(self, serializer: Serializer, index: int) -> None:
+        request = serializer.request
+        self.request, self.index = request, index
+        prompt = request.prompts[index // request.n]
+        self._text = TextStream(serializer.token_bytes.tokenizer, prompt.ids, request.settings.stop)
+        self._begun = False
+        self._num_steps = 0
+
+    def add(self, step: Step) -> list[ChoiceDelta]:
+        """The delta of a token; none while its text can still change, unless its trace is sent."""
+        self._num_steps += 1
+        return self._delta(self._text.add(step.token_id), [step.trace] if step.trace is not None else [])
+
+    def end(self, end: Finished) -> list[ChoiceDelta]:
+        """The rest of the text with steps that had no event of their own, then a delta with the finish reason."""
+        completion = end.completion
+        rest, steps = self._text.end(completion.text), (completion.trace or [])[self._num_steps :]
+        report = guidance_report(self.request, self.index, end) if self.request.reports_guidance else None
+        last = ChoiceDelta(self.index, "", (), completion.finish_reason, report)
+        return [*self._delta(rest, steps, always=not self._begun), last]
+
+    def _delta(self, text: str, steps: list[StepTrace], *, always: bool = False) -> list[ChoiceDelta]:
+        if not (text or steps or always):
+            return []
+        first, self._begun = not self._begun, True
+        return [ChoiceDelta(self.index, text, steps, first=first)]

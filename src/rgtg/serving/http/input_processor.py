@@ -1,4 +1,4 @@
-"""From a request's body to jobs of the engine: prompts as tokens, guidance as settings, a seed for every row."""
+"""From a request body to requests of the engine: prompts as token ids, guidance as settings, a seed for every row."""
 
 import random
 import secrets
@@ -8,25 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rgtg.config import DecodingSettings, validate
+from rgtg.config import DecodingSettings
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.request import row_seeds
 from rgtg.errors import DataError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.serving.engine.models import ServedModels
+from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.request import Job, Row
 from rgtg.serving.engine.sequence import rows_of
-from rgtg.serving.http.errors import ApiError, Written, from_rgtg
-from rgtg.serving.http.requests import Guidance, Message, Sampling
+from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
+from rgtg.serving.http.requests import Guidance, Sampling, Source
 from rgtg.serving.settings import ServeSettings
 from rgtg.tokenization.conversation import encode_source
-
-Source = str | list[int] | list[Message]
+from rgtg.tokenization.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the policy reads it, and as scorers with a tokenizer of their own do."""
+    """An encoded prompt.
+
+    Attributes:
+        text: the text, a chat through the policy's template.
+        ids: the policy's token ids.
+        source: what scorers with a tokenizer of their own encode; None for a prompt of token ids.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -34,244 +39,260 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the rows of a request are decoded.
+class ParsedRequest:
+    """A validated request: what the engine runs, and what its answer needs.
 
     Attributes:
-        settings: those that were given, and the length.
-        resolved: with the method's own.
-        scorers: names, in the order of the betas.
-        trace: whether its steps are sent.
-        shown: whether choices say how they came about.
+        prompts: encoded prompts.
+        jobs: one per prompt, each with ``n`` rows.
+        settings: resolved decoding settings, the method's defaults included.
+        scorers: names of the scorers, in the order of the betas.
+        n: completions per prompt.
+        seed: the request's seed, or the random one it was given.
+        names: the request's own field names, for error messages.
+        num_logprobs: most likely candidates to return per token; None: no log-probabilities.
+        trace: whether the answer holds every step's candidates.
+        reports_guidance: whether choices say how they were generated.
     """
 
+    prompts: list[Prompt]
+    jobs: list[Job]
     settings: DecodingSettings
-    resolved: DecodingSettings
     scorers: tuple[str, ...]
+    n: int
+    seed: int
+    names: ParameterNames
+    num_logprobs: int | None
     trace: bool
-    shown: bool
+    reports_guidance: bool
 
 
-class Planner:
-    """Reads requests against what is loaded and allowed."""
+class InputProcessor:
+    """Parses requests for the models that are loaded, within the server's limits."""
 
-    def __init__(self, models: ServedModels, settings: ServeSettings) -> None:
-        self.models, self.settings = models, settings
-        self.aliases = {models.policy_name: ()} | {f"{models.policy_name}+{name}": (name,) for name in models.scorers}
+    def __init__(self, engine: Engine, settings: ServeSettings) -> None:
+        self.engine, self.settings, self.models = engine, settings, engine.models
+        self.tokenizer = self.models.policy.tokenizer
+        self.token_bytes = TokenBytes(self.tokenizer)
+        name = self.models.policy_name
+        self.model_names = {name: ()} | {f"{name}+{scorer}": (scorer,) for scorer in self.models.scorers}
         self._tokenizer_lock = threading.Lock()
-        given = "seed" in settings.model_fields_set
-        self._random = random.Random(settings.seed) if given else secrets.SystemRandom()
-
-    def seed(self, given: int | None) -> int:
-        """A request's seed, or a new one, small enough for any language's numbers."""
-        return self._random.randrange(2**31) if given is None else given
-
-    def deadline(self) -> float:
-        """When a request that comes now is given up."""
-        return time.monotonic() + self.settings.request_seconds
+        seeded = "seed" in settings.model_fields_set
+        self._random = random.Random(settings.seed) if seeded else secrets.SystemRandom()
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def prompts(self, sources: Sequence[Source], param: str) -> list[Prompt]:
-        """Tokens of prompts; call it in a thread, since a long text takes a while.
+    def encode(self, sources: Sequence[Source], param: str) -> list[Prompt]:
+        """Encode prompts; blocking, so call it in a worker thread.
+
+        Args:
+            sources: texts, token ids or chats.
+            param: their field in the request.
 
         Raises:
-            ApiError: too many prompts, an empty one, ids that are no tokens, messages that the chat template refuses.
+            ApiError: too many prompts, an empty one, ids outside the vocabulary, or a chat the template refuses.
         """
         if len(sources) > self.settings.max_prompts:
             raise ApiError(400, f"at most {self.settings.max_prompts} prompts in a request", param=param)
         try:
             with self._tokenizer_lock:
-                return [self._prompt(source, param) for source in sources]
+                return [self._encode_one(source, param) for source in sources]
         except DataError as error:
-            raise from_rgtg(error, Written(param)) from error
+            raise from_rgtg(error, ParameterNames(param)) from error
 
-    def _prompt(self, source: Source, param: str) -> Prompt:
-        tokenizer = self.models.tokenizer
+    def _encode_one(self, source: Source, param: str) -> Prompt:
         if isinstance(source, str):
-            text, ids = encode_source(tokenizer, source)
+            text, ids = encode_source(self.tokenizer, source)
             return Prompt(text, tuple(ids), source)
         if isinstance(source[0], int):
             tokens = [int(i) for i in source]
             self.require_tokens(tokens, param)
-            return Prompt(str(tokenizer.decode(tokens)), tuple(tokens), None)
-        messages = [message.plain() for message in source]
-        text, ids = self.render(messages)
-        return Prompt(text, tuple(ids), messages)
-
-    def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        """A chat through the policy's own template.
-
-        Raises:
-            ApiError: there is none, or it refuses these messages.
-        """
-        if not getattr(self.models.tokenizer, "chat_template", None):
+            return Prompt(str(self.tokenizer.decode(tokens)), tuple(tokens), None)
+        messages = [message.for_template() for message in source]
+        if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, "this policy has no chat template; use /v1/completions with a prompt", param="messages")
         try:
-            return encode_source(self.models.tokenizer, messages)
-        except Exception as error:  # a template is a program of its own, and raises what it likes
+            text, ids = encode_source(self.tokenizer, messages)
+        except Exception as error:  # a template is a program and can raise anything
             raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+        return Prompt(text, tuple(ids), messages)
 
     def require_tokens(self, ids: Sequence[int], param: str) -> None:
-        """Refuse ids that the policy has no token for.
+        """Check that all ids are in the policy's vocabulary.
 
         Raises:
-            ApiError: naming the first.
+            ApiError: one is not.
         """
-        size = min(len(self.models.tokenizer), self.models.policy.model.config.get_text_config().vocab_size)
+        size = min(len(self.tokenizer), self.models.policy.model.config.get_text_config().vocab_size)
         if bad := [i for i in ids if not 0 <= i < size]:
-            raise ApiError(400, f"{bad[0]} is no token: this vocabulary has {size}", param=param)
+            raise ApiError(400, f"{bad[0]} is not a token id: the vocabulary has {size} tokens", param=param)
 
-    # -- guidance --------------------------------------------------------------------------------------------------
+    # -- models and scorers ----------------------------------------------------------------------------------------
 
-    def plan(self, body: Sampling, prompts: Sequence[Prompt], *, tokens: int, traced: bool = False) -> Plan:
-        """Settings of a request's rows.
+    def require_model(self, model: str | None) -> None:
+        """Check a model name; None stands for the policy.
+
+        Raises:
+            ApiError: no model has this name.
+        """
+        if model is not None and model not in self.model_names:
+            known = ", ".join(self.model_names)
+            raise ApiError(
+                404, f"there is no model {model!r}; available: {known}", param="model", code="model_not_found"
+            )
+
+    def scorer_name(self, model: str | None) -> str:
+        """The scorer that a request for scores names, or the only one that is loaded.
+
+        Raises:
+            ApiError: no scorer has this name, or several are loaded and the request names none.
+        """
+        if model is None and len(self.models.scorers) == 1:
+            return next(iter(self.models.scorers))
+        if model not in self.models.scorers:
+            problem = "name a scorer" if model is None else f"there is no scorer {model!r}"
+            status, code = (400, "missing_parameter") if model is None else (404, "model_not_found")
+            raise ApiError(status, f"{problem}; loaded: {self._loaded_scorers()}", param="model", code=code)
+        return model
+
+    def _loaded_scorers(self) -> str:
+        return ", ".join(self.models.scorers) or "none"
+
+    def _method_and_scorers(self, model: str | None, guidance: Guidance) -> tuple[str, tuple[str, ...]]:
+        """The method and the scorers of a request: those it names, else those of the model's name."""
+        self.require_model(model)
+        scorers = tuple(guidance.scorers or ()) or self.model_names[model or self.models.policy_name]
+        for name in scorers:
+            if name not in self.models.scorers:
+                raise ApiError(
+                    400,
+                    f"no scorer {name!r} is loaded; loaded: {self._loaded_scorers()}",
+                    param="guidance.scorers",
+                    code="unknown_scorer",
+                )
+        method = guidance.method or ("pargs" if scorers or guidance.beta is not None else "policy")
+        guided = find_method(method).scorer is not None
+        if not guided and not guidance.scorers:
+            return method, ()  # an unguided method overrides the scorer in the model's name
+        if guided and not scorers:
+            if len(self.models.scorers) != 1:
+                raise ApiError(
+                    400,
+                    f"method {method} needs a scorer: name it (loaded: {self._loaded_scorers()})",
+                    param="guidance.scorers",
+                )
+            return method, tuple(self.models.scorers)
+        return method, scorers
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def parse(
+        self,
+        body: Sampling,
+        prompts: list[Prompt],
+        param: str,
+        *,
+        default_tokens: int,
+        n: int = 1,
+        num_logprobs: int | None = None,
+    ) -> ParsedRequest:
+        """Turn a body into jobs: one per prompt, with the rows of ``GuidedPolicy.generate`` for prompts × n.
 
         Args:
-            body: the request.
-            prompts: all of them get the same settings.
-            tokens: most new tokens where the request does not say; fewer where the context ends before.
-            traced: log-probabilities are asked for, which come from traces.
+            body: the request body.
+            prompts: encoded prompts; all have the same settings.
+            param: their field in the request.
+            default_tokens: maximum number of new tokens for a body without one; less if the context ends before.
+            n: completions per prompt.
+            num_logprobs: most likely candidates to return per token; None: no log-probabilities.
 
         Raises:
-            ApiError: an unknown model or scorer, guidance that cannot be had, or settings that do not go together.
+            ApiError: an unknown model or scorer, incompatible settings, or more than the server's limits.
         """
         guidance = body.guidance or Guidance()
-        scorers = self._scorers(body.model, guidance)
-        method = guidance.method or ("pargs" if scorers or guidance.beta is not None else "policy")
-        if find_method(method).scorer is None and not guidance.scorers:
-            scorers = ()  # the method that was asked for wins over the model's name
-        elif find_method(method).scorer is not None and not scorers:
-            scorers = self._only_scorer(method)
-        given = self._given(body, guidance, scorers) | {"method": method}
-        given["max_new_tokens"] = self._length(body, prompts, scorers, tokens)
+        names = _parameter_names(body, param)
+        method, scorers = self._method_and_scorers(body.model, guidance)
+        # 1. settings: those that the body gives, then the method's defaults
+        given = _given_settings(body, guidance, scorers)
+        max_new_tokens = self._max_new_tokens(body, prompts, scorers, default_tokens)
+        settings = DecodingSettings(method=method, max_new_tokens=max_new_tokens, **given)
         try:
-            settings = validate(DecodingSettings, given)
             _, resolved = self.models.resolve(settings, scorers)
         except UsageError as error:
-            raise from_rgtg(error, written(body)) from error
+            raise from_rgtg(error, names) from error
+        # 2. limits
         trace = bool(guidance.trace)
-        if trace or traced:
+        if trace or num_logprobs is not None:
             self._require_narrow(resolved, "trace" if trace else "logprobs")
-        return Plan(settings, resolved, scorers, trace, shown=body.guidance is not None or bool(scorers))
-
-    def _scorers(self, model: str | None, guidance: Guidance) -> tuple[str, ...]:
-        """Names of those that the request, or else its model's name, asks for."""
-        if model is not None and model not in self.aliases:
-            known = ", ".join(self.aliases)
-            raise ApiError(
-                404, f"there is no model {model!r}; there are: {known}", param="model", code="model_not_found"
-            )
-        if not guidance.scorers:
-            return self.aliases[model] if model is not None else ()
-        names = tuple(guidance.scorers)
-        if unknown := [name for name in names if name not in self.models.scorers]:
-            raise self._unknown_scorer(unknown[0], "guidance.scorers")
-        return names
-
-    def _unknown_scorer(self, name: str, param: str) -> ApiError:
-        known = ", ".join(self.models.scorers) or "none"
-        return ApiError(400, f"no scorer {name!r} is loaded; loaded: {known}", param=param, code="unknown_scorer")
-
-    def _only_scorer(self, method: str) -> tuple[str, ...]:
-        if len(self.models.scorers) != 1:
-            known = ", ".join(self.models.scorers) or "none"
-            raise ApiError(400, f"method {method} needs a scorer: name it (loaded: {known})", param="guidance.scorers")
-        return tuple(self.models.scorers)
-
-    def scorer(self, name: str | None) -> str:
-        """A scorer that is asked for by name, or the only one.
-
-        Raises:
-            ApiError: there is none of that name, or none was named and there are several.
-        """
-        if name is None and len(self.models.scorers) == 1:
-            return next(iter(self.models.scorers))
-        if name not in self.models.scorers:
-            known = ", ".join(self.models.scorers) or "none"
-            wrong = "name a scorer" if name is None else f"there is no scorer {name!r}"
-            status, code = (400, "missing_parameter") if name is None else (404, "model_not_found")
-            raise ApiError(status, f"{wrong}; loaded: {known}", param="model", code=code)
-        return name
-
-    def _given(self, body: Sampling, guidance: Guidance, scorers: tuple[str, ...]) -> dict[str, Any]:
-        """Decoding settings that the request names."""
-        own = guidance.model_dump(exclude_none=True, exclude={"method", "scorers", "trace", "beta"})
-        if "top_k" in guidance.model_fields_set:
-            own["top_k"] = guidance.top_k
-        shared = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stops or None}
-        return {k: v for k, v in shared.items() if v is not None} | own | _strengths(guidance, scorers)
-
-    def _length(self, body: Sampling, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
-        """New tokens: as asked, or as many as there is room for, up to the default."""
-        for name in ("max_tokens", "max_completion_tokens"):
-            if (asked := getattr(body, name, None)) is not None:
-                if asked > self.settings.max_tokens:
-                    limit = self.settings.max_tokens
-                    raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
-                return int(asked)
-        loaded = [self.models.scorers[name] for name in scorers]
-        limits = [
-            self.models.max_length,
-            *(one.max_length for one in loaded if not isinstance(one, CrossTokenizerScorer)),
-        ]
-        longest = max(len(prompt.ids) for prompt in prompts)
-        rooms = [limit - longest for limit in limits if limit is not None]
-        return max(1, min(default, self.settings.max_tokens, *rooms))  # without room, the engine says so
-
-    def _require_narrow(self, settings: DecodingSettings, what: str) -> None:
-        widest = self.settings.max_candidates
-        if settings.top_k is None or settings.top_k > widest:
-            raise ApiError(
-                400, f"{what} shows every candidate: set guidance.top_k to at most {widest}", param="guidance.top_k"
-            )
-
-    # -- jobs ------------------------------------------------------------------------------------------------------
-
-    def jobs(self, prompts: Sequence[Prompt], plan: Plan, *, n: int, seed: int, traced: bool = False) -> list[Job]:
-        """A job for each prompt, with n rows, which are those of ``GuidedPolicy.generate`` for prompts × n.
-
-        Raises:
-            ApiError: more completions of one prompt than are ever decoded at once.
-        """
-        draws = rows_of(plan.resolved)
-        if n * draws > self.settings.max_batch:
+        if (rows := n * rows_of(resolved)) > self.settings.max_batch:
             raise ApiError(
                 400,
-                f"{n * draws} completions of a prompt at once; this server decodes at most {self.settings.max_batch}",
+                f"{rows} completions of a prompt at once; this server decodes at most {self.settings.max_batch}",
                 param="n" if n > 1 else "guidance.n",
             )
+        # 3. a seed for every row
+        seed = self._random.randrange(2**31) if body.seed is None else body.seed
         seeds = iter(row_seeds(seed, [prompt.ids for prompt in prompts for _ in range(n)]))
-        deadline, trace = self.deadline(), plan.trace or traced
-        return [
+        deadline, keeps_trace = time.monotonic() + self.settings.request_seconds, trace or num_logprobs is not None
+        jobs = [
             Job(
                 prompt.text,
                 prompt.ids,
-                tuple(Row(plan.settings, plan.scorers, next(seeds), trace) for _ in range(n)),
+                tuple(Row(settings, scorers, next(seeds), keeps_trace) for _ in range(n)),
                 prompt.source,
                 deadline,
             )
             for prompt in prompts
         ]
+        reports_guidance = body.guidance is not None or bool(scorers)
+        return ParsedRequest(prompts, jobs, resolved, scorers, n, seed, names, num_logprobs, trace, reports_guidance)
+
+    def _max_new_tokens(self, body: Sampling, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
+        """The number that the body gives, else the default, or less if a context ends before."""
+        for name in ("max_tokens", "max_completion_tokens"):
+            if (given := getattr(body, name, None)) is not None:
+                if given > self.settings.max_tokens:
+                    limit = self.settings.max_tokens
+                    raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
+                return int(given)
+        loaded = [self.models.scorers[name] for name in scorers]
+        contexts = [
+            self.models.max_length,
+            *(one.max_length for one in loaded if not isinstance(one, CrossTokenizerScorer)),
+        ]
+        longest = max(len(prompt.ids) for prompt in prompts)
+        room = [context - longest for context in contexts if context is not None]
+        return max(1, min(default, self.settings.max_tokens, *room))  # the engine refuses prompts that leave no room
+
+    def _require_narrow(self, settings: DecodingSettings, what: str) -> None:
+        widest = self.settings.max_candidates
+        if settings.top_k is None or settings.top_k > widest:
+            raise ApiError(
+                400, f"{what} returns every candidate: set guidance.top_k to at most {widest}", param="guidance.top_k"
+            )
 
 
-def written(body: Sampling, prompt: str | None = None) -> Written:
-    """What a request calls its prompt, and the names of which it used one or the other."""
+def _parameter_names(body: Sampling, prompt: str) -> ParameterNames:
     newer = body.max_tokens is None and getattr(body, "max_completion_tokens", None) is not None
     each = body.guidance is not None and isinstance(body.guidance.scorers, dict)
-    return Written(
+    return ParameterNames(
         prompt,
         "max_completion_tokens" if newer else "max_tokens",
         "guidance.scorers" if each else "guidance.beta",
     )
 
 
-def _strengths(guidance: Guidance, scorers: tuple[str, ...]) -> dict[str, Any]:
-    """The betas, where any is named or several scorers need one each."""
+def _given_settings(body: Sampling, guidance: Guidance, scorers: tuple[str, ...]) -> dict[str, Any]:
+    """Decoding settings that the body gives."""
+    given = guidance.model_dump(exclude_none=True, exclude={"method", "scorers", "trace", "beta"})
+    if "top_k" in guidance.model_fields_set:  # null means the whole vocabulary
+        given["top_k"] = guidance.top_k
+    shared = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stop_texts or None}
+    given |= {name: value for name, value in shared.items() if value is not None}
     if isinstance(guidance.scorers, dict):
         betas = [guidance.scorers[name] for name in scorers]
     elif guidance.beta is not None or len(scorers) > 1:
         betas = [1.0 if guidance.beta is None else guidance.beta] * max(len(scorers), 1)
     else:
-        return {}
-    return {"beta": betas[0] if len(betas) == 1 else betas}
+        return given
+    return given | {"beta": betas[0] if len(betas) == 1 else betas}

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: an id and a log line, the Host header, the key, the body's size."""
+"""What every request passes before its route runs: request id, log line, host, API key, body size, JSON only."""
 
 import hashlib
 import hmac
@@ -6,9 +6,13 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
 from urllib.parse import quote
 
+import pydantic_core
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,29 +20,30 @@ from rgtg.serving.http.errors import ApiError
 from rgtg.serving.metrics import Metrics
 
 _log = logging.getLogger("rgtg.serving")
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# What answers without a key.
-_OPEN = ("/", "/livez", "/readyz", "/health")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Paths that need no API key.
+_OPEN_PATHS = ("/", "/livez", "/readyz", "/health")
 
 
-class Identified:
-    """Outermost: gives a request its id, turns what nobody caught into an answer, and writes a line about it."""
+class RequestIdMiddleware:
+    """Outermost middleware: gives each request an id, answers unhandled exceptions with 500, and logs one line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = request_id
         start, status = time.monotonic(), 0
-        path = quote(scope["path"])[:200]  # as one word: what was asked for is decoded, and may hold lines of a log
+        # the path is decoded and could hold line breaks, which would forge lines of the log
+        path = quote(scope["path"])[:200]
 
-        async def identified(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -46,17 +51,17 @@ class Identified:
             await send(message)
 
         try:
-            await self.app(scope, receive, identified)
+            await self.app(scope, receive, send_with_id)
         except Exception:
             _log.exception("%s %s failed (%s)", scope["method"], path, request_id)
             if not status:
-                failed = ApiError(500, "the server failed; its log has more under the request id")
-                await failed.response(request_id)(scope, receive, identified)
+                failed = ApiError(500, "the server failed; its log has the details under this request id")
+                await failed.response(request_id)(scope, receive, send_with_id)
         _log.info("%s %s %d %.3f s %s", scope["method"], path, status, time.monotonic() - start, request_id)
 
 
-class Guarded:
-    """Refuses requests for another host, without the key, or with too large a body."""
+class AccessMiddleware:
+    """Refuses requests with an unknown Host header, without the API key, or with a body that is too large."""
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, *, hosts: Iterable[str] | None, key: str | None, max_body: int
@@ -66,15 +71,15 @@ class Guarded:
         self.key = None if key is None else _digest(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self._wrong_host(headers) or self._wrong_key(scope, headers) or self._too_long(headers)
-        if refusal is not None:
-            self.metrics.rejected.labels(refusal.code).inc()
-            await refusal.response(scope["state"]["request_id"])(scope, receive, send)
+        error = self._wrong_host(headers) or self._wrong_key(scope, headers) or self._too_long(headers)
+        if error is not None:
+            self.metrics.rejected.labels(error.code).inc()
+            await error.response(scope["state"]["request_id"])(scope, receive, send)
             return
         await self.app(scope, _limited(receive, self.max_body), send)
 
@@ -85,16 +90,16 @@ class Guarded:
         return ApiError(403, "this host name is not served; see rgtg serve --allowed-host", code="unknown_host")
 
     def _wrong_key(self, scope: Scope, headers: Headers) -> ApiError | None:
-        path, harmless = scope["path"], scope["method"] in ("GET", "HEAD")
-        if self.key is None or (harmless and (path in _OPEN or path.startswith("/static/"))):
+        path, reads_only = scope["path"], scope["method"] in ("GET", "HEAD")
+        if self.key is None or (reads_only and (path in _OPEN_PATHS or path.startswith("/static/"))):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # digests have one length, so the comparison's time says nothing of the key's
+        # both digests have the same length, so the time of the comparison reveals nothing about the key's length
         if scheme.lower() == "bearer" and hmac.compare_digest(_digest(given.strip()), self.key):
             return None
         return ApiError(
             401,
-            "this server needs a key: send it as Authorization: Bearer KEY",
+            "this server needs an API key: send it as Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -110,22 +115,57 @@ def _digest(key: str) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is over {limit // 1024} KiB", code="body_too_large")
+    return ApiError(413, f"the body is larger than {limit // 1024} KiB", code="body_too_large")
 
 
 def _limited(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:
-    """``receive`` that counts a body which does not say its length.
+    """``receive`` that raises once a body without a Content-Length exceeds ``limit`` bytes."""
+    size = 0
 
-    FastAPI's own limit answers in plain text.
-    """
-    seen = 0
-
-    async def counted() -> Message:
-        nonlocal seen
+    async def receive_limited() -> Message:
+        nonlocal size
         message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
+        size += len(message.get("body", b""))
+        if size > limit:
             raise _too_large(limit)
         return message
 
-    return counted
+    return receive_limited
+
+
+class JsonRequest(Request):
+    """A request whose JSON body is parsed strictly.
+
+    Python's own parser accepts NaN and lone surrogates, which no tokenizer can encode, and raises RecursionError on
+    deep nesting.
+    """
+
+    async def json(self) -> Any:
+        """The body.
+
+        Raises:
+            ApiError: the body is not JSON.
+        """
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+class JsonRoute(APIRoute):
+    """A route that takes only bodies declared as JSON.
+
+    A page of another site can post text/plain without a CORS preflight, so other content types are refused.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, called with a ``JsonRequest``."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                raise ApiError(415, "send JSON, with the header Content-Type: application/json", code="not_json")
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle

@@ -1,67 +1,55 @@
-"""Bodies of answers: OpenAI's, with ``guidance`` beside each choice. Only fields that were set are sent."""
+"""Response bodies: OpenAI's fields plus ``guidance`` for each choice. Only fields that were set are sent."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from rgtg.serving.http.errors import ErrorBody
 from rgtg.types.generation import StepTrace
 
-# JSON knows no infinity; a candidate without probability has the log-probability "-Infinity", as in rgtg's files.
+# JSON has no infinity: the log-probability of a token with probability 0 is the text "-Infinity", as in rgtg's files.
 Nats = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 
 class Answer(BaseModel):
-    """Base of all answers."""
+    """Base of all response bodies."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
-    _constant: ClassVar[set[str]] = set()
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        cls._constant = {name for name, field in cls.model_fields.items() if isinstance(field.default, str)}
-
-    def model_post_init(self, _: Any) -> None:
-        """Count what is the same in every answer as set."""
-        self.model_fields_set.update(self._constant)
-
-    def json_bytes(self) -> bytes:
-        """As it is sent."""
-        return self.model_dump_json(exclude_unset=True).encode()
 
 
-class Likely(Answer):
-    """A candidate of a step, as OpenAI shows it."""
+class CandidateLogprob(Answer):
+    """One candidate of a step in OpenAI's format."""
 
-    token: str = Field(description="its text; U+FFFD where it is half a character, its name where it is special")
-    logprob: float = Field(description="nats, under the guided distribution; -9999 for none")
-    bytes: list[int] = Field(description="what it adds to the text in UTF-8; nothing for special tokens")
+    token: str = Field(description="its text; U+FFFD for part of a character; the name of a special token")
+    logprob: float = Field(description="nats, under the guided distribution; -9999 for probability 0")
+    bytes: list[int] = Field(description="UTF-8 bytes that it adds to the text; empty for special tokens")
 
 
-class TokenLogprob(Likely):
-    """A chosen token, and the likeliest candidates of its step."""
+class TokenLogprob(CandidateLogprob):
+    """The sampled token, and the most likely candidates of its step."""
 
-    top_logprobs: list[Likely]
+    top_logprobs: list[CandidateLogprob]
 
 
 class ChatLogprobs(Answer):
-    """Of a chat choice, or of a chunk of one."""
+    """Log-probabilities of a chat choice or chunk."""
 
     content: list[TokenLogprob]
-    refusal: None = None
+    refusal: None
 
 
-class Logprobs(Answer):
-    """Of a legacy completion choice."""
+class CompletionLogprobs(Answer):
+    """Log-probabilities of a choice of ``/v1/completions``."""
 
-    tokens: list[str] = Field(description='text of each token; "bytes:\\xe2…" where it is no text')
+    tokens: list[str] = Field(description='text of each token; "bytes:\\xe2…" where the bytes are not valid text')
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
+    text_offset: list[int] = Field(description="character position in the choice's text where each token begins")
 
 
 class TraceStep(StepTrace):
-    """A step: its candidates with what policy and scorers said of them, and their texts. Nats."""
+    """One decoding step: its candidates with the figures of policy and scorers, and their texts. In nats."""
 
     policy_log_probs: list[Nats]
     guided_log_probs: list[Nats]
@@ -70,35 +58,39 @@ class TraceStep(StepTrace):
 
 
 class GuidanceReport(Answer):
-    """How a choice came about. In a stream, chunks have the trace's new steps, the last chunk the rest."""
+    """How a choice was generated. In a stream, chunks carry new trace steps and the last chunk carries the rest."""
 
     method: str | None = None
-    scorers: dict[str, float | None] | None = Field(None, description="with the strength of each; null: it has none")
+    scorers: dict[str, float | None] | None = Field(
+        None, description="with the strength of each; null for a method without strengths"
+    )
     top_k: int | None = Field(None, description="null: the whole vocabulary")
-    temperature: float | None = Field(None, description="0 where the maximum is taken")
-    seed: int | None = Field(None, description="the request's, given or drawn: the same request with it says the same")
+    temperature: float | None = Field(None, description="0 for methods that take the maximum")
+    seed: int | None = Field(None, description="the request's seed, or the random one that was used")
     policy_log_prob: Nats | None = Field(None, description="of the tokens under the policy")
-    guided_log_prob: Nats | None = Field(None, description="of the tokens under what they were drawn from")
-    candidates_log_prob: Nats | None = Field(None, description="under the policy cut to each step's candidates")
-    kl_nats: float | None = Field(None, description="guided - policy, with what choosing among drawn texts adds")
+    guided_log_prob: Nats | None = Field(None, description="of the tokens under the distribution they were drawn from")
+    candidates_log_prob: Nats | None = Field(
+        None, description="of the tokens under the policy, renormalised over each step's candidates"
+    )
+    kl_nats: float | None = Field(None, description="guided − policy log-probability, plus the selection term")
     score: float | None = None
     policy_calls: int | None = None
     scorer_calls: int | None = None
-    cached_tokens: int | None = Field(None, description="of the prompt, read before for another request")
-    fallback: bool | None = Field(None, description="tokens were left to the policy, since a scorer returned NaN")
+    cached_tokens: int | None = Field(None, description="prompt tokens found in the prefix cache")
+    fallback: bool | None = Field(None, description="a scorer returned NaN, and some tokens were drawn unguided")
     fallback_tokens: int | None = None
-    prompt_token_ids: list[int] | None = Field(None, description="with a trace")
+    prompt_token_ids: list[int] | None = Field(None, description="only with a trace")
     trace: list[TraceStep] | None = None
 
 
 class CachedTokens(Answer):
-    """Of the prompt."""
+    """Details of the prompt tokens."""
 
     cached_tokens: int
 
 
 class Usage(Answer):
-    """Tokens read and made."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -107,11 +99,11 @@ class Usage(Answer):
 
 
 class ChatMessage(Answer):
-    """What the assistant said."""
+    """The assistant's message."""
 
-    role: Literal["assistant"] = "assistant"
+    role: Literal["assistant"]
     content: str
-    refusal: None = None
+    refusal: None
 
 
 class ChatChoice(Answer):
@@ -120,15 +112,15 @@ class ChatChoice(Answer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: FinishReason
     guidance: GuidanceReport | None = None
 
 
-class Chat(Answer):
-    """Answer of ``/v1/chat/completions``."""
+class ChatCompletion(Answer):
+    """Response of ``/v1/chat/completions``."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
+    object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
@@ -136,27 +128,27 @@ class Chat(Answer):
 
 
 class Delta(Answer):
-    """What is new."""
+    """New text of a chat choice."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(Answer):
-    """What is new of one choice."""
+    """What is new in one choice."""
 
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
+    finish_reason: FinishReason | None
     guidance: GuidanceReport | None = None
 
 
-class ChatChunk(Answer):
-    """An event of a chat's stream."""
+class ChatCompletionChunk(Answer):
+    """An event of a chat stream."""
 
     id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChatChunkChoice]
@@ -164,20 +156,20 @@ class ChatChunk(Answer):
 
 
 class TextChoice(Answer):
-    """One completion, or what is new of it."""
+    """One completion, or what is new in it."""
 
     index: int
     text: str
-    logprobs: Logprobs | None
-    finish_reason: Finish | None
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
     guidance: GuidanceReport | None = None
 
 
-class Text(Answer):
-    """Answer of ``/v1/completions``, and an event of its stream."""
+class TextCompletion(Answer):
+    """Response of ``/v1/completions``, and an event of its stream."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: Literal["text_completion"]
     created: int
     model: str
     choices: list[TextChoice]
@@ -185,20 +177,20 @@ class Text(Answer):
 
 
 class ModelCard(Answer):
-    """A model's name, and what it stands for."""
+    """A model name that requests can use."""
 
     id: str
-    object: Literal["model"] = "model"
+    object: Literal["model"]
     created: int
-    owned_by: Literal["rgtg"] = "rgtg"
-    scorer: str | None = Field(description="what steers it; null: nothing")
+    owned_by: Literal["rgtg"]
+    scorer: str | None = Field(description="the scorer that guides it; null: unguided")
     max_model_len: int | None
 
 
 class ModelList(Answer):
-    """Answer of ``/v1/models``."""
+    """Response of ``/v1/models``."""
 
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     data: list[ModelCard]
 
 
@@ -206,26 +198,26 @@ class ScorerCard(Answer):
     """A loaded scorer."""
 
     name: str
-    objective: str | None = Field(description="what it was trained for; null: a stock reward model")
+    objective: str | None = Field(description="its training objective; null for other reward models")
     kind: Literal["prefix", "vocabulary", "head", "adapter", "text"]
     max_length: int | None
 
 
 class MethodCard(Answer):
-    """A row of the table of methods."""
+    """A decoding method."""
 
     name: str
     unit: Literal["token", "segment", "completion"]
     scorer: str | None
     rule: Literal["sample", "greedy", "accept", "best"]
-    clip: bool = Field(description="scores are cut to [0, 1] before they steer")
+    clip: bool = Field(description="scores are clipped to [0, 1] before they are used")
     takes: list[str]
     top_k: int | None
     paper: str
 
 
 class GuidanceInfo(Answer):
-    """Answer of ``/v1/guidance``: what requests may ask for."""
+    """Response of ``/v1/guidance``: scorers, methods and limits."""
 
     policy: str
     max_model_len: int | None
@@ -245,7 +237,7 @@ class PrefixScore(Answer):
 
 
 class Score(Answer):
-    """What a scorer says of one completion."""
+    """The score of one completion."""
 
     index: int
     score: float
@@ -253,9 +245,9 @@ class Score(Answer):
 
 
 class Scores(Answer):
-    """Answer of ``/v1/score``."""
+    """Response of ``/v1/score``."""
 
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     model: str
     data: list[Score]
     usage: Usage
@@ -265,32 +257,32 @@ class Side(Answer):
     """One side of a comparison."""
 
     text: str
-    finish_reason: Finish
+    finish_reason: FinishReason
     token_ids: list[int]
     guidance: GuidanceReport
 
 
 class Comparison(Answer):
-    """Answer of ``/v1/compare``."""
+    """Response of ``/v1/compare``."""
 
     id: str
-    object: Literal["comparison"] = "comparison"
+    object: Literal["comparison"]
     seed: int
     unguided: Side
     guided: Side
-    first_divergence: int | None = Field(description="index of the first token that differs; null: none does")
+    first_divergence: int | None = Field(description="index of the first differing token; null: the sides are equal")
     usage: Usage
 
 
 class ComparisonChunk(Answer):
-    """An event of a comparison's stream: a token, the end of a side, or the end."""
+    """An event of a comparison stream: a token, the end of a side, or the summary."""
 
     id: str
     object: Literal["comparison.chunk", "comparison.summary"]
     side: Literal["guided", "unguided"] | None = None
     text: str | None = None
     token_id: int | None = None
-    finish_reason: Finish | None = None
+    finish_reason: FinishReason | None = None
     guidance: GuidanceReport | None = None
     seed: int | None = None
     first_divergence: int | None = None
@@ -299,7 +291,7 @@ class ComparisonChunk(Answer):
 
 
 class Tokens(Answer):
-    """Answer of ``/tokenize``."""
+    """Response of ``/tokenize``."""
 
     tokens: list[int]
     count: int
@@ -308,24 +300,24 @@ class Tokens(Answer):
 
 
 class Detokenized(Answer):
-    """Answer of ``/detokenize``."""
+    """Response of ``/detokenize``."""
 
     prompt: str
 
 
 class Status(Answer):
-    """Answer of ``/livez``, ``/readyz`` and ``/health``."""
+    """Response of ``/livez``, ``/readyz`` and ``/health``."""
 
     status: Literal["alive", "ready"]
 
 
 class Version(Answer):
-    """Answer of ``/version``."""
+    """Response of ``/version``."""
 
     version: str
 
 
-# A stream's events: each has the JSON of a chunk, or of an error, as data; the last has [DONE].
+# An event of a stream: its data is the JSON of a chunk or of an error; the last event's data is [DONE].
 _EVENT = {
     "type": "object",
     "required": ["data"],
@@ -334,12 +326,10 @@ _EVENT = {
 
 
 def documented(kind: type[Answer], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI's ``responses`` takes: the answer of a route, its stream, and errors."""
-    from rgtg.serving.http.errors import ErrorBody
-
-    found: dict[int | str, dict[str, Any]] = {200: {"model": kind}}
+    """FastAPI's ``responses`` of a route: its body, its stream, and errors."""
+    documents: dict[int | str, dict[str, Any]] = {200: {"model": kind}}
     if streams:
-        found[200]["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
+        documents[200]["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
     for status, text in {"4XX": "refused", "5XX": "failed"}.items():
-        found[status] = {"model": ErrorBody, "description": text}
-    return found
+        documents[status] = {"model": ErrorBody, "description": text}
+    return documents

@@ -1,4 +1,4 @@
-"""``/v1/score``: what a scorer says of completions, whole or after each token."""
+"""``/v1/score``: scores of completions, whole or after each token."""
 
 import asyncio
 import math
@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from fastapi import APIRouter, Request, Response
+from jaxtyping import Float
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
@@ -17,164 +18,155 @@ from rgtg.models.scorers.base import AnyScorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import encode_for_scoring, require_within_context
-from rgtg.serving.http.bodies import JsonRoute
-from rgtg.serving.http.errors import ApiError, Written, from_rgtg
-from rgtg.serving.http.input_processor import Planner, Prompt
+from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
+from rgtg.serving.http.input_processor import InputProcessor, Prompt
+from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import ScoreRequest
 from rgtg.serving.http.responses import PrefixScore, Score, Scores, documented
-from rgtg.serving.http.serialize import usage
-from rgtg.serving.http.state import Service
+from rgtg.serving.http.serialize import json_response, usage
+from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import while_connected
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 from rgtg.tokenization.padding import batches_by_length
 
 # Texts that a scorer reads between two steps of the engine.
-_AT_ONCE = 4
+_TEXTS_PER_CALL = 4
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A completion to be read.
+class ScoringTask:
+    """The work of scoring one completion.
 
     Attributes:
-        token_ids: of the policy's tokens, one for each score.
-        work: reads it with the models, a little at a time; the scores of all parts joined are its prefixes'.
+        token_ids: the completion in the policy's tokens.
+        calls: run in order by the engine; their joined results are the scores of the prefixes that they cover.
     """
 
     token_ids: list[int]
-    work: list[Callable[[], list[float]]]
+    calls: list[Callable[[], list[float]]]
 
 
-def readings(planner: Planner, body: ScoreRequest, name: str) -> tuple[list[Reading], int]:
-    """What to read, and how many tokens that is; call it in a thread.
+def _parse(processor: InputProcessor, body: ScoreRequest, name: str) -> tuple[list[ScoringTask], int]:
+    """The tasks of a request, and its number of tokens; blocking, so call it in a worker thread.
 
     Raises:
-        ApiError: an unusable prompt, or too many completions.
-        DataError: a text that does not fit the scorer.
+        ApiError: a bad prompt, too many completions, or a completion that does not fit the scorer.
     """
-    scorer = planner.models.scorers[name]
-    param = "messages" if body.messages is not None else "prompt"
-    source = body.messages if body.messages is not None else body.prompt
-    assert source is not None, "checked with the body"
-    (prompt,) = planner.prompts([source], param)
+    source, param = body.source
+    (prompt,) = processor.encode([source], param)
     completions = [body.completion] if isinstance(body.completion, str) else body.completion
-    if len(completions) > planner.settings.max_prompts:
-        raise ApiError(400, f"at most {planner.settings.max_prompts} completions in a request", param="completion")
-    if isinstance(scorer, CrossTokenizerScorer):
-        found = [_of_text(planner, scorer, prompt, text, body) for text in completions]
-    else:
-        found = [_of_tokens(planner, scorer, prompt, text, body) for text in completions]
-    return found, sum(len(prompt.ids) + len(one.token_ids) for one in found)
+    if (limit := processor.settings.max_prompts) < len(completions):
+        raise ApiError(400, f"at most {limit} completions in a request", param="completion")
+    scorer = processor.models.scorers[name]
+    try:
+        if isinstance(scorer, CrossTokenizerScorer):
+            tasks = [_text_task(processor, scorer, prompt, text, body) for text in completions]
+        else:
+            tasks = [_token_task(processor, scorer, prompt, text, body) for text in completions]
+    except RgtgError as error:
+        raise from_rgtg(error, ParameterNames("completion")) from error
+    return tasks, sum(len(prompt.ids) + len(task.token_ids) for task in tasks)
 
 
-def _of_tokens(planner: Planner, scorer: AnyScorer, prompt: Prompt, text: str, body: ScoreRequest) -> Reading:
-    """By a scorer that reads the policy's tokens: one pass gives all prefixes."""
-    (ids,), (said,) = encode_for_scoring(
-        planner.models.tokenizer,
+def _token_task(
+    processor: InputProcessor, scorer: AnyScorer, prompt: Prompt, text: str, body: ScoreRequest
+) -> ScoringTask:
+    """For a scorer of the policy's tokens: one call scores all prefixes."""
+    (prompt_ids,), (completion_ids,) = encode_for_scoring(
+        processor.tokenizer,
         [prompt.text],
         [text],
         body.finished,
         append_eos=scorer.append_eos,
         templated=body.messages is not None,
     )
-    require_within_context([(ids, said)], scorer.max_length)
-    planner.require_tokens(said, "completion")
-    return Reading(said, [partial(_read_tokens, scorer, ids, said)])
+    require_within_context([(prompt_ids, completion_ids)], scorer.max_length)
+    processor.require_tokens(completion_ids, "completion")
+    return ScoringTask(completion_ids, [partial(_score_tokens, scorer, prompt_ids, completion_ids)])
 
 
-def _of_text(planner: Planner, scorer: CrossTokenizerScorer, prompt: Prompt, text: str, body: ScoreRequest) -> Reading:
-    """By a scorer with a tokenizer of its own, which reads each prefix's text anew."""
-    tokenizer = planner.models.tokenizer
-    said = encode_completion(tokenizer, prompt.text, text, templated=body.messages is not None, append_eos=False)
-    ends = range(1, len(said)) if body.prefixes else ()
-    texts = [decode_completion(tokenizer, prompt.ids, said[:i]) for i in ends]
-    whole = partial(_read_texts, scorer, prompt, [text], body.finished)
-    parts = [
-        partial(_read_texts, scorer, prompt, texts[i : i + _AT_ONCE], False) for i in range(0, len(texts), _AT_ONCE)
-    ]
-    return Reading(said, [*parts, whole])
+def _text_task(
+    processor: InputProcessor, scorer: CrossTokenizerScorer, prompt: Prompt, text: str, body: ScoreRequest
+) -> ScoringTask:
+    """For a scorer with its own tokenizer: every prefix is scored as a text of its own."""
+    tokenizer = processor.tokenizer
+    ids = encode_completion(tokenizer, prompt.text, text, templated=body.messages is not None, append_eos=False)
+    lengths = range(1, len(ids)) if body.prefixes else ()
+    prefixes = [decode_completion(tokenizer, prompt.ids, ids[:length]) for length in lengths]
+    score = partial(_score_texts, scorer, prompt)
+    parts = range(0, len(prefixes), _TEXTS_PER_CALL)
+    calls = [partial(score, prefixes[i : i + _TEXTS_PER_CALL], finished=False) for i in parts]
+    return ScoringTask(ids, [*calls, partial(score, [text], finished=body.finished)])
 
 
-def _read_tokens(scorer: AnyScorer, prompt: list[int], said: list[int]) -> list[float]:
+def _score_tokens(scorer: AnyScorer, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
     if isinstance(scorer, SharedTrunkScorer):
-        return [float(score) for score in adapted_scores(scorer, prompt, said)]
-    assert not isinstance(scorer, CrossTokenizerScorer), "it reads texts"
-    return [float(score) for score in scorer.score_prefixes([prompt], [said])[0]]
+        return [float(score) for score in adapter_scores(scorer, prompt_ids, completion_ids)]
+    assert not isinstance(scorer, CrossTokenizerScorer), "it scores texts"
+    return [float(score) for score in scorer.score_prefixes([prompt_ids], [completion_ids])[0]]
 
 
-def _read_texts(scorer: CrossTokenizerScorer, prompt: Prompt, texts: Sequence[str], finished: bool) -> list[float]:
+def _score_texts(scorer: CrossTokenizerScorer, prompt: Prompt, texts: Sequence[str], *, finished: bool) -> list[float]:
     return scorer.score([prompt.source or prompt.text] * len(texts), texts, finished=finished)
 
 
 @torch.inference_mode()
-def adapted_scores(scorer: SharedTrunkScorer, prompt: list[int], said: list[int]) -> Tensor:
-    """Scores (T,) of a completion's prefixes by an adapter on the policy's trunk: the second row of its twin's two."""
-    ((_, ids, mask),) = batches_by_length([(prompt, said)], 1, scorer.model.device)
+def adapter_scores(scorer: SharedTrunkScorer, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, " T"]:
+    """Scores of a completion's T prefixes by an adapter on the policy's trunk.
+
+    The fused model computes two rows, the policy's and the adapter's; the scores are read from the second.
+    """
+    ((_, ids, mask),) = batches_by_length([(prompt_ids, completion_ids)], 1, scorer.model.device)  # (1, L)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    twice = [torch.cat([each, each]) for each in (ids, mask, positions)]
-    states = trunk(scorer.model)(
-        twice[0], attention_mask=twice[1], position_ids=twice[2], use_cache=False
-    ).last_hidden_state
-    return scorer.head(states[1])[len(prompt) :].cpu()
+    ids, mask, positions = (torch.cat([row, row]) for row in (ids, mask, positions))  # (2, L)
+    hidden = trunk(scorer.model)(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    return scorer.head(hidden[1])[len(prompt_ids) :].cpu()
 
 
-async def read_all(service: Service, found: Sequence[Reading]) -> list[list[float]]:
-    """Scores of every reading's prefixes, read between the steps of whatever else runs.
+async def _run(state: ServerState, processor: InputProcessor, tasks: Sequence[ScoringTask]) -> list[list[float]]:
+    """Prefix scores of every task; the engine runs the calls between its steps.
 
     Raises:
-        ApiError: the queue is full, the time is over, or a score is no number.
+        ApiError: the queue is full, the deadline has passed, or a score is not finite.
     """
-    engine, seconds = service.require(), service.settings.request_seconds
-    works = [work for reading in found for work in reading.work]
     futures = []
     try:
-        futures = engine.run_all(works)
-        async with asyncio.timeout(seconds):
-            parts = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+        futures = processor.engine.run_all([call for task in tasks for call in task.calls])
+        async with asyncio.timeout(state.settings.request_seconds):
+            results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     except TimeoutError:
-        raise from_rgtg(DeadlineError("the request was not finished in its time")) from None
+        raise from_rgtg(DeadlineError("the request did not finish within its time limit")) from None
     except RgtgError as error:
-        raise from_rgtg(error, Written("completion")) from error
+        raise from_rgtg(error, ParameterNames("completion")) from error
     finally:
         for future in futures:
-            future.cancel()  # what is still to be read, where one part failed
-    scores = [[score for _ in reading.work for score in next(parts)] for reading in found]
-    if not all(math.isfinite(score) for each in scores for score in each):
-        service.metrics.scored_nan += 1
+            future.cancel()  # after a failure, the remaining calls are not needed
+    scores = [[score for _ in task.calls for score in next(results)] for task in tasks]
+    if not all(math.isfinite(score) for row in scores for score in row):
+        state.metrics.scores_nan += 1
         raise from_rgtg(NonFiniteError("the scorer returned NaN or infinite scores"))
     return scores
 
 
-def _score(service: Service, index: int, reading: Reading, scores: list[float], *, prefixes: bool) -> Score:
-    told = Score(index=index, score=scores[-1])
-    if prefixes:
-        known = service.known
-        told.prefixes = [
-            PrefixScore(token_id=i, text=known.text(i), score=score)
-            for i, score in zip(reading.token_ids, scores, strict=True)
-        ]
-    return told
-
-
-def routes(service: Service) -> APIRouter:
+def routes(state: ServerState) -> APIRouter:
     """The endpoint."""
     router = APIRouter(route_class=JsonRoute, tags=["guidance"])
 
     @router.post("/v1/score", response_model=None, responses=documented(Scores))
     async def score(request: Request, body: ScoreRequest) -> Response:
         """Score completions of one prompt."""
-        planner = service.planner
-        name = planner.scorer(body.model)
-        try:
-            found, tokens = await run_in_threadpool(readings, planner, body, name)
-        except RgtgError as error:
-            raise from_rgtg(error, Written("completion")) from error
-        scores = await while_connected(request, read_all(service, found))
-        data = [
-            _score(service, i, reading, each, prefixes=body.prefixes)
-            for i, (reading, each) in enumerate(zip(found, scores, strict=True))
-        ]
-        answer = Scores(model=name, data=data, usage=usage(tokens, 0))
-        return Response(answer.json_bytes(), media_type="application/json")
+        processor = state.require()
+        name = processor.scorer_name(body.model)
+        tasks, num_tokens = await run_in_threadpool(_parse, processor, body, name)
+        scores = await while_connected(request, _run(state, processor, tasks))
+        text_of, data = processor.token_bytes.text, []
+        for index, (task, row) in enumerate(zip(tasks, scores, strict=True)):
+            data.append(Score(index=index, score=row[-1]))
+            if body.prefixes:
+                data[-1].prefixes = [
+                    PrefixScore(token_id=token_id, text=text_of(token_id), score=score)
+                    for token_id, score in zip(task.token_ids, row, strict=True)
+                ]
+        return json_response(Scores(object="list", model=name, data=data, usage=usage(num_tokens, 0)))
 
     return router

@@ -1,18 +1,34 @@
-"""What the engine tells, as clients read it: log-probabilities, trace steps, summaries. Pure."""
+"""From the engine's results to response bodies: choices, chunks, log-probabilities, traces, reports and usage."""
 
 import codecs
 import math
+import secrets
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from rgtg.config import DecodingSettings
+from fastapi import Response
+
 from rgtg.decoding.methods import betas_of, find_method
 from rgtg.serving.engine.request import Finished
+from rgtg.serving.http.input_processor import ParsedRequest
 from rgtg.serving.http.responses import (
+    Answer,
     CachedTokens,
+    CandidateLogprob,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
     ChatLogprobs,
+    ChatMessage,
+    CompletionLogprobs,
+    Delta,
+    FinishReason,
     GuidanceReport,
-    Likely,
-    Logprobs,
+    TextChoice,
+    TextCompletion,
     TokenLogprob,
     TraceStep,
     Usage,
@@ -20,122 +36,267 @@ from rgtg.serving.http.responses import (
 from rgtg.tokenization.token_bytes import TokenBytes
 from rgtg.types.generation import StepTrace
 
-# What OpenAI sends for a log-probability of minus infinity.
-_NONE = -9999.0
+# OpenAI's value for a log-probability of minus infinity.
+_MINUS_INFINITY = -9999.0
 
 
-def _sendable(log_prob: float) -> float:
-    return log_prob if math.isfinite(log_prob) else _NONE
+def to_json(answer: Answer) -> bytes:
+    """A response body in JSON, with the fields that were set."""
+    return answer.model_dump_json(exclude_unset=True).encode()
 
 
-def _best(step: StepTrace, count: int) -> list[int]:
-    """Places of the likeliest candidates under the guided distribution, likeliest first."""
-    order = sorted(range(len(step.candidate_ids)), key=lambda i: -step.guided_log_probs[i])
-    return [i for i in order[:count] if step.guided_log_probs[i] > -math.inf]
+def json_response(answer: Answer) -> Response:
+    """A JSON response."""
+    return Response(to_json(answer), media_type="application/json")
 
 
-def _chosen(step: StepTrace) -> float:
-    return _sendable(step.guided_log_probs[step.candidate_ids.index(step.token_id)])
+# -- choices -----------------------------------------------------------------------------------------------------------
 
 
-def chat_logprobs(steps: Sequence[StepTrace], known: TokenBytes, top: int) -> ChatLogprobs:
-    """Log-probabilities of steps in the form of chat completions; ``top`` candidates each."""
+@dataclass(frozen=True)
+class ChoiceDelta:
+    """What is new in a choice; for an answer that is not streamed, the whole choice.
 
-    def likely(token_id: int, log_prob: float) -> dict[str, object]:
-        return {"token": known.text(token_id), "logprob": log_prob, "bytes": list(known.of(token_id))}
+    Attributes:
+        index: of the choice.
+        text: new text.
+        steps: new steps, if log-probabilities or a trace are returned.
+        finish_reason: why the choice ended; None: it continues.
+        report: how the choice was generated, at its end; None: not requested.
+        first: whether the choice begins.
+    """
 
-    def of_step(step: StepTrace) -> TokenLogprob:
-        best = [Likely(**likely(step.candidate_ids[i], step.guided_log_probs[i])) for i in _best(step, top)]
-        return TokenLogprob(**likely(step.token_id, _chosen(step)), top_logprobs=best)
+    index: int
+    text: str
+    steps: Sequence[StepTrace] = ()
+    finish_reason: FinishReason | None = None
+    report: GuidanceReport | None = None
+    first: bool = False
 
-    return ChatLogprobs(content=[of_step(step) for step in steps], refusal=None)
+
+class _Serializer:
+    """Writes the answers of one request.
+
+    Args:
+        request: the parsed request.
+        model: its model name, returned as it was sent.
+        token_bytes: of the policy's tokenizer.
+        include_usage: whether a stream ends with the usage; all its other chunks then have ``"usage": null``.
+    """
+
+    id_prefix: str
+
+    def __init__(self, request: ParsedRequest, model: str, token_bytes: TokenBytes, *, include_usage: bool) -> None:
+        self.request, self.token_bytes, self.include_usage = request, token_bytes, include_usage
+        self._head: dict[str, Any] = {
+            "id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": model,
+        }  # fmt: skip
+
+    def _chunk_head(self, usage: Usage | None) -> dict[str, Any]:
+        return self._head | ({"usage": usage} if self.include_usage else {})
+
+    def _guidance(self, delta: ChoiceDelta) -> dict[str, GuidanceReport]:
+        """The field ``guidance`` of a choice, if there is anything in it."""
+        report = delta.report
+        if self.request.trace and delta.steps:
+            report = report or GuidanceReport()
+            report.trace = trace_steps(delta.steps, self.token_bytes)
+        return {} if report is None else {"guidance": report}
 
 
-class LegacyLogprobs:
-    """Log-probabilities in the form of legacy completions; counts characters from the first token on."""
+class ChatSerializer(_Serializer):
+    """``/v1/chat/completions``."""
 
-    def __init__(self, known: TokenBytes, top: int) -> None:
-        self.known, self.top = known, top
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._offset = 0
+    id_prefix = "chatcmpl-"
 
-    def add(self, steps: Sequence[StepTrace]) -> Logprobs:
-        """Of the next steps."""
-        offsets = []
-        for step in steps:
-            offsets.append(self._offset)
-            self._offset += len(self._decode(self.known.of(step.token_id)))
-        best = [
-            {self._name(step.candidate_ids[i]): step.guided_log_probs[i] for i in reversed(_best(step, self.top))}
-            for step in steps
+    def answer(self, choices: Sequence[ChoiceDelta], usage: Usage) -> Answer:
+        """The whole answer."""
+        whole = [
+            ChatChoice(
+                index=choice.index,
+                message=ChatMessage(role="assistant", content=choice.text, refusal=None),
+                logprobs=self._logprobs(choice),
+                finish_reason=choice.finish_reason or "stop",
+                **self._guidance(choice),
+            )
+            for choice in choices
         ]
-        return Logprobs(
+        return ChatCompletion(object="chat.completion", choices=whole, usage=usage, **self._head)
+
+    def chunk(self, delta: ChoiceDelta | None, usage: Usage | None = None) -> Answer:
+        """An event of a stream: new text, or the usage at the end."""
+        choices = []
+        if delta is not None:
+            role = {"role": "assistant"} if delta.first else {}
+            content = {"content": delta.text} if delta.text or delta.first else {}
+            choice = ChatChunkChoice(
+                index=delta.index,
+                delta=Delta.model_validate(role | content),
+                logprobs=self._logprobs(delta) if delta.steps else None,
+                finish_reason=delta.finish_reason,
+                **self._guidance(delta),
+            )
+            choices.append(choice)
+        return ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._chunk_head(usage))
+
+    def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
+        count, tokens = self.request.num_logprobs, self.token_bytes
+        if count is None:
+            return None
+
+        def candidate(token_id: int, log_prob: float) -> dict[str, Any]:
+            return {"token": tokens.text(token_id), "logprob": log_prob, "bytes": list(tokens.of(token_id))}
+
+        content = [
+            TokenLogprob(
+                **candidate(step.token_id, _sampled_logprob(step)),
+                top_logprobs=[CandidateLogprob(**candidate(*best)) for best in _most_likely(step, count)],
+            )
+            for step in delta.steps
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+
+class CompletionSerializer(_Serializer):
+    """``/v1/completions``."""
+
+    id_prefix = "cmpl-"
+
+    def __init__(self, request: ParsedRequest, model: str, token_bytes: TokenBytes, *, include_usage: bool) -> None:
+        super().__init__(request, model, token_bytes, include_usage=include_usage)
+        self._offsets: dict[int, _TextOffsets] = {}  # by choice
+
+    def answer(self, choices: Sequence[ChoiceDelta], usage: Usage) -> Answer:
+        """The whole answer."""
+        whole = [self._choice(choice) for choice in choices]
+        return TextCompletion(object="text_completion", choices=whole, usage=usage, **self._head)
+
+    def chunk(self, delta: ChoiceDelta | None, usage: Usage | None = None) -> Answer:
+        """An event of a stream: new text, or the usage at the end."""
+        choices = [] if delta is None else [self._choice(delta)]
+        return TextCompletion(object="text_completion", choices=choices, **self._chunk_head(usage))
+
+    def _choice(self, delta: ChoiceDelta) -> TextChoice:
+        return TextChoice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=self._logprobs(delta) if delta.steps or delta.finish_reason is None else None,
+            finish_reason=delta.finish_reason,
+            **self._guidance(delta),
+        )
+
+    def _logprobs(self, delta: ChoiceDelta) -> CompletionLogprobs | None:
+        count, steps = self.request.num_logprobs, delta.steps
+        if count is None:
+            return None
+        offsets = self._offsets.setdefault(delta.index, _TextOffsets(self.token_bytes))
+        best = [{self._name(i): value for i, value in reversed(_most_likely(step, count))} for step in steps]
+        return CompletionLogprobs(
             tokens=[self._name(step.token_id) for step in steps],
-            token_logprobs=[_chosen(step) for step in steps],
-            top_logprobs=best if self.top else None,
-            text_offset=offsets,
+            token_logprobs=[_sampled_logprob(step) for step in steps],
+            top_logprobs=best if count else None,
+            text_offset=[offsets.next(step.token_id) for step in steps],
         )
 
     def _name(self, token_id: int) -> str:
-        """Text of a token, or its bytes spelt out, so that two tokens seldom have one name."""
-        text = self.known.text(token_id)
+        """The token's text; its bytes in hex where they are not valid text, so that names rarely collide."""
+        text = self.token_bytes.text(token_id)
         if "�" not in text:
             return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.known.of(token_id))
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.token_bytes.of(token_id))
 
 
-def trace_steps(steps: Iterable[StepTrace], known: TokenBytes) -> list[TraceStep]:
-    """Steps with the texts of their candidates."""
+Serializer = ChatSerializer | CompletionSerializer
+
+
+# -- log-probabilities and traces --------------------------------------------------------------------------------------
+
+
+def _most_likely(step: StepTrace, count: int) -> list[tuple[int, float]]:
+    """The ``count`` most likely candidates under the guided distribution: token ids and log-probabilities in nats."""
+    ranked = sorted(zip(step.candidate_ids, step.guided_log_probs, strict=True), key=lambda pair: -pair[1])
+    return [(token_id, log_prob) for token_id, log_prob in ranked[:count] if log_prob > -math.inf]
+
+
+def _sampled_logprob(step: StepTrace) -> float:
+    log_prob = step.guided_log_probs[step.candidate_ids.index(step.token_id)]
+    return log_prob if math.isfinite(log_prob) else _MINUS_INFINITY
+
+
+class _TextOffsets:
+    """Character positions of the tokens of one completion."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes_of = token_bytes.of
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._offset = 0
+
+    def next(self, token_id: int) -> int:
+        """Where the next token begins."""
+        offset = self._offset
+        self._offset += len(self._decode(self._bytes_of(token_id)))
+        return offset
+
+
+def trace_steps(steps: Iterable[StepTrace], token_bytes: TokenBytes) -> list[TraceStep]:
+    """Trace steps with the texts of their candidates."""
     return [
         TraceStep(
             **{name: getattr(step, name) for name in step.model_fields_set},
-            candidate_texts=[known.text(i) for i in step.candidate_ids],
-            candidate_bytes=[list(known.of(i)) for i in step.candidate_ids],
+            candidate_texts=[token_bytes.text(i) for i in step.candidate_ids],
+            candidate_bytes=[list(token_bytes.of(i)) for i in step.candidate_ids],
         )
         for step in steps
     ]
 
 
-def summary(done: Finished, settings: DecodingSettings, scorers: Sequence[str], seed: int) -> GuidanceReport:
-    """How a choice came about; ``settings`` are the resolved ones, ``seed`` the request's."""
-    made, method = done.completion, find_method(settings.method)
-    strengths = betas_of(settings) if "beta" in method.takes else [None] * len(scorers)
-    return GuidanceReport(
+# -- reports and usage -------------------------------------------------------------------------------------------------
+
+
+def guidance_report(request: ParsedRequest, index: int, end: Finished) -> GuidanceReport:
+    """How choice ``index`` was generated."""
+    completion, settings = end.completion, request.settings
+    method = find_method(settings.method)
+    betas = betas_of(settings) if "beta" in method.takes else [None] * len(request.scorers)
+    log_probs = completion.guided_log_prob, completion.policy_log_prob
+    kl = log_probs[0] - log_probs[1] if all(map(math.isfinite, log_probs)) else 0.0
+    report = GuidanceReport(
         method=method.name,
-        scorers=dict(zip(scorers, strengths, strict=True)),
+        scorers=dict(zip(request.scorers, betas, strict=True)),
         top_k=settings.top_k,
         temperature=0.0 if method.rule == "greedy" else settings.temperature,
-        seed=seed,
-        policy_log_prob=made.policy_log_prob,
-        guided_log_prob=made.guided_log_prob,
-        candidates_log_prob=made.candidates_log_prob,
-        kl_nats=_difference(made.guided_log_prob, made.policy_log_prob) + made.selection_nats,
-        score=made.score,
-        policy_calls=made.policy_calls,
-        scorer_calls=made.scorer_calls,
-        cached_tokens=done.cached_tokens,
-        fallback=bool(done.fallback),
-        fallback_tokens=int(done.fallback),
+        seed=request.seed,
+        policy_log_prob=completion.policy_log_prob,
+        guided_log_prob=completion.guided_log_prob,
+        candidates_log_prob=completion.candidates_log_prob,
+        kl_nats=kl + completion.selection_nats,
+        score=completion.score,
+        policy_calls=completion.policy_calls,
+        scorer_calls=completion.scorer_calls,
+        cached_tokens=end.cached_tokens,
+        fallback=bool(end.fallback),
+        fallback_tokens=int(end.fallback),
+    )
+    if request.trace:
+        report.prompt_token_ids = list(request.prompts[index // request.n].ids)
+    return report
+
+
+def usage_of(request: ParsedRequest, ends: Sequence[Finished]) -> Usage:
+    """Token counts of a request; every prompt counts once, whatever n."""
+    rows = len(ends) // len(request.prompts)
+    return usage(
+        sum(len(prompt.ids) for prompt in request.prompts),
+        sum(len(end.completion.token_ids) for end in ends),
+        sum(max(end.cached_tokens for end in ends[i : i + rows]) for i in range(0, len(ends), rows)),
     )
 
 
-def _difference(guided: float, policy: float) -> float:
-    return guided - policy if math.isfinite(guided) and math.isfinite(policy) else 0.0
-
-
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
-    """Tokens read and made."""
+    """Token counts."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=CachedTokens(cached_tokens=cached_tokens),
     )
-
-
-def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs (or that one text alone has); None where none does."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return None if len(one) == len(other) else min(len(one), len(other))

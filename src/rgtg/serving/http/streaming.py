@@ -1,4 +1,4 @@
-"""Jobs under way: the engine's events on the server's event loop, until all rows have ended or the client is gone."""
+"""Events of the engine on the server's event loop, and server-sent events to the client."""
 
 import asyncio
 import itertools
@@ -14,71 +14,71 @@ from sse_starlette import EventSourceResponse
 from rgtg.errors import RgtgError
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.request import Event, Failed, Finished, Job, Step
-from rgtg.serving.http.errors import ApiError, Written, from_rgtg
+from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
 from rgtg.serving.metrics import Metrics
 
 T = TypeVar("T")
-# A client that reads nothing for so long is given up.
-_SEND_SECONDS = 60.0
-# Time that answers get to reach their clients once the server stops and all are made.
-FAREWELL_SECONDS = 5
+# A client that reads nothing for this long is disconnected.
+_SEND_TIMEOUT_SECONDS = 60.0
+# After draining, answers that are complete get this long to reach their clients.
+FLUSH_SECONDS = 5
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer."""
+class ClientDisconnected(Exception):
+    """The client closed the connection before it was answered."""
 
 
-class Flight:
-    """The jobs of one request; leaving the block cancels what has not ended.
+class ResponseStream:
+    """The engine's events for one HTTP request; leaving the ``with`` block cancels whatever has not ended.
 
-    Rows are counted through all jobs: the first job's, then the second's.
+    Rows are numbered through all jobs: the rows of the first job, then those of the second.
     """
 
     def __init__(
-        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, written: Written, *, stepwise: bool
+        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, names: ParameterNames, *, every_token: bool
     ) -> None:
-        """Hand the jobs in, all or none.
+        """Submit all jobs, or none of them.
 
         Args:
-            engine: takes them.
+            engine: runs the jobs.
             jobs: of the request.
-            metrics: count them.
-            written: the request's own names, for refusals.
-            stepwise: tokens are told as they come, not the ends alone: each wakes the event loop.
+            metrics: counts the jobs and their tokens.
+            names: the request's field names, for error messages.
+            every_token: whether ``events`` yields tokens too; each wakes the event loop.
 
         Raises:
-            ApiError: one is refused.
+            ApiError: the engine refuses a job.
         """
-        self.engine, self.metrics = engine, metrics
-        self.clock, self.stepwise = metrics.clock(), stepwise
+        self.engine, self.every_token = engine, every_token
+        self.timer = metrics.timer()
         self.rows = sum(len(job.rows) for job in jobs)
-        self.left = self.rows
+        self._running = self.rows
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        firsts = itertools.accumulate((len(job.rows) for job in jobs), initial=0)
-        heard = [(job, partial(self._hear, first)) for job, first in zip(jobs, firsts, strict=False)]
+        first_rows = itertools.accumulate((len(job.rows) for job in jobs), initial=0)
+        listeners = [(job, partial(self._receive, first)) for job, first in zip(jobs, first_rows, strict=False)]
         try:
-            self._tickets = engine.submit_all(heard)
+            self._tickets = engine.submit_all(listeners)
         except RgtgError as error:
-            raise from_rgtg(error, written) from error
+            raise from_rgtg(error, names) from error
         metrics.prompt_tokens.inc(sum(len(job.prompt_ids) for job in jobs))
 
-    def _hear(self, first: int, event: Event) -> None:
-        """In the engine's thread."""
-        row = first + event.row
-        self.clock.hear(row, event)
-        if isinstance(event, Step) and not self.stepwise:
+    def _receive(self, first_row: int, event: Event) -> None:
+        """Pass an event on; runs in the engine's thread."""
+        row = first_row + event.row
+        self.timer.record(row, event)
+        if isinstance(event, Step) and not self.every_token:
             return
-        with suppress(RuntimeError):  # the event loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._take, row, event)
+        with suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self._queue, row, event)
 
-    def _take(self, row: int, event: Event) -> None:
+    def _queue(self, row: int, event: Event) -> None:
         if not isinstance(event, Step):
-            self.left -= 1
+            self._running -= 1
         self._events.put_nowait((row, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Step | Finished]]:
-        """Every row's tokens, if they are told, and ends, as they come.
+        """Rows with their tokens (if ``every_token``) and ends, in the order in which they happen.
 
         Raises:
             ApiError: a row failed.
@@ -91,62 +91,58 @@ class Flight:
             ended += isinstance(event, Finished)
             yield row, event
 
-    async def finished(self, request: Request) -> list[Finished]:
-        """All rows' ends, in order.
+    async def ends(self, request: Request) -> list[Finished]:
+        """The ends of all rows, in row order.
 
         Raises:
             ApiError: a row failed.
-            ClientGone: the client has closed the connection.
+            ClientDisconnected: the client closed the connection.
         """
-        return await while_connected(request, self._all())
+        return await while_connected(request, self._collect_ends())
 
-    async def _all(self) -> list[Finished]:
+    async def _collect_ends(self) -> list[Finished]:
         ends = {row: event async for row, event in self.events() if isinstance(event, Finished)}
         return [ends[row] for row in range(self.rows)]
-
-    def cancel(self) -> None:
-        """Give up what has not ended."""
-        if self.left:
-            for ticket in self._tickets:
-                self.engine.cancel(ticket)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.cancel()
+        if self._running:
+            for ticket in self._tickets:
+                self.engine.cancel(ticket)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns, unless the client closes the connection first.
+    """The result of ``work``, which is cancelled if the client closes the connection.
 
     Raises:
-        ClientGone: it did; the work is cancelled.
+        ClientDisconnected: the client closed the connection.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    disconnecting = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientDisconnected
         return working.result()
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnecting):
             task.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-class Stream(EventSourceResponse):
-    """Server-sent events of a flight, which ends with the response however that ends."""
+class EventStream(EventSourceResponse):
+    """A response of server-sent events; the response stream is closed with it."""
 
-    def __init__(self, flight: Flight, chunks: AsyncIterator[bytes], request_id: str) -> None:
-        self.flight, self.request_id = flight, request_id
+    def __init__(self, stream: ResponseStream, chunks: AsyncIterator[bytes], request_id: str) -> None:
+        self.stream, self.request_id = stream, request_id
         super().__init__(
-            self._events(chunks), send_timeout=_SEND_SECONDS, sep="\n", shutdown_grace_period=FAREWELL_SECONDS
+            self._events(chunks), send_timeout=_SEND_TIMEOUT_SECONDS, sep="\n", shutdown_grace_period=FLUSH_SECONDS
         )
 
     async def _events(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -154,10 +150,10 @@ class Stream(EventSourceResponse):
             async for chunk in chunks:
                 yield b"data: " + chunk + b"\n\n"
             yield b"data: [DONE]\n\n"
-        except ApiError as error:  # the status has been sent; OpenAI's clients raise on this
+        except ApiError as error:  # the status line is already sent; OpenAI's clients raise on an event with "error"
             yield b"data: " + bytes(error.response(self.request_id).body) + b"\n\n"
 
     async def __call__(self, *asgi: Any) -> None:
-        """Send it."""
-        with self.flight:
+        """Send the response."""
+        with self.stream:
             await super().__call__(*asgi)
