@@ -255,11 +255,9 @@ class InputProcessor:
                     limit = self.settings.max_tokens
                     raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
                 return int(given)
-        loaded = [self.models.scorers[name] for name in scorers]
-        contexts = [
-            self.models.max_length,
-            *(one.max_length for one in loaded if not isinstance(one, CrossTokenizerScorer)),
-        ]
+        scoring = [self.models.scorers[name] for name in scorers]
+        same_tokens = [scorer for scorer in scoring if not isinstance(scorer, CrossTokenizerScorer)]
+        contexts = [self.models.max_length, *(scorer.max_length for scorer in same_tokens)]
         longest = max(len(prompt.ids) for prompt in prompts)
         room = [context - longest for context in contexts if context is not None]
         return max(1, min(default, self.settings.max_tokens, *room))  # the engine refuses prompts that leave no room
