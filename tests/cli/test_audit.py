@@ -204,13 +204,13 @@ def test_a_head_shares_the_policy_that_rolls_out(tmp_path, rolling, policy_folde
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ([], 2, "say what to audit on"),
-        (["--pairs", "P", "--prefixes", "4"], 2, "prefixes: only --rollouts uses it"),
-        (["--rollouts"], 2, "or --rollouts-file to read some"),
+        ([], 2, "nothing to audit on"),
+        (["--pairs", "P", "--prefixes", "4"], 2, "prefixes: needs --rollouts"),
+        (["--rollouts"], 2, "or --rollouts-file to read them"),
         (["--rollouts", "--prompts", "P"], 2, "--prompts and --reward go together"),
         (["--rollouts", "--prompts", "P", "--reward", "R"], 2, "--policy is required"),
-        (["--rollouts", "--prompts", "P", "--reward", "R", "--policy", "Q"], 2, "where the roll-outs are kept"),
-        (["--rollouts", "--rollouts-file", "F", "--candidates", "4"], 2, "the roll-outs file has its own"),
+        (["--rollouts", "--prompts", "P", "--reward", "R", "--policy", "Q"], 2, "the roll-outs need a file"),
+        (["--rollouts", "--rollouts-file", "F", "--candidates", "4"], 2, "fixed by the roll-outs file"),
         (["--rollouts", "--rollouts-file", "F", "--beta", "1", "--kl-nats", "1"], 2, "not both"),
         (["--rollouts", "--rollouts-file", "F", "--kl-nats", "0"], 2, "kl_nats = 0"),
         (["--rollouts", "--rollouts-file", "/nowhere/F"], 2, "cannot read the roll-outs"),

@@ -50,13 +50,16 @@ def test_bad_rows_end_in_exit_3_with_the_reasons(bad_pairs):
     assert [path.name for path in bad_pairs.parent.iterdir()] == ["pairs.jsonl"]
 
 
-def test_skip_writes_rejects_beside_the_file_with_its_settings(bad_pairs):
+def test_skip_writes_rejects_to_the_current_folder_and_nothing_beside_the_data(bad_pairs, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     result = check(bad_pairs, "--on-bad", "skip")
     assert result.exit_code == 0, result.stderr
     assert "left out: not JSON" in result.stdout
-    rejects = bad_pairs.parent / "rejects.jsonl"
-    assert [json.loads(line)["line"] for line in rejects.read_text().splitlines()] == [4, 5]
-    assert json.loads((bad_pairs.parent / "rejects.jsonl.settings.json").read_text())["on_bad"] == "skip"
+    assert [json.loads(line)["line"] for line in (here / "rejects.jsonl").read_text().splitlines()] == [4, 5]
+    assert json.loads((here / "rejects.jsonl.settings.json").read_text())["on_bad"] == "skip"
+    assert sorted(path.name for path in bad_pairs.parent.iterdir()) == ["here", "pairs.jsonl"]
 
 
 def test_lengths_in_tokens_and_the_limit(pairs, policy_folder):
@@ -73,7 +76,7 @@ def test_lengths_in_tokens_and_the_limit(pairs, policy_folder):
         (["absent.jsonl"], "absent.jsonl: no such file"),
         (["FILE", "--max-length", "10"], "max_length counts tokens"),
         (["FILE", "--on-bad", "ignore"], "on_bad = 'ignore'"),
-        (["FILE", "--rejects", "r.jsonl"], "with --on-bad error it has no use"),
+        (["FILE", "--rejects", "r.jsonl"], "it has no use with --on-bad error"),
         (["FILE", "--on-bad", "skip", "--rejects", "FILE"], "would overwrite the data"),
         (["FILE", "--set", "on_bda=skip"], "did you mean on_bad?"),
         (["FILE", "--tokenizer", "./absent"], "no model folder ./absent"),

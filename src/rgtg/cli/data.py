@@ -1,4 +1,4 @@
-"""``rgtg data``: look at preference data before training on it."""
+"""``rgtg data``: check preference data before training on it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,7 +43,7 @@ def check(
         str | None, typer.Option(metavar="error|skip", help="Refuse bad rows, or leave them out.")
     ] = None,
     rejects: Annotated[
-        Path | None, typer.Option(help="Where skipped rows go. [default: rejects.jsonl beside the file]")
+        Path | None, typer.Option(help="Where skipped rows go. [default: rejects.jsonl in the current folder]")
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -54,7 +54,9 @@ def check(
     """Validate preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
     flags = {"file": file, "tokenizer": tokenizer, "max_length": max_length, "on_bad": on_bad, "rejects": rejects}
     settings = DataCheckSettings.resolve(config, overrides, {**flags, "seed": seed})
-    target = _rejects_path(settings)
+    if settings.on_bad == "error" and settings.rejects is not None:
+        raise UsageError("--rejects is the file for --on-bad skip; it has no use with --on-bad error")
+    target = settings.rejects or Path("rejects.jsonl") if settings.on_bad == "skip" else None
     pairs = _read(settings, target, quiet=quiet or as_json)
     if target is not None:
         save_settings(target, settings)
@@ -63,18 +65,8 @@ def check(
     emit(plain, as_json=as_json, quiet=quiet, show=lambda: _show(settings.file, pairs, target))
 
 
-def _rejects_path(settings: DataCheckSettings) -> Path | None:
-    if settings.on_bad == "error":
-        if settings.rejects is not None:
-            raise UsageError("--rejects is where --on-bad skip puts bad rows; with --on-bad error it has no use")
-        return None
-    source = Path(settings.file)
-    beside = source.parent if source.exists() else Path()  # a hub id has no folder: the current one
-    return settings.rejects or beside / "rejects.jsonl"
-
-
 def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> "PairReader":
-    """Everything read once, one pair in memory at a time."""
+    """Read every row once, with one pair in memory at a time."""
     from rgtg.data.pairs import PairReader
 
     tokenizer = None

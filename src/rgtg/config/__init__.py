@@ -1,4 +1,4 @@
-"""Settings of every command as pydantic models; imports no torch."""
+"""Settings of every command as pydantic models. Nothing here imports torch."""
 
 from rgtg.config.base import Settings as Settings
 from rgtg.config.base import SettingsT as SettingsT
@@ -7,6 +7,9 @@ from rgtg.config.base import validate as validate
 from rgtg.config.commands import DataCheckSettings as DataCheckSettings
 from rgtg.config.commands import DemoSettings as DemoSettings
 from rgtg.config.commands import DoctorSettings as DoctorSettings
+from rgtg.config.commands import JudgeSettings as JudgeSettings
+from rgtg.config.commands import PlanSettings as PlanSettings
+from rgtg.config.commands import PushSettings as PushSettings
 from rgtg.config.commands import TheorySettings as TheorySettings
 from rgtg.config.decoding import DecodingSettings as DecodingSettings
 from rgtg.config.decoding import GenerateSettings as GenerateSettings
@@ -18,9 +21,6 @@ from rgtg.config.evaluation import CompareSettings as CompareSettings
 from rgtg.config.evaluation import EvaluationSettings as EvaluationSettings
 from rgtg.config.evaluation import GuidingScorer as GuidingScorer
 from rgtg.config.evaluation import SweepSettings as SweepSettings
-from rgtg.config.judging import JudgeSettings as JudgeSettings
-from rgtg.config.planning import PlanSettings as PlanSettings
-from rgtg.config.publishing import PushSettings as PushSettings
 from rgtg.config.serving import EngineSettings as EngineSettings
 from rgtg.config.training import LoraSettings as LoraSettings
 from rgtg.config.training import TrainSettings as TrainSettings

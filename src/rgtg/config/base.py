@@ -1,4 +1,4 @@
-"""What every command's settings share: one base model, YAML and overrides, errors in words."""
+"""The base of all settings: merging YAML, flags and overrides, and readable error messages."""
 
 import difflib
 import reprlib
@@ -12,11 +12,11 @@ from rgtg.errors import UsageError
 
 
 class Settings(BaseModel):
-    """Base of every command's settings: unknown keys are refused with a suggestion."""
+    """Base of every command's settings. An unknown key is an error that suggests the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
-    positional: ClassVar[tuple[str, ...]] = ()  # settings that the command takes by their place, in order
+    positional: ClassVar[tuple[str, ...]] = ()  # settings that are positional arguments, in order
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in this run")
 
@@ -24,7 +24,7 @@ class Settings(BaseModel):
     def resolve(
         cls, config: Path | None = None, overrides: list[str] | None = None, flags: dict[str, Any] | None = None
     ) -> Self:
-        """Merge a YAML file, command-line flags that were given, and ``a.b=c`` overrides, later ones winning.
+        """Merge a YAML file, the flags that the user gave, and ``a.b=c`` overrides; later ones win.
 
         Raises:
             UsageError: an unreadable file, an unknown key, a value that is not allowed.
@@ -42,10 +42,10 @@ SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
 def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:
-    """Build settings; a refusal names the flag, what is allowed, and the nearest known key.
+    """Build settings from values.
 
     Raises:
-        UsageError: with one line per problem.
+        UsageError: names every flag that is wrong, what is allowed, and the nearest known key.
     """
     try:
         return cls.model_validate(values)
@@ -56,10 +56,10 @@ def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping.
+    """Read a YAML file that holds one mapping.
 
     Raises:
-        UsageError: unreadable, not YAML, or not a mapping.
+        UsageError: it cannot be read, is not YAML, or is not a mapping.
     """
     try:
         loaded = _yaml(path.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """A YAML value; what the parser stumbles over is a ``YAMLError`` too: depth, long numbers, impossible dates."""
+    """Parse YAML. Deep nesting, long numbers and impossible dates raise ``YAMLError`` too."""
     try:
         return yaml.safe_load(text)
     except (RecursionError, ValueError, TypeError, AttributeError) as error:
@@ -109,7 +109,7 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
         given_as = f"argument {places.index(name) + 1}" if name in places else f"--{name.replace('_', '-')}"
         return f"{name} is required ({given_as})"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if not name:  # several settings at odds
+    if not name:  # several settings contradict each other
         return message
-    # in brief: a few lines of YAML that refer to each other can be gigabytes when they are written out
+    # Shortened: a few lines of YAML anchors can expand to gigabytes.
     return f"{name} = {_BRIEF.repr(detail['input'])}: {message}"

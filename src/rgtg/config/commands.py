@@ -1,9 +1,9 @@
-"""Settings of the verbs around the flow: data, demo, doctor, theory."""
+"""Settings of ``rgtg data``, ``demo``, ``doctor``, ``judge``, ``plan``, ``push`` and ``theory``."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from rgtg.config.base import Settings
 from rgtg.config.decoding import ModelSettings
@@ -16,14 +16,14 @@ class DataCheckSettings(Settings):
     tokenizer: str | None = Field(None, description="folder or hub id; needed for chat messages and lengths in tokens")
     max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
     on_bad: Literal["error", "skip"] = "error"
-    rejects: Path | None = Field(None, description="where skipped rows go; default: rejects.jsonl beside the file")
+    rejects: Path | None = Field(None, description="file of skipped rows; default: rejects.jsonl in the current folder")
 
 
 class DemoSettings(Settings):
     """``rgtg demo``."""
 
     output: Path = Path("demo-output")
-    prompts: int = Field(100, ge=4, description="unseen prompts every method answers")
+    prompts: int = Field(100, ge=4, description="unseen prompts that every method answers")
     corpus: int = Field(10_000, ge=16, description="past replies that the policy is trained on")
     pairs: int = Field(2_000, ge=16, description="labelled pairs that both scorers are trained on")
     audit_pairs: int = Field(400, ge=16, description="labelled pairs that both scorers are audited on")
@@ -32,17 +32,112 @@ class DemoSettings(Settings):
 
 
 class DoctorSettings(ModelSettings):
-    """``rgtg doctor``; all but the seed is of ``--speed``."""
+    """``rgtg doctor``. All settings but the seed belong to ``--speed``."""
 
     speed: bool = False
     top_k: int = Field(10, ge=1, description="candidates per step")
     prompt_length: int = Field(128, ge=1, description="tokens of the random prompt")
     tokens: int = Field(32, ge=2, description="steps timed")
-    repeats: int = Field(3, ge=1, description="paired repeats, after one that warms up")
+    repeats: int = Field(3, ge=1, description="paired repeats, after one warm-up")
+
+
+class JudgeSettings(Settings):
+    """``rgtg judge``: which completions are compared, which model judges them, and how it is called."""
+
+    model: str = Field(description="name of the judge at the endpoint")
+    base_url: str | None = Field(None, description="of the endpoint; default: OPENAI_BASE_URL, else OpenAI's own")
+    api_key: SecretStr | None = Field(
+        None, exclude=True, description="default: OPENAI_API_KEY; never written to a file"
+    )
+    a: str | None = Field(None, description="completions: FILE or NAME=FILE")
+    b: str | None = Field(None, description="completions of the same prompts: FILE or NAME=FILE")
+    completions: list[str] = Field(default_factory=list, description="FILE, NAME=FILE or an output folder of compare")
+    pairs: str | None = Field(None, description="preference pairs, to measure how often the judge agrees with them")
+    on_bad: Literal["error", "skip"] = "error"
+    baseline: str | None = Field(None, description="judge the others against this one only; default: every two")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts")
+    output: Path
+    cache: Path | None = Field(None, description="file of paid answers; default: answers.jsonl in the output folder")
+    prompt_file: Path | None = Field(None, description="a prompt of your own with {prompt}, {first} and {second}")
+    temperature: float | None = Field(0.0, ge=0, description="none: not sent")
+    max_tokens: int | None = Field(512, ge=1, description="longest answer; none: not sent")
+    request: dict[str, Any] = Field(default_factory=dict, description="more fields of the request")
+    concurrency: int = Field(8, ge=1, le=256, description="calls in flight at once")
+    timeout: float = Field(120.0, gt=0, description="seconds for one answer")
+    retries: int = Field(
+        5, ge=0, le=20, description="of a call, after 408, 409, 429, 5xx, a timeout or a lost connection"
+    )
+    answer_retries: int = Field(2, ge=0, le=10, description="of an answer without one clear verdict")
+    price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens")
+    price_out: float | None = Field(None, ge=0, description="price of a million completion tokens")
+    bootstrap: int = Field(1000, ge=100)
+    dry_run: bool = False
+
+    @property
+    def answers(self) -> Path:
+        """The file of paid answers."""
+        return self.cache or self.output / "answers.jsonl"
+
+
+class PlanSettings(Settings):
+    """``rgtg plan``: which models on which devices, and how many prompts and tokens."""
+
+    policy: str = Field(description="a size (70B), or a folder or hub id with a config.json")
+    scorer: str | None = Field(None, description="size, folder or hub id; none: only methods without a second model")
+    hardware: str = Field(
+        "cpu", description="h200x8; cpu or cuda measures this machine; or a file of earlier measurements"
+    )
+    save_hardware: Path | None = Field(None, description="file for the measured rates")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    prompts: int = Field(1000, ge=1)
+    prompt_tokens: int = Field(256, ge=1, description="of a prompt, on average")
+    new_tokens: int = Field(256, ge=1, description="of a completion, on average")
+    k: int = Field(10, ge=1, description="candidates per step; default: the method's own")
+    n: int = Field(10, ge=1, description="of best-of-n and cd-blockwise")
+    segment_tokens: int = Field(16, ge=1, description="of a segment of cd-blockwise")
+    cards_drawn: float = Field(2.6, ge=1, description="tokens that cards draws for each one it keeps; from the stories")
+    cards_scored: float = Field(
+        0.16, gt=0, le=1, description="segments that cards scores per token; from the stories as well"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="prompts decoded together; default: the largest up to 64 that fits"
+    )
+    tensor_parallel: int | None = Field(None, ge=1, description="devices that share one copy; default: as few as fit")
+
+    @field_validator("prompts", "prompt_tokens", "new_tokens", mode="before")
+    @classmethod
+    def _scientific(cls, value: Any) -> Any:
+        """Read 1e6 as a million."""
+        try:
+            return int(float(value)) if isinstance(value, str) and float(value).is_integer() else value
+        except ValueError:
+            return value
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.save_hardware is not None and not self.hardware.lower().startswith(("cpu", "cuda")):
+            raise ValueError("save_hardware saves what was measured; use it with --hardware cpu or cuda")
+        return self
+
+
+class PushSettings(Settings):
+    """``rgtg push``: the folder of a scorer and the hub repository it is uploaded to."""
+
+    positional: ClassVar[tuple[str, ...]] = ("folder", "repo")
+
+    folder: Path = Field(description="a scorer that rgtg train wrote")
+    repo: str = Field(description="owner/name")
+    revision: str | None = Field(None, min_length=1, description="branch, created if missing; default: main")
+    private: bool = Field(False, description="create a private repository; an existing public one is an error")
+    audit: Path | None = Field(None, description="output of rgtg audit; default: in the folder, or its audit/")
+    base_model: str | None = Field(None, description="hub id of the model that a head or adapter belongs to")
+    exclude: list[str] = Field(default_factory=list, description="files that are not uploaded")
+    message: str = Field("Publish a scorer with rgtg", min_length=1)
+    dry_run: bool = False
 
 
 class TheorySettings(Settings):
-    """``rgtg theory``; the world has vocabulary^length completions."""
+    """``rgtg theory``; the enumerated world has vocabulary^length completions."""
 
     vocabulary: int = Field(3, ge=2)
     length: int = Field(3, ge=2)

@@ -1,4 +1,4 @@
-"""Settings of decoding: which models, how completions are drawn, what is done with them."""
+"""Settings of ``rgtg generate`` and ``rgtg score``: models, sampling, files of prompts."""
 
 import math
 from pathlib import Path
@@ -10,35 +10,35 @@ from rgtg.config.base import Settings
 
 
 class DecodingSettings(Settings):
-    """How completions are drawn; the names are those of Hugging Face and OpenAI where they have one."""
+    """How completions are sampled. Names are those of Hugging Face and OpenAI where they exist."""
 
-    method: str = Field("pargs", description="row of the methods table; see docs/methods.md")
+    method: str = Field("pargs", description="a method of docs/methods.md")
     beta: float | list[float] = Field(
-        1.0, description="guidance strength: it multiplies the score; 0 is the unguided policy. One per scorer"
+        1.0, description="guidance strength, multiplies the score; 0 is the unguided policy. One per scorer"
     )
-    top_k: int | None = Field(10, description="candidates per step; none for the whole vocabulary")
+    top_k: int | None = Field(10, description="candidates per step; none: the whole vocabulary")
     entropy_gate: float | None = Field(
-        None, ge=0, description="steer only where the policy's entropy, in nats, exceeds this"
+        None, ge=0, description="guide only where the policy's entropy, in nats, exceeds this"
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest candidates holding this probability")
-    temperature: float = Field(1.0, ge=0, description="of the guided distribution; 0 takes its maximum")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely candidates up to this total probability")
+    temperature: float = Field(1.0, ge=0, description="of the guided distribution; 0 is greedy")
     max_new_tokens: int = Field(64, ge=1)
     min_new_tokens: int = Field(0, ge=0)
-    stop: list[str] = Field(default_factory=list, description="texts that end a completion; not part of it")
+    stop: list[str] = Field(default_factory=list, description="texts that end a completion and are not part of it")
     repetition_penalty: float = Field(1.0, gt=0)
     no_repeat_ngram_size: int = Field(0, ge=0)
-    n: int = Field(10, ge=1, description="completions that best-of-n draws, segments that cd-blockwise draws")
+    n: int = Field(10, ge=1, description="completions that best-of-n samples, segments that cd-blockwise samples")
     segment_length: int | None = Field(
-        None, ge=1, description="tokens of a segment: all of cd-blockwise's (16), at most of cards' (64)"
+        None, ge=1, description="tokens of a segment: exact for cd-blockwise (16), the most for cards (64)"
     )
-    min_segment: int = Field(4, ge=1, description="tokens that a segment of cards has at least")
+    min_segment: int = Field(4, ge=1, description="fewest tokens of a segment of cards")
     entropy_threshold: float = Field(3.0, ge=0, description="cards ends a segment at this entropy, in nats")
-    reward_threshold: float | None = Field(None, description="cards: reward that a finished completion should reach")
+    reward_threshold: float | None = Field(None, description="cards: target reward of a finished completion")
     threshold_start: float = Field(
         0.5, ge=0, le=1, description="cards: first threshold, from the prompt's reward (0) to reward_threshold (1)"
     )
-    retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best it has seen")
-    draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; none adapts to acceptance")
+    retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best of them")
+    draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; none: adapts")
 
     @field_validator("beta")
     @classmethod
@@ -64,7 +64,7 @@ class DecodingSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Which models, and how they are held."""
+    """Which models, in which precision and on which device."""
 
     policy: str | None = None
     scorer: str | None = None
@@ -73,45 +73,45 @@ class ModelSettings(Settings):
 
 
 class GenerateSettings(DecodingSettings, ModelSettings):
-    """``rgtg generate``; several scorers, with a beta each, steer together.
+    """``rgtg generate``. Several scorers guide together, each with its own beta.
 
-    The fields from ``batch_size`` to ``force`` are of a file of prompts, those from ``ray`` to ``cpus_per_actor`` of
-    one that is completed on Ray.
+    The fields from ``batch_size`` to ``force`` apply to a file of prompts, those from ``ray`` to ``cpus_per_actor`` to
+    a file of prompts that is completed on Ray.
     """
 
     scorer: str | list[str] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     prompts: Path | None = None
     output: Path | None = None
-    batch_size: int | None = Field(None, ge=1, description="prompts decoded together at most")
-    batch_tokens: int = Field(
-        8192, ge=1, description="tokens decoded together at most, of prompts and of all they may become"
-    )
-    on_bad: Literal["error", "skip"] = Field("error", description="refuse a file for its bad rows, or leave them out")
+    batch_size: int | None = Field(None, ge=1, description="most prompts decoded together")
+    batch_tokens: int = Field(8192, ge=1, description="most tokens decoded together, prompts and completions")
+    on_bad: Literal["error", "skip"] = Field("error", description="stop at bad rows, or leave them out")
     output_format: Literal["auto", "records", "openai"] = Field(
-        "auto", description="lines of the output: records of rgtg, or of an OpenAI batch; auto follows the prompts"
+        "auto", description="lines of the output: rgtg records or OpenAI batch results; auto: as the prompts"
     )
-    force: bool = Field(False, description="make anew an output of other settings, models or prompts")
-    ray: bool = Field(False, description="complete a file of prompts by workers of a Ray cluster")
+    force: bool = Field(False, description="replace an output of other settings, models or prompts")
+    ray: bool = Field(False, description="complete a file of prompts on a Ray cluster")
     address: str | None = Field(
         None,
         description="HOST:PORT of the cluster's head node, or auto; default: RAY_ADDRESS, else one on this machine",
     )
     actors: int | None = Field(
-        None, ge=1, description="workers, each with models of its own; default: what the GPUs allow, else one per node"
+        None,
+        ge=1,
+        description="workers, each with its own models; default: as many as the GPUs allow, else one per node",
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="default: 1 where the cluster has GPUs, else 0")
     cpus_per_actor: int | None = Field(
-        None, ge=1, description="also its threads; default: 1 beside a GPU, else an equal share of the cluster"
+        None, ge=1, description="also its threads; default: 1 with a GPU, else an equal share of the cluster"
     )
     trace: bool = False
     device_map: str | dict[str, int | str] | None = Field(
-        None, description="of the policy, in place of device: auto, or a device for each module"
+        None, description="of the policy, instead of device: auto, or a device for each module"
     )
     tp_plan: Literal["auto"] | dict[str, str] | None = Field(
-        None, description="of the policy, in place of both: auto splits its layers among the processes of a torchrun"
+        None, description="of the policy, instead of both: auto splits its layers among torchrun's processes"
     )
-    scorer_device: str | None = Field(None, description="of a scorer that is a model of its own; default: the policy's")
+    scorer_device: str | None = Field(None, description="of a separate scorer; default: the policy's")
     scorer_device_map: str | dict[str, int | str] | None = Field(None, description="as device_map")
     scorer_tp_plan: Literal["auto"] | dict[str, str] | None = Field(None, description="as tp_plan")
     draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
@@ -120,7 +120,7 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     @classmethod
     def _part_or_whole(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus % 1:
-            raise ValueError("a part of one GPU (0.5), or a whole number of them")
+            raise ValueError("must be a part of one GPU (0.5), or a whole number of GPUs")
         return gpus
 
 
@@ -128,7 +128,7 @@ class ScoreSettings(Settings):
     """``rgtg score``."""
 
     scorer: str
-    policy: str | None = Field(None, description="whose states a head reads, where it has moved since training")
+    policy: str | None = Field(None, description="of a head on its hidden states, if it has moved since training")
     input: Path
     output: Path
     batch_size: int = Field(8, ge=1)

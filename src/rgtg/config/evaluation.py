@@ -14,27 +14,27 @@ _OF_ROLLOUTS = ("prompts", "reward", "rollouts_file", "beta", "kl_nats", *_OF_MA
 
 
 class AuditSettings(Settings):
-    """``rgtg audit``: on preference pairs, or on the candidates of prefixes (``rollouts``), or both.
+    """``rgtg audit``: on preference pairs, on the candidates of prefixes (``rollouts``), or both.
 
-    The fields from ``rollouts`` to ``kl_nats`` are of the audit of candidates. Roll-outs are made, or continued, where
-    ``prompts`` and ``reward`` are given; else ``rollouts_file`` is read as it is.
+    The fields from ``rollouts`` to ``kl_nats`` belong to the audit of candidates. With ``prompts`` and ``reward``,
+    roll-outs are made or continued; without them, ``rollouts_file`` is read.
     """
 
     scorer: str
-    policy: str | None = Field(None, description="whose roll-outs are made, and whose states a head reads")
+    policy: str | None = Field(None, description="of the roll-outs, and of a head on its hidden states")
     pairs: str | None = None
     output: Path | None = None
     rollouts: bool = False
     prompts: Path | None = None
     reward: str | None = Field(None, description="held-out reward model of finished texts: a folder or hub id")
-    rollouts_file: Path | None = Field(None, description="keeps the roll-outs; default: rollouts.jsonl in output")
-    prefixes: int = Field(400, ge=1, description="prefixes that candidates are compared at")
-    candidates: int = Field(10, ge=2, description="of the policy, at each prefix")
+    rollouts_file: Path | None = Field(None, description="file of roll-outs; default: rollouts.jsonl in output")
+    prefixes: int = Field(400, ge=1, description="prefixes whose candidates are compared")
+    candidates: int = Field(10, ge=2, description="most likely next tokens at each prefix")
     per_candidate: int = Field(4, ge=1, description="roll-outs of each candidate")
     max_new_tokens: int = Field(64, ge=1, description="of a whole completion")
     rollouts_batch_size: int = Field(128, ge=1, description="roll-outs sampled together")
-    beta: float | None = Field(None, description="at which guidance is judged; default: what costs kl_nats")
-    kl_nats: float | None = Field(None, gt=0, description="per token, at which guidance is judged; default 0.1")
+    beta: float | None = Field(None, description="of the guided policy; default: the beta that costs kl_nats")
+    kl_nats: float | None = Field(None, gt=0, description="KL per token of the guided policy; default 0.1")
     batch_size: int = Field(8, ge=1)
     bootstrap: int = Field(1000, ge=100)
     on_bad: Literal["error", "skip"] = "error"
@@ -43,40 +43,44 @@ class AuditSettings(Settings):
 
     @property
     def makes_rollouts(self) -> bool:
-        """Whether roll-outs are made or continued, not only read."""
+        """Whether roll-outs are made or continued rather than read."""
         return self.prompts is not None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         given = [name for name in _OF_ROLLOUTS if name in self.model_fields_set and getattr(self, name) is not None]
         if not self.rollouts and self.pairs is None:
-            raise ValueError("say what to audit on: --pairs FILE, or --rollouts with --policy, --prompts and --reward")
+            raise ValueError(
+                "nothing to audit on: give --pairs FILE, or --rollouts with --policy, --prompts and --reward"
+            )
         if not self.rollouts and given:
-            raise ValueError(f"{', '.join(given)}: only --rollouts uses it")
+            raise ValueError(f"{', '.join(given)}: needs --rollouts")
         if self.rollouts:
             self._check_rollouts()
         return self
 
     def _check_rollouts(self) -> None:
         if (self.prompts is None) != (self.reward is None):
-            raise ValueError("--prompts and --reward go together: they make roll-outs (neither reads --rollouts-file)")
+            raise ValueError(
+                "--prompts and --reward go together: give both to make roll-outs, or neither to read --rollouts-file"
+            )
         if self.makes_rollouts and self.policy is None:
-            raise ValueError("--policy is required: whose roll-outs are made")
+            raise ValueError("--policy is required to make roll-outs")
         if self.makes_rollouts and self.rollouts_file is None and self.output is None:
-            raise ValueError("say where the roll-outs are kept: --rollouts-file FILE, or --output DIR")
+            raise ValueError("the roll-outs need a file: give --rollouts-file FILE, or --output DIR")
         if not self.makes_rollouts and self.rollouts_file is None:
-            raise ValueError("give --prompts, --reward and --policy to make roll-outs, or --rollouts-file to read some")
+            raise ValueError("give --prompts, --reward and --policy to make roll-outs, or --rollouts-file to read them")
         fixed = [name for name in _OF_MAKING if name in self.model_fields_set]
         if not self.makes_rollouts and fixed:
             raise ValueError(
-                f"{', '.join(fixed)}: the roll-outs file has its own; give --prompts and --reward to make one"
+                f"{', '.join(fixed)}: fixed by the roll-outs file; give --prompts and --reward to make another"
             )
         if self.beta is not None and self.kl_nats is not None:
-            raise ValueError("give --beta, or the KL per token that chooses it (--kl-nats), not both")
+            raise ValueError("give --beta or --kl-nats, not both")
 
 
 class GuidingScorer(BaseModel):
-    """One of several scorers of a row; a list of betas makes one row each."""
+    """One of several scorers of a run. A list of betas makes one run for each."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -85,17 +89,17 @@ class GuidingScorer(BaseModel):
 
 
 class CompareRun(BaseModel):
-    """Rows of a comparison: a method with its settings, one row for each combination of those given as lists.
+    """Runs of a comparison: a method with its settings. Settings given as lists make a run for each combination.
 
-    Besides the fields below, every decoding setting (max_new_tokens, top_p, entropy_gate, …) may be given.
+    Besides these fields, every decoding setting (max_new_tokens, top_p, entropy_gate, …) is accepted.
     """
 
     model_config = ConfigDict(extra="allow")
 
     method: str
     label: str | None = None
-    policy: str | None = Field(None, description="its own policy, where it has one: a fine-tuned baseline")
-    trained_with: list[str] = Field(default_factory=list, description="reward models used to train this row")
+    policy: str | None = Field(None, description="another policy for this run: a fine-tuned baseline")
+    trained_with: list[str] = Field(default_factory=list, description="reward models that were used to train it")
     scorer: str | None = None
     scorers: list[GuidingScorer] | None = Field(None, min_length=1, description="several, each with its beta")
     beta: float | list[float] | None = None
@@ -112,10 +116,10 @@ class CompareRun(BaseModel):
 
 
 def require_decoding(values: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what is no decoding setting, with a suggestion.
+    """Check that every name is a decoding setting.
 
     Raises:
-        ValueError: for pydantic to report.
+        ValueError: one is not; suggests the nearest. Pydantic reports it.
     """
     known = set(DecodingSettings.model_fields) - {"seed", "method"}
     for name in values:
@@ -128,28 +132,28 @@ def require_decoding(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class EvaluationSettings(ModelSettings):
-    """What comparing and sweeping share: prompts, seeds, the decoding settings of every row, where parts are kept."""
+    """What ``rgtg compare`` and ``rgtg sweep`` share: prompts, rewards, seeds, decoding settings, output."""
 
     prompts: Path
     output: Path
     reward: str | None = Field(None, description="held-out reward model: a folder or hub id")
-    proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that may be optimised")
-    seeds: list[int] | None = Field(None, min_length=1, description="completions of each prompt; default: [seed]")
+    proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that runs may optimise")
+    seeds: list[int] | None = Field(None, min_length=1, description="one completion of each prompt per seed")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
     top_k: int | None = Field(10, ge=1)
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, ge=0)
-    decoding: dict[str, Any] = Field(default_factory=dict, description="further decoding settings of every row")
+    decoding: dict[str, Any] = Field(default_factory=dict, description="more decoding settings of every run")
     batch_size: int = Field(8, ge=1)
     bootstrap: int = Field(1000, ge=100)
-    permutations: int = Field(10_000, ge=100, description="sign flips of a paired test; all of them where fewer exist")
-    force: bool = Field(False, description="make parts anew that were made with other settings or models")
+    permutations: int = Field(10_000, ge=100, description="sign flips of a paired test; all of them if there are fewer")
+    force: bool = Field(False, description="replace parts that were made with other settings or models")
 
     @field_validator("decoding")
     @classmethod
     def _decoding(cls, values: dict[str, Any]) -> dict[str, Any]:
         if "beta" in values:
-            raise ValueError("beta belongs to a scorer: give it in the rows")
+            raise ValueError("beta belongs to a scorer: give it there, not under decoding")
         return require_decoding(values)
 
     @field_validator("seeds")
@@ -161,30 +165,30 @@ class EvaluationSettings(ModelSettings):
 
     @property
     def run_seeds(self) -> list[int]:
-        """The seeds every row with any randomness is run with."""
+        """The seeds of every run that samples."""
         return self.seeds if self.seeds is not None else [self.seed]
 
 
 class CompareSettings(EvaluationSettings):
-    """``rgtg compare``: methods on the same prompts, scored by a reward that none of them used."""
+    """``rgtg compare``: methods on the same prompts, measured by a reward that none of them used."""
 
     methods: list[CompareRun] = Field(min_length=1)
-    baseline: str | None = Field(None, description="label of the row to compare with; default: the unguided policy")
+    baseline: str | None = Field(None, description="label of the run to compare with; default: the unguided policy")
     traces: int = Field(2, ge=0, le=5, description="prompts whose completions the report shows token by token")
 
 
 class SweepSettings(EvaluationSettings):
-    """``rgtg sweep``: the beta that meets a KL or reward target."""
+    """``rgtg sweep``: find the beta that meets a KL or reward target."""
 
     method: str = "pargs"
-    scorers: list[GuidingScorer] = Field(default_factory=list, description="several: the sweep multiplies their betas")
+    scorers: list[GuidingScorer] = Field(default_factory=list, description="several; the sweep multiplies their betas")
     target_kl: float | None = Field(None, gt=0, description="nats")
     target_reward: float | None = Field(None, description="of the held-out reward, on these prompts")
-    kl_to: Literal["policy", "candidates"] = Field("policy", description="or the policy cut to the same candidates")
+    kl_to: Literal["policy", "candidates"] = Field("policy", description="the whole policy, or its candidates only")
     tolerance: float | None = Field(None, gt=0, description="in the target's unit; default: 5 % of it, at least 0.01")
     min_beta: float = Field(0.01, gt=0)
     max_beta: float = Field(100.0, gt=0)
-    tries: int = Field(12, ge=2, description="betas tried at most")
+    tries: int = Field(12, ge=2, description="most betas tried")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -193,7 +197,7 @@ class SweepSettings(EvaluationSettings):
         if self.min_beta >= self.max_beta:
             raise ValueError(f"min_beta {self.min_beta:g} must be below max_beta {self.max_beta:g}")
         if self.scorer is None and not self.scorers:
-            raise ValueError("a sweep needs what steers: give scorer, or scorers with one beta each")
+            raise ValueError("a sweep needs a scorer: give scorer, or scorers with one beta each")
         if self.scorer is not None and self.scorers:
             raise ValueError("give scorer, or scorers, not both")
         if any(isinstance(one.beta, list) for one in self.scorers):

@@ -27,9 +27,9 @@ class PrefixBtSettings(_Group):
     position_weights: Literal["uniform", "linear", "inverse"] = Field(
         "uniform", description="1, i or 1 / i at prefix i"
     )
-    prefixes: int | None = Field(None, ge=1, description="drawn anew for each pair and step; none reads them all")
+    prefixes: int | None = Field(None, ge=1, description="random prefixes per pair and step; none: all of them")
     consistency: Literal["pair", "prefix"] | None = Field(
-        None, description="what reference_scorer is asked about: whole completions (default) or each prefix"
+        None, description="reference_scorer judges whole completions (pair, the default) or each prefix"
     )
 
 
@@ -37,10 +37,10 @@ class FarmaSettings(_Group):
     """Options of ``farma``."""
 
     output_scale: float = Field(
-        1.0, gt=0, description="of the language model's output layer at the start; other than 1 unties it"
+        1.0, gt=0, description="initial scale of the language model's output layer; other than 1 unties it"
     )
     constraint_weight: float = Field(
-        1.0, gt=0, description="of the steps that hold prefixes to their best continuation"
+        1.0, gt=0, description="weight of the constraint that ties prefixes to their best continuation"
     )
 
 
@@ -53,13 +53,13 @@ class AutoregressiveSettings(_Group):
 class ValueSettings(_Group):
     """Options of ``value``."""
 
-    target: Literal["fudge", "q"] = Field("fudge", description="the completion's reward, or the value one token on")
+    target: Literal["fudge", "q"] = Field("fudge", description="the completion's reward, or the next prefix's value")
 
 
 class CumulativeMseSettings(_Group):
     """Options of ``cumulative-mse``."""
 
-    reward_range: tuple[float, float] | None = Field(None, description="rewards that become the labels 0 and 1")
+    reward_range: tuple[float, float] | None = Field(None, description="rewards that are scaled to 0 and 1")
 
     @model_validator(mode="after")
     def _ordered(self) -> "CumulativeMseSettings":
@@ -87,28 +87,31 @@ OPTIONS: dict[str, type[_Group]] = {
 
 
 def options_of(objective: str, given: Any = None) -> Any:
-    """The options of an objective: those given, or its defaults; None where it has none."""
+    """The options of an objective: those given, or the defaults; None if it has no options."""
     kind = OPTIONS.get(objective)
     return given if given is not None or kind is None else kind()
 
 
 class TrainSettings(Settings):
-    """``rgtg train``; ``train`` holds trl's RewardConfig arguments under their own names.
+    """``rgtg train``. ``train`` holds trl's RewardConfig arguments under their own names.
 
-    ``head``, ``layer``, ``width`` and ``rank`` are of a head on the policy's own states (``trunk`` own). An objective's
-    own options are under its name, with _ for -.
+    ``head``, ``layer``, ``width`` and ``rank`` belong to a head on the policy's hidden states (``trunk`` own). An
+    objective's own options are under its name, with _ for -.
     """
 
     pairs: str | None = None
     rollouts: str | None = Field(None, description="completions with rewards, for value and cumulative-mse")
     base: str
     trunk: Literal["separate", "shared", "own"] = Field(
-        "separate", description="a model of its own, an adapter on the policy, or a head on the frozen policy's states"
+        "separate",
+        description="a separate model, a LoRA adapter on the policy, or a head on the policy's hidden states",
     )
-    head: Literal["state", "vocab"] | None = Field(None, description="read at each candidate, or once for all of them")
+    head: Literal["state", "vocab"] | None = Field(
+        None, description="applied to each candidate's state, or once for all tokens"
+    )
     layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")
-    width: int | Literal["auto"] | None = Field(None, description="of the head's hidden layer; auto tries two")
-    rank: int | None = Field(None, description="of a vocabulary head's token table")
+    width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
+    rank: int | None = Field(None, description="rank of a vocabulary head's token table")
     objective: Objective = "prefix-bt"
     prefix_bt: PrefixBtSettings | None = None
     farma: FarmaSettings | None = None
@@ -116,11 +119,11 @@ class TrainSettings(Settings):
     value: ValueSettings | None = None
     cumulative_mse: CumulativeMseSettings | None = None
     tcrm: TcrmSettings | None = None
-    reference_scorer: str | None = Field(None, description="full-sequence scorer that prefix-bt trusts judgements by")
+    reference_scorer: str | None = Field(None, description="full-sequence scorer that weights the pairs of prefix-bt")
     output: Path
     eval_pairs: str | None = None
     eval_rollouts: str | None = None
-    eval_fraction: float = Field(0.05, ge=0, lt=1, description="of the prompts, when nothing else is held out")
+    eval_fraction: float = Field(0.05, ge=0, lt=1, description="part of the prompts held out if there is no eval data")
     max_length: int | None = Field(None, ge=2)
     on_bad: Literal["error", "skip"] = "error"
     lora: LoraSettings | None = None
@@ -131,10 +134,10 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _force_resumes(self) -> "TrainSettings":
         if self.force and not self.resume:
-            raise ValueError("--force goes on from checkpoints of other data or settings: add --resume")
+            raise ValueError("--force resumes from checkpoints of other data or settings: add --resume")
         return self
 
     @property
     def options(self) -> Any:
-        """The objective's own options, defaults where none are given; None where it has none."""
+        """The objective's own options, or their defaults; None if it has no options."""
         return options_of(self.objective, getattr(self, self.objective.replace("-", "_"), None))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rgtg.config import DecodingSettings
-from rgtg.config.planning import PlanSettings
+from rgtg.config.commands import PlanSettings
 from rgtg.decoding.methods import METHODS, Method, branch_columns, segments_of
 from rgtg.planning.hardware import BYTES, Device
 from rgtg.planning.model_shapes import ModelShape

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from rgtg.config.planning import PlanSettings
+from rgtg.config.commands import PlanSettings
 from rgtg.errors import UsageError
 from rgtg.planning.hardware import (
     BYTES,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from rgtg.config.publishing import PushSettings
+from rgtg.config.commands import PushSettings
 from rgtg.errors import DataError, EndpointError, RgtgError, UsageError, first_line
 from rgtg.models.loading.scorer_info import INFO_FILE, ScorerInfo, fingerprint_weights
 from rgtg.publishing.files import AUDITS, WEIGHTS, SelectedFiles, select_files

@@ -110,7 +110,7 @@ def test_several_scorers_share_the_factor(settings):
     [
         ({"target_kl": None}, "give one target"),
         ({"target_reward": 1.0}, "give one target"),
-        ({"scorer": None}, "needs what steers"),
+        ({"scorer": None}, "a sweep needs a scorer"),
         ({"scorers": [{"scorer": "s"}]}, "not both"),
         ({"scorer": None, "scorers": [{"scorer": "s", "beta": [1, 2]}]}, "one beta"),
         ({"min_beta": 5.0, "max_beta": 2.0}, "must be below"),
