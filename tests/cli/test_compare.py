@@ -11,7 +11,7 @@ import yaml
 from helpers.command import verb
 from helpers.naive import info
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
-from rgtg.evaluation.compare import generate as running
+from rgtg.evaluation.compare import generate
 from rgtg.models.loading.scorer_info import write_info
 from rgtg.types.comparison import ComparedCompletion, ComparisonResult
 
@@ -64,7 +64,7 @@ def test_results_settings_and_report(config, tmp_path):
 
 def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    make, made = running.complete, []
+    make, made = generate.complete, []
 
     def stop_at_the_second(*arguments, **settings):
         if len(made) == 1:
@@ -72,13 +72,13 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, mo
         made.append(make(*arguments, **settings))
         return made[-1]
 
-    monkeypatch.setattr(running, "complete", stop_at_the_second)
+    monkeypatch.setattr(generate, "complete", stop_at_the_second)
     stopped = run("--config", config, "--output", out, "--set", "seeds=[0,1]")
     assert stopped.exit_code == 75, stopped.output
     assert "goes on" in stopped.stderr
     assert not (out / "results.json").exists()
     assert len(list((out / "parts").glob("*.json"))) == 1
-    monkeypatch.setattr(running, "complete", make)
+    monkeypatch.setattr(generate, "complete", make)
     results = []
     for folder in (out, whole):
         ran = run("--config", config, "--output", folder, "--set", "seeds=[0,1]", "--quiet")

@@ -1,4 +1,4 @@
-"""Figures with intervals: bootstrap, calibration, diversity, paired differences. Pure functions."""
+"""Statistics with intervals: bootstrap, calibration, diversity, paired differences. Pure functions."""
 
 import functools
 import itertools
@@ -15,6 +15,9 @@ from rgtg.decoding.sampling import best_of_n_kl
 from rgtg.errors import MissingExtraError
 from rgtg.types.base import Interval
 
+# The interval of a statistic without any data.
+EMPTY_INTERVAL = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+
 
 def bootstrap_interval(
     values: Sequence[float],
@@ -26,10 +29,10 @@ def bootstrap_interval(
     """Mean with its 95 % percentile bootstrap interval (Efron 1979).
 
     Args:
-        values: one figure per unit, at least one.
+        values: at least one.
         seed: of the resampling.
-        resamples: bootstrap samples.
-        clusters: the unit each value belongs to, where a unit has several; whole units are resampled then.
+        resamples: number of bootstrap samples.
+        clusters: the unit that each value belongs to, if units have several values. Whole units are resampled.
 
     Raises:
         ValueError: no values.
@@ -46,14 +49,19 @@ def bootstrap_interval(
         unit = unit_numbers(clusters)
         counts = torch.bincount(unit).double()
         sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, unit, x)
-    drawn = resampled(len(sums), seed=seed, resamples=resamples)
-    means = torch.cat([sums[units].sum(1) / counts[units].sum(1) for units in drawn])
+    drawn = resampled(len(sums), seed=seed, resamples=resamples)  # blocks of (resamples, units) indices
+    means = torch.cat([sums[units].sum(1) / counts[units].sum(1) for units in drawn])  # (resamples,)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(mean=float(x.mean()), low=low, high=high, n=len(sums))
 
 
+def interval_or_empty(values: Sequence[float], **options: Any) -> Interval:
+    """``bootstrap_interval``, or NaN with ``n`` = 0 if there are no values."""
+    return bootstrap_interval(values, **options) if len(values) else EMPTY_INTERVAL
+
+
 def unit_numbers(clusters: Sequence[Hashable]) -> Int[Tensor, " values"]:
-    """Number of the unit that each value belongs to, in the order in which they come.
+    """The number of each value's unit; units are numbered in order of appearance.
 
     >>> unit_numbers(["b", "a", "b"])
     tensor([0, 1, 0])
@@ -63,7 +71,7 @@ def unit_numbers(clusters: Sequence[Hashable]) -> Int[Tensor, " values"]:
 
 
 def resampled(units: int, *, seed: int, resamples: int) -> Iterator[Int[Tensor, "some units"]]:
-    """Bootstrap samples of so many units, with replacement, a hundred at a time: bounded memory for many units."""
+    """Bootstrap samples of unit indices, with replacement. They come in blocks of 100, which bounds the memory."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, resamples, 100):
         yield torch.randint(units, (min(100, resamples - start), units), generator=generator)
@@ -73,22 +81,22 @@ def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequenc
     """ECE: Σ_b (n_b/n)·|mean outcome − mean probability| over equal-width bins (Guo et al. 2017).
 
     Args:
-        probabilities: predicted, in [0, 1].
-        outcomes: 1 where the predicted event happened, else 0.
-        bins: of equal width.
+        probabilities: predictions in [0, 1].
+        outcomes: 1 if the predicted event happened, else 0.
+        bins: number of bins of equal width.
 
     >>> expected_calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0])
     0.0
     """
     p = torch.as_tensor(probabilities, dtype=torch.float64)
     y = torch.as_tensor(outcomes, dtype=torch.float64)
-    place = (p * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, y - p)
+    index = (p * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, y - p)  # (bins,)
     return float(gap.abs().sum() / len(p))
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of the texts (Li et al. 2016); 1.0 where there are none.
+    """Distinct n-grams over all n-grams of the texts (Li et al. 2016); 1.0 if there are no n-grams.
 
     >>> distinct_n([[1, 2, 1, 2]], 2)
     0.6666666666666666
@@ -98,9 +106,9 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
 
 
 def self_rouge_l(texts: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 over all pairs of texts: 1 where they are the same, 0 where they share no word in order.
+    """Mean ROUGE-L F1 over all pairs of texts: 1 if all are the same, 0 if no two share a word.
 
-    Words are runs of letters and digits of any script, in lower case. Source: Lin 2004, through ``rouge-score``.
+    Words are runs of letters and digits of any script, in lower case. Source: Lin 2004, with ``rouge-score``.
 
     Raises:
         ValueError: fewer than two texts.
@@ -123,7 +131,7 @@ def _rouge_l() -> Any:
 
 
 class _Words:
-    """rouge-score's own tokenizer would drop every letter but a to z."""
+    """Tokenizer for rouge-score, whose own drops every letter except a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())
@@ -133,7 +141,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0, 
     """Mean of a − b over the same units, with its 95 % bootstrap interval.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: different lengths.
     """
     return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)], seed=seed, resamples=resamples)
 
@@ -141,16 +149,17 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0, 
 def sign_flip_p_values(
     differences: Sequence[Sequence[float]], *, seed: int = 0, permutations: int = 10_000
 ) -> list[float]:
-    """Two-sided p-values of "a and b are exchangeable", one per list of paired differences (Fisher 1935).
+    """Two-sided p-values of "a and b are exchangeable", one for each list of paired differences (Fisher 1935).
 
-    Under the hypothesis every difference is as likely with the other sign: p is the share of sign patterns whose mean
-    is at least as far from 0. All 2^n patterns where these are fewer than ``permutations``; else that many random ones,
-    the observed one counted with them, so that p is never below 1 / (permutations + 1). Lists share the patterns.
+    Under the hypothesis, each difference is equally likely with the opposite sign: p is the share of sign patterns
+    whose mean is at least as far from 0. The test uses all 2^n patterns if there are at most ``permutations``.
+    Otherwise it uses that many random ones and the observed one, so that p is never below 1 / (permutations + 1). All
+    lists use the same patterns.
 
     Args:
-        differences: lists of one length, one figure per unit.
+        differences: lists of the same length, one number per unit.
         seed: of the random patterns.
-        permutations: at most.
+        permutations: largest number of patterns.
 
     >>> sign_flip_p_values([[1.0, 1.0, 1.0]])
     [0.25]
@@ -158,22 +167,22 @@ def sign_flip_p_values(
     d = torch.as_tensor(differences, dtype=torch.float64).T  # (n, lists)
     n = len(d)
     observed = d.sum(0).abs()
-    edge = observed - 1e-9 * d.abs().sum(0)  # sums in another order differ in their last digits
+    edge = observed - 1e-9 * d.abs().sum(0)  # a sum in another order may differ in its last digits
     exact = n < 63 and 2**n <= permutations
     if exact:
         bits = torch.arange(2**n)[:, None] >> torch.arange(n)
         return (((1 - 2 * (bits & 1)).double() @ d).abs() >= edge).double().mean(0).tolist()
     generator = torch.Generator().manual_seed(seed)
     reached = torch.ones(d.shape[1], dtype=torch.float64)
-    for start in range(0, permutations, 1000):  # bounded memory for many units
+    for start in range(0, permutations, 1000):  # in blocks, which bounds the memory
         count = min(1000, permutations - start)
-        signs = 1 - 2 * torch.randint(2, (count, n), generator=generator)
+        signs = 1 - 2 * torch.randint(2, (count, n), generator=generator)  # (count, n)
         reached += ((signs.double() @ d).abs() >= edge).sum(0)
     return (reached / (permutations + 1)).tolist()
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being one of several (Holm 1979): the family-wise error rate is held.
+    """P-values adjusted for multiple tests (Holm 1979), which controls the family-wise error rate.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -187,20 +196,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def best_of_n_kl_estimate(n: int, log_prob: float) -> float:
-    """Estimate, in nats, of the KL of best-of-n to what it samples from, by one winner's log-probability there.
+    """Estimate the KL of best-of-n to the distribution it samples from, in nats, from one winner's log-probability.
 
-    (1−p)ⁿ·[ln n + (n−1)·ln(1−p) − (n−1)/n] + (1−(1−p)ⁿ)·ln((1−(1−p)ⁿ)/p) with p the winner's probability; averaged
-    over winners. It is close to the bound where every completion is unlikely, and below it where some are not. Source:
-    Beirami et al. 2024, arXiv 2401.01879, section 4.
+    (1−p)ⁿ·[ln n + (n−1)·ln(1−p) − (n−1)/n] + (1−(1−p)ⁿ)·ln((1−(1−p)ⁿ)/p), where p is the winner's probability; average
+    it over winners. It is close to the bound if every completion is unlikely, and below it otherwise. Source: Beirami
+    et al. 2024, arXiv 2401.01879, section 4.
 
     Args:
-        n: completions drawn.
-        log_prob: nats, of the winner under the distribution that the n were drawn from.
+        n: number of completions drawn.
+        log_prob: of the winner in nats, under the distribution that the n completions were drawn from.
 
     >>> best_of_n_kl_estimate(4, 0.0), round(best_of_n_kl_estimate(4, -50.0) - best_of_n_kl(4), 9)
     (0.0, 0.0)
     """
-    if log_prob >= 0:  # the only completion there is
+    if log_prob >= 0:  # there is only one possible completion
         return 0.0
     p = math.exp(log_prob)
     if p < 1e-12:

@@ -284,8 +284,8 @@ def _figures(rollouts, gain, share):
     [
         ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "Steers well"),
         ((0.1, 0.2, 0.3), (0.1, 0.3, 0.5), "Steers weakly"),
-        ((0.1, 0.2, 0.3), (-1.0, 0.6, 2.0), "Steers, how well is hidden"),
-        ((0.1, 0.2, 0.3), (math.nan, math.nan, math.nan), "Steers, how well is hidden"),
+        ((0.1, 0.2, 0.3), (-1.0, 0.6, 2.0), "Steers, but the noise"),
+        ((0.1, 0.2, 0.3), (math.nan, math.nan, math.nan), "Steers, but the noise"),
         ((-0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "No evidence"),
         ((-0.3, -0.2, -0.1), (-0.5, -0.4, -0.3), "Steers away"),
     ],

@@ -1,11 +1,14 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from helpers.naive import info
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
+from rgtg.config.training import Objective
 from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes, verdict
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -132,7 +135,7 @@ def test_calibration_error_by_hand():
 
 def test_nothing_but_ties_is_no_verdict():
     none = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
-    assert verdict(none, none).startswith("No verdict")
+    assert verdict(none, none, "prefix-bt").startswith("No verdict")
     assert audit_prefixes(CountingScorer(early=False), PAIRS, bootstrap=100).verdict.startswith("No verdict")
 
 
@@ -150,4 +153,41 @@ def _interval(low, mean, high):
     ],
 )
 def test_verdicts(early, full, word):
-    assert verdict(early, full).startswith(word)
+    assert verdict(early, full, "full-bt").startswith(word)
+
+
+@pytest.mark.parametrize("objective", [*get_args(Objective), "unknown"])
+def test_the_advice_fits_what_the_scorer_was_trained_with(objective):
+    full = _interval(0.75, 0.8, 0.85)
+    weak, unfit = (
+        verdict(_interval(0.51, 0.53, 0.55), full, objective),
+        verdict(_interval(0.4, 0.5, 0.6), full, objective),
+    )
+    for text in (weak, unfit):
+        # only a scorer that was not trained on prefixes is told to train with an objective of prefixes
+        assert ("train a scorer on prefixes" in text) == (objective in ("full-bt", "unknown"))
+        assert (f"already trained on prefixes ({objective})" in text) == (objective not in ("full-bt", "unknown"))
+        assert ("rewards" in text) == (
+            objective in ("value", "cumulative-mse")
+        )  # these learn from rewards, not from pairs
+    assert "best-of-n" in unfit
+
+
+class LateScorer(CountingScorer):
+    """Right on whole completions, and right on half of the pairs before that."""
+
+    def score_prefixes(self, prompt_ids, completion_ids, *, batch_size=8):
+        letter = self.tokenizer.convert_tokens_to_ids("a")
+        signs = [float(letter in c) * (1 if len(c) % 2 else -1) for c in completion_ids]
+        return [
+            torch.tensor([sign] * (len(c) - 1) + [abs(sign)]) for sign, c in zip(signs, completion_ids, strict=True)
+        ]
+
+
+def test_the_advice_follows_the_scorers_own_description():
+    scorer = LateScorer(early=False)
+    assert "train a scorer on prefixes" in audit_prefixes(scorer, PAIRS, bootstrap=100).verdict
+    scorer.info = info(objective="prefix-bt")
+    found = audit_prefixes(scorer, PAIRS, bootstrap=100).verdict
+    assert found.startswith("Unfit")
+    assert "It is already trained on prefixes (prefix-bt)" in found

@@ -8,10 +8,11 @@ from rgtg.config import CompareRun, CompareSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import NonFiniteError, UsageError
-from rgtg.evaluation.compare import generate as running
+from rgtg.evaluation.compare import generate
 from rgtg.evaluation.compare.comparison import assemble, compare, expand_runs, run_method
 from rgtg.evaluation.compare.generate import reference_log_probs
-from rgtg.evaluation.compare.models import keys_of, require_held_out, reward_of
+from rgtg.evaluation.compare.models import scorer_keys
+from rgtg.evaluation.compare.rewards import model_reward, require_held_out
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -72,7 +73,7 @@ def test_a_judge_reads_what_was_written(append_eos):
         for text, reason in whole
     ]  # fmt: skip
     read = [[*ids, EOS] if append_eos and reason == "stop" else ids for (_, reason), ids in whole.items()]
-    assert reward_of(judge)(done) == pytest.approx([reward(judge.model, ids) for ids in read], abs=1e-5)
+    assert model_reward(judge)(done) == pytest.approx([reward(judge.model, ids) for ids in read], abs=1e-5)
 
 
 def by_length(done):
@@ -139,7 +140,7 @@ def test_every_baseline_that_samples_gives_other_completions_with_other_seeds(se
 
 def test_finished_parts_are_not_made_again_and_a_new_proxy_only_scores(settings, tmp_path, monkeypatch):
     first = compare(settings)
-    monkeypatch.setattr(running, "complete", lambda *_, **__: pytest.fail("completed again"))
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: pytest.fail("completed again"))
     assert compare(settings).methods == first.methods  # to the digit, and in the time it took then
     other = tmp_path / "other"
     tiny_reward_model(seed=9).save_pretrained(other)
@@ -188,7 +189,7 @@ def test_log_probs_under_a_reference_are_those_it_had_itself(policy_folder):
     policy = load_policy(str(policy_folder))
     (row,) = expand_runs([CompareRun(method="policy", max_new_tokens=7)])
     prompts = ["Hello", "A much longer prompt", "So"]
-    done, _ = running.complete(running.make_guided_policy(policy, [], row), row, prompts, seed=1, batch_size=2)
+    done, _ = generate.complete(generate.make_guided_policy(policy, [], row), row, prompts, seed=1, batch_size=2)
     assert reference_log_probs(policy, policy, done, 2) == pytest.approx([c.policy_log_prob for c in done], abs=1e-3)
 
 
@@ -262,7 +263,7 @@ def test_a_reward_that_a_scorer_was_trained_from_is_refused():
     with pytest.raises(UsageError, match="was used to train"):
         require_held_out(judge, {"s": scorer})
     judge.info = scorer.info = info().model_copy(update={"data_fingerprint": "pairs"})
-    with pytest.warns(UserWarning, match="very pairs of the scorer s"):
+    with pytest.warns(UserWarning, match="same pairs as the scorer s"):
         require_held_out(judge, {"s": scorer})
 
 
@@ -293,7 +294,7 @@ def test_a_reward_that_fails_does_not_cost_the_completions(settings, monkeypatch
     settings.methods = [CompareRun(method="policy")]
     with pytest.raises(NonFiniteError):
         compare(settings, reward=lambda done: [float("inf")] * len(done))
-    monkeypatch.setattr(running, "complete", lambda *_, **__: pytest.fail("completed again"))
+    monkeypatch.setattr(generate, "complete", lambda *_, **__: pytest.fail("completed again"))
     assert len(compare(settings, reward=by_length).methods[0].rewards[0]) == 3
 
 
@@ -312,7 +313,7 @@ def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, policy_f
     settings.reward = None
     alone = CompareRun(method="genarm", scorer=str(policy_folder))
     rows = expand_runs([CompareRun(method="pargs"), CompareRun(method="best-of-n"), alone], settings)
-    first, second, third = (keys_of(row)[0] for row in rows)
+    first, second, third = (scorer_keys(row)[0] for row in rows)
     assert first == second
     assert (third.name, third.language_model) == (str(policy_folder), True)
 

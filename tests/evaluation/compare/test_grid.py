@@ -82,8 +82,8 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
         ({"method": "policy", "top_p": 2}, "top_p"),
         ({"method": "best-of-n", "temperature": 0}, "would draw 10 times the same"),
         ({"method": "best-of-n", "top_k": 1}, "would draw 10 times the same"),
-        ({"method": "pargs", "policy": "tuned"}, "needs a scorer of its own"),
-        ({"method": "policy", "scorer": "s"}, "no scorer steers policy"),
+        ({"method": "pargs", "policy": "tuned"}, "needs its own scorer"),
+        ({"method": "policy", "scorer": "s"}, "policy takes no scorer"),
         ({"method": "cards"}, "cards needs reward_threshold"),
     ],
 )

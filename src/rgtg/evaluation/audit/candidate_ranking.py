@@ -1,4 +1,4 @@
-"""Does a scorer choose well among the candidates of one prefix? Rank correlation and regret against roll-outs."""
+"""``audit_rollouts``: how well a scorer ranks the candidates of one prefix, against their values from roll-outs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgtg.errors import DataError, NonFiniteError, UsageError
-from rgtg.evaluation.audit import ranking_metrics as choices
+from rgtg.evaluation.audit import ranking_metrics
 from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts, read_rollouts
 from rgtg.evaluation.metrics import unit_numbers
 from rgtg.evaluation.provenance import provenance
@@ -21,29 +22,29 @@ from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.types.base import Interval
 from rgtg.types.rollouts import CandidateFigures, ChoiceFigures, PrefixRollouts, RolloutAuditResult
 
-# Nats per token at which guidance is judged where no beta is given: scorers of any scale are then compared alike.
+# Guidance is judged at this KL (nats per token) if no beta is given, so that scorers of any scale are comparable.
 KL_PER_TOKEN = 0.1
-# Equal parts of the completion that are reported apart.
+# The completion is divided into this many equal parts, each reported separately.
 PARTS = 4
-# A scorer is said to steer well from this share of what knowing every candidate's value would gain.
+# A scorer steers well if it gains at least this share of what knowing every candidate's value would gain.
 WELL = 0.5
 
 
 @dataclass(frozen=True)
-class _Table:
-    """What all figures are made of: N prefixes of K candidates; ``clusters`` names each prefix's prompt."""
+class _CandidateTable:
+    """Scores and rewards of N prefixes with K candidates and m roll-outs of each; ``clusters`` numbers the prompts."""
 
-    log_probs: Tensor  # (N, K)
-    scores: Tensor  # (N, K)
-    rewards: Tensor  # (N, K, m)
-    fractions: Tensor  # (N,)
-    tokens: Tensor  # (N,)
+    log_probs: Float[Tensor, "prefixes candidates"]
+    scores: Float[Tensor, "prefixes candidates"]
+    rewards: Float[Tensor, "prefixes candidates rollouts"]
+    fractions: Float[Tensor, " prefixes"]
+    tokens: Float[Tensor, " prefixes"]
     clusters: list[int]
 
-    def part(self, chosen: Tensor) -> "_Table":
-        """The prefixes where ``chosen`` (N,) is true."""
+    def select(self, chosen: Bool[Tensor, " prefixes"]) -> "_CandidateTable":
+        """The prefixes for which ``chosen`` is true."""
         clusters = [cluster for cluster, keep in zip(self.clusters, chosen.tolist(), strict=True) if keep]
-        return _Table(
+        return _CandidateTable(
             self.log_probs[chosen], self.scores[chosen], self.rewards[chosen], self.fractions[chosen],
             self.tokens[chosen], clusters,
         )  # fmt: skip
@@ -59,18 +60,18 @@ def audit_rollouts(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> RolloutAuditResult:
-    """Measure how a scorer orders and chooses the candidates of one prefix, against their values Q̂ by roll-outs.
+    """Measure how a scorer ranks and chooses the candidates of one prefix, against their values Q̂ from roll-outs.
 
-    Token-wise guidance compares nothing else: scores are read within a prefix only, and a scorer's scale and any
-    function of the prefix drop out.
+    Token-wise guidance depends on nothing else: it compares scores within a prefix only, so that the scorer's scale and
+    any function of the prefix drop out.
 
     Args:
-        scorer: anything with ``score_prefixes``, or with ``score`` for whole texts; a folder or hub id, or a (model,
+        scorer: an object with ``score_prefixes``, or with ``score`` for whole texts; a folder or hub id; or a (model,
             tokenizer) pair.
-        rollouts: what ``make_rollouts`` made, or its file.
-        beta: of the guided figures; None chooses the one that costs ``kl_nats`` per token.
-        kl_nats: KL per token, to the policy cut to the candidates, at which guidance is judged (default 0.1).
-        batch_size: candidates read together.
+        rollouts: from ``make_rollouts``, or its file.
+        beta: guidance strength; None chooses the one that costs ``kl_nats`` per token.
+        kl_nats: KL per token to the policy renormalised over the candidates, at which guidance is judged (default 0.1).
+        batch_size: candidates per forward pass.
         bootstrap: resamples of the prompts for the 95 % intervals.
         seed: of the bootstrap.
 
@@ -81,22 +82,22 @@ def audit_rollouts(
     """
     if beta is not None and kl_nats is not None:
         raise UsageError("give beta, or the KL per token (kl_nats) that chooses it, not both")
-    kept = read_rollouts(rollouts) if isinstance(rollouts, str | Path) else rollouts
-    if not kept.rows:
+    loaded = read_rollouts(rollouts) if isinstance(rollouts, str | Path) else rollouts
+    header = loaded.header
+    if not loaded.rows:
         raise DataError("there are no roll-outs to audit with: the file holds no prefix")
     model: Any = load_scorer(scorer) if isinstance(scorer, str | tuple) else scorer
-    _require_fit(model, kept)
-    table = _table(kept.rows, candidate_scores(model, kept, batch_size))
+    _require_auditable(model, loaded)
+    table = _table(loaded.rows, candidate_scores(model, loaded, batch_size))
     used = beta if beta is not None else _beta(table, KL_PER_TOKEN if kl_nats is None else kl_nats)
     options = {"seed": seed, "resamples": bootstrap}
     overall = _figures(table, used, options)
-    cost = choices.mean_kl(table.log_probs, choices.guided_weights(table.log_probs, table.scores, used))
-    header = kept.header
+    cost = ranking_metrics.mean_kl(table.log_probs, ranking_metrics.guided_weights(table.log_probs, table.scores, used))
     return RolloutAuditResult(
         scorer=Path(model.name).name, objective=model.info.objective if model.info else "unknown",
-        reward=header.reward, prompts=len(set(table.clusters)), prefixes=len(kept.rows), candidates=header.candidates,
+        reward=header.reward, prompts=len(set(table.clusters)), prefixes=len(loaded.rows), candidates=header.candidates,
         per_candidate=header.per_candidate, beta=used, kl_nats=cost,
-        standard_error=float(choices.standard_error(table.rewards).square().mean().sqrt()),
+        standard_error=float(ranking_metrics.standard_error(table.rewards).square().mean().sqrt()),
         overall=overall, by_position=_by_position(table, used, options), verdict=verdict(overall, cost),
         provenance=provenance(
             command="rgtg audit --rollouts",
@@ -108,11 +109,13 @@ def audit_rollouts(
     )  # fmt: skip
 
 
-def candidate_scores(scorer: Any, rollouts: CandidateRollouts, batch_size: int = 64) -> Tensor:
-    """The scorer's score (N, K), fp32, of every candidate: of prompt ⊕ written ⊕ v, the last position alone.
+def candidate_scores(
+    scorer: Any, rollouts: CandidateRollouts, batch_size: int = 64
+) -> Float[Tensor, "prefixes candidates"]:
+    """The scorer's score of every candidate v, (N, K) in fp32: the score of prompt ⊕ prefix ⊕ v.
 
-    A scorer with the policy's tokenizer reads the policy's ids, as guidance does; another one, or one that scores texts
-    only, the decoded text.
+    A scorer with the policy's tokenizer reads the policy's token ids, as guidance does. A scorer with another
+    tokenizer, or one that scores texts only, reads the decoded text.
 
     Raises:
         NonFiniteError: NaN or infinite scores.
@@ -127,10 +130,10 @@ def candidate_scores(scorer: Any, rollouts: CandidateRollouts, batch_size: int =
 
 
 def verdict(overall: CandidateFigures, kl_nats: float) -> str:
-    """In words: does guidance with this scorer gain reward, and how much of what could be gained?
+    """Say whether guidance with this scorer gains reward, and how much of the possible gain.
 
-    Whether it gains is read from the interval of the guided gain, which noise does not bias; how much of what could be
-    gained from ``steering``, which cannot be told where noise hides the candidates' differences.
+    Whether it gains follows from the interval of the guided gain, which noise does not bias. The share of the possible
+    gain is ``steering``. It is unknown if noise hides the differences between candidates.
     """
     share, gain = overall.steering, overall.guided.gain
     if overall.tied == overall.prefixes:
@@ -145,17 +148,17 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
     if gain.low <= 0:
         return f"No evidence that it steers: {figures}."
     if math.isnan(share.mean) or share.high - share.low > 1:
-        return f"Steers, how well is hidden by the noise of the roll-outs (use more prefixes): {figures}."
+        return f"Steers, but the noise of the roll-outs hides how well (use more prefixes): {figures}."
     part = f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%}) of what knowing every candidate's value would gain"
     return f"Steers {'well' if share.mean >= WELL else 'weakly'}: {figures}; that is {part}."
 
 
-def _require_fit(model: Any, rollouts: CandidateRollouts) -> None:
-    """Refuse what cannot be read alone, a head on another policy, and a scorer that is what it would be judged by."""
+def _require_auditable(model: Any, rollouts: CandidateRollouts) -> None:
+    """Reject scorers that need a policy to score, heads on another policy, and the reward of the roll-outs itself."""
     header = rollouts.header
     if not hasattr(model, "score_prefixes") and not hasattr(model, "score"):
         raise UsageError(
-            f"{type(model).__name__} is joined with a policy and cannot be read alone: load it by its folder"
+            f"{type(model).__name__} is fused with a policy and cannot score on its own: load it by its folder"
         )
     if isinstance(model, OwnStateScorer) and header.policy not in {
         fingerprint_weights(model.model),
@@ -181,13 +184,13 @@ def _score_ids(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> 
 def _score_texts(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
     texts = [text for row in rows for text in row.candidate_texts]
     prompts = [row.prompt for row in rows for _ in row.candidate_texts]
-    over = [end and ways[0] for row in rows for end, ways in zip(row.ended, row.finished, strict=True)]
-    scores: list[float] = scorer.score(prompts, texts, finished=over, batch_size=batch_size)
+    finished = [end and of[0] for row in rows for end, of in zip(row.ended, row.finished, strict=True)]
+    scores: list[float] = scorer.score(prompts, texts, finished=finished, batch_size=batch_size)
     return scores
 
 
-def _table(rows: Sequence[PrefixRollouts], scores: Tensor) -> _Table:
-    return _Table(
+def _table(rows: Sequence[PrefixRollouts], scores: Float[Tensor, "prefixes candidates"]) -> _CandidateTable:
+    return _CandidateTable(
         log_probs=torch.tensor([row.policy_log_probs for row in rows], dtype=torch.float64),
         scores=scores.double(),
         rewards=torch.tensor([row.rewards for row in rows], dtype=torch.float64),
@@ -197,29 +200,34 @@ def _table(rows: Sequence[PrefixRollouts], scores: Tensor) -> _Table:
     )
 
 
-def _beta(table: _Table, kl_nats: float) -> float:
+def _beta(table: _CandidateTable, kl_nats: float) -> float:
     if not (math.isfinite(kl_nats) and kl_nats > 0):
         raise UsageError(f"kl_nats = {kl_nats}: expected a positive number of nats per token, such as {KL_PER_TOKEN}")
-    return choices.beta_for_kl(table.log_probs, table.scores, kl_nats)
+    return ranking_metrics.beta_for_kl(table.log_probs, table.scores, kl_nats)
 
 
-def _by_position(table: _Table, beta: float, options: dict[str, Any]) -> list[CandidateFigures]:
-    """The parts of the completion that have prefixes, first to last."""
+def _by_position(table: _CandidateTable, beta: float, options: dict[str, Any]) -> list[CandidateFigures]:
+    """Figures of each part of the completion that has prefixes, from first to last."""
     part = (table.fractions * PARTS).long()
     return [
-        _figures(table.part(part == i), beta, options, (i + 1) / PARTS) for i in range(PARTS) if bool((part == i).any())
+        _figures(table.select(part == i), beta, options, (i + 1) / PARTS)
+        for i in range(PARTS)
+        if bool((part == i).any())
     ]
 
 
-def _figures(table: _Table, beta: float, options: dict[str, Any], position: float | None = None) -> CandidateFigures:
+def _figures(
+    table: _CandidateTable, beta: float, options: dict[str, Any], position: float | None = None
+) -> CandidateFigures:
     def interval(columns: Tensor, statistic: Callable[[Tensor], Tensor] = lambda means: means[..., 0]) -> Interval:
         stacked = columns[:, None] if columns.dim() == 1 else columns
-        return choices.clustered_interval(stacked, statistic, table.clusters, **options)
+        return ranking_metrics.clustered_interval(stacked, statistic, table.clusters, **options)
 
     rewards = table.rewards - table.rewards[:, :1].mean(-1, keepdim=True)  # only differences within a prefix matter
-    q, policy = rewards.mean(-1), torch.softmax(table.log_probs, -1)
-    order = choices.with_ties(q)
-    drawn, best, split = (policy * q).sum(-1), q.amax(-1), choices.split_best(rewards)
+    q, policy = rewards.mean(-1), torch.softmax(table.log_probs, -1)  # (N, K) both
+    order = ranking_metrics.with_ties(q)
+    # value per prefix (N,) of sampling from the policy, and of the best candidate: too high, and too low
+    drawn, best, split = (policy * q).sum(-1), q.amax(-1), ranking_metrics.split_best(rewards)
     tied = (order == order[:, :1]).all(-1)
     reliability = _reliability(rewards)
 
@@ -229,31 +237,36 @@ def _figures(table: _Table, beta: float, options: dict[str, Any], position: floa
             gain=interval(value - drawn),
             regret=interval(best - value),
             regret_low=interval(split - value),
-            normalised_regret=interval(torch.stack([best - value, best - drawn], -1), choices.ratio),
+            normalised_regret=interval(torch.stack([best - value, best - drawn], -1), ranking_metrics.ratio),
         )
 
     return CandidateFigures(
         position=position, tokens=float(table.tokens.mean()), prefixes=len(q), tied=int(tied.sum()),
-        spearman=interval(_ordered(choices.spearman, table.scores, order, tied)),
-        kendall=interval(_ordered(choices.kendall, table.scores, order, tied)),
+        spearman=interval(_rank_correlation(ranking_metrics.spearman, table.scores, order, tied)),
+        kendall=interval(_rank_correlation(ranking_metrics.kendall, table.scores, order, tied)),
         reliability=reliability, ceiling=math.sqrt(reliability) if reliability >= 0 else math.nan,
-        steering=interval(choices.moments(table.log_probs, table.scores, rewards), choices.correlation),
+        steering=interval(ranking_metrics.moments(table.log_probs, table.scores, rewards), ranking_metrics.correlation),
         best_gain=interval(best - drawn), best_gain_low=interval(split - drawn),
-        scorer=choice(choices.argmax_weights(table.log_probs, table.scores)),
-        guided=choice(choices.guided_weights(table.log_probs, table.scores, beta)),
-        policy=choice(policy), policy_greedy=choice(choices.argmax_weights(table.log_probs, table.log_probs)),
+        scorer=choice(ranking_metrics.argmax_weights(table.log_probs, table.scores)),
+        guided=choice(ranking_metrics.guided_weights(table.log_probs, table.scores, beta)),
+        policy=choice(policy), policy_greedy=choice(ranking_metrics.argmax_weights(table.log_probs, table.log_probs)),
     )  # fmt: skip
 
 
-def _ordered(measure: Callable[[Tensor, Tensor], Tensor], scores: Tensor, q: Tensor, tied: Tensor) -> Tensor:
-    """Rank correlation (N,): NaN where the values tie (nothing to order), 0 where only the scores do (no order)."""
+def _rank_correlation(
+    measure: Callable[[Tensor, Tensor], Tensor],
+    scores: Float[Tensor, "prefixes candidates"],
+    q: Float[Tensor, "prefixes candidates"],
+    tied: Bool[Tensor, " prefixes"],
+) -> Float[Tensor, " prefixes"]:
+    """Rank correlation: NaN if the values tie (there is no order), 0 if only the scores tie (the scorer has none)."""
     return measure(scores, q).nan_to_num(0.0).masked_fill(tied, math.nan)
 
 
-def _reliability(rewards: Tensor) -> float:
-    """Spearman–Brown 2r/(1+r) of the mean split-half rank correlation r; NaN with one roll-out, or all ties."""
+def _reliability(rewards: Float[Tensor, "prefixes candidates rollouts"]) -> float:
+    """Spearman–Brown 2r/(1+r) of the mean split-half rank correlation r; NaN with one roll-out, or if all tie."""
     if rewards.shape[-1] < 2:
         return math.nan
-    one, other = choices.halves(rewards)
-    r = float(choices.spearman(choices.with_ties(one), choices.with_ties(other)).nanmean())
+    one, other = ranking_metrics.halves(rewards)
+    r = float(ranking_metrics.spearman(ranking_metrics.with_ties(one), ranking_metrics.with_ties(other)).nanmean())
     return 2 * r / (1 + r) if r > -1 else -math.inf

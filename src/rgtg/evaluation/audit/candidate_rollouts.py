@@ -1,7 +1,8 @@
-"""The roll-outs that candidates are judged by: made once, kept in a file, read by the audit of every scorer."""
+"""``make_rollouts``: values of a policy's candidate tokens from roll-outs, in a file for the audit of every scorer."""
 
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.engine.rollouts import next_candidates, roll_out
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import Request, derive_seed
+from rgtg.decoding.request import derive_seed
 from rgtg.errors import DataError, NonFiniteError, OutputError, UsageError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
@@ -27,12 +28,12 @@ from rgtg.types.rollouts import PrefixRollouts, RolloutHeader
 from rgtg.utils.files import write_synced, write_text
 
 Progress = Callable[[int, int], None]
-# A position is a point of this sequence (Roberts' R2), even over the prompts and over the prefixes of one prompt.
+# Cut positions follow the R2 sequence (Roberts), which is even over the prompts and over the prefixes of one prompt.
 _STRIDES = 0.7548776662466927, 0.5698402909980532
 
 
 class RolloutReward(Protocol):
-    """A model that scores finished completions; every scorer of rgtg is one."""
+    """A reward model of finished completions; every scorer of rgtg is one."""
 
     name: str
 
@@ -43,7 +44,7 @@ class RolloutReward(Protocol):
 
 @dataclass
 class CandidateRollouts:
-    """Contents of a roll-outs file."""
+    """The contents of a roll-outs file: prefixes of completions, their candidate tokens and the roll-outs of each."""
 
     header: RolloutHeader
     rows: list[PrefixRollouts]
@@ -51,7 +52,7 @@ class CandidateRollouts:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a completion of the policy is cut: prefix ``index`` is ``prompt`` and its first ``position`` tokens."""
+    """Prefix ``index`` is prompt number ``prompt`` and the first ``position`` tokens of its completion."""
 
     index: int
     prompt: int
@@ -72,28 +73,29 @@ def make_rollouts(
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> CandidateRollouts:
-    """Estimate the value of each of the policy's next tokens at sampled prefixes: Q̂(prefix ⊕ v), by roll-outs.
+    """Estimate the value Q̂(prefix ⊕ v) of the policy's next tokens v at sampled prefixes, from roll-outs.
 
-    The policy completes the prompts (ordinary sampling), and each completion is cut at positions spread evenly over
-    it. From each of its k likeliest next tokens there the policy goes on m times to the end, and a held-out reward
-    scores the finished texts. Prefix i depends on the seed and the prompts alone: more can be added later.
+    The policy completes the prompts by ordinary sampling, and each completion is cut at positions that are spread
+    evenly over it. There, the policy continues m times to the end from each of its k most likely next tokens, and a
+    held-out reward scores the finished texts. Prefix i depends on the seed and the prompts only: more prefixes can be
+    added later.
 
     Args:
         policy: the frozen policy.
-        prompts: texts, or a file of them; each is used once, however often it is there.
+        prompts: texts, or a file of them; duplicates are used once.
         reward: a model that scores finished completions, or a function of the whole text (prompt and completion).
-        path: file that keeps the roll-outs, a line per prefix as soon as it is done; a run that was stopped goes on.
-        prefixes: how many, over all prompts (fewer where completions are too short for so many cuts).
-        candidates: k, the policy's likeliest next tokens.
-        per_candidate: m, roll-outs of each.
+        path: file that keeps the roll-outs, one line per prefix; a run that was stopped continues from it.
+        prefixes: number over all prompts (fewer if completions are too short for so many cuts).
+        candidates: k, the number of most likely next tokens.
+        per_candidate: m, the number of roll-outs of each.
         max_new_tokens: of a whole completion.
-        seed: of everything drawn.
+        seed: of all sampling.
         batch_size: completions sampled together.
-        progress: called with the prefixes done and in all.
+        progress: called with the number of finished prefixes and of all prefixes.
 
     Raises:
-        UsageError: unusable settings, or a file made with others.
-        DataError: bad prompts, a prompt over the context, or a file that is damaged.
+        UsageError: unusable settings, or a file made with other settings.
+        DataError: bad prompts, a prompt longer than the context, or a damaged file.
         NonFiniteError: a reward that is NaN or infinite.
         OutputError: a file that cannot be written.
     """
@@ -103,18 +105,18 @@ def make_rollouts(
         raise DataError("there are no prompts to roll out from")
     header = _header(policy, texts, reward, seed, candidates, per_candidate, max_new_tokens)
     file = Path(path) if path is not None else None
-    found = _open(file, header) if file is not None else CandidateRollouts(header, [])
-    if not found.rows or found.rows[-1].index < prefixes - 1:
-        _complete(found, policy, texts, reward, file, prefixes, batch_size, progress)
-    return CandidateRollouts(found.header, [row for row in found.rows if row.index < prefixes])
+    rollouts = _open(file, header) if file is not None else CandidateRollouts(header, [])
+    if not rollouts.rows or rollouts.rows[-1].index < prefixes - 1:
+        _add_missing(rollouts, policy, texts, reward, file, prefixes, batch_size, progress)
+    return CandidateRollouts(rollouts.header, [row for row in rollouts.rows if row.index < prefixes])
 
 
 def read_rollouts(path: "str | Path") -> CandidateRollouts:
-    """Read a roll-outs file; a last line that was cut off by a stopped run is left out.
+    """Read a roll-outs file; an incomplete last line of a stopped run is left out.
 
     Raises:
         UsageError: no such file.
-        DataError: not such a file, or a damaged one; with the line.
+        DataError: not a roll-outs file, or a damaged one, with the line number.
     """
     file = Path(path)
     try:
@@ -141,7 +143,7 @@ def read_rollouts(path: "str | Path") -> CandidateRollouts:
 def rescore_rollouts(
     rollouts: CandidateRollouts, reward: "RolloutReward | Callable[[str], float]"
 ) -> CandidateRollouts:
-    """The same roll-outs under another held-out reward: nothing is sampled again.
+    """Score the same roll-outs with another held-out reward; nothing is sampled again.
 
     Raises:
         NonFiniteError: a reward that is NaN or infinite.
@@ -156,13 +158,13 @@ def rescore_rollouts(
 
 
 def write_rollouts(rollouts: CandidateRollouts, path: "str | Path") -> None:
-    """Write a whole roll-outs file, whole or not at all."""
+    """Write a whole roll-outs file atomically."""
     records = (rollouts.header, *rollouts.rows)
     write_text(Path(path), "".join(record.model_dump_json() + "\n" for record in records))
 
 
-def _complete(
-    found: CandidateRollouts,
+def _add_missing(
+    rollouts: CandidateRollouts,
     policy: Policy,
     prompts: Sequence[str],
     reward: Any,
@@ -171,28 +173,30 @@ def _complete(
     batch_size: int,
     progress: Progress | None,
 ) -> None:
-    """Add the prefixes that are missing, in order, to the rows and to the file."""
-    header, first = found.header, found.rows[-1].index + 1 if found.rows else 0
-    used = list(prompts[:prefixes])
+    """Add the missing prefixes, in order, to the rows and to the file."""
+    header, first = rollouts.header, rollouts.rows[-1].index + 1 if rollouts.rows else 0
+    # 1. Complete every prompt by ordinary sampling.
     sampler = GuidedPolicy(policy, method="policy", top_k=None)
-    done = sampler.generate(used, seed=header.seed, batch_size=batch_size, max_new_tokens=header.max_new_tokens)
+    done = sampler.generate(
+        list(prompts[:prefixes]), seed=header.seed, batch_size=batch_size, max_new_tokens=header.max_new_tokens
+    )
+    # 2. Choose where to cut the completions, and roll out from each cut that the file lacks.
     cuts = plan_cuts([len(completion.token_ids) for completion in done], prefixes)
-    for count, cut in enumerate(cuts):
+    for count, cut in enumerate(cuts, 1):
         if cut.index >= first:
-            row = _roll_prefix(
-                policy, done[cut.prompt].prompt, done[cut.prompt].token_ids, cut, header, reward, batch_size
-            )
+            completion = done[cut.prompt]
+            row = _roll_prefix(policy, completion.prompt, completion.token_ids, cut, header, reward, batch_size)
             if file is not None:
                 _append(file, row)
-            found.rows.append(row)
+            rollouts.rows.append(row)
         if progress:
-            progress(count + 1, len(cuts))
+            progress(count, len(cuts))
 
 
 def plan_cuts(lengths: Sequence[int], prefixes: int) -> list[_Cut]:
-    """Prefix i is of prompt i mod P, cut at a fraction of its completion that i alone decides.
+    """Cut prompt i mod P at a fraction of its completion that depends on i only, for prefix i.
 
-    A position that the prompt has had moves on to the next free one; there is no cut where none is left.
+    If that position of the prompt is taken, the next free one is used. If none is free, there is no prefix i.
     """
     taken: list[set[int]] = [set() for _ in lengths]
     cuts = []
@@ -220,7 +224,8 @@ def _roll_prefix(
     )  # fmt: skip
     ended = [len(group[0].token_ids) == len(written) + 1 for group in drawn]
     kept = [group[:1] if end else group for group, end in zip(drawn, ended, strict=True)]
-    texts, finished = _fields(kept)
+    texts = [[request.text for request in group] for group in kept]
+    finished = [[request.finish_reason == "stop" for request in group] for group in kept]
     rewards = _rewards(reward, prompt, texts, finished)
     return PrefixRollouts(
         index=cut.index, prompt=prompt, prompt_ids=prompt_ids, written_ids=written,
@@ -230,24 +235,17 @@ def _roll_prefix(
     )  # fmt: skip
 
 
-def _fields(drawn: Sequence[Sequence[Request]]) -> tuple[list[list[str]], list[list[bool]]]:
-    texts = [[request.text for request in group] for group in drawn]
-    return texts, [[request.finish_reason == "stop" for request in group] for group in drawn]
-
-
 def _repeat(rewards: Sequence[Sequence[float]], ended: Sequence[bool], m: int) -> list[list[float]]:
-    """A completion that the candidate ended is what all m roll-outs are: its value has no noise."""
+    """Repeat the reward of a completion that its candidate ended: all m roll-outs are the same text."""
     return [[group[0]] * m if end else list(group) for group, end in zip(rewards, ended, strict=True)]
 
 
 def _rewards(
     reward: Any, prompt: str, texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]
 ) -> list[list[float]]:
-    """Reward of every text, each one once."""
-    flat = [
-        (text, end) for group, ends in zip(texts, finished, strict=True) for text, end in zip(group, ends, strict=True)
-    ]
-    unique = list(dict.fromkeys(flat))
+    """The reward of every text; equal texts are scored once."""
+    keys = [list(zip(group, ends, strict=True)) for group, ends in zip(texts, finished, strict=True)]
+    unique = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
     if hasattr(reward, "score"):
         whole, ends = [text for text, _ in unique], [end for _, end in unique]
         values = reward.score([prompt] * len(unique), whole, finished=ends)
@@ -255,9 +253,8 @@ def _rewards(
         values = [float(reward(prompt + text)) for text, _ in unique]
     if not all(math.isfinite(value) for value in values):
         raise NonFiniteError("the reward is NaN or infinite for a finished completion; try dtype=float32, or check it")
-    of = dict(zip(unique, values, strict=True))
-    pairs = zip(texts, finished, strict=True)
-    return [[of[key] for key in zip(group, ends, strict=True)] for group, ends in pairs]
+    reward_of = dict(zip(unique, values, strict=True))
+    return [[reward_of[key] for key in group] for group in keys]
 
 
 def _header(
@@ -275,7 +272,7 @@ def _header(
 
 
 def _describe(reward: Any) -> tuple[str, str]:
-    """Name and fingerprint of a reward: of a model's weights, or of a function's source."""
+    """Name and fingerprint of a reward: the fingerprint of a model's weights, or of a function's source code."""
     if hasattr(reward, "score"):
         return Path(reward.name).name, fingerprint_weights(weights_of(reward))
     if not callable(reward):
@@ -291,24 +288,24 @@ def _describe(reward: Any) -> tuple[str, str]:
 
 
 def _open(path: Path, header: RolloutHeader) -> CandidateRollouts:
-    """What the file has already; a new one where there is none. A line that a stopped run left half is cut off."""
+    """Read the file, or create it. An incomplete last line of a stopped run is removed."""
     if not path.exists():
         write_rollouts(CandidateRollouts(header, []), path)
         return CandidateRollouts(header, [])
-    found = read_rollouts(path)
-    mine, theirs = (h.model_dump(exclude={"provenance"}) for h in (header, found.header))
+    rollouts = read_rollouts(path)
+    mine, theirs = (h.model_dump(exclude={"provenance"}) for h in (header, rollouts.header))
     other = [f"{key} {theirs[key]!r} where this run has {mine[key]!r}" for key in mine if mine[key] != theirs[key]]
     if other:
         raise UsageError(f"{path} holds other roll-outs: {'; '.join(other)}. Choose another --rollouts-file")
-    _cut_tail(path)
-    return found
+    _remove_incomplete_line(path)
+    return rollouts
 
 
-def _cut_tail(path: Path) -> None:
+def _remove_incomplete_line(path: Path) -> None:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
-        warnings.warn(f"{path}: the last line was not finished; that prefix is rolled out again", stacklevel=4)
+        warnings.warn(f"{path}: the last line is incomplete; that prefix is rolled out again", stacklevel=4)
         os.truncate(path, whole)
 
 
@@ -317,7 +314,9 @@ def _append(path: Path, row: PrefixRollouts) -> None:
         with path.open("ab") as file:
             write_synced(file, f"{row.model_dump_json()}\n".encode())
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; what it holds is kept: run it again") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; its lines are kept: run the same command again"
+        ) from error
 
 
 def _check_counts(prefixes: int, candidates: int, per_candidate: int, max_new_tokens: int, batch_size: int) -> None:
@@ -330,18 +329,10 @@ def _check_counts(prefixes: int, candidates: int, per_candidate: int, max_new_to
 
 def _check_shapes(row: PrefixRollouts, header: RolloutHeader, k: int, where: str) -> None:
     lists = (
-        row.candidate_ids,
-        row.policy_log_probs,
-        row.candidate_texts,
-        row.ended,
-        row.texts,
-        row.finished,
-        row.rewards,
-    )
+        row.candidate_ids, row.policy_log_probs, row.candidate_texts, row.ended, row.texts, row.finished, row.rewards,
+    )  # fmt: skip
     if not k or any(len(part) != k for part in lists) or any(len(r) != header.per_candidate for r in row.rewards):
-        raise DataError(
-            f"{where}: expected {header.per_candidate} rewards of each of {max(k, 1)} candidates, every list as long"
-        )
+        raise DataError(f"{where}: expected lists of {max(k, 1)} candidates, with {header.per_candidate} rewards each")
 
 
 def _first(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""Is a scorer fit for token-wise guidance? Pairwise accuracy and margin by prefix length, with intervals."""
+"""``audit_prefixes``: a scorer's pairwise accuracy and margin by prefix length, with bootstrap intervals."""
 
 import hashlib
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgtg.data.pairs import read_pairs, tokenize_pairs
 from rgtg.errors import DataError, UsageError
-from rgtg.evaluation.metrics import bootstrap_interval, expected_calibration_error
+from rgtg.evaluation.metrics import expected_calibration_error, interval_or_empty
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import ReadableScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
@@ -22,19 +23,19 @@ from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
 from rgtg.types.generation import PreferencePair
 
-# A token position is reported while at least this many pairs reach it.
+# A token position is reported if at least this many pairs reach it.
 MIN_PAIRS = 20
-# A scorer is called fit where its accuracy over the first half of completions is at least this share of the way from
+# A scorer is called fit if its accuracy over the first half of completions is at least this share of the way from
 # chance to its own accuracy on whole completions.
 FIT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class _Margins:
-    """r(y^w_{1:i}) − r(y^l_{1:i}) of one pair for i = 1 … T, and where the prefixes differ at all."""
+    """Margins of one pair for i = 1 … T, where T is the length of the longer completion."""
 
-    values: Tensor
-    differs: Tensor
+    values: Float[Tensor, " length"]  # r(y^w_{1:i}) − r(y^l_{1:i})
+    differs: Bool[Tensor, " length"]  # whether the two prefixes differ
 
 
 def audit_prefixes(
@@ -50,27 +51,27 @@ def audit_prefixes(
 ) -> AuditResult:
     """Measure a scorer on partial sequences.
 
-    For every pair and every length i the margin is m_i = r(y^w_{1:i}) − r(y^l_{1:i}); the shorter completion is held at
-    its last score. Lengths at which both prefixes are still the same are left out. Accuracy is the share of m_i > 0
-    among pairs with m_i ≠ 0; ties are counted apart. Any Hugging Face reward model with one label will do.
+    For every pair and every length i the margin is m_i = r(y^w_{1:i}) − r(y^l_{1:i}). The shorter completion keeps its
+    last score. Lengths at which both prefixes are still the same are left out. Accuracy is the share of m_i > 0 among
+    pairs with m_i ≠ 0; ties are counted separately. Any Hugging Face reward model with one label can be audited.
 
     Args:
         scorer: a loaded scorer, a folder or hub id, or a (model, tokenizer) pair.
         pairs: preference pairs, or a file of them.
-        batch_size: completions per forward.
+        batch_size: completions per forward pass.
         bootstrap: resamples of the pairs for the 95 % intervals.
-        fractions: equal parts of the completion at which it is read.
+        fractions: number of equal parts of the completion; the scorer is read at the end of each.
         seed: of the bootstrap.
-        on_bad: what to do with bad rows of a file, and with pairs over the scorer's context.
+        on_bad: whether bad rows of a file, and pairs longer than the scorer's context, are errors or are skipped.
         rejects: where ``skip`` writes each bad row of a file with its line, reason and raw text, as JSONL.
 
     Raises:
-        DataError: unusable pairs, or none left.
-        UsageError: ``rejects`` without ``skip``, or for pairs that come from no file.
+        DataError: unusable pairs, or no pairs left.
+        UsageError: ``rejects`` without ``skip``, or for pairs that do not come from a file.
         OutputError: ``rejects`` cannot be written.
     """
     model = load_scorer(scorer)
-    assert not isinstance(model, SharedTrunkScorer), "without a policy nothing is joined with one"
+    assert not isinstance(model, SharedTrunkScorer), "a LoRA scorer is fused only when a policy is given"
     kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
@@ -80,17 +81,17 @@ def audit_prefixes(
         _point(q / fractions, margins, [_at_fraction(m, q / fractions) for m in margins], options)
         for q in range(1, fractions + 1)
     ]
-    full = by_fraction[-1].accuracy
-    early = _accuracy_until(margins, 0.5, options)
+    full, early = by_fraction[-1].accuracy, _accuracy_until(margins, 0.5, options)
+    objective = model.info.objective if model.info else "unknown"
     return AuditResult(
         scorer=Path(model.name).name,
-        objective=model.info.objective if model.info else "unknown",
+        objective=objective,
         pairs=len(kept),
         by_tokens=_by_tokens(margins, options),
         by_fraction=by_fraction,
         full_accuracy=full,
         calibration_error=_calibration_error(margins),
-        verdict=verdict(early, full),
+        verdict=verdict(early, full, objective),
         provenance=provenance(
             command="rgtg audit",
             settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad},
@@ -101,10 +102,15 @@ def audit_prefixes(
     )
 
 
-def verdict(early: Interval, full: Interval) -> str:
-    """In words: is the scorer's accuracy over the first half of completions above chance, and near its full one?
+def verdict(early: Interval, full: Interval, objective: str) -> str:
+    """Say whether accuracy over the first half of completions is above chance and near the full one, and what helps.
 
     "Fit" needs an interval above 0.5 and at least half of the full accuracy's lead over chance.
+
+    Args:
+        early: accuracy over the first half of completions.
+        full: accuracy on whole completions.
+        objective: what the scorer was trained with; ``unknown`` for other reward models.
     """
     if not early.n or not full.n:
         return (
@@ -112,16 +118,29 @@ def verdict(early: Interval, full: Interval) -> str:
             "same score (ties) or were the same text."
         )
     figures = (
-        f"over the first half of completions it orders {early.mean:.1%} of prefixes rightly "
+        f"over the first half of completions it orders {early.mean:.1%} of prefixes correctly "
         f"({early.low:.1%} to {early.high:.1%}), on whole ones {full.mean:.1%}"
     )
     if full.low <= 0.5 and early.low <= 0.5:
         return f"No evidence of skill: {figures}; no better than chance on these pairs."
     if early.low <= 0.5:
-        return f"Unfit for token-wise guidance: {figures}. Use it for best-of-n, or train with prefix-bt."
+        return f"Unfit for token-wise guidance: {figures}. Use it for best-of-n. {_advice(objective)}"
     if early.mean - 0.5 >= FIT_SHARE * (full.mean - 0.5):
         return f"Fit for token-wise guidance by this measure: {figures}."
-    return f"Weak on prefixes: {figures}. It steers early tokens poorly; train with prefix-bt."
+    return f"Weak on prefixes: {figures}. It steers early tokens poorly. {_advice(objective)}"
+
+
+def _advice(objective: str) -> str:
+    """What may improve accuracy on prefixes, which depends on whether the scorer was trained on prefixes already."""
+    match objective:
+        case "prefix-bt" | "tcrm" | "farma" | "autoregressive":
+            return f"It is already trained on prefixes ({objective}): try more pairs, or a stronger base model."
+        case "value" | "cumulative-mse":
+            return (
+                f"It is already trained on prefixes ({objective}): try more training data, and check that the rewards "
+                "in it agree with these pairs."
+            )
+    return "For token-wise guidance, train a scorer on prefixes (rgtg train --objective prefix-bt)."
 
 
 def _usable_pairs(
@@ -130,8 +149,9 @@ def _usable_pairs(
     on_bad: Literal["error", "skip"],
     rejects: Path | None,
 ) -> tuple[list[PreferencePair], str]:
+    """The pairs to audit with, and their fingerprint."""
     if rejects is not None and (on_bad != "skip" or not isinstance(pairs, str | Path)):
-        raise UsageError("rejects is where on_bad='skip' puts the bad rows of a file; here it would have no use")
+        raise UsageError("rejects holds the bad rows of a file that on_bad='skip' skips; here it would stay empty")
     if isinstance(pairs, str | Path):
         read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad, rejects=rejects)
         if rejects is not None and (reasons := read.summary.rejects_by_reason):
@@ -140,15 +160,15 @@ def _usable_pairs(
             warnings.warn(f"{pairs}: {left_out}; they are in {rejects}", stacklevel=3)
         kept, fingerprint = list(read.pairs), read.fingerprint
     else:
-        kept = _fitting(model, pairs) if on_bad == "skip" else list(pairs)
+        kept = _within_context(model, pairs) if on_bad == "skip" else list(pairs)
         fingerprint = _fingerprint(kept)
     if not kept:
         raise DataError("there are no pairs to audit with")
     return kept, fingerprint
 
 
-def _fitting(model: ReadableScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """The pairs that fit the scorer's context; a warning counts the others."""
+def _within_context(model: ReadableScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs that fit into the scorer's context; a warning counts the others."""
     limit = model.max_length or math.inf
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
     kept = [
@@ -162,7 +182,7 @@ def _fitting(model: ReadableScorer, pairs: Sequence[PreferencePair]) -> list[Pre
 
 
 def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
-    """Hash of contents and order: for the same pairs, the one that `read_pairs` gives a file."""
+    """Hash of contents and order. For the same pairs it equals the fingerprint that `read_pairs` gives a file."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode() + b"\n")
@@ -179,16 +199,19 @@ def _all_margins(model: ReadableScorer, pairs: Sequence[PreferencePair], batch_s
     return [_margins(scores[i], scores[half + i], chosen[i], rejected[i]) for i in range(half)]
 
 
-def _margins(won: Tensor, lost: Tensor, chosen: Sequence[int], rejected: Sequence[int]) -> _Margins:
+def _margins(
+    won: Float[Tensor, " chosen"], lost: Float[Tensor, " rejected"], chosen: Sequence[int], rejected: Sequence[int]
+) -> _Margins:
     longest = max(len(won), len(lost))
-    values = _hold(won, longest) - _hold(lost, longest)
+    values = _extend(won, longest) - _extend(lost, longest)
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1
     return _Margins(values.double(), torch.arange(longest) >= same)
 
 
-def _hold(scores: Tensor, length: int) -> Tensor:
+def _extend(scores: Float[Tensor, " tokens"], length: int) -> Float[Tensor, " length"]:
+    """The scores, with the last one repeated up to ``length``."""
     return torch.cat([scores, scores[-1:].expand(length - len(scores))])
 
 
@@ -198,21 +221,20 @@ def _at_fraction(margins: _Margins, fraction: float) -> int:
 
 
 def _point(position: float, margins: Sequence[_Margins], indices: Sequence[int], options: dict[str, Any]) -> AuditPoint:
-    """Accuracy and margin of the pairs at one index each; pairs that do not differ there are left out."""
-    read = [float(m.values[i]) for m, i in zip(margins, indices, strict=True) if m.differs[i]]
-    decided = [float(value > 0) for value in read if value != 0]
-    nothing = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    """Accuracy and margin of the pairs, each at its own index; pairs whose prefixes are the same there are left out."""
+    values = [float(m.values[i]) for m, i in zip(margins, indices, strict=True) if m.differs[i]]
+    decided = [float(value > 0) for value in values if value != 0]
     return AuditPoint(
         position=position,
-        accuracy=bootstrap_interval(decided, **options) if decided else nothing,
-        margin=bootstrap_interval(read, **options) if read else nothing,
-        ties=len(read) - len(decided),
-        pairs=len(read),
+        accuracy=interval_or_empty(decided, **options),
+        margin=interval_or_empty(values, **options),
+        ties=len(values) - len(decided),
+        pairs=len(values),
     )
 
 
 def _by_tokens(margins: Sequence[_Margins], options: dict[str, Any]) -> list[AuditPoint]:
-    """Token positions 1, 2, 4, 8 … while enough pairs reach them and differ there."""
+    """Token positions 1, 2, 4, 8 … that enough pairs reach."""
     points: list[AuditPoint] = []
     position = 1
     while True:
@@ -231,16 +253,14 @@ def _accuracy_until(margins: Sequence[_Margins], fraction: float, options: dict[
         decided = m.values[:last][m.differs[:last] & (m.values[:last] != 0)]
         values += (decided > 0).double().tolist()
         units += [unit] * len(decided)
-    if not values:
-        return Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
-    return bootstrap_interval(values, clusters=units, **options)
+    return interval_or_empty(values, clusters=units, **options)
 
 
 def _calibration_error(margins: Sequence[_Margins]) -> float:
     """ECE of σ(m) as the probability that the chosen side wins, over all prefixes that differ.
 
-    The label is always "chosen wins", so each margin also enters with its sign turned: a reader who does not know the
-    sides sees both.
+    The label is always "chosen wins", so each margin is also counted with the opposite sign, as if the sides were
+    unknown.
     """
     pooled = torch.cat([m.values[m.differs] for m in margins])
     if not len(pooled):

@@ -1,26 +1,27 @@
-"""Run several methods on the same prompts and measure them with a reward that none of them used."""
+"""``compare``: runs several methods on the same prompts and measures them with a reward that none of them used."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import UsageError
-from rgtg.evaluation.compare.generate import (
-    NamedReward,
-    RewardFunction,
-    full_settings,
-    make_guided_policy,
-    run_shard,
-    score_shard,
-)
+from rgtg.evaluation.compare.generate import full_settings, make_guided_policy, run_shard
 from rgtg.evaluation.compare.grid import MethodRun as MethodRun
 from rgtg.evaluation.compare.grid import expand_runs as expand_runs
 from rgtg.evaluation.compare.grid import is_random, with_shared_settings
-from rgtg.evaluation.compare.measure import GOLD, budgets_of, proxy_key, run_result
-from rgtg.evaluation.compare.models import ComparisonModels, load_comparison_models
+from rgtg.evaluation.compare.measure import budgets_of, run_result
+from rgtg.evaluation.compare.models import ComparisonModels, LoadedModels, load_comparison_models
+from rgtg.evaluation.compare.rewards import (
+    GOLD,
+    NamedReward,
+    RewardFunction,
+    keyed_rewards,
+    proxy_key,
+    score_shard,
+)
 from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_texts
 from rgtg.evaluation.compare.significance import Resampling, differences, find_baseline, over_optimised, recommend
 from rgtg.evaluation.compare.traces import trace_shard
@@ -40,55 +41,42 @@ def compare(
     settings: CompareSettings,
     progress: Progress | None = None,
     *,
-    policy: Policy | None = None,
-    scorers: Mapping[str, AnyScorer] | None = None,
-    reward: RewardFunction | None = None,
-    proxies: Mapping[str, RewardFunction] | None = None,
     prompts: Sequence[str] | None = None,
+    **loaded: Unpack[LoadedModels],
 ) -> ComparisonResult:
-    """Complete every prompt with every row and seed, and measure all of them alike.
+    """Complete every prompt with every run and seed, and measure all completions alike.
 
-    Finished parts are kept in ``settings.output/parts``: a comparison that was stopped goes on from there, and gives
-    the same result as one that was not (but for the time it took). completions.jsonl is written beside them.
+    Finished shards are kept in ``settings.output/parts``. A comparison that was stopped continues from there and gives
+    the same result as one that was not, except for times. completions.jsonl is written beside them.
 
     Args:
-        settings: of the comparison; what is given loaded below need not be named there.
-        progress: called with a row's label and seed, the number of parts done, and of all.
-        policy: loaded already.
-        scorers: name, as in the rows → loaded scorer.
-        reward: gold as a rule: takes completions, gives one finite number each. Nothing can check that no method used
-            it. A ``rgtg.evaluation.compare.generate.NamedReward`` also names it.
-        proxies: name → rule, beside the reward models that the settings name.
+        settings: of the comparison.
+        progress: called with a run's label and seed, the number of finished shards, and the number of all shards.
         prompts: in place of the file that the settings name.
+        **loaded: models that are already loaded (``LoadedModels``); the settings need not name them.
 
     Raises:
-        UsageError: a reward model that a method used, unusable settings, or parts of another comparison.
+        UsageError: a reward model that a method used, unusable settings, or shards of another comparison.
         DataError: bad prompts.
-        NonFiniteError: a reward that is no number.
+        NonFiniteError: a reward that is NaN or infinite.
     """
-    rows = expand_runs(settings.methods, settings)
+    runs = expand_runs(settings.methods, settings)
     baseline = settings.baseline
-    if baseline is not None and baseline not in {row.label for row in rows}:
-        raise UsageError(f"baseline {baseline!r} is no row; rows: {', '.join(row.label for row in rows)}")
-    texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
-    models = load_comparison_models(settings, rows, policy=policy, scorers=scorers, reward=reward, proxies=proxies)
-    bench = ComparisonRunner(models, texts, settings, progress)
-    bench.check(rows)
-    results = [bench.run(row) for row in rows]
-    bench.write_completions(rows)
-    made = provenance(
-        command="rgtg compare", settings=settings.model_dump(mode="json", exclude={"force"}), seed=settings.seed,
-        models=models.modules(), data={"prompts": fingerprint_texts(texts)},
-    )  # fmt: skip
+    if baseline is not None and baseline not in {run.label for run in runs}:
+        raise UsageError(f"baseline {baseline!r} is no row; rows: {', '.join(run.label for run in runs)}")
+    runner = ComparisonRunner.load(settings, runs, progress, prompts=prompts, **loaded)
+    runner.check(runs)
+    results = [runner.run(run) for run in runs]
+    runner.write_completions(runs)
     return assemble(
-        results, reward=models.reward.name, prompts=len(texts), made=made, baseline=baseline,
-        how=Resampling(settings.seed, settings.bootstrap, settings.permutations),
+        results, reward=runner.models.reward.name, prompts=len(runner.prompts), made=runner.provenance("rgtg compare"),
+        baseline=baseline, how=Resampling(settings.seed, settings.bootstrap, settings.permutations),
     )  # fmt: skip
 
 
 @dataclass
 class ComparisonRunner:
-    """Models, prompts and finished parts; runs rows one by one."""
+    """Runs methods on the same prompts with models that are loaded once; finished shards are read from disk."""
 
     models: ComparisonModels
     prompts: Sequence[str]
@@ -97,90 +85,111 @@ class ComparisonRunner:
 
     def __post_init__(self) -> None:
         self._done = self._total = 0
-        self.parts = ShardFolder(self.settings.output / "parts", force=self.settings.force)
-        self._rewards = _keyed(self.models.reward, self.models.proxies)
-        self._joined: dict[str, tuple[GuidedPolicy, dict[str, Any]]] = {}
+        self.shards = ShardFolder(self.settings.output / "parts", force=self.settings.force)
+        self._rewards = keyed_rewards(self.models.reward, self.models.proxies)
+        self._prepared: dict[str, tuple[GuidedPolicy, dict[str, Any]]] = {}
 
-    def check(self, rows: Sequence[MethodRun]) -> None:
-        """Refuse rows that cannot be run, and parts of another comparison, before any work."""
-        for row in rows:
-            _, made_with = self._join(row)
-            for seed in seeds_of(row, self.settings):
-                self.parts.find(row.label, seed, made_with)
+    @classmethod
+    def load(
+        cls,
+        settings: EvaluationSettings,
+        runs: Sequence[MethodRun],
+        progress: Progress | None = None,
+        *,
+        prompts: Sequence[str] | None = None,
+        **loaded: Unpack[LoadedModels],
+    ) -> "ComparisonRunner":
+        """Read the prompts and load the models; the arguments are those of ``compare``."""
+        texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
+        return cls(load_comparison_models(settings, runs, **loaded), texts, settings, progress)
+
+    def check(self, runs: Sequence[MethodRun]) -> None:
+        """Reject runs that cannot be made, and shards of another comparison, before any work."""
+        for run in runs:
+            _, made_with = self._prepare(run)
+            for seed in seeds_of(run, self.settings):
+                self.shards.find(run.label, seed, made_with)
                 self._total += 1
 
-    def run(self, row: MethodRun) -> MethodResult:
-        """The row over all its seeds; parts that are finished are read."""
-        parts = []
-        for seed in seeds_of(row, self.settings):
+    def run(self, run: MethodRun) -> MethodResult:
+        """The result of a run over all its seeds."""
+        shards = []
+        for seed in seeds_of(run, self.settings):
             if self.progress:
-                self.progress(f"{row.label}, seed {seed}", self._done, self._total)
-            parts.append(self._part(row, seed))
+                self.progress(f"{run.label}, seed {seed}", self._done, self._total)
+            shards.append(self._shard(run, seed))
             self._done += 1
+        guided, _ = self._prepare(run)
         return run_result(
-            row, parts, self.settings, full=full_settings(self._join(row)[0], row, self.models.names),
-            proxies=list(self.models.proxies), guided_by=self.models.guided_by(row),
-            texts=TokenBytes(self._join(row)[0].policy.tokenizer),
+            run, shards, self.settings, full=full_settings(guided, run, self.models.names),
+            proxies=list(self.models.proxies), guided_by=self.models.guided_by(run),
+            token_bytes=TokenBytes(guided.policy.tokenizer),
         )  # fmt: skip
 
-    def write_completions(self, rows: Iterable[MethodRun]) -> None:
-        """completions.jsonl: every completion of every row and seed, with its rewards."""
+    def write_completions(self, runs: Iterable[MethodRun]) -> None:
+        """Write completions.jsonl: every completion of every run and seed, with its rewards."""
         path = self.settings.output / "completions.jsonl"
         with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                for seed in seeds_of(row, self.settings):
-                    part = self.parts.find(row.label, seed, self._join(row)[1])
-                    assert part is not None, "run() has made and scored it"
-                    file.writelines(line.model_dump_json() + "\n" for line in self._lines(part))
+            for run in runs:
+                for seed in seeds_of(run, self.settings):
+                    shard = self.shards.find(run.label, seed, self._prepare(run)[1])
+                    assert shard is not None, "run() has made and scored it"
+                    file.writelines(line.model_dump_json() + "\n" for line in self._lines(shard))
 
-    def _join(self, row: MethodRun) -> tuple[GuidedPolicy, dict[str, Any]]:
-        """The row's policy with its scorers, and all that its completions depend on but for the seed; made once."""
-        if row.label not in self._joined:
-            guided = make_guided_policy(self.models.policy_of(row), self.models.scorers_of(row), row)
-            self._joined[row.label] = guided, self._made_with(guided, row)
-        return self._joined[row.label]
-
-    def _part(self, row: MethodRun, seed: int) -> Shard:
-        """One row and seed, scored: read where it is finished, else made and written."""
-        guided, made_with = self._join(row)
-        kept = self.parts.find(row.label, seed, made_with)
-        part = kept or run_shard(
-            guided, row, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
-            reference=None if row.policy is None else self.models.policy,
+    def provenance(self, command: str) -> Provenance:
+        """Settings, seed, and fingerprints of the models and prompts."""
+        return provenance(
+            command=command, settings=self.settings.model_dump(mode="json", exclude={"force"}), seed=self.settings.seed,
+            models=self.models.modules(), data={"prompts": fingerprint_texts(self.prompts)},
         )  # fmt: skip
-        if kept is None:
-            self.parts.save(part)  # before any reward is asked: one that fails must not cost the completions
-        changed = score_shard(part, self._rewards)
-        if seed == self.settings.run_seeds[0]:
-            changed |= trace_shard(part, guided, row, self.prompts, _traces(self.settings))
-        if changed:
-            self.parts.save(part)
-        return part
 
-    def _lines(self, part: Shard) -> Iterator[ComparedCompletion]:
-        proxies = self.models.proxies
-        for i, completion in enumerate(part.completions):
-            yield ComparedCompletion(
-                **completion.model_dump(exclude={"trace"}), row=part.label, run_seed=part.seed, prompt_index=i,
-                reward=part.scores[GOLD].values[i],
-                proxy_rewards={name: part.scores[proxy_key(name)].values[i] for name in proxies},
+    def _prepare(self, run: MethodRun) -> tuple[GuidedPolicy, dict[str, Any]]:
+        """The run's guided policy, and everything that its completions depend on, except the seed; made once."""
+        if run.label not in self._prepared:
+            scorers = self.models.scorers_of(run)
+            guided = make_guided_policy(self.models.policy_of(run), scorers, run)
+            reference = {} if run.policy is None else {"reference": fingerprint_weights(self.models.policy.model)}
+            made_with = full_settings(guided, run) | reference | {
+                "policy": fingerprint_weights(guided.policy.model),
+                "scorers": [fingerprint_weights(weights_of(scorer)) for scorer in scorers],
+                "prompts": fingerprint_texts(self.prompts),
+                "batch_size": self.settings.batch_size,
+            }  # fmt: skip
+            self._prepared[run.label] = guided, made_with
+        return self._prepared[run.label]
+
+    def _shard(self, run: MethodRun, seed: int) -> Shard:
+        """The completions of one run and seed with their rewards, from disk if they are finished."""
+        guided, made_with = self._prepare(run)
+        shard = self.shards.find(run.label, seed, made_with)
+        # 1. Generate. The shard is saved before any reward is computed: a reward that fails must not lose completions.
+        if shard is None:
+            shard = run_shard(
+                guided, run, self.prompts, seed=seed, batch_size=self.settings.batch_size, made_with=made_with,
+                reference=None if run.policy is None else self.models.policy,
             )  # fmt: skip
+            self.shards.save(shard)
+        # 2. Compute the rewards that it lacks. 3. Trace the first completions of the first seed.
+        changed = score_shard(shard, self._rewards)
+        if seed == self.settings.run_seeds[0]:
+            changed |= trace_shard(shard, guided, run, self.prompts, _traces(self.settings))
+        if changed:
+            self.shards.save(shard)
+        return shard
 
-    def _made_with(self, guided: GuidedPolicy, row: MethodRun) -> dict[str, Any]:
-        """All that a part's completions depend on, but for the seed."""
-        own = {} if row.policy is None else {"reference": fingerprint_weights(self.models.policy.model)}
-        return full_settings(guided, row) | own | {
-            "policy": fingerprint_weights(guided.policy.model),
-            "scorers": [fingerprint_weights(weights_of(scorer)) for scorer in self.models.scorers_of(row)],
-            "prompts": fingerprint_texts(self.prompts),
-            "batch_size": self.settings.batch_size,
-        }  # fmt: skip
+    def _lines(self, shard: Shard) -> Iterator[ComparedCompletion]:
+        for i, completion in enumerate(shard.completions):
+            yield ComparedCompletion(
+                **completion.model_dump(exclude={"trace"}), row=shard.label, run_seed=shard.seed, prompt_index=i,
+                reward=shard.scores[GOLD].values[i],
+                proxy_rewards={name: shard.scores[proxy_key(name)].values[i] for name in self.models.proxies},
+            )  # fmt: skip
 
 
 def run_method(
     policy: Policy,
     scorer: AnyScorer | Sequence[AnyScorer] | None,
-    row: MethodRun,
+    run: MethodRun,
     prompts: Sequence[str],
     settings: EvaluationSettings,
     reward: RewardFunction,
@@ -188,51 +197,50 @@ def run_method(
     proxies: Mapping[str, RewardFunction] | None = None,
     reference: Policy | None = None,
 ) -> MethodResult:
-    """One row over the settings' seeds, with everything loaded already; nothing is written.
+    """One run over the settings' seeds, with models that are already loaded; nothing is written.
 
     Args:
-        policy: that is steered.
-        scorer: what steers or selects; several as a list, in the order of the row's betas.
-        row: from ``expand_runs``; settings it does not give are those of ``settings``.
+        policy: the policy that is steered.
+        scorer: what guides or selects; several as a list, in the order of the run's betas.
+        run: from ``expand_runs``; settings that it does not give are those of ``settings``.
         prompts: texts.
         settings: seeds, batch size, bootstrap, and decoding.
-        reward: gold: takes completions, gives one finite number each. It must be held out; only ``compare`` checks.
-        proxies: name → further rewards.
+        reward: the held-out reward as a function of completions, one finite number each. Only ``compare`` checks that
+            it is held out.
+        proxies: further rewards by name.
         reference: the policy that KL is measured to, where it is not ``policy``.
 
-    Example, with a rule as gold:
-        >>> rows = expand_runs([CompareRun(method="pargs", beta=[1, 2])])  # doctest: +SKIP
+    Example, with a Python function as the held-out reward:
+        >>> runs = expand_runs([CompareRun(method="pargs", beta=[1, 2])])  # doctest: +SKIP
         >>> shared = CompareSettings(prompts="-", output="-", methods=[...], seeds=[0, 1])  # doctest: +SKIP
-        >>> run_method(policy, scorer, rows[0], prompts, shared, lambda done: [len(c.text) for c in done])
+        >>> run_method(policy, scorer, runs[0], prompts, shared, lambda done: [len(c.text) for c in done])
         ... # doctest: +SKIP
     """
-    row = with_shared_settings(row, settings)
+    run = with_shared_settings(run, settings)
     scorers = list(scorer) if isinstance(scorer, Sequence) else [] if scorer is None else [scorer]
-    guided = make_guided_policy(policy, scorers, row)
-    named = {name: NamedReward.of(name, one) for name, one in (proxies or {}).items()}
-    gold = NamedReward.of("gold", reward)
-    parts = []
-    for seed in seeds_of(row, settings):
-        part = run_shard(guided, row, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
-        score_shard(part, _keyed(gold, named))
-        parts.append(part)
-    trace_shard(parts[0], guided, row, prompts, _traces(settings))
-    texts = TokenBytes(policy.tokenizer)
-    return run_result(row, parts, settings, full=full_settings(guided, row), proxies=list(named), texts=texts)
+    guided = make_guided_policy(policy, scorers, run)
+    named = {name: NamedReward.of(name, function) for name, function in (proxies or {}).items()}
+    rewards = keyed_rewards(NamedReward.of("gold", reward), named)
+    shards = []
+    for seed in seeds_of(run, settings):
+        shard = run_shard(guided, run, prompts, seed=seed, batch_size=settings.batch_size, reference=reference)
+        score_shard(shard, rewards)
+        shards.append(shard)
+    trace_shard(shards[0], guided, run, prompts, _traces(settings))
+    return run_result(
+        run, shards, settings, full=full_settings(guided, run), proxies=list(named),
+        token_bytes=TokenBytes(policy.tokenizer),
+    )  # fmt: skip
 
 
-def seeds_of(row: MethodRun, settings: EvaluationSettings) -> list[int]:
-    """The seeds of a row; one, where another would give the same completions."""
-    return settings.run_seeds if is_random(row) else settings.run_seeds[:1]
+def seeds_of(run: MethodRun, settings: EvaluationSettings) -> list[int]:
+    """The seeds of a run; only the first, if other seeds would give the same completions."""
+    return settings.run_seeds if is_random(run) else settings.run_seeds[:1]
 
 
 def _traces(settings: EvaluationSettings) -> int:
-    """How many prompts are shown token by token; a sweep shows none."""
+    """How many prompts get a token-by-token trace; none in a sweep."""
     return settings.traces if isinstance(settings, CompareSettings) else 0
-
-
-def _keyed(reward: NamedReward, proxies: Mapping[str, NamedReward]) -> dict[str, NamedReward]:
-    return {GOLD: reward} | {proxy_key(name): proxy for name, proxy in proxies.items()}
 
 
 def assemble(
@@ -244,15 +252,15 @@ def assemble(
     baseline: str | None = None,
     how: Resampling | None = None,
 ) -> ComparisonResult:
-    """Rows to one result: differences and their tests, over-optimisation, recommended strengths, budgets.
+    """Combine the results of all runs: paired differences and tests, over-optimisation, recommended strengths, budgets.
 
     Args:
-        results: of ``run_method``, over the same prompts.
-        reward: name of gold.
-        prompts: how many.
-        made: provenance of the whole.
-        baseline: label of the row to compare with; None takes the unguided policy.
-        how: of the intervals and tests.
+        results: from ``run_method``, over the same prompts.
+        reward: name of the held-out reward.
+        prompts: how many there are.
+        made: provenance of the whole comparison.
+        baseline: label of the run to compare with; None takes the unguided policy.
+        how: seeds and counts of the intervals and tests.
     """
     against = find_baseline(results, baseline)
     budgets, statement = budgets_of(results)
@@ -261,7 +269,7 @@ def assemble(
         prompts=prompts,
         methods=list(results),
         baseline=against,
-        proxies=list(dict.fromkeys(name for row in results for name in row.proxy_rewards)),
+        proxies=list(dict.fromkeys(name for result in results for name in result.proxy_rewards)),
         differences=differences(results, against, how) if against is not None else [],
         over_optimised=over_optimised(results, how),
         recommended=recommend(results),

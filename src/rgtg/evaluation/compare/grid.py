@@ -1,4 +1,4 @@
-"""From the rows of a settings file to single runs: one per combination of what is given as a list."""
+"""Expands the ``methods`` of a settings file into method runs: one for each combination of values given as lists."""
 
 import itertools
 from collections import Counter
@@ -11,7 +11,7 @@ from rgtg.decoding.methods import METHODS, check_settings, find_method, require_
 from rgtg.errors import UsageError
 
 _SHORT = {"top_k": "k", "temperature": "T"}
-# A stop text is one of several at once, not one row each.
+# Settings whose value is itself a list (stop). A list of them is one value, not several.
 _LISTS = {name for name, about in DecodingSettings.model_fields.items() if get_origin(about.annotation) is list}
 
 Beta = float | list[float] | None
@@ -19,9 +19,17 @@ Beta = float | list[float] | None
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One row of a comparison: a method, what steers it, and the settings it was given.
+    """One run of a comparison, which becomes one row of its tables: a method, its scorers and its decoding settings.
 
-    ``curve`` is the label without the strength (beta; n where the method has no beta), which orders a curve's rows.
+    Attributes:
+        label: unique in a comparison.
+        curve: the label without the strength. Runs of one curve differ only in their strength.
+        method: name in the methods table.
+        scorers: names of what guides or selects.
+        beta: one number, or one for each scorer.
+        policy: the run's own policy, where it is not the comparison's.
+        trained_with: reward models that this run's policy or scorers were trained with.
+        given: decoding settings of the settings file, without beta.
     """
 
     label: str
@@ -35,58 +43,55 @@ class MethodRun:
 
     @property
     def scorer(self) -> str | None:
-        """The only scorer, or the first."""
+        """The first scorer, if there is one."""
         return self.scorers[0] if self.scorers else None
 
     @property
     def strength(self) -> float | None:
-        """Beta (the first of several), else n; None where the method has neither."""
+        """Beta (the first of several), or n for a method without beta; None if the method has neither."""
         beta = self.beta[0] if isinstance(self.beta, list) else self.beta
         if has_setting(self.method, "beta"):
             return 1.0 if beta is None else beta
         return float(self.given.get("n", DecodingSettings().n)) if has_setting(self.method, "n") else None
 
     def decoding(self) -> dict[str, Any]:
-        """What was given, beta included."""
+        """The decoding settings that were given, with beta."""
         return self.given | ({} if self.beta is None else {"beta": self.beta})
 
 
-def expand_runs(runs: Sequence[CompareRun], shared: EvaluationSettings | None = None) -> list[MethodRun]:
-    """One row per combination of the settings given as lists, each with a label of its own.
+def expand_runs(entries: Sequence[CompareRun], shared: EvaluationSettings | None = None) -> list[MethodRun]:
+    """One run for each combination of the settings given as lists, each with its own label.
 
     Args:
-        runs: as in the settings file.
-        shared: settings of the whole comparison: scorer and decoding of rows that do not give them themselves.
+        entries: ``methods`` of the settings file.
+        shared: settings of the whole comparison. Its scorer and decoding settings apply where an entry gives none.
 
     Raises:
-        UsageError: an unknown method, a setting that the method would have to ignore, or two rows of one label.
+        UsageError: an unknown method, a setting that the method would ignore, or two runs with the same label.
     """
-    rows = [row for run in runs for row in _expand(run, shared.scorer if shared else None)]
+    runs = [run for entry in entries for run in _expand(entry, shared.scorer if shared else None)]
     if shared is not None:
-        rows = [with_shared_settings(row, shared) for row in rows]
-    for row in rows:
-        _require_usable(row)
-    twice = [label for label, count in Counter(row.label for row in rows).items() if count > 1]
-    if twice:
-        raise UsageError(f"two rows are called {twice[0]!r}: give one of them a label")
-    return rows
+        runs = [with_shared_settings(run, shared) for run in runs]
+    for run in runs:
+        _require_usable(run)
+    duplicates = [label for label, count in Counter(run.label for run in runs).items() if count > 1]
+    if duplicates:
+        raise UsageError(f"two rows are called {duplicates[0]!r}: give one of them a label")
+    return runs
 
 
-def with_shared_settings(row: MethodRun, shared: EvaluationSettings) -> MethodRun:
-    """The row with the comparison's own decoding settings, as far as its method has them; its own stay."""
+def with_shared_settings(run: MethodRun, shared: EvaluationSettings) -> MethodRun:
+    """The run with the comparison's decoding settings that its method accepts; its own settings take precedence."""
     common = shared.model_dump(include={"max_new_tokens", "temperature"}) | shared.decoding
-    if "top_k" in shared.model_fields_set:  # else the method's own default holds
+    if "top_k" in shared.model_fields_set:  # otherwise the method's own default applies
         common["top_k"] = shared.top_k
-    applying = {name: value for name, value in common.items() if has_setting(row.method, name, value)}
-    return replace(row, given=applying | row.given)
+    accepted = {name: value for name, value in common.items() if has_setting(run.method, name, value)}
+    return replace(run, given=accepted | run.given)
 
 
-_ABSENT = object()
-
-
-def has_setting(method: str, name: str, value: Any = _ABSENT) -> bool:
-    """Whether a method has a setting (and can be given this value of it): the table's own check says so."""
-    given = DecodingSettings.model_fields[name].get_default() if value is _ABSENT else value
+def has_setting(method: str, name: str, value: Any = ...) -> bool:
+    """Whether a method accepts a decoding setting (with this value, if one is given), by the methods table."""
+    given = DecodingSettings.model_fields[name].get_default() if value is ... else value
     settings = validate(DecodingSettings, {"method": method, name: given})
     try:
         check_settings(find_method(method), settings)
@@ -95,41 +100,42 @@ def has_setting(method: str, name: str, value: Any = _ABSENT) -> bool:
     return True
 
 
-def is_random(row: MethodRun) -> bool:
+def is_random(run: MethodRun) -> bool:
     """Whether another seed can give other completions."""
-    method = METHODS[row.method]
+    method = METHODS[run.method]
     plain = method.unit == "token" and method.rule == "sample"
-    return method.rule != "greedy" and not (plain and row.given.get("temperature") == 0)
+    return method.rule != "greedy" and not (plain and run.given.get("temperature") == 0)
 
 
-def _expand(run: CompareRun, scorer: str | None) -> Iterator[MethodRun]:
-    find_method(run.method)
-    base = run.label or run.method
-    given = run.model_dump(include={"n", "top_k", "temperature"}, exclude_unset=True) | (run.model_extra or {})
+def _expand(entry: CompareRun, scorer: str | None) -> Iterator[MethodRun]:
+    find_method(entry.method)
+    base = entry.label or entry.method
+    given = entry.model_dump(include={"n", "top_k", "temperature"}, exclude_unset=True) | (entry.model_extra or {})
     swept = {name: value for name, value in given.items() if isinstance(value, list) and name not in _LISTS}
     for name, values in swept.items():
         _require_values(name, values, base)
+    by_n = not has_setting(entry.method, "beta")  # then n is the strength, and the curve's name leaves it out
     for chosen in itertools.product(*swept.values()):
-        mine = given | dict(zip(swept, chosen, strict=True))
-        by_n = not has_setting(run.method, "beta")  # then n is the strength, and no part of the curve's name
-        shown = [f"{_SHORT.get(name, name)}={_show(mine[name])}" for name in swept]
-        curve = " ".join([base, *(s for s, name in zip(shown, swept, strict=True) if not (by_n and name == "n"))])
-        for names, beta in _betas(run, scorer, base):
-            label = " ".join([base, *([] if beta is None else [f"β={_show(beta)}"]), *shown])
+        settings = given | dict(zip(swept, chosen, strict=True))
+        shown = {name: f"{_SHORT.get(name, name)}={_show(settings[name])}" for name in swept}
+        curve = " ".join([base, *(text for name, text in shown.items() if not (by_n and name == "n"))])
+        for names, beta in _betas(entry, scorer, base):
+            label = " ".join([base, *([] if beta is None else [f"β={_show(beta)}"]), *shown.values()])
             others = [f"β=*+{_show(beta[1:])}"] if isinstance(beta, list) else []
             yield MethodRun(
-                label, " ".join([curve, *others]), run.method, names, beta, run.policy, tuple(run.trained_with), mine
-            )
+                label, " ".join([curve, *others]), entry.method, names, beta, entry.policy, tuple(entry.trained_with),
+                settings,
+            )  # fmt: skip
 
 
-def _betas(run: CompareRun, scorer: str | None, base: str) -> Iterator[tuple[tuple[str, ...], Beta]]:
-    """Scorers, and each beta (or one per scorer) they are given."""
-    if run.scorers:
-        for betas in itertools.product(*(_values(one.beta, base) for one in run.scorers)):
-            yield tuple(one.scorer for one in run.scorers), list(betas) if len(betas) > 1 else betas[0]
+def _betas(entry: CompareRun, scorer: str | None, base: str) -> Iterator[tuple[tuple[str, ...], Beta]]:
+    """The scorers' names, with each beta (or each combination of one beta per scorer)."""
+    if entry.scorers:
+        for betas in itertools.product(*(_values(one.beta, base) for one in entry.scorers)):
+            yield tuple(one.scorer for one in entry.scorers), list(betas) if len(betas) > 1 else betas[0]
         return
-    name = run.scorer or (scorer if METHODS[run.method].scorer else None)
-    for beta in _values(run.beta, base):
+    name = entry.scorer or (scorer if METHODS[entry.method].scorer else None)
+    for beta in _values(entry.beta, base):
         yield (() if name is None else (name,)), beta
 
 
@@ -146,30 +152,30 @@ def _require_values(name: str, values: list[Any], base: str) -> None:
 
 
 def _show(value: Any) -> str:
-    """A value in a label: 0 is a beta too, the unguided policy."""
+    """A value in a label. A beta of 0 is shown too: it is the unguided policy."""
     if isinstance(value, list):
         return "+".join(map(_show, value))
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _require_usable(row: MethodRun) -> None:
-    method = METHODS[row.method]
-    settings = validate(DecodingSettings, {"method": row.method} | row.decoding())
+def _require_usable(run: MethodRun) -> None:
+    method = METHODS[run.method]
+    settings = validate(DecodingSettings, {"method": run.method} | run.decoding())
     check_settings(method, settings)
     require_complete(method, settings)
-    if has_setting(row.method, "n") and settings.n > 1 and (settings.temperature == 0 or settings.top_k == 1):
+    if has_setting(run.method, "n") and settings.n > 1 and (settings.temperature == 0 or settings.top_k == 1):
         raise UsageError(
-            f"{row.label} would draw {settings.n} times the same: a baseline that samples needs a temperature above 0 "
+            f"{run.label} would draw {settings.n} times the same: a baseline that samples needs a temperature above 0 "
             "and more than one candidate"
         )
-    if method.scorer is None and row.scorers:
-        raise UsageError(f"{row.label}: no scorer steers {row.method}; leave it out, or choose a guided method")
-    if row.policy is not None and method.scorer is not None and not row.scorers:
-        raise UsageError(f"{row.label} has a policy of its own and needs a scorer of its own too")
+    if method.scorer is None and run.scorers:
+        raise UsageError(f"{run.label}: {run.method} takes no scorer; leave it out, or choose a guided method")
+    if run.policy is not None and method.scorer is not None and not run.scorers:
+        raise UsageError(f"{run.label} has its own policy and needs its own scorer too")
 
 
-def with_betas(row: MethodRun, factor: float, scorers: Sequence[GuidingScorer]) -> MethodRun:
-    """The row with its scorers' betas (1 where none is given) times a factor."""
+def with_betas(run: MethodRun, factor: float, scorers: Sequence[GuidingScorer]) -> MethodRun:
+    """The run with its scorers' betas (1 where none is given) multiplied by a factor."""
     betas = [factor * float(one.beta) for one in scorers if not isinstance(one.beta, list)] or [factor]
     beta: Beta = betas if len(betas) > 1 else betas[0]
-    return replace(row, beta=beta, label=f"{row.method} β={_show(beta)}")
+    return replace(run, beta=beta, label=f"{run.method} β={_show(beta)}")

@@ -1,4 +1,4 @@
-"""Rows against each other: paired differences with tests, over-optimisation, the strength to use. Pure functions."""
+"""Compares the results of runs: paired tests, over-optimisation, and the strength to use. Pure functions."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rgtg.evaluation.compare.rewards import GOLD, proxy_key
 from rgtg.evaluation.metrics import bootstrap_interval, holm, paired_difference, sign_flip_p_values
 from rgtg.types.comparison import MethodResult, OverOptimisation, PairedDifference, Recommendation
 
@@ -15,7 +16,7 @@ Family = Literal["baseline", "methods"]
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals and tests draw."""
+    """Seed and counts of the bootstrap intervals and permutation tests."""
 
     seed: int = 0
     resamples: int = 1000
@@ -23,58 +24,60 @@ class Resampling:
 
 
 def find_baseline(results: Sequence[MethodResult], label: str | None = None) -> str | None:
-    """Label of the row to compare with: the given one, else the first unguided one, else the first."""
+    """Label of the baseline: the given one, or the first unguided run, or the first run."""
     if label is not None or not results:
         return label
-    plain = [row for row in results if row.method == "policy" and "policy" not in row.settings]
-    return (plain or list(results))[0].label
+    unguided = [result for result in results if result.method == "policy" and "policy" not in result.settings]
+    return (unguided or list(results))[0].label
 
 
 def differences(
     results: Sequence[MethodResult], baseline: str, how: Resampling | None = None
 ) -> list[PairedDifference]:
-    """Every row less the baseline, and the best of each curve less the best of every other.
+    """Every run minus the baseline, and the best run of each curve minus the best of every other curve.
 
-    A prompt is one unit: its seeds are averaged first. p-values are of a sign-flip test, adjusted by Holm within each
-    family and metric. The best of a curve is the recommended row, chosen on these same prompts: for a claim about
-    methods, choose their betas on other prompts.
+    A prompt is one unit: its seeds are averaged first. The p-values are those of a sign-flip test, adjusted by Holm
+    within each family and metric. The best run of a curve is the recommended one. It was chosen on these same prompts:
+    for a claim about methods, choose their betas on other prompts.
     """
     how = how or Resampling()
-    base = next(row for row in results if row.label == baseline)
-    mine = [(row, base) for row in results if row is not base]
+    base = next(result for result in results if result.label == baseline)
+    against_base = [(result, base) for result in results if result is not base]
     found = []
     for metric in _metrics(results):
-        found += _paired_tests(mine, metric, "baseline", how)
-    best = [representative(rows) for rows in curves(results).values()]
-    return found + _paired_tests(list(itertools.combinations(best, 2)), "reward", "methods", how)
+        found += _paired_tests(against_base, metric, "baseline", how)
+    best = [representative(runs) for runs in curves(results).values()]
+    return found + _paired_tests(list(itertools.combinations(best, 2)), GOLD, "methods", how)
 
 
 def over_optimised(results: Sequence[MethodResult], how: Resampling | None = None) -> list[OverOptimisation]:
-    """Rows of a curve where gold is significantly lower than at some lesser strength while a proxy is higher.
+    """Runs of a curve with significantly less gold reward than a run with less strength, while a proxy is higher.
 
     All pairs of a curve are tested (sign flips, Holm over them, α = 0.05), and the proxy's paired interval must lie
-    above 0. Proxies are those that steered; where none of them was scored, all that were.
+    above 0. The proxies are those that steered or, if none of them was scored, all proxies.
     """
     how = how or Resampling()
     found = []
-    for name, rows in curves(results).items():
-        pairs = [(rows[j], rows[i]) for i, j in itertools.combinations(range(len(rows)), 2)]
+    for name, runs in curves(results).items():
+        pairs = [(runs[j], runs[i]) for i, j in itertools.combinations(range(len(runs)), 2)]
+        # 1. For every run, the best run with less strength that has significantly more gold reward.
         fallen: dict[str, tuple[MethodResult, MethodResult, PairedDifference]] = {}
-        for (at, lesser), gold in zip(pairs, _paired_tests(pairs, "reward", "methods", how), strict=True):
-            before = fallen.get(at.label)
-            higher = before is None or before[1].metrics["reward"].mean < lesser.metrics["reward"].mean
+        for (run, weaker), gold in zip(pairs, _paired_tests(pairs, GOLD, "methods", how), strict=True):
+            before = fallen.get(run.label)
+            higher = before is None or before[1].metrics[GOLD].mean < weaker.metrics[GOLD].mean
             if gold.difference.mean < 0 and gold.p_adjusted < SIGNIFICANT and higher:
-                fallen[at.label] = (at, lesser, gold)
-        for at, lesser, gold in fallen.values():
-            for proxy in at.guided_by or list(at.proxy_rewards):
+                fallen[run.label] = (run, weaker, gold)
+        # 2. Of those, the runs with a higher proxy.
+        for run, weaker, gold in fallen.values():
+            for proxy in run.guided_by or list(run.proxy_rewards):
                 rise = paired_difference(
-                    _per_prompt(at.proxy_rewards[proxy]), _per_prompt(lesser.proxy_rewards[proxy]),
+                    _per_prompt(run.proxy_rewards[proxy]), _per_prompt(weaker.proxy_rewards[proxy]),
                     seed=how.seed, resamples=how.resamples,
                 )  # fmt: skip
                 if rise.low > 0:
                     found.append(
                         OverOptimisation(
-                            curve=name, at=at.label, best=lesser.label, proxy=proxy, gold_difference=gold.difference,
+                            curve=name, at=run.label, best=weaker.label, proxy=proxy, gold_difference=gold.difference,
                             proxy_difference=rise, p_adjusted=gold.p_adjusted,
                         )
                     )  # fmt: skip
@@ -82,43 +85,42 @@ def over_optimised(results: Sequence[MethodResult], how: Resampling | None = Non
 
 
 def recommend(results: Sequence[MethodResult]) -> list[Recommendation]:
-    """The row of each curve to use: the least strength within one standard error of the best gold reward.
+    """The run of each curve to use: the least strength within one standard error of the highest gold reward.
 
-    The standard error is that of the paired difference over prompts (the one-standard-error rule, Breiman et al. 1984):
-    less strength means less KL, and a reward that cannot be told from the best.
+    The standard error is that of the paired difference over prompts (the one-standard-error rule, Breiman et al. 1984).
+    Less strength means less KL, at a reward that is not detectably lower.
     """
     return [
-        Recommendation(curve=name, label=row.label, beta=row.beta, n=row.n, reason=reason)
-        for name, rows in curves(results).items()
-        if len(rows) > 1
-        for row, reason in [_least_of_the_best(rows)]
+        Recommendation(curve=name, label=run.label, beta=run.beta, n=run.n, reason=reason)
+        for name, runs in curves(results).items()
+        if len(runs) > 1
+        for run, reason in [_weakest_of_the_best(runs)]
     ]
 
 
-def representative(rows: Sequence[MethodResult]) -> MethodResult:
-    """The recommended row of one curve, or its only one."""
-    return rows[0] if len(rows) == 1 else _least_of_the_best(rows)[0]
+def representative(runs: Sequence[MethodResult]) -> MethodResult:
+    """The recommended run of one curve, or its only one."""
+    return runs[0] if len(runs) == 1 else _weakest_of_the_best(runs)[0]
 
 
 def curves(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
-    """Rows by curve, each in order of strength; only rows that hold single rewards."""
+    """Runs by curve, in order of strength. Results without rewards per prompt (format version 1) are left out."""
     found: dict[str, list[MethodResult]] = {}
-    for row in results:
-        if row.rewards:
-            found.setdefault(row.curve or row.label, []).append(row)
-    return {name: sorted(rows, key=lambda row: row.strength or 0.0) for name, rows in found.items()}
+    for result in results:
+        if result.rewards:
+            found.setdefault(result.curve or result.label, []).append(result)
+    return {name: sorted(runs, key=lambda run: run.strength or 0.0) for name, runs in found.items()}
 
 
-def _least_of_the_best(rows: Sequence[MethodResult]) -> tuple[MethodResult, str]:
-    best = max(rows, key=lambda row: row.metrics["reward"].mean)
-    for row in rows:
-        if row is best:
+def _weakest_of_the_best(runs: Sequence[MethodResult]) -> tuple[MethodResult, str]:
+    best = max(runs, key=lambda run: run.metrics[GOLD].mean)
+    for run in runs:
+        if run is best:
             break
-        less = _paired(row.rewards, best.rewards)
-        mean = sum(less) / len(less)
-        error = _standard_error(less)
+        less = _paired(run.rewards, best.rewards)
+        mean, error = sum(less) / len(less), _standard_error(less)
         if mean >= -error:
-            return row, (
+            return run, (
                 f"the least strength within one standard error ({error:.3g}) of the highest gold reward, {best.label}"
             )
     return best, "the highest gold reward, by more than one standard error over every lesser strength"
@@ -127,29 +129,28 @@ def _least_of_the_best(rows: Sequence[MethodResult]) -> tuple[MethodResult, str]
 def _paired_tests(
     pairs: Sequence[tuple[MethodResult, MethodResult]], metric: str, family: Family, how: Resampling
 ) -> list[PairedDifference]:
-    """First less second of each pair, tested together."""
+    """First minus second of each pair, as one family of tests."""
     if not pairs:
         return []
     values = [_paired(_values(a, metric), _values(b, metric)) for a, b in pairs]
     p_values = sign_flip_p_values(values, seed=how.seed, permutations=how.permutations)
     return [
         PairedDifference(
-            a=a.label, b=b.label, metric=metric, p_value=p, p_adjusted=adjusted,
-            family=family,
-            difference=bootstrap_interval(mine, seed=how.seed, resamples=how.resamples),
+            a=a.label, b=b.label, metric=metric, p_value=p, p_adjusted=adjusted, family=family,
+            difference=bootstrap_interval(less, seed=how.seed, resamples=how.resamples),
         )
-        for (a, b), mine, p, adjusted in zip(pairs, values, p_values, holm(p_values), strict=True)
+        for (a, b), less, p, adjusted in zip(pairs, values, p_values, holm(p_values), strict=True)
     ]  # fmt: skip
 
 
 def _metrics(results: Sequence[MethodResult]) -> list[str]:
-    """Gold, and the proxies that every row has."""
-    shared = [name for name in results[0].proxy_rewards if all(name in row.proxy_rewards for row in results)]
-    return ["reward", *(f"proxy:{name}" for name in shared)]
+    """Gold, and the proxies that every run has."""
+    shared = [name for name in results[0].proxy_rewards if all(name in result.proxy_rewards for result in results)]
+    return [GOLD, *map(proxy_key, shared)]
 
 
-def _values(row: MethodResult, metric: str) -> list[list[float]]:
-    return row.rewards if metric == "reward" else row.proxy_rewards[metric.removeprefix("proxy:")]
+def _values(run: MethodResult, metric: str) -> list[list[float]]:
+    return run.rewards if metric == GOLD else run.proxy_rewards[metric.removeprefix(proxy_key(""))]
 
 
 def _paired(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[float]:
@@ -157,7 +158,7 @@ def _paired(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[
 
 
 def _per_prompt(values: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over seeds of each prompt."""
+    """Mean over the seeds of each prompt."""
     return [math.fsum(column) / len(column) for column in zip(*values, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""A comparison's first completions token by token: what the report shows of single steps."""
+"""Token-by-token traces of a comparison's first completions, for the report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,46 +6,47 @@ from typing import Any
 
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
+from rgtg.evaluation.compare.generate import call_settings
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
 from rgtg.tokenization.token_bytes import TokenBytes
 from rgtg.types.generation import Completion, StepTrace
 
-# Candidates of a step from which it is not kept: a whole vocabulary would swamp the results.
-_MOST = 50
+# Steps with more candidates than this are not kept: a whole vocabulary per step would fill the results file.
+_MOST_CANDIDATES = 50
 _DIGITS = 5
 
 
-def trace_shard(part: Shard, guided: GuidedPolicy, row: MethodRun, prompts: Sequence[str], count: int) -> bool:
-    """Keep the steps of a part's first completions, by making these once more; whether anything changed.
+def trace_shard(shard: Shard, guided: GuidedPolicy, run: MethodRun, prompts: Sequence[str], count: int) -> bool:
+    """Generate a shard's first completions again with a trace of every step; returns whether anything changed.
 
-    A part's time is that of completions without a trace. A completion that comes out as other tokens (which another
-    batch may cause below float32), and a step of too many candidates, gets none.
+    The measured time of a shard is that of completions without a trace. A completion keeps no trace if the second run
+    gives other tokens (another batch size can cause this below float32), or if a step has too many candidates.
     """
-    wanted = [i for i in range(min(count, len(prompts))) if part.completions[i].trace is None]
-    if METHODS[row.method].unit != "token" or not wanted:
+    wanted = [i for i in range(min(count, len(prompts))) if shard.completions[i].trace is None]
+    if METHODS[run.method].unit != "token" or not wanted:
         return False
-    again = guided.generate(
-        [prompts[i] for i in wanted], seed=[part.completions[i].seed for i in wanted], trace=True,
-        **{name: value for name, value in row.given.items() if name not in ("top_k", "n")},
+    traced = guided.generate(
+        [prompts[i] for i in wanted], seed=[shard.completions[i].seed for i in wanted], trace=True,
+        **call_settings(run),
     )  # fmt: skip
-    kept = 0
-    for i, completion in zip(wanted, again, strict=True):
+    changed = False
+    for i, completion in zip(wanted, traced, strict=True):
         steps = completion.trace or []
-        small = all(len(step.candidate_ids) <= _MOST for step in steps)
-        if small and completion.token_ids == part.completions[i].token_ids:
-            part.completions[i].trace = steps
-            kept += 1
-    return kept > 0
+        small = all(len(step.candidate_ids) <= _MOST_CANDIDATES for step in steps)
+        if small and completion.token_ids == shard.completions[i].token_ids:
+            shard.completions[i].trace = steps
+            changed = True
+    return changed
 
 
-def sample_steps(completion: Completion, known: TokenBytes) -> list[dict[str, Any]] | None:
-    """A completion's steps as the renderer reads them: rounded, with the candidates' texts."""
-    return None if completion.trace is None else [_step(step, known) for step in completion.trace]
+def sample_steps(completion: Completion, token_bytes: TokenBytes) -> list[dict[str, Any]] | None:
+    """A completion's steps in the format of the trace viewer: rounded, with the candidates' texts."""
+    return None if completion.trace is None else [_step(step, token_bytes) for step in completion.trace]
 
 
-def rule_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How a row's steps are decided, for recomputing one: its scorers with their betas, and the method's own."""
+def decision_rule(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trace viewer needs to recompute a step: scorers, betas, temperature and the method's rule."""
     row, scorers = METHODS[method], list(settings.get("scorers", []))
     beta = settings["beta"]
     betas = list(beta) if isinstance(beta, list) else [beta] * len(scorers)
@@ -55,10 +56,10 @@ def rule_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _step(step: StepTrace, known: TokenBytes) -> dict[str, Any]:
-    texts = [known.text(i) for i in step.candidate_ids]
-    raw = [known.of(i) for i in step.candidate_ids]
-    plain = all(text.encode() == held for text, held in zip(texts, raw, strict=True))
+def _step(step: StepTrace, token_bytes: TokenBytes) -> dict[str, Any]:
+    texts = [token_bytes.text(i) for i in step.candidate_ids]
+    raw = [token_bytes.of(i) for i in step.candidate_ids]
+    valid_utf8 = all(text.encode() == held for text, held in zip(texts, raw, strict=True))
     each = step.scores_of_each
     return {
         "token_id": step.token_id,
@@ -68,10 +69,10 @@ def _step(step: StepTrace, known: TokenBytes) -> dict[str, Any]:
         "scores_of_each": None if each is None else [_rounded(scores) for scores in each],
         "guided_log_probs": _rounded(step.guided_log_probs),
         "candidate_texts": texts,
-        "candidate_bytes": None if plain else [list(held) for held in raw],
+        "candidate_bytes": None if valid_utf8 else [list(held) for held in raw],
     }
 
 
 def _rounded(values: Sequence[float]) -> list[float | str]:
-    """JSON knows no infinity: an excluded candidate has the text "-Infinity", as in rgtg's files."""
+    """Rounded numbers. JSON has no infinity: the log-probability of an excluded candidate is the text "-Infinity"."""
     return [round(value, _DIGITS) if math.isfinite(value) else "-Infinity" for value in values]
