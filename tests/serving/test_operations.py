@@ -1,4 +1,4 @@
-"""Crowds, clients that leave, and stopping: what was accepted is answered, what was refused is told so."""
+"""Overload, disconnects, deadlines and shutdown of the server."""
 
 import asyncio
 import collections
@@ -26,7 +26,7 @@ SHORT = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}
 
 
 async def ask_raw(url, body):
-    """Send a request, and keep the connection."""
+    """Send a request and keep the connection open."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     data = json.dumps(body).encode()
@@ -37,18 +37,18 @@ async def ask_raw(url, body):
 
 
 async def leave_mid_stream(url, body):
-    """Read the first event of a stream, then close the connection without a word."""
+    """Read the first event of a stream, then close the connection."""
     reader, writer = await ask_raw(url, body)
     await reader.readuntil(b"data: ")
     writer.transport.abort()
 
 
-def test_200_clients_that_leave_mid_stream_leave_nothing_running():
-    async def crowd(url):
+def test_nothing_runs_after_200_clients_disconnect_mid_stream():
+    async def disconnect_all(url):
         await asyncio.gather(*(leave_mid_stream(url, LONG) for _ in range(200)))
 
     with serving(max_queue=200, max_batch=8) as served, on_a_socket(served) as url:
-        asyncio.run(crowd(url))
+        asyncio.run(disconnect_all(url))
         assert served.idle()
         assert "abort" in served.client.get("/metrics").text
         start = time.monotonic()
@@ -56,8 +56,8 @@ def test_200_clients_that_leave_mid_stream_leave_nothing_running():
         assert time.monotonic() - start < 2
 
 
-def test_a_client_that_leaves_frees_its_place_within_a_few_steps():
-    """Streamed or not, and while it waits in the queue."""
+def test_a_disconnect_frees_its_place_within_a_few_steps():
+    """Also for requests that are not streamed or wait in the queue."""
 
     async def scene(served, url, heard):
         _, running = await ask_raw(url, LONG | {"stream": False})
@@ -92,7 +92,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_few_steps():
 
 
 async def storm(url, clients, seconds):
-    """So many clients ask again and again; how often each status came, and refusals without Retry-After."""
+    """Send requests from several clients without pause; count the statuses, and refusals without Retry-After."""
     end = time.monotonic() + seconds
     seen, rude = collections.Counter(), 0
 
@@ -113,14 +113,14 @@ async def storm(url, clients, seconds):
 
 
 def resident():
-    """Bytes of memory that this process holds."""
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def overload(seconds, queue=8):
     with serving(max_queue=queue, max_batch=4) as served, on_a_socket(served) as url:
-        asyncio.run(storm(url, 8 * queue, min(seconds / 3, 10)))  # what is allocated once
+        asyncio.run(storm(url, 8 * queue, min(seconds / 3, 10)))  # warm-up: allocations that happen once
         before = resident()
         seen, rude = asyncio.run(storm(url, 8 * queue, seconds))
         grown = resident() - before
@@ -134,12 +134,12 @@ def overload(seconds, queue=8):
         return seen, grown
 
 
-def test_overload():
+def test_overload_is_answered_with_429():
     overload(2)
 
 
 def slow_down(engine, seconds, hear=lambda event: None):
-    """Every event of the engine takes so long; ``hear`` is told of it first."""
+    """Delay every event of the engine by so many seconds; ``hear`` gets it first."""
     take_in = engine.submit_all
 
     def slowly(listener):
@@ -149,13 +149,13 @@ def slow_down(engine, seconds, hear=lambda event: None):
 
 
 @pytest.mark.slow
-def test_a_minute_of_overload_keeps_memory_flat():
+def test_memory_does_not_grow_in_a_minute_of_overload():
     seen, grown = overload(60)
     print(f"{dict(seen)}, grown by {grown / 2**20:.1f} MiB")
     assert grown < 32 * 2**20
 
 
-def test_deadlines():
+def test_requests_past_their_deadline_fail():
     with serving(request_seconds=0.05, max_batch=1) as served:
         slow_down(served.engine, 0.02)
         answer = served.post("/v1/completions", **LONG | {"stream": False})
@@ -167,8 +167,8 @@ def test_deadlines():
 
 
 @contextlib.contextmanager
-def until_told(served):
-    """A server of its own thread and socket, which is told to stop inside the block and has stopped behind it."""
+def running_server(served):
+    """Run a server in a thread; the block must stop it, and it has stopped when the block ends."""
     with listen(settings(port=0)) as bound:
         config = uvicorn.Config(served.app, log_config=None, ws="none", timeout_graceful_shutdown=FLUSH_SECONDS)
         server = DrainingServer(config, served.state)
@@ -182,9 +182,9 @@ def until_told(served):
 
 
 def drained(served, seconds, body, clients):
-    """Ask with so many clients, signal once all are accepted, and ask once more; all answers, then the late one's."""
+    """Send requests from several clients, then SIGTERM, then more requests; return the answers and the late answers."""
     answers, late = [], []
-    with until_told(served) as (server, bound):
+    with running_server(served) as (server, bound):
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         served.state.settings.drain_seconds = seconds
         asking = [
@@ -194,7 +194,7 @@ def drained(served, seconds, body, clients):
         for each in asking:
             each.start()
         while (now := served.engine.snapshot()).running + now.waiting + len(answers) < clients:
-            time.sleep(0.005)  # some may have been answered before the last is taken in
+            time.sleep(0.005)  # some may be answered before the last is accepted
         server.handle_exit(signal.SIGTERM, None)
         while served.state.status != "draining":
             time.sleep(0.001)
@@ -209,7 +209,7 @@ def drained(served, seconds, body, clients):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_draining_finishes_what_was_accepted(stream):
+def test_draining_finishes_accepted_requests(stream):
     with serving(max_batch=2) as served:
         answers, late = drained(served, 30, LONG | {"stream": stream}, 6)
     assert [answer.status_code for answer in answers] == [200] * 6
@@ -221,7 +221,7 @@ def test_draining_finishes_what_was_accepted(stream):
     assert [answer.status_code for answer in late] == [503, 503, 200]
 
 
-def test_draining_ends_after_its_time():
+def test_draining_stops_at_its_time_limit():
     with serving(max_batch=1, max_queue=10) as served:
         slow_down(served.engine, 0.05)
         start = time.monotonic()
@@ -231,7 +231,7 @@ def test_draining_ends_after_its_time():
     assert {answer.json()["error"]["code"] for answer in answers} == {"not_serving"}
 
 
-def test_a_server_whose_engine_has_failed_says_so(monkeypatch):
+def test_a_failed_engine_is_reported_by_health_checks(monkeypatch):
     with serving() as served:
         assert [served.client.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]
         monkeypatch.setattr(served.engine, "_admit", lambda: 1 / 0)
@@ -241,7 +241,7 @@ def test_a_server_whose_engine_has_failed_says_so(monkeypatch):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_serving")
 
 
-def test_a_path_is_one_word_of_the_log(caplog):
+def test_log_lines_escape_the_path(caplog):
     with serving() as served, caplog.at_level("INFO", "rgtg.serving"):
         served.client.get("/nope%0a2026-01-01 POST /v1/completions 200%1b[31m" + "x" * 500)
     (line,) = [record.getMessage() for record in caplog.records if "nope" in record.getMessage()]
@@ -249,9 +249,9 @@ def test_a_path_is_one_word_of_the_log(caplog):
     assert len(line) < 300
 
 
-def test_a_slow_reader_gets_what_was_made_before_the_end():
-    """A client that stops reading while the server drains: its answer is finished, and still on its way."""
-    with serving() as served, until_told(served) as (server, bound):
+def test_a_slow_reader_gets_its_whole_answer_while_draining():
+    """A client that stops reading while the server drains still gets its whole answer."""
+    with serving() as served, running_server(served) as (server, bound):
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         body = json.dumps({
             "model": "tiny", "prompt": "a", "max_tokens": 40, "n": 4, "stream": True,
@@ -272,7 +272,7 @@ def test_a_slow_reader_gets_what_was_made_before_the_end():
 
 
 class Process:
-    """``rgtg serve`` as people run it."""
+    """``rgtg serve`` in a process of its own."""
 
     def __init__(self, policy, scorer, port=0):
         code = "from rgtg.__main__ import main; main()"
@@ -297,7 +297,7 @@ class Process:
         return self.process.returncode, out, errors
 
 
-def test_a_process_that_is_told_to_stop_loses_nothing(policy_folder, scorer_folder):
+def test_sigterm_finishes_accepted_requests(policy_folder, scorer_folder):
     server = Process(policy_folder, scorer_folder)
     assert server.told == {"url": server.url, "policy": "policy", "scorers": ["kind"]}
     answers = []
@@ -307,7 +307,7 @@ def test_a_process_that_is_told_to_stop_loses_nothing(policy_folder, scorer_fold
     for each in asking:
         each.start()
     while f"prompt_tokens_total {8 * len('Once upon')}.0" not in httpx2.get(f"{server.url}/metrics").text:
-        time.sleep(0.005)  # not all are accepted yet
+        time.sleep(0.005)  # until all are accepted
     code, out, errors = server.end(signal.SIGTERM)
     for each in asking:
         each.join()
@@ -318,7 +318,7 @@ def test_a_process_that_is_told_to_stop_loses_nothing(policy_folder, scorer_fold
 
 
 @pytest.mark.slow
-def test_a_killed_process_serves_again(policy_folder, scorer_folder):
+def test_a_killed_server_can_be_restarted_on_the_same_port(policy_folder, scorer_folder):
     server = Process(policy_folder, scorer_folder)
     before = server.ask(max_tokens=10).json()["choices"][0]["text"]
     assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The playground in headless Chromium: write, look into a step, fork, save, load, export, be refused."""
+"""The playground in headless Chromium: generate, inspect a step, fork, save, load, export, show errors."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def percent(log_prob):
     return "<0.1 %" if 0 < p < 0.0005 else ">99.9 %" if 0.9995 < p < 1 else f"{100 * p:.1f} %"
 
 
-def test_both_texts_stream_side_by_side_and_their_parting_is_marked(page, answers, make):
+def test_both_texts_stream_side_by_side_and_the_first_difference_is_marked(page, answers, make):
     answers.gate = threading.Semaphore(0)
     page.put("#prompt", PROMPT)
     page.one("#run").click()
@@ -130,7 +130,7 @@ def test_both_texts_stream_side_by_side_and_their_parting_is_marked(page, answer
     assert (body["seed"], body["max_tokens"], body["stream"]) == (0, LENGTH, True)
 
 
-def test_a_step_shows_its_candidates_and_the_slider_recomputes_it_here(page, answers, make):
+def test_a_step_shows_its_candidates_and_the_slider_recomputes_it(page, answers, make):
     page.write(PROMPT)
     done, before = expected(make), len(answers.bodies)
     page.token(1, 5).click()
@@ -222,7 +222,7 @@ def test_fork_save_reload_load_and_export(page, answers, make, browser, download
     )
 
 
-def test_colours_say_change_score_or_entropy(page):
+def test_colours_show_change_score_or_entropy(page):
     page.write(PROMPT)
     at = (
         "return [...document.querySelectorAll('.tv-panel:last-child .tv-token')].map((t) => "
@@ -255,7 +255,7 @@ def test_the_unguided_text_gets_its_scores_afterwards(page, answers):
     assert "Guided: from" in label
 
 
-def test_refusals_are_said_at_the_field_or_above_the_texts(page, answers):
+def test_errors_are_shown_at_the_field_or_above_the_texts(page, answers):
     answers.refusals = [
         (429, {"message": "the queue is full", "param": None}, [("Retry-After", "3")]),
         (400, {"message": "beta must be a finite number", "param": "guidance.scorers.kind"}),
@@ -281,7 +281,7 @@ def test_refusals_are_said_at_the_field_or_above_the_texts(page, answers):
     page.complaints()  # the browser logs refused requests as errors of its own
 
 
-def test_a_fork_that_is_refused_leaves_no_branch(page, answers):
+def test_a_refused_fork_leaves_no_branch(page, answers):
     page.write(PROMPT)
     page.token(1, 4).click()
     answers.refusals = [(429, {"message": "the queue is full", "param": None})]
@@ -296,7 +296,7 @@ def test_a_fork_that_is_refused_leaves_no_branch(page, answers):
     page.complaints()  # the browser logs refused requests as errors of its own
 
 
-def test_stop_keeps_what_has_come_and_frees_the_server(page, answers):
+def test_stop_keeps_the_text_so_far_and_closes_the_connection(page, answers):
     answers.gate = threading.Semaphore(4)
     page.put("#prompt", PROMPT)
     page.one("#run").click()
@@ -309,7 +309,7 @@ def test_stop_keeps_what_has_come_and_frees_the_server(page, answers):
     assert len(page.tokens(0)) == 2
 
 
-def test_an_error_in_the_stream_and_an_early_end_are_told(page, answers):
+def test_an_error_in_the_stream_and_an_early_end_are_shown(page, answers):
     first = {"object": "comparison.chunk", "side": "guided", "text": "On", "token_id": 7, "guidance": None}
     answers.broken = [first, {"error": {"message": "the scorer returned NaN", "param": None, "code": None}}]
     page.write(PROMPT)
@@ -318,11 +318,11 @@ def test_an_error_in_the_stream_and_an_early_end_are_told(page, answers):
     assert "On" in page.text(".tv-panel:last-child .tv-strip"), "what has come stays, a trace or not"
     answers.broken = []
     page.write()
-    assert "ended the answer early" in page.text("#banner")
+    assert "closed the stream before its end" in page.text("#banner")
     assert "On" in page.text(".tv-panel:last-child .tv-strip"), "the text before is not lost to a failure"
 
 
-def test_a_key_is_asked_for_sent_and_forgotten_with_the_tab(browser, answers):
+def test_the_api_key_is_requested_sent_and_forgotten_with_the_tab(browser, answers):
     answers.key = "geheim"
     with serve_page(answers) as url:
         page = Page(browser, url)
@@ -361,7 +361,7 @@ def hostile_trace():
     }  # fmt: skip
 
 
-def test_files_of_strangers_give_text_or_a_message_never_a_script(page, browser, downloads, tmp_path):
+def test_untrusted_files_are_shown_as_text_or_refused(page, browser, downloads, tmp_path):
     for content, said in (("{", "not JSON"), ('{"format": "x"}', "no saved trace"), ("[1]", "no saved trace")):
         path = tmp_path / "bad.json"
         path.write_text(content, encoding="utf-8")
@@ -391,7 +391,7 @@ def test_files_of_strangers_give_text_or_a_message_never_a_script(page, browser,
     assert page.js("return document.querySelectorAll('main img, main script:not(.rgtg-trace)').length") == 0
 
 
-def test_everything_by_keyboard(page, answers):
+def test_everything_works_by_keyboard(page, answers):
     from selenium.webdriver.common.keys import Keys
 
     page.one("#prompt").send_keys(PROMPT, Keys.CONTROL, Keys.ENTER)
@@ -416,7 +416,7 @@ def test_everything_by_keyboard(page, answers):
     assert page.browser.switch_to.active_element.get_attribute("aria-level") == "1"
 
 
-def test_nothing_in_the_way_of_screen_readers_and_narrow_screens(page, browser):
+def test_the_page_suits_screen_readers_and_narrow_screens(page, browser):
     from axe_core_python.selenium import Axe
 
     page.write(PROMPT)

@@ -1,4 +1,4 @@
-"""The page's functions that touch no page, by node: its own tests, and the rule against the decoder's."""
+"""The page's pure functions under node: their unit tests, and the guided distribution against the decoder's."""
 
 import json
 import re
@@ -22,7 +22,7 @@ STATIC = Path(__file__).parents[2] / "src/rgtg/serving/static"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The modules and what tests them, where node takes them for modules."""
+    """A folder with the modules and their tests, which node loads as modules."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     made = tmp_path_factory.mktemp("page")
@@ -38,13 +38,13 @@ def node(folder, *arguments, given=None):
     )
 
 
-def test_the_modules_own_tests(folder):
+def test_the_javascript_unit_tests_pass(folder):
     done = node(folder, "--test", "--test-reporter=tap", "unit.test.js")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"^# pass (1[5-9]|[2-9]\d)$", done.stdout, re.MULTILINE), done.stdout[-500:]
 
 
-def test_what_the_report_inlines_is_what_the_page_exports(folder):
+def test_the_report_and_the_export_inline_the_same_script(folder):
     from rgtg.report.trace_viewer import viewer_script
 
     parts = json.loads((STATIC / "viewer.json").read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ CASES = {
 
 
 def traced(method, betas, settings, top_k=6):
-    """Steps of one completion, and the rule that the page is told."""
+    """Steps of one completion, and its decoding rule as the page gets it."""
     scorers = [scorer(i + 1, "cumulative-mse" if method == "rad" else "prefix-bt") for i in range(len(betas))]
     guided = GuidedPolicy(
         Policy(tiny_policy(), tiny_tokenizer()), scorers or None, method=method, top_k=top_k,
@@ -93,7 +93,7 @@ def traced(method, betas, settings, top_k=6):
 
 
 def recomputed(folder, steps, rules):
-    """What the page makes of steps."""
+    """The page's results for steps."""
     read = [json.loads(step.model_dump_json()) for step in steps]
     pairs = [{"step": step, "rule": rule} for step, rule in zip(read, rules, strict=True)]
     answered = node(folder, "recompute.js", given=json.dumps(pairs))
@@ -101,7 +101,7 @@ def recomputed(folder, steps, rules):
     return json.loads(answered.stdout)
 
 
-def test_a_step_recomputed_in_the_page_is_the_decoders(folder):
+def test_a_recomputed_step_equals_the_decoders_step(folder):
     made = {name: traced(*case) for name, case in CASES.items()}
     steps = [step for trace, _ in made.values() for step in trace]
     names = [name for name in made for _ in range(12)]
@@ -113,7 +113,7 @@ def test_a_step_recomputed_in_the_page_is_the_decoders(folder):
     assert any(-torch.inf in step.policy_log_probs for step in made["nucleus"][0])
 
 
-def test_another_beta_in_the_page_is_the_rule_at_that_beta(folder):
+def test_a_step_at_another_beta_equals_guided_log_probs(folder):
     steps, rule = traced("pargs", [2.0], {"temperature": 0.7})
     found = recomputed(folder, steps, [rule | {"betas": [0.3]}] * len(steps))
     for one, step in zip(found, steps, strict=True):
@@ -123,8 +123,8 @@ def test_another_beta_in_the_page_is_the_rule_at_that_beta(folder):
     assert not all(one["agrees"] for one in found)
 
 
-def test_texts_only_ever_become_text():
-    """No way from a text to markup or code in any module, and nothing inline that a strict policy would refuse."""
+def test_no_module_creates_markup_or_code_from_text():
+    """No module turns text into markup or code, and the page has nothing inline that its CSP forbids."""
     markup = re.compile(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|\beval\(|new Function"
     )
@@ -134,7 +134,7 @@ def test_texts_only_ever_become_text():
     assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|https?://", page)
 
 
-def test_every_module_is_named_and_short_and_their_names_do_not_collide():
+def test_modules_of_the_bundle_are_ordered_and_share_no_names():
     parts = json.loads((STATIC / "viewer.json").read_text(encoding="utf-8"))
     seen = {}
     for name in parts["scripts"]:

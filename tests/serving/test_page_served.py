@@ -1,4 +1,4 @@
-"""The playground on the real server: what it shows is what GuidedPolicy gives, for every kind of method."""
+"""The playground on the real server shows what GuidedPolicy generates, for every kind of method."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def shown(page, panel):
     return "".join(page.js(code, panel))
 
 
-def test_write_look_and_fork_on_the_real_server(page, served):
+def test_generate_inspect_and_fork_on_the_real_server(page, served):
     page.put("#beta-kind", "2")
     page.write(PROMPT)
     alone, guided = expected(served, "policy", ()), expected(served, "pargs", ("kind",), beta=2.0)
@@ -85,7 +85,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:rad cuts scores")
-def test_every_kind_of_method_is_shown_as_it_was_decided(page, served, method):
+def test_every_kind_of_method_is_shown(page, served, method):
     page.js(
         "const m = document.querySelector('#method'); m.value = arguments[0]; "
         "m.dispatchEvent(new Event('change', {bubbles: true}))", method,
@@ -123,7 +123,7 @@ def test_chats_and_stop_texts(page, served):
     assert len(page.all('[role="treeitem"]')) == 3
 
 
-def test_a_refusal_of_the_server_is_shown_at_its_field(page):
+def test_a_server_error_is_shown_at_its_field(page):
     page.put("#max_tokens", "120")  # with the prompt, over the context of 128 tokens
     page.write(PROMPT)
     assert "context" in page.text("#banner")
@@ -132,7 +132,7 @@ def test_a_refusal_of_the_server_is_shown_at_its_field(page):
     page.complaints()  # the browser logs a refused request as an error of its own
 
 
-def test_a_policy_alone_is_written_too(browser):
+def test_a_policy_without_scorers_is_shown(browser):
     with serving(ServedModels(tiny_models().policy, {}, "tiny")) as alone, on_a_socket(alone) as url:
         page = Page(browser, url)
         page.ready()

@@ -1,4 +1,4 @@
-"""Scores, comparisons, tokens and what the server says of itself."""
+"""Scores, comparisons, tokenization, and the endpoints that describe the server."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def served():
 
 @pytest.mark.parametrize("kind", list(kinds()[1]))
 @pytest.mark.parametrize("finished", [True, False])
-def test_scores_are_those_of_the_definition(kind, finished):
+def test_scores_equal_their_definition(kind, finished):
     policy, scorers = kinds()
     scorer, by_definition = scorers[kind]
     with serving(ServedModels(policy, {"it": scorer}, "tiny")) as served:
@@ -89,7 +89,7 @@ def sides(served, guidance, **settings):
 @pytest.mark.parametrize(
     "guidance", [{"scorers": ["kind"], "beta": 3.0, "top_k": 6}, {"method": "best-of-n", "scorers": ["kind"], "n": 3}]
 )
-def test_comparisons_are_of_one_seed(served, guidance):
+def test_both_sides_of_a_comparison_use_the_same_seed(served, guidance):
     unguided, guided = sides(served, guidance)
     asked = {"prompt": PROMPT, "guidance": guidance, "seed": 4, "max_tokens": 10}
     told = served.post("/v1/compare", **asked).json()
@@ -127,7 +127,7 @@ def test_comparisons_of_chats_and_of_tokens(served):
     assert one["guided"]["text"] == other["guided"]["text"]
 
 
-def test_a_comparison_of_nothing_different(served):
+def test_a_comparison_with_beta_0_has_no_divergence(served):
     guidance = {"scorers": {"kind": 0.0}}
     told = served.post("/v1/compare", prompt=PROMPT, guidance=guidance, seed=1, max_tokens=4).json()
     assert told["first_divergence"] is None
@@ -136,7 +136,7 @@ def test_a_comparison_of_nothing_different(served):
 # Tokens
 
 
-def test_tokens_and_back(served):
+def test_tokenize_and_detokenize_round_trip(served):
     told = served.post("/tokenize", prompt="Hi you").json()
     assert told["count"] == len(told["tokens"]) == 6
     assert "".join(told["token_strs"]) == "Hi you"
@@ -150,7 +150,7 @@ def test_tokens_and_back(served):
     assert served.post("/tokenize", prompt="").json()["tokens"] == []
 
 
-def test_special_tokens():
+def test_tokenize_adds_special_tokens_on_request():
     tokenizer = tokenizer_of("byte-level-bos")
     from helpers.other_tokenizers import policy_with
 
@@ -161,10 +161,10 @@ def test_special_tokens():
     assert with_them["token_strs"][0] == "<s>"
 
 
-# About
+# Description of the server
 
 
-def test_what_can_be_asked_for(served):
+def test_guidance_endpoint_lists_scorers_methods_and_limits(served):
     told = served.client.get("/v1/guidance").json()
     assert [scorer["name"] for scorer in told["scorers"]] == ["kind", "brief"]
     assert told["scorers"][0] == {"name": "kind", "objective": "prefix-bt", "kind": "prefix", "max_length": 128}

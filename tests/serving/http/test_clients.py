@@ -1,4 +1,4 @@
-"""The official SDK and curl against the server: what it gives equals GuidedPolicy, streamed or not."""
+"""OpenAI's SDK and curl against the server: answers equal those of GuidedPolicy, streamed or not."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from helpers.served import close, events_of, on_a_socket, serving
 from rgtg.decoding.guided_policy import GuidedPolicy
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi there"}]
-# What a client sends, and what the same is in Python.
+# The field ``guidance``, and the same settings in Python.
 GUIDED = [
     ({}, ("policy", (), {})),
     ({"scorers": ["kind"], "beta": 2.0}, ("pargs", ("kind",), {"beta": 2.0})),
@@ -41,7 +41,7 @@ def expected(served, how, prompt, n=1, **settings):
 
 
 @pytest.mark.parametrize(("guidance", "how"), GUIDED)
-def test_equals_guided_policy_streamed_or_not(served, guidance, how):
+def test_completions_equal_guided_policy_streamed_or_not(served, guidance, how):
     (done,) = expected(served, how, "Once upon")
     asked = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12, "seed": 11}
     whole = served.openai.completions.create(**asked, extra_body={"guidance": guidance})
@@ -123,7 +123,7 @@ def test_logprobs_are_of_the_guided_distribution(served):
     assert [token.logprob for token in told] == pytest.approx([token.logprob for token in content], abs=1e-4)
 
 
-def test_legacy_logprobs(served):
+def test_logprobs_of_completions(served):
     asked = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12, "seed": 11, "logprobs": 2}
     (done,) = expected(served, ("policy", (), {}), "Once upon")
     logprobs = served.openai.completions.create(**asked).choices[0].logprobs
@@ -136,7 +136,7 @@ def test_legacy_logprobs(served):
         assert close([one for part in chunks if part for one in getattr(part, name)], getattr(logprobs, name))
 
 
-def test_greedy_logprobs_can_be_sent(served):
+def test_logprobs_of_greedy_decoding(served):
     asked = {"model": "tiny+kind", "prompt": "Once upon", "max_tokens": 4, "temperature": 0}
     made = served.post("/v1/completions", **asked, logprobs=3, guidance={"trace": True}).json()["choices"][0]
     assert made["logprobs"]["token_logprobs"] == [0.0] * 4
@@ -146,7 +146,7 @@ def test_greedy_logprobs_can_be_sent(served):
 
 
 @pytest.mark.parametrize("method", ["pargs", "best-of-n"])
-def test_traces_say_how_it_came_about(served, method):
+def test_traces_equal_those_of_guided_policy(served, method):
     guidance = {"method": method, "scorers": ["kind"], "trace": True}
     if method == "best-of-n":
         guidance["n"] = 2
@@ -173,7 +173,7 @@ def test_traces_say_how_it_came_about(served, method):
     assert close(parts[-1] | read_before, told | read_before)
 
 
-def test_the_name_of_a_model_can_guide(served):
+def test_a_model_name_selects_a_scorer(served):
     asked = {"prompt": "Once upon", "max_tokens": 12, "seed": 11}
     (guided,) = expected(served, ("pargs", ("brief",), {}), "Once upon")
     (alone,) = expected(served, ("policy", (), {}), "Once upon")
@@ -191,7 +191,7 @@ def test_the_name_of_a_model_can_guide(served):
     assert not hasattr(plain, "guidance")
 
 
-def test_without_a_seed_two_answers_differ_and_can_be_repeated(served):
+def test_a_random_seed_is_returned_and_reproduces_the_answer(served):
     asked = {"model": "tiny", "prompt": "Once upon", "max_tokens": 20, "guidance": {}}
     one, other = (served.post("/v1/completions", **asked).json()["choices"][0] for _ in range(2))
     assert one["text"] != other["text"]
@@ -199,7 +199,7 @@ def test_without_a_seed_two_answers_differ_and_can_be_repeated(served):
     assert again["text"] == one["text"]
 
 
-def test_a_server_with_a_seed_repeats_itself():
+def test_a_server_with_a_seed_is_reproducible():
     asked = {"model": "tiny", "prompt": "Once upon", "max_tokens": 8}
     texts = []
     for _ in range(2):
@@ -209,7 +209,7 @@ def test_a_server_with_a_seed_repeats_itself():
     assert len(set(texts[0])) == 3
 
 
-def test_without_max_tokens_there_is_a_default_that_fits(served):
+def test_the_default_of_max_tokens_fits_the_context(served):
     made = served.openai.completions.create(model="tiny", prompt="Once", seed=1, logprobs=0)
     assert len(made.choices[0].logprobs.tokens) == 16
     long = [{"role": "user", "content": "x" * 90}]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness against the server, where it is installed (.ci/run installs it; it is not in the dev extra)."""
+"""lm-evaluation-harness against the server, if it is installed (.ci/run installs it; the dev extra does not)."""
 
 import json
 import warnings
@@ -22,8 +22,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
-def test_a_tiny_task(tmp_path, monkeypatch):
-    """Two of four answers are what the guided policy says, the others are not: the harness finds one half."""
+def test_lm_eval_scores_a_tiny_task(tmp_path, monkeypatch):
+    """Two of four answers equal the guided policy's, so exact_match is one half."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Who may call: the key, the host name, other origins, and what answers without any of them."""
+"""Access control (API key, host names, CORS), static files, logs, metrics and settings."""
 
 import logging
 
@@ -33,7 +33,7 @@ CLOSED = [
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_answers_without_a_key(locked, path):
+def test_open_paths_need_no_key(locked, path):
     assert locked.client.get(path).status_code == 200
 
 
@@ -42,7 +42,7 @@ def test_answers_without_a_key(locked, path):
     "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}, {"Authorization": "Basic sesame"},
                 {"Authorization": "Bearer \xe9"}, {"X-Api-Key": "sesame"}]
 )  # fmt: skip
-def test_nothing_else_answers_without_the_key(locked, method, path, headers):
+def test_all_other_paths_need_the_key(locked, method, path, headers):
     raw = {name: value.encode("latin-1") for name, value in headers.items()}
     answer = locked.client.request(method, path, headers=raw)
     assert answer.status_code == 401
@@ -52,12 +52,12 @@ def test_nothing_else_answers_without_the_key(locked, method, path, headers):
     assert "sesame" not in answer.text
 
 
-def test_the_key_opens(locked):
+def test_requests_with_the_key_are_answered(locked):
     assert locked.client.post("/v1/completions", json=BODY, headers=KEY).status_code == 200
     assert locked.client.get("/v1/models", headers={"Authorization": "bearer sesame"}).status_code == 200
 
 
-def test_pages_of_other_sites(locked):
+def test_cors_allows_configured_origins_only(locked):
     asks = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     allowed = locked.client.options("/v1/completions", headers=asks)
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
@@ -68,7 +68,7 @@ def test_pages_of_other_sites(locked):
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_without_a_key_only_names_of_this_machine_are_served():
+def test_without_a_key_only_local_host_names_are_served():
     with serving() as served:
         for host in ("evil.example", "evil.example:8000", "", "localhost.evil.example"):
             answer = served.client.get("/v1/models", headers={"Host": host})
@@ -79,7 +79,7 @@ def test_without_a_key_only_names_of_this_machine_are_served():
         assert served.client.get("/v1/models", headers=KEY | {"Host": "any.example"}).status_code == 200
 
 
-def test_static_files_are_those_of_the_page(locked):
+def test_only_files_of_the_page_are_served(locked):
     for path in (
         "/static/../server.py", "/static/%2e%2e/server.py", "/static/..%2fserver.py", "/static//etc/passwd",
         "/static/%2fetc/passwd", "/static/..\\server.py", "/static/%00", "/static/", "/static/nothing.js",
@@ -98,7 +98,7 @@ def test_static_files_are_those_of_the_page(locked):
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_request_ids():
+def test_request_ids_are_kept_or_created():
     with serving() as served:
         mine = served.client.get("/livez", headers={"x-request-id": "mine-1"})
         assert mine.headers["x-request-id"] == "mine-1"
@@ -107,7 +107,7 @@ def test_request_ids():
             assert given.startswith("req-")
 
 
-def test_failures_of_our_own_say_nothing_of_the_inside(caplog, monkeypatch):
+def test_internal_errors_reveal_nothing_to_the_client(caplog, monkeypatch):
     with serving() as served:
 
         def fail(_):
@@ -132,7 +132,7 @@ def test_prompts_and_users_are_not_logged(caplog):
         assert "somebody" not in caplog.text
 
 
-def test_before_the_models_are_there():
+def test_requests_get_503_while_the_models_load():
     state = ServerState(settings())
     client = TestClient(create_app(state))
     assert client.get("/livez").status_code == 200
@@ -167,7 +167,7 @@ def test_metrics():
 # Settings
 
 
-def test_settings_come_from_the_environment_below_flags(monkeypatch):
+def test_flags_override_the_environment(monkeypatch):
     monkeypatch.setenv("RGTG_SCORER", "kind=/a, brief=/b")
     monkeypatch.setenv("RGTG_API_KEY", "sesame")
     monkeypatch.setenv("RGTG_PORT", "9000")
@@ -194,7 +194,7 @@ def test_settings_come_from_the_environment_below_flags(monkeypatch):
         ({"policy": "p", "port": 70000}, "port = 70000"),
     ],
 )
-def test_settings_that_cannot_be(given, says):
+def test_invalid_settings_are_refused(given, says):
     with pytest.raises(UsageError, match=says) as refused:
         ServeSettings.resolve(None, None, given)
     assert isinstance(refused.value.__cause__, ValidationError)
@@ -210,5 +210,5 @@ def test_settings_that_cannot_be(given, says):
         {"host": "0.0.0.0", "api_key": "k"},
     ],
 )
-def test_addresses_that_are_allowed(given):
+def test_valid_addresses_are_accepted(given):
     ServeSettings.resolve(None, None, {"policy": "p", **given})

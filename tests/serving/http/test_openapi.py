@@ -1,4 +1,4 @@
-"""The OpenAPI document against the server: generated requests, good and bad, and bodies that are no requests at all."""
+"""The server against its OpenAPI document: generated valid and invalid requests, and malformed bodies."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from helpers.served import serving
 
-# A body that follows the document can still be refused: by name (no such model), by length, or for fields at odds.
+# A valid body can still be refused: for an unknown model, its length, or fields that exclude each other.
 LEFT_OUT = [positive_data_acceptance]
 
 
@@ -30,8 +30,8 @@ def operations():
         return sorted(f"{found.ok().method.upper()} {found.ok().path}" for found in schema.get_all_operations())
 
 
-def mended(path, body):
-    """A generated body with names that are there and fields that agree, so that most reach the engine."""
+def repaired(path, body):
+    """A generated body with existing names and consistent fields, so that most bodies reach the engine."""
     told = {"model": "kind" if path == "/v1/score" else "tiny+kind"} if "model" in body else {}
     told |= {"max_tokens": 3} if "max_tokens" in body or path == "/v1/compare" else {}
     if isinstance(body.get("guidance"), dict):
@@ -47,7 +47,7 @@ def mended(path, body):
 
 
 def exercise(served, label, examples):
-    """Every check of schemathesis on so many good and bad requests to one operation; the statuses that came."""
+    """Run schemathesis' checks on valid and invalid requests to one operation; return the statuses."""
     method, path = label.split(" ")
     operation = schemathesis.openapi.from_asgi("/openapi.json", served.app)[path][method]
     statuses = set()
@@ -60,7 +60,7 @@ def exercise(served, label, examples):
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
     def good(case):
         if isinstance(case.body, dict):
-            case.body = mended(path, case.body)
+            case.body = repaired(path, case.body)
         statuses.add(case.call_and_validate(excluded_checks=LEFT_OUT).status_code)
 
     @many
@@ -87,7 +87,7 @@ def test_many_generated_requests(served, label):
     assert max(exercise(served, label, 400)) < 500
 
 
-# Bodies that are no requests: good ones with one thing wrong, and bytes
+# Malformed bodies: valid ones with one error, and arbitrary bytes
 
 GOOD = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
@@ -107,18 +107,18 @@ ODD = [
 
 
 def malformed(draw):
-    """A path and a body that is not a request, or only nearly one."""
+    """A path and a malformed body."""
     path = draw.choice(list(GOOD))
     body = json.loads(json.dumps(GOOD[path]))
     at = body
     while isinstance(at, dict) and draw.random() < 0.4 and any(isinstance(v, dict) for v in at.values()):
         at = next(v for v in at.values() if isinstance(v, dict))
     kind = draw.randrange(6)
-    if kind == 0:  # a field of the wrong kind
+    if kind == 0:  # a field of the wrong type
         at[draw.choice(list(at))] = draw.choice(ODD)
-    elif kind == 1:  # a field that is not known
+    elif kind == 1:  # an unknown field
         at["".join(draw.choices("abcXYZ_. 0é", k=draw.randrange(12)))] = draw.choice(ODD)
-    elif kind == 2:  # one missing
+    elif kind == 2:  # a missing field
         del at[draw.choice(list(at))]
     text = json.dumps(draw.choice(ODD) if kind == 3 else body).encode()
     if kind == 4:  # cut off
@@ -138,7 +138,7 @@ def test_malformed_bodies_are_refused_in_openais_shape(served):
 
 
 async def refusals(served, wanted):
-    """Send malformed bodies until so many are refused; how many were sent."""
+    """Send malformed bodies until ``wanted`` are refused; return how many were sent."""
     draw, refused, sent = random.Random(0), 0, 0
     transport = httpx2.ASGITransport(served.app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://testserver") as client:
@@ -147,7 +147,7 @@ async def refusals(served, wanted):
             sent += 1
             answer = await client.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code < 500, (path, body)
-            if answer.status_code != 200:  # else the change was none that matters
+            if answer.status_code != 200:  # else the change had no effect
                 error = answer.json()["error"]
                 assert set(error) == {"message", "type", "param", "code", "request_id"}, (path, body)
                 assert error["type"] == "invalid_request_error"

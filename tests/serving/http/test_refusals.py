@@ -1,4 +1,4 @@
-"""What is not done is refused with its parameter, in OpenAI's shape; every limit holds."""
+"""Errors: unsupported and invalid parameters, bodies and limits, in OpenAI's format."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def served():
 
 
 def refused(answer, status=400, param=None, code=None, says=""):
-    """An error in OpenAI's shape, without a path of this machine."""
+    """Assert an error in OpenAI's format that reveals no path of this machine."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code", "request_id"}
@@ -32,23 +32,23 @@ def refused(answer, status=400, param=None, code=None, says=""):
     assert "Traceback" not in answer.text
 
 
-NOT_DONE = {
+UNSUPPORTED = {
     "audio": {}, "frequency_penalty": 0.5, "function_call": "auto", "functions": [{"name": "f"}],
     "logit_bias": {"5": 1}, "metadata": {"a": "b"}, "modalities": ["audio"], "parallel_tool_calls": True,
     "prediction": {"type": "content"}, "presence_penalty": -1, "prompt_cache_key": "k", "reasoning_effort": "low",
     "response_format": {"type": "json_object"}, "safety_identifier": "x", "service_tier": "flex", "store": True,
     "tool_choice": "auto", "tools": [{"type": "function"}], "verbosity": "low", "web_search_options": {},
 }  # fmt: skip
-NEUTRAL = {
+WITHOUT_EFFECT = {
     "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"},
     "store": False, "tools": [], "tool_choice": "none", "metadata": None, "modalities": ["text"],
     "service_tier": "auto",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NOT_DONE)
-def test_parameters_of_chats_that_are_not_done(served, name):
-    answer = served.post("/v1/chat/completions", **CHAT, **{name: NOT_DONE[name]})
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_chat_parameters_are_refused(served, name):
+    answer = served.post("/v1/chat/completions", **CHAT, **{name: UNSUPPORTED[name]})
     refused(answer, param=name, code="unsupported_parameter", says="not supported")
 
 
@@ -56,14 +56,14 @@ def test_parameters_of_chats_that_are_not_done(served, name):
     ("name", "value"),
     [("best_of", 2), ("echo", True), ("suffix", "end"), ("logit_bias", {"1": 2}), ("presence_penalty", 1)],
 )
-def test_parameters_of_completions_that_are_not_done(served, name, value):
+def test_unsupported_completion_parameters_are_refused(served, name, value):
     refused(served.post("/v1/completions", **TEXT, **{name: value}), param=name, code="unsupported_parameter")
 
 
-def test_values_that_ask_for_nothing_are_taken(served):
-    assert served.post("/v1/chat/completions", **CHAT, **NEUTRAL).status_code == 200
-    neutral = {"best_of": 1, "echo": False, "suffix": None, "presence_penalty": 0}
-    assert served.post("/v1/completions", **TEXT, **neutral).status_code == 200
+def test_values_without_effect_are_accepted(served):
+    assert served.post("/v1/chat/completions", **CHAT, **WITHOUT_EFFECT).status_code == 200
+    without_effect = {"best_of": 1, "echo": False, "suffix": None, "presence_penalty": 0}
+    assert served.post("/v1/completions", **TEXT, **without_effect).status_code == 200
 
 
 WRONG = [
@@ -139,7 +139,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "body", "param"), WRONG)
-def test_wrong_requests_name_what_is_wrong(served, path, body, param):
+def test_errors_name_the_parameter(served, path, body, param):
     refused(served.post(path, **body), param=param)
 
 
@@ -172,33 +172,33 @@ SAID = [
 
 
 @pytest.mark.parametrize(("body", "param", "says"), SAID)
-def test_refusals_speak_of_what_the_client_wrote(served, body, param, says):
+def test_error_messages_use_the_requests_field_names(served, body, param, says):
     answer = served.post("/v1/completions", **TEXT | body)
     refused(answer, param=param, says=says)
     assert "max_new_tokens" not in answer.text
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_refusals_of_lengths_speak_of_the_name_that_was_used(served, name):
+def test_length_errors_use_the_field_that_the_request_used(served, name):
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 90}]}
     answer = served.post("/v1/chat/completions", **chat, **{name: 50})
     refused(answer, param="messages", code="context_length_exceeded", says=f"lower {name}")
     refused(served.post("/v1/chat/completions", **chat, **{name: 51}), param=name, says=f"{name}: ")
 
 
-def test_a_comparison_that_is_too_wide_speaks_of_its_draws(served):
+def test_a_comparison_with_too_many_draws_is_refused(served):
     asked = {"prompt": "Hi", "max_tokens": 2, "guidance": BEST | {"n": 4}}
     refused(served.post("/v1/compare", **asked), param="guidance.n", says="guidance.n: 5 completions at once")
     assert served.post("/v1/compare", **asked | {"guidance": BEST | {"n": 3}}).status_code == 200
 
 
-def test_more_prompts_than_there_is_ever_room_for_speak_of_the_prompt():
+def test_more_prompts_than_queue_and_batch_are_refused():
     with serving(max_batch=1, max_queue=1, max_prompts=9) as served:
         answer = served.post("/v1/completions", **TEXT | {"prompt": ["a"] * 3})
     refused(answer, param="prompt", says="3 prompts in one request; this server takes at most 2")
 
 
-def test_hints(served):
+def test_errors_suggest_what_was_meant(served):
     refused(served.post("/v1/completions", **TEXT, top_k=5), param="top_k", says="did you mean guidance.top_k?")
     answer = served.post("/v1/completions", **TEXT | {"model": "gpt"})
     refused(answer, 404, "model", "model_not_found", "tiny, tiny+kind, tiny+brief")
@@ -206,7 +206,7 @@ def test_hints(served):
     refused(served.post("/v1/score", model="x", prompt="a", completion="b"), 404, "model")
 
 
-def test_prompts_that_do_not_fit(served):
+def test_prompts_longer_than_the_context_are_refused(served):
     for body in (TEXT | {"prompt": "x" * 127}, TEXT | {"prompt": "x" * 500}):
         refused(served.post("/v1/completions", **body), param="prompt", code="context_length_exceeded", says="context")
     long = [{"role": "user", "content": "x" * 120}]
@@ -214,7 +214,7 @@ def test_prompts_that_do_not_fit(served):
     refused(answer, param="messages", code="context_length_exceeded")
 
 
-def test_what_the_chat_template_refuses():
+def test_chat_template_errors_are_reported():
     plain = ServedModels(Policy(tiny_policy(), tiny_tokenizer()), {}, "tiny")
     with serving(plain) as served:
         refused(served.post("/v1/chat/completions", **CHAT), param="messages", says="no chat template")
@@ -232,12 +232,12 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("body", "code"), BODIES)
-def test_bodies_that_are_no_request(served, body, code):
+def test_invalid_bodies_are_refused(served, body, code):
     answer = served.client.post("/v1/completions", content=body[:7000], headers={"content-type": "application/json"})
     refused(answer, code=code)
 
 
-def test_only_what_is_called_json_is_read(served):
+def test_other_content_types_are_refused(served):
     body = b'{"model": "tiny", "prompt": "Hi", "max_tokens": 1}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data; boundary=x"):
         answer = served.client.post("/v1/completions", content=body, headers={"content-type": kind})
@@ -246,14 +246,14 @@ def test_only_what_is_called_json_is_read(served):
     assert served.client.post("/v1/completions", content=body, headers=kind).status_code == 200
 
 
-def test_paths_and_methods_that_are_not_there(served):
+def test_unknown_paths_and_methods(served):
     refused(served.client.get("/nowhere"), 404)
     answer = served.client.get("/v1/completions")
     refused(answer, 405)
     assert answer.headers["allow"] == "POST"
 
 
-def test_large_bodies(served):
+def test_large_bodies_are_refused(served):
     many = b'{"model": "' + b"x" * 9000 + b'"}'
     kind = {"content-type": "application/json"}
     refused(served.client.post("/v1/completions", content=many, headers=kind), 413, code="body_too_large")
@@ -270,7 +270,7 @@ def broken(nan=True):
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained on an unknown objective")
-def test_a_scorer_that_returns_nan_fails_that_request_alone():
+def test_nan_fails_only_its_request():
     models = ServedModels(
         Policy(tiny_policy(), tiny_tokenizer()), {"broken": broken(), "fine": broken(nan=False)}, "tiny"
     )
@@ -293,7 +293,7 @@ def test_a_scorer_that_returns_nan_fails_that_request_alone():
 
 @pytest.mark.parametrize("number", [0, 2**31, 10**30, 10**4000])
 @pytest.mark.parametrize("where", ["n", "max_tokens", "guidance.n", "guidance.top_k", "guidance.segment_length"])
-def test_numbers_without_measure_are_refused(where, number):
+def test_out_of_range_numbers_are_refused(where, number):
     outer, _, inner = where.partition(".")
     body = {"model": "tiny", "prompt": "a", outer: {inner: number} if inner else number}
     with serving() as served:

@@ -1,7 +1,7 @@
-// Reads [{step, rule}] and writes what the page makes of each: its guided log-probabilities, and whether they are the stored ones.
+// Reads [{step, rule}] and writes the guided log-probabilities that the page computes, and whether they equal the stored ones.
 import { readFileSync } from "node:fs";
 
-import { agrees, guidedLogProbs } from "./rule.js";
+import { agrees, guidedLogProbs } from "./guidance.js";
 import { readStep } from "./trace.js";
 
 const cases = JSON.parse(readFileSync(0, "utf8")).map(({ step, rule }) => ({ step: readStep(step), rule }));

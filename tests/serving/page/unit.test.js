@@ -1,9 +1,9 @@
-// The page's pure functions, by node: `node --test` in a folder that holds copies of src/rgtg/serving/static/*.js.
+// Unit tests of the page's pure functions: `node --test` in a folder with copies of src/rgtg/serving/static/*.js.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { bundle, standalonePage } from "./files.js";
-import { agrees, candidateRows, change, chosenIndex, entropy, firstDivergence, guidedLogProbs, logSumExp, ranks, steering } from "./rule.js";
+import { agrees, candidateRows, change, chosenIndex, entropy, firstDivergence, guidedLogProbs, logSumExp, ranks, steering } from "./guidance.js";
 import { place, range, ticks, valueOf } from "./scale.js";
 import { EventParser } from "./sse.js";
 import { number, percent, pieces, signed, spoken, TokenReader } from "./text.js";
@@ -27,7 +27,7 @@ function file(more = {}) {
     request: { seed: 3, max_tokens: 8, stop: ["x"], guidance: { method: "pargs", top_k: null, scorers: { s: 2 } } }, branches: [branch()], ...more };
 }
 
-test("the hand-worked example of rgtg.decoding.rules: π = ½, ½, scores 0, 1, β = 1", () => {
+test("guidedLogProbs equals the hand-worked example of rgtg.decoding.sampling: π = ½, ½, scores 0, 1, β = 1", () => {
   const [a, b] = guidedLogProbs(step(), rule()).map(Math.exp);
   near(a, 0.2689414, 1e-6);
   near(b, 0.7310586, 1e-6);
@@ -42,20 +42,20 @@ test("temperature divides the sum; 0 and greedy take the first maximum", () => {
   assert.deepEqual(guidedLogProbs(step({ scores: [0, 0] }), rule({ greedy: true })), [0, -Infinity]);
 });
 
-test("huge strengths and tiny temperatures give numbers, and excluded candidates stay out", () => {
+test("huge strengths and tiny temperatures give finite numbers, and excluded candidates stay excluded", () => {
   const excluded = step({ policy_log_probs: [0, -Infinity], scores: [0, 1e30] });
   assert.deepEqual(guidedLogProbs(excluded, rule({ betas: [1e300] })), [0, -Infinity]);
   assert.ok(guidedLogProbs(step(), rule({ temperature: 1e-300 })).every((value) => !Number.isNaN(value)));
 });
 
-test("scores are cut to [0, 1] for RAD; several scorers have one beta each; nothing is added where nothing steered", () => {
+test("RAD clips scores to [0, 1]; several scorers have one beta each; unguided steps add nothing", () => {
   assert.deepEqual(steering(step({ scores: [-3, 4] }), rule({ betas: [2], clip: true })), [0, 2]);
   assert.deepEqual(steering(step({ scores: [3, -1], scores_of_each: [[1, 0], [1, -1]] }), rule({ scorers: ["a", "b"], betas: [2, 1] })), [3, -1]);
   assert.equal(steering(step({ scores: null }), rule()), null);
   near(logSumExp(guidedLogProbs(step({ scores: null }), rule())), 0);
 });
 
-test("change is what steering did: 0 at β = 0 however many candidates were cut", () => {
+test("change is 0 at β = 0, however many candidates there are", () => {
   const cut = step({ policy_log_probs: [Math.log(0.1), Math.log(0.1)], scores: [0, 1], guided_log_probs: [Math.log(0.5), Math.log(0.5)] });
   near(change(cut), 0);
   near(change(step()), Math.log(0.7310586 / 0.5), 1e-6);
@@ -64,14 +64,14 @@ test("change is what steering did: 0 at β = 0 however many candidates were cut"
   near(entropy([Math.log(0.5), Math.log(0.5), -Infinity]), Math.log(2));
 });
 
-test("rows are sorted by the guided sum and say how far each moved", () => {
+test("rows are sorted by guided value and hold each candidate's change of rank", () => {
   const rows = candidateRows(step({ candidate_ids: [5, 7, 9], policy_log_probs: [-0.5, -1, -3], scores: [0, 2, 2.1] }), rule());
   assert.deepEqual(rows.map((row) => [row.id, row.policyRank, row.guidedRank, row.move, row.chosen]), [[7, 2, 1, 1, true], [5, 1, 2, -1, false], [9, 3, 3, 0, false]]);
   assert.deepEqual(ranks([-Infinity, 1, 1, -Infinity]), [3, 1, 2, 4]);
   assert.deepEqual(candidateRows(step(), null).map((row) => row.steering), [null, null]);
 });
 
-test("the first divergence, of texts that still grow too", () => {
+test("firstDivergence of finished and unfinished texts", () => {
   assert.equal(firstDivergence([1, 2, 3], [1, 2, 4]), 2);
   assert.equal(firstDivergence([1, 2], [1, 2, 3], false), null);
   assert.equal(firstDivergence([1, 2], [1, 2, 3], true), 2);
@@ -79,7 +79,7 @@ test("the first divergence, of texts that still grow too", () => {
   assert.equal(firstDivergence([], []), null);
 });
 
-test("ranges are symmetric where the scale diverges, and one outlier does not make all others pale", () => {
+test("diverging ranges are symmetric and ignore one outlier", () => {
   const values = [...new Array(30).fill(1), 50];
   assert.deepEqual(range("change", values), { low: -1, high: 1, open: true });
   assert.deepEqual(range("change", [0.1, null, NaN]), { low: -0.5, high: 0.5, open: false });
@@ -93,7 +93,7 @@ test("ranges are symmetric where the scale diverges, and one outlier does not ma
   assert.ok(ticks(3, 3).length >= 1);
 });
 
-test("characters in several tokens appear with their last byte, and what is no text as bytes", () => {
+test("characters split over tokens appear with their last byte; invalid UTF-8 is shown as bytes", () => {
   const reader = new TokenReader();
   assert.deepEqual(reader.read([0xe4, 0xb8]).map((piece) => piece.mark), ["E4 B8"]);
   assert.deepEqual(reader.read([0xad]).map((piece) => [piece.kind, piece.text]), [["text", "中"]]);
@@ -105,7 +105,7 @@ test("characters in several tokens appear with their last byte, and what is no t
   assert.deepEqual(new TokenReader().read(null, "ab").map((piece) => piece.text), ["ab"]);
 });
 
-test("white space is marked, what acts unseen is shown, and joiners inside emoji stay", () => {
+test("white space and invisible characters are marked; joiners inside emoji are kept", () => {
   assert.deepEqual(pieces(" a\n\tb").map((piece) => piece.mark ?? piece.text), ["·", "a", "↵", "⇥", "b"]);
   assert.deepEqual(pieces("a\u202eb\u0000").map((piece) => piece.mark ?? piece.text), ["a", "U+202E", "b", "U+0000"]);
   assert.deepEqual(pieces("👩‍👧").map((piece) => piece.kind), ["text"]);
@@ -113,7 +113,7 @@ test("white space is marked, what acts unseen is shown, and joiners inside emoji
   assert.equal(spoken(pieces(" a\n")), "“ a [new line] ”");
 });
 
-test("figures for people", () => {
+test("numbers are formatted", () => {
   assert.equal(number(-0.004), "0.00");
   assert.equal(number(-1.5), "−1.50");
   assert.equal(number(null), "–");
@@ -125,7 +125,7 @@ test("figures for people", () => {
   assert.equal(percent(0.99999), ">99.9 %");
 });
 
-test("server-sent events, however their bytes are cut", () => {
+test("server-sent events are parsed wherever chunks end", () => {
   const whole = ': ping\r\ndata: {"a":1}\r\n\r\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\r\n\r\n';
   for (let cut = 0; cut < whole.length; cut += 1) {
     const seen = [];
@@ -136,7 +136,7 @@ test("server-sent events, however their bytes are cut", () => {
   }
 });
 
-test("a document survives being written and read", () => {
+test("a document is equal after it is written and read", () => {
   const before = readDocument(file({ branches: [branch({ steps: [step({ policy_log_probs: [-1, -Infinity], guided_log_probs: [0, "-Infinity"] })] })] }));
   const after = parseDocument(writeDocument(before));
   assert.deepEqual(after, before);
@@ -144,7 +144,7 @@ test("a document survives being written and read", () => {
   assert.deepEqual(after.request, { seed: 3, max_tokens: 8, stop: ["x"], guidance: { method: "pargs", top_k: null, scorers: { s: 2 } } });
 });
 
-test("a fork is its parent's text up to the step it leaves at, with another token there", () => {
+test("a fork is its parent's text up to the fork, with another token there", () => {
   const fork = branch({ id: 4, parent: 0, at: 1, token_id: 7, steps: [step({ token_id: 5 })], prefix_scores: null });
   const found = readDocument(file({ branches: [branch(), fork] }));
   assert.deepEqual(path(found, 4).map((one) => one.token_id), [7, 7, 5]);
@@ -154,7 +154,7 @@ test("a fork is its parent's text up to the step it leaves at, with another toke
   assert.deepEqual(knownScores(found, 4), [0.5, null]);
 });
 
-test("files that are not traces are refused, saying where", () => {
+test("invalid files are refused, and the message says where", () => {
   const bad = [
     ["{", /not JSON/], ["null", /no saved trace/], ["[]", /no saved trace/], ['{"format":"x"}', /no saved trace/],
     [file({ version: 2 }), /version 2/], [file({ branches: [] }), /branches: expected/], [file({ prompt: 4 }), /prompt: expected a text/],
@@ -175,7 +175,7 @@ test("files that are not traces are refused, saying where", () => {
   assert.throws(() => readStep(null), TraceError);
 });
 
-test("names that JavaScript treats apart are names like any other", () => {
+test("names such as __proto__ are handled like any other", () => {
   const raw = JSON.parse('{"__proto__": {"polluted": 1}, "constructor": 3, "scorers": {"__proto__": 2}}');
   const found = readDocument(file({ branches: [branch({ guidance: raw })] }));
   assert.equal({}.polluted, undefined);
@@ -183,7 +183,7 @@ test("names that JavaScript treats apart are names like any other", () => {
   assert.equal(Object.getPrototypeOf(found.branches[0].guidance), Object.prototype);
 });
 
-test("nothing in an exported file can end its script early", () => {
+test("no text in an exported file can end its script element", () => {
   const hostile = readDocument(file({ prompt: "</script><script>alert(1)</script><!--\u2028" }));
   const page = standalonePage(hostile, bundle(["const a = 1;\n"]), "");
   assert.equal(page.match(/<\/script>/g).length, 2);
@@ -191,7 +191,7 @@ test("nothing in an exported file can end its script early", () => {
   assert.deepEqual(JSON.parse(jsonForHtml(JSON.stringify("<!--</script>&"))), "<!--</script>&");
 });
 
-test("modules become one script: imports go, exports are plain", () => {
+test("bundle removes imports and export keywords", () => {
   const made = bundle(['import { a,\n  b } from "./a.js";\nexport const c = a;\n', "export class D {}\nexport function e() {}\n"]);
   assert.ok(!/^(import|export)\b/m.test(made));
   assert.ok(made.includes("const c = a;") && made.includes("class D {}") && made.includes("function e() {}"));

@@ -1,7 +1,7 @@
-// Requests to the server that the page came from; its refusals as errors that say what to do.
+// Requests to the server that the page came from; errors say what the user can do.
 import { EventParser } from "./sse.js";
 
-/** A refusal: `status` (0: not reached), `param` (the field that is wrong), `retryAfter` in seconds, `requestId`. */
+/** An error: `status` (0: no connection), `param` (the field that caused it), `retryAfter` in seconds, `requestId`. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null, code = null, retryAfter = null, requestId = null } = {}) {
     super(message);
@@ -12,7 +12,7 @@ export class ApiError extends Error {
 const KEY = "rgtg-api-key";
 let memory = "";
 
-/** The API key: for this tab only, never written to disk by the page. */
+/** The API key, kept in the session storage of this tab only. */
 export const apiKey = {
   get() {
     try { return sessionStorage.getItem(KEY) ?? memory; } catch { return memory; }
@@ -22,7 +22,7 @@ export const apiKey = {
     try {
       if (value) sessionStorage.setItem(KEY, value);
       else sessionStorage.removeItem(KEY);
-    } catch { /* storage is switched off: memory holds it until the page is left */ }
+    } catch { /* storage is disabled: the key is kept in memory */ }
   },
 };
 
@@ -37,17 +37,17 @@ async function send(path, body, signal) {
     response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(body), body: body ? JSON.stringify(body) : undefined, signal, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (error instanceof TypeError && /header/i.test(error.message)) throw new ApiError("An API key is plain letters, digits and signs; this one holds others.", { status: 401 });
+    if (error instanceof TypeError && /header/i.test(error.message)) throw new ApiError("An API key consists of ASCII characters; this one contains others.", { status: 401 });
     throw new ApiError("The server cannot be reached. Is it still running?");
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   const text = await response.text().catch(() => "");
   let error = null;
-  try { error = JSON.parse(text).error; } catch { /* no JSON: a proxy's page, say */ }
+  try { error = JSON.parse(text).error; } catch { /* not JSON, for example the error page of a proxy */ }
   const wait = Number.parseFloat(response.headers.get("retry-after"));
   return new ApiError(typeof error?.message === "string" ? error.message : `The server answered ${response.status}.`, {
     status: response.status,
@@ -68,7 +68,7 @@ export async function ask(path, body = null, signal = undefined) {
   }
 }
 
-/** Stream a request; `onEvent(object)` is called for every event. Resolves when the server has said it is done. */
+/** Stream a request; `onEvent(object)` is called for every event. Resolves when the stream ends with [DONE]. */
 export async function stream(path, body, signal, onEvent) {
   const response = await send(path, { ...body, stream: true }, signal);
   const requestId = response.headers.get("x-request-id");
@@ -77,7 +77,7 @@ export async function stream(path, body, signal, onEvent) {
     if (data === "[DONE]") { done = true; return; }
     let event;
     try { event = JSON.parse(data); } catch { throw new ApiError("The server sent an event that is not JSON.", { requestId }); }
-    if (event.error) throw new ApiError(String(event.error.message ?? "The server gave up on this text."), { status: 500, param: event.error.param ?? null, requestId });
+    if (event.error) throw new ApiError(String(event.error.message ?? "The server failed while generating this text."), { status: 500, param: event.error.param ?? null, requestId });
     onEvent(event);
   });
   const decoder = new TextDecoder();
@@ -91,17 +91,17 @@ export async function stream(path, body, signal, onEvent) {
   } catch (error) {
     reader.cancel().catch(() => {});
     if (error instanceof ApiError || error.name === "AbortError") throw error;
-    if (error instanceof TypeError) throw new ApiError("The connection broke off while the texts were written.", { requestId });
+    if (error instanceof TypeError) throw new ApiError("The connection was lost while the texts were being generated.", { requestId });
     throw error;
   }
-  if (!done) throw new ApiError("The server ended the answer early.", { requestId });
+  if (!done) throw new ApiError("The server closed the stream before its end.", { requestId });
 }
 
-/** What a refusal means for the person at the page: a heading and what can be done. */
+/** A heading for an error, and what the user can do. */
 export function explain(error) {
   if (error.status === 401 || error.status === 403) return ["This server needs a key", "Give its API key at the top of the page."];
-  if (error.status === 429) return ["The server is busy", error.retryAfter ? `It asks to wait ${Math.ceil(error.retryAfter)} s.` : "Try again in a moment."];
-  if (error.status === 503) return ["The server is not ready", "It is loading its models, or about to stop."];
+  if (error.status === 429) return ["The server is busy", error.retryAfter ? `Wait ${Math.ceil(error.retryAfter)} s, then try again.` : "Try again in a moment."];
+  if (error.status === 503) return ["The server is not ready", "It is loading its models or shutting down."];
   if (error.status === 413) return ["Too long for this server", ""];
   if (error.status >= 400 && error.status < 500) return ["The server refused this request", ""];
   if (error.status === 0) return ["No connection", ""];

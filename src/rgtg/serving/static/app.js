@@ -1,4 +1,4 @@
-// The playground: asks the server, streams both texts into a document, and shows it.
+// The playground: sends requests, collects the streamed texts in a document, and shows it.
 import { ApiError, apiKey, ask, explain, stream } from "./api.js";
 import { h } from "./dom.js";
 import { exportPage, loadTrace, saveTrace } from "./files.js";
@@ -9,13 +9,13 @@ import { Viewer } from "./viewer.js";
 const at = (id) => document.getElementById(id);
 const form = new Form(at("form"));
 const viewer = new Viewer(at("viewer"), { onFork: fork, forkable });
-let server = null; // what /v1/guidance says
-let running = null; // the AbortController of the request under way
+let server = null; // the answer of /v1/guidance
+let running = null; // the AbortController of the running request
 let trace = null; // the document that is shown
 
-// ---- what the server has
+// ---- the server
 
-async function meet() {
+async function loadServer() {
   try {
     server = await ask("v1/guidance");
     form.fill(server);
@@ -26,8 +26,8 @@ async function meet() {
   } catch (error) {
     if (error.status === 401) at("key-box").open = true;
     at("about").textContent = error.status === 401 ? "waiting for the API key" : "no models yet";
-    if (error.status !== 503 || at("banner").hidden) showError(error, meet); // said once, however long the models load
-    if (error.status === 503) setTimeout(meet, 2000);
+    if (error.status !== 503 || at("banner").hidden) showError(error, loadServer); // while the models load, the message is shown only once
+    if (error.status === 503) setTimeout(loadServer, 2000);
   }
   setBusy(running !== null);
 }
@@ -43,7 +43,7 @@ function banner(heading, ...rest) {
   at("banner").hidden = false;
 }
 
-/** Say what went wrong: at its field where the server names one, and above the texts. */
+/** Show an error above the texts, and at its field if the server names one. */
 function showError(error, again = null) {
   if (error.name === "AbortError") return;
   const ours = error instanceof ApiError || error instanceof TraceError;
@@ -68,9 +68,9 @@ function say(text) {
   at("progress").textContent = text;
 }
 
-// ---- writing
+// ---- generation
 
-/** Run one request under the stop button; what has come stays when it ends early. */
+/** Run one request that the stop button can abort; the text so far is kept if it ends early. */
 async function write(branches, again, work) {
   running = new AbortController();
   clearBanner();
@@ -114,7 +114,7 @@ function take(branch, event, started) {
   viewer.refresh();
 }
 
-/** Show a document; one that is written appears with its first token, so that a refusal costs no text on the page. */
+/** Show a document. A new one is opened at its first token, so that a refused request leaves the old texts on the page. */
 function open(document) {
   if (trace === document) return;
   trace = document;
@@ -152,7 +152,7 @@ async function compare(request, [unguided, guided], signal, started, begun) {
   });
 }
 
-/** One text of /v1/completions or /v1/chat/completions, streamed into a branch. */
+/** Stream one completion or chat completion into a branch. */
 async function complete(request, branch, signal, started, begun = () => {}) {
   const kind = request.messages ? "v1/chat/completions" : "v1/completions";
   await stream(kind, { ...request, guidance: { ...request.guidance, trace: true } }, signal, (event) => {
@@ -162,7 +162,7 @@ async function complete(request, branch, signal, started, begun = () => {}) {
   });
 }
 
-/** Ask each scorer what it says of the unguided text, and of it as it grows, for its curve; the text stays as it is without. */
+/** Request the scores of the unguided text and of its prefixes, for the curve. The text is shown without them if this fails. */
 async function scoreUnguided(request, [unguided, guided], signal) {
   const { scorers, betas } = guided.rule;
   if (!scorers.length || !unguided.text) return;
@@ -175,7 +175,7 @@ async function scoreUnguided(request, [unguided, guided], signal) {
     unguided.guidance.score = joined(told.map((one) => one.score));
     const each = told.map((one) => one.prefixes ?? []);
     const same = each.every((scores) => unguided.steps.every((step, i) => i >= scores.length || scores[i].token_id === step.token_id));
-    if (!prefixes || !same) return; // where the text reads as other tokens than those drawn, their places are not the strip's
+    if (!prefixes || !same) return; // the text encodes to other tokens than those drawn, so the scores do not belong to the tokens shown
     unguided.prefix_scores = unguided.steps.map((_, i) => (each.every((scores) => i < scores.length) ? joined(each.map((scores) => scores[i].score)) : null));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
@@ -184,7 +184,7 @@ async function scoreUnguided(request, [unguided, guided], signal) {
 
 // ---- forks
 
-/** Why a candidate cannot be continued from; null where it can. */
+/** Why a candidate cannot be continued; null if it can. */
 function forkable(branchId, index, candidate) {
   if (running) return "wait until the texts are written, or stop them";
   if (!server) return "the server is not there";
@@ -199,7 +199,7 @@ function forkable(branchId, index, candidate) {
 async function fork(parentId, index, candidate) {
   const parent = branchOf(trace, parentId);
   const token = path(trace, parentId)[index].candidate_ids[candidate];
-  // A token that the parent took over from its own parent is left there, so that the tree shows where texts part.
+  // A fork at a token that the parent shares with its own parent belongs to that one, so the tree shows where texts diverge.
   let origin = parent;
   while (origin.parent !== null && index <= origin.at) origin = branchOf(trace, origin.parent);
   const id = Math.max(...trace.branches.map((branch) => branch.id)) + 1;
@@ -211,13 +211,13 @@ async function fork(parentId, index, candidate) {
   const alone = { method: "policy", top_k: guidance.top_k ?? null };
   const request = { ...settings, model: trace.policy, prompt: [...trace.prompt_token_ids, ...kept], max_tokens: limit - kept.length, guidance: parent.side === "unguided" ? alone : guidance };
   await write([branch], () => fork(parentId, index, candidate), (signal, started) => complete(request, branch, signal, started));
-  if (branch.finish_reason === "error" && !branch.steps.length && !branch.text) { // refused: no fork came of it
+  if (branch.finish_reason === "error" && !branch.steps.length && !branch.text) { // the request was refused, so there is no fork
     trace.branches.splice(trace.branches.indexOf(branch), 1);
     viewer.showBranch(parentId);
   }
 }
 
-// ---- files, and what starts it all
+// ---- files and start
 
 async function chooseFile(file) {
   try {
@@ -241,8 +241,8 @@ at("export").addEventListener("click", () => exportPage(trace).catch(showError))
 at("load").addEventListener("click", () => at("file").click());
 at("file").addEventListener("change", () => { const [file] = at("file").files; if (file) chooseFile(file); at("file").value = ""; });
 at("key").value = apiKey.get();
-at("key").addEventListener("change", () => { apiKey.set(at("key").value.trim()); meet(); });
+at("key").addEventListener("change", () => { apiKey.set(at("key").value.trim()); loadServer(); });
 if (matchMedia("(max-width: 60rem)").matches) at("settings").open = false;
 setBusy(true);
 at("stop").hidden = true;
-meet();
+loadServer();

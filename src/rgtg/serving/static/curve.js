@@ -1,4 +1,4 @@
-// The score of the text so far, along its tokens: one line for each text, straight from the trace.
+// A chart of the score after each token: one line per text, with the values of the trace.
 import { h, svg } from "./dom.js";
 import { ticks } from "./scale.js";
 import { number } from "./text.js";
@@ -10,7 +10,7 @@ const TOP = 12;
 const BOTTOM = 26;
 
 export class Curve {
-  /** `onSelect(key, index)` is called when a person points at a token of a line. */
+  /** `onSelect(key, index)` is called when the user clicks a token of a line. */
   constructor({ onSelect }) {
     this.onSelect = onSelect;
     this.series = [];
@@ -25,7 +25,7 @@ export class Curve {
     }).observe(this.picture);
   }
 
-  /** Lines: `{key, label, kind, values}` with null where a token has no score; `at` is the selected `{key, index}`. */
+  /** Draw lines `{key, label, kind, values}`, null for a token without a score; `at` is the selected `{key, index}`. */
   show(series, at) {
     this.series = series.filter((line) => line.values.some((value) => value !== null));
     this.at = at;

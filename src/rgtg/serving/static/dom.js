@@ -1,4 +1,4 @@
-// Elements out of plain values. Text only ever becomes text nodes and attributes, never markup.
+// Builds elements from plain values. Text becomes text nodes and attributes only, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -13,22 +13,22 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** An HTML element; `on` are listeners, `vars` custom properties, children elements or texts. */
+/** An HTML element: `on` holds listeners, `vars` custom properties; children are elements or texts. */
 export function h(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
 
-/** The same for SVG. */
+/** An SVG element, built in the same way. */
 export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-/** Words for a screen reader that nobody sees. */
+/** Text for screen readers only. */
 export function unseen(...children) {
   return h("span", { class: "tv-unseen" }, ...children);
 }
 
-/** Pieces of a token (see text.js) as nodes; `marks` shows plain spaces too. */
+/** The nodes for the pieces of a token (see text.js); with `marks`, plain spaces are marked too. */
 export function tokenNodes(pieces, marks) {
   return pieces.map((piece) => {
     if (piece.kind === "text") return piece.text;
@@ -45,13 +45,13 @@ export function tokenNodes(pieces, marks) {
 
 let made = 0;
 
-/** An id that no other element of the page has. */
+/** An id that is unique in the page. */
 export function freshId(stem) {
   made += 1;
   return `tv-${stem}-${made}`;
 }
 
-/** Moves focus and selection among items with the arrow keys; `moves` maps keys to a new place. */
+/** A keydown handler; `moves` maps keys to functions that move focus and selection. */
 export function onKeys(moves) {
   return (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || !moves[event.key]) return;

@@ -1,10 +1,10 @@
-// Traces that a page carries with it: an exported file, or a report. Each is drawn when the part that holds it is opened.
+// Traces embedded in a page: an exported file, or a report. A trace inside <details> is drawn when it is opened.
 import { h } from "./dom.js";
 import { parseDocument, TraceError } from "./trace.js";
 import { number } from "./text.js";
 import { Viewer } from "./viewer.js";
 
-/** What a text was made from and how, for a page that holds nothing else. */
+/** Prompt, models and settings of a trace, for an exported page. */
 function provenance({ prompt, messages, policy, request, created }) {
   const guidance = request?.guidance ?? {};
   const betas = Object.entries(guidance.scorers ?? {}).map(([name, beta]) => (typeof beta === "number" ? `${name} × ${number(beta)}` : String(beta)));
@@ -29,7 +29,7 @@ function showTrace(data) {
   }
 }
 
-/** Draw every trace of the page; those under a closed summary when it is opened. */
+/** Draw every trace of the page. */
 export function showEmbedded() {
   for (const data of document.querySelectorAll('script[type="application/json"].rgtg-trace')) {
     const folded = data.closest("details");

@@ -1,4 +1,4 @@
-// Saving, loading and exporting: what leaves the page and what comes in.
+// Saves, loads and exports traces.
 import { jsonForHtml, parseDocument, TraceError, writeDocument } from "./trace.js";
 
 function download(name, type, content) {
@@ -19,19 +19,19 @@ export function saveTrace(trace) {
   download(`rgtg-trace-${stamp()}.json`, "application/json", writeDocument(trace));
 }
 
-/** The document of a chosen file. @throws {TraceError} */
+/** Read the document in a file. @throws {TraceError} */
 export async function loadTrace(file) {
   if (file.size > 256 * 2 ** 20) throw new TraceError("too large: a trace of more than 256 MiB");
   return parseDocument(await file.text());
 }
 
-/** Modules in order as one classic script: their imports are dropped, their exports plain declarations. */
+/** Join modules, in order, to one classic script without imports and exports. */
 export function bundle(sources) {
   const plain = sources.map((source) => source.replace(/^import\s[^;]*;\n/gm, "").replace(/^export /gm, ""));
   return `(() => {\n"use strict";\n${plain.join("\n")}\nshowEmbedded();\n})();\n`;
 }
 
-/** One HTML file that shows the trace anywhere, without a server. */
+/** One HTML file that shows the trace without a server. */
 export function standalonePage(trace, script, style) {
   const title = "A guided text, token by token";
   return `<!doctype html>

@@ -1,8 +1,8 @@
-// The settings: filled by what the server says it can do, read into a request, marked where the server refuses them.
+// The form of settings: filled from /v1/guidance, read into a request, and marked where the server refuses a value.
 import { h } from "./dom.js";
 
 const STORE = "rgtg-playground";
-// Settings that only some methods take, as /v1/guidance names them.
+// Settings that only some methods have, with the names of /v1/guidance.
 const OWN = {
   entropy_gate: { label: "Entropy gate", note: "nats; steer only where the policy is less sure than this", min: 0 },
   n: { label: "Draws", note: "how many are drawn to choose from", min: 1, step: 1 },
@@ -15,7 +15,7 @@ const OWN = {
 };
 const GREEDY = ["args", "pargs-greedy"];
 
-/** What a method does, in words. */
+/** One line that describes a method. */
 function methodNote(method) {
   const unit = { token: "decides token by token", segment: "decides segment by segment", completion: "chooses among whole texts" }[method.unit] ?? method.unit;
   const made = method.scorer ? `, for scorers trained by ${method.scorer}` : "";
@@ -36,7 +36,7 @@ export class Form {
     this.#restore();
   }
 
-  /** What the server has: the fields follow. */
+  /** Fill the fields from the answer of /v1/guidance. */
   fill(server) {
     this.server = server;
     this.methods = server.methods.filter((method) => (server.scorers.length ? method.name !== "policy" : !method.scorer));
@@ -61,7 +61,7 @@ export class Form {
     return this.methods.find((method) => method.name === this.at("method").value);
   }
 
-  /** The request; null where a field is not right (the browser has said so at the field). */
+  /** The request; null if a field is invalid (the browser then shows a message at the field). */
   read() {
     this.clearMarks();
     if (!this.at("settings").open && !this.root.checkValidity()) this.at("settings").open = true;
@@ -76,7 +76,7 @@ export class Form {
     return { ...request, guidance };
   }
 
-  /** How a step of the guided text is decided under this request, for recomputing it. */
+  /** The decoding rule of the guided text under this request, to recompute steps with. */
   rule(request) {
     const given = request.guidance.scorers ?? {};
     const scorers = Array.isArray(given) ? given : Object.keys(given);
@@ -84,7 +84,7 @@ export class Form {
       greedy: this.#greedy(), clip: this.method.clip ?? this.method.name === "rad" };
   }
 
-  /** Mark the field that a refusal is about; false where there is none. */
+  /** Show an error at the field that caused it; false if there is no such field. */
   mark(param, message) {
     const field = this.#fieldOf(param);
     if (!field) return false;
@@ -101,7 +101,7 @@ export class Form {
     this.root.querySelectorAll("[aria-invalid]").forEach(clearMark);
   }
 
-  /** Prompt and settings last until the tab is closed. */
+  /** Keep prompt and settings in the session storage of this tab. */
   keep() {
     const values = { ...this.kept, messages: this.#messages() };
     for (const field of this.root.querySelectorAll("input[id], select[id], textarea[id]")) {
@@ -109,10 +109,10 @@ export class Form {
     }
     values.kind = this.#kind();
     this.kept = values;
-    try { sessionStorage.setItem(STORE, JSON.stringify(values)); } catch { /* storage is off: nothing is kept */ }
+    try { sessionStorage.setItem(STORE, JSON.stringify(values)); } catch { /* storage is disabled: nothing is kept */ }
   }
 
-  /** Put in the fields what a loaded trace was made with. */
+  /** Fill the fields from a loaded trace. */
   adopt(trace) {
     const { request } = trace;
     if (trace.prompt !== null) this.at("prompt").value = trace.prompt;

@@ -1,16 +1,16 @@
-// One step: its candidates, what policy and scorer said of each, and what another beta would have made of them.
+// One decoding step: its candidates with the figures of policy and scorers, recomputed for other values of beta.
 import { freshId, h, tokenNodes, unseen } from "./dom.js";
-import { agrees, candidateRows, chosenIndex, entropy, guidedLogProbs } from "./rule.js";
+import { agrees, candidateRows, chosenIndex, entropy, guidedLogProbs } from "./guidance.js";
 import { candidateText, number, percent, signed, spoken, TokenReader } from "./text.js";
 
 const SHOWN = 25;
 
 export class Inspector {
-  /** `onStep(by)` moves to a neighbour, `onFork(candidate index)` continues from a candidate; null: that cannot be done. */
+  /** `onStep(by)` selects a neighbouring token; `onFork(candidate index)` continues from a candidate (null: not possible). */
   constructor({ onStep, onFork }) {
     this.onStep = onStep;
     this.onFork = onFork;
-    this.betas = null; // of the sliders; null: as it was drawn
+    this.betas = null; // values of the sliders; null: those the step was drawn with
     this.title = h("h3", { id: freshId("step") });
     this.about = h("p", { class: "tv-soft" });
     this.sliders = h("div", { class: "tv-sliders" });
@@ -22,7 +22,7 @@ export class Inspector {
       this.about, this.sliders, this.note, this.table);
   }
 
-  /** Show a step; sliders start again at the betas it was drawn with. */
+  /** Show a step, with the sliders at the betas it was drawn with. */
   show({ step, rule, index, total, label, pending, forkable }) {
     const again = this.step === step;
     Object.assign(this, { step, rule, pending, forkable });

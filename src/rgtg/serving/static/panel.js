@@ -1,6 +1,6 @@
-// One text: its name, its tokens, and in one line what it was worth and what it cost.
+// One text: its name, its tokens, and a line with its score, cost and speed.
 import { freshId, h } from "./dom.js";
-import { chosenIndex } from "./rule.js";
+import { chosenIndex } from "./guidance.js";
 import { number } from "./text.js";
 import { Strip } from "./strip.js";
 
@@ -8,7 +8,7 @@ const ENDS = { stop: "ended by itself", length: "cut at the limit", stopped: "st
 
 export class Panel {
   constructor({ root, kind, onSelect }) {
-    this.root = root; // id of the branch that the panel's texts grew from
+    this.root = root; // id of the root branch of the panel's texts
     this.kind = kind;
     const id = freshId("panel");
     this.name = h("h3", { id });
@@ -33,7 +33,7 @@ export class Panel {
   }
 }
 
-/** What there is to say of a text: name, figure, and what it is. */
+/** The figures of a text: name, value and explanation. */
 export function figuresOf(branch, steps) {
   const { guidance } = branch;
   const found = [["tokens", branch.parent === null ? String(steps.length) : `${steps.length} (${branch.steps.length} new)`, "of the text shown, the closing token included"]];

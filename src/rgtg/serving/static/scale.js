@@ -1,5 +1,5 @@
-// Colours of tokens: what is measured, over which range, and where a value lies in it.
-import { change, chosenIndex, entropy } from "./rule.js";
+// Colour scales of the tokens: the quantity, its range, and the position of a value in it.
+import { change, chosenIndex, entropy } from "./guidance.js";
 
 export const MODES = {
   change: { label: "Change", unit: "nats", diverging: true, low: "less likely than without the scorer", high: "more likely",
@@ -10,7 +10,7 @@ export const MODES = {
     about: "of the distribution the token was drawn from" },
 };
 
-/** The score of the text up to the token; `known` are scores that were asked for afterwards. */
+/** The score of the text up to and including the token; `known` holds scores requested afterwards. */
 export function scoreAt(step, index, known = null) {
   const at = chosenIndex(step);
   if (step.scores && at >= 0) return step.scores[at];
@@ -23,8 +23,8 @@ export function valueOf(mode, step, index, known = null) {
   return entropy(step.guided_log_probs);
 }
 
-/** Range of the colours over all texts shown: symmetric about 0 where it diverges, and there one token in twenty may
- *  lie beyond it (`open`), or a single one would leave all others pale. */
+/** Range of the colour scale over all texts shown. A diverging scale is symmetric about 0, and one token in twenty may
+ *  lie beyond it (`open`), so that one outlier does not make all other colours pale. */
 export function range(mode, values) {
   const known = values.filter((value) => value !== null && Number.isFinite(value));
   const { diverging } = MODES[mode];
@@ -39,14 +39,14 @@ export function range(mode, values) {
   return { low, high: high > low ? high : low + 1 };
 }
 
-/** Where a value lies: −1 to 1 where the scale diverges, else 0 to 1; null is no colour. */
+/** Position of a value: −1 to 1 on a diverging scale, else 0 to 1; null: no colour. */
 export function place(mode, value, { low, high }) {
   if (value === null || !Number.isFinite(value)) return null;
   const at = MODES[mode].diverging ? value / high : (value - low) / (high - low);
   return Math.min(Math.max(at, MODES[mode].diverging ? -1 : 0), 1);
 }
 
-/** Round figures that divide a range into about `count` parts, for an axis. */
+/** About `count` round numbers in a range, for an axis. */
 export function ticks(low, high, count = 4) {
   const raw = (high - low) / count || 1;
   const unit = 10 ** Math.floor(Math.log10(raw));

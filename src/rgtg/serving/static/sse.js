@@ -1,6 +1,6 @@
-// Server-sent events out of a byte stream, whatever its chunks cut in two.
+// Parser of server-sent events; chunks of the stream may end anywhere.
 
-/** Feed it text; it calls `onData` with the data of every finished event. */
+/** Calls `onData` with the data of every complete event in the text that is pushed. */
 export class EventParser {
   constructor(onData) {
     this.onData = onData;
@@ -9,7 +9,7 @@ export class EventParser {
   }
 
   push(text) {
-    // A carriage return at the end may be half of a line end: it waits for what follows.
+    // A carriage return at the end may be the first half of \r\n, so it waits for the next chunk.
     const held = this.rest + text;
     const cut = held.endsWith("\r") ? held.length - 1 : held.length;
     const lines = held.slice(0, cut).split(/\r\n|\n|\r/);
@@ -23,6 +23,6 @@ export class EventParser {
       this.data = [];
     } else if (line.startsWith("data:")) {
       this.data.push(line.slice(line[5] === " " ? 6 : 5));
-    } // comments (pings), event names and ids are of no use here
+    } // comments (pings), event names and ids are ignored
   }
 }

@@ -1,11 +1,11 @@
-// A text as its tokens: coloured, one of them selected, the first one that differs from the other text marked.
+// A text as a strip of coloured tokens; one can be selected, and the first that differs from the other text is marked.
 import { h, onKeys, tokenNodes } from "./dom.js";
-import { chosenIndex } from "./rule.js";
+import { chosenIndex } from "./guidance.js";
 import { MODES, place } from "./scale.js";
 import { candidateText, signed, number, spoken, TokenReader } from "./text.js";
 
 export class Strip {
-  /** `onSelect(index)` is called when a person chooses a token. */
+  /** `onSelect(index)` is called when the user selects a token. */
   constructor({ label, onSelect }) {
     this.onSelect = onSelect;
     this.tokens = []; // {node, pieces, pending, key}
@@ -30,7 +30,7 @@ export class Strip {
     this.plain = null;
   }
 
-  /** Show these steps (the ones it shows already are kept where they are the same); `text` stands in where there are none. */
+  /** Show steps, keeping the nodes of those already shown; `text` is shown if there are no steps. */
   show(steps, { text = "", marks = false } = {}) {
     if (marks !== this.marks) this.#truncate(0);
     this.marks = marks;
@@ -38,12 +38,12 @@ export class Strip {
     if (same >= 0) this.#truncate(same);
     for (const step of steps.slice(this.tokens.length)) this.#append(step);
     this.#showPlain(steps.length ? "" : text);
-    this.element.setAttribute("role", steps.length ? "listbox" : "group"); // a text without steps is read as text
+    this.element.setAttribute("role", steps.length ? "listbox" : "group"); // so that screen readers read a text without steps as text
     const focusable = this.selected ?? 0;
     this.tokens.forEach((token, i) => { token.node.tabIndex = i === focusable ? 0 : -1; });
   }
 
-  /** Colour every token by its value; the label of each says it in words. */
+  /** Colour every token by its value, and give it a label with the value. */
   colour(mode, values, range) {
     this.tokens.forEach(({ node, pieces }, i) => {
       const at = place(mode, values[i], range);
@@ -56,7 +56,7 @@ export class Strip {
     });
   }
 
-  /** Mark the first token that differs from the other text, and where the text that was returned ends. */
+  /** Mark the first token that differs from the other text, the tokens beyond the returned text, and the fork. */
   mark({ divergence = null, end = null, fork = null }) {
     this.tokens.forEach(({ node }, i) => {
       node.classList.toggle("tv-parts", i === divergence);
@@ -75,7 +75,7 @@ export class Strip {
     if (focus) now?.node.focus();
   }
 
-  /** Bytes of a character that tokens before this one began. */
+  /** Bytes of an incomplete character before this token. */
   pendingAt(index) {
     return this.tokens[index]?.pending ?? [];
   }
@@ -84,7 +84,7 @@ export class Strip {
     return this.tokens[index]?.pieces ?? [];
   }
 
-  /** How many characters the tokens up to each one say. */
+  /** Length of the text up to and including each token, in characters. */
   lengths() {
     let total = 0;
     return this.tokens.map(({ pieces }) => {
@@ -119,7 +119,7 @@ export class Strip {
     return focused >= 0 ? focused : this.selected ?? 0;
   }
 
-  /** The token under or over the current one. */
+  /** The token below or above the current one. */
   #beside(direction) {
     const here = this.tokens[this.#current()].node.getBoundingClientRect();
     const middle = here.left + here.width / 2;

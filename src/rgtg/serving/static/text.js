@@ -1,14 +1,14 @@
-// What a token says, as pieces that can be shown: text, marked white space, bytes that are no text, control characters.
-// Tokens may hold parts of characters, so a reader keeps the bytes of a character until its last one has come.
+// The displayable pieces of a token: text, marked white space, bytes that are not text, control characters.
+// A token may end inside a character, so the reader keeps the character's bytes until it is complete.
 
 const SPACES = { " ": ["·", "space"], "\n": ["↵", "new line"], "\t": ["⇥", "tab"], "\r": ["␍", "carriage return"],
   "\u00a0": ["⍽", "no-break space"] };
-// C0 and C1 controls, marks and overrides of direction, zero-width space and no-break space: they act, but show nothing.
+// Invisible characters: C0 and C1 controls, directional marks and overrides, zero-width space and no-break space.
 const HIDDEN = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]/;
 
 /** @typedef {{kind: "text"|"space"|"hidden"|"bytes"|"special", text: string, mark?: string, name?: string}} Piece */
 
-/** Pieces of a string, of which every character is whole. @returns {Piece[]} */
+/** Pieces of a string of complete characters. @returns {Piece[]} */
 export function pieces(text) {
   const found = [];
   for (const character of text) {
@@ -47,13 +47,13 @@ function decodeCharacter(bytes) {
   }
 }
 
-/** Reads tokens one after another; `pending` is the beginning of a character that the next token may end. */
+/** Reads tokens in order; `pending` holds the bytes of an incomplete character. */
 export class TokenReader {
   constructor(pending = []) {
     this.pending = [...pending];
   }
 
-  /** Pieces of the next token, from its bytes or, where they are unknown or empty, from its text. @returns {Piece[]} */
+  /** Pieces of the next token, from its bytes, or from its text if the bytes are unknown or empty. @returns {Piece[]} */
   read(bytes, text) {
     if (!bytes || !bytes.length) {
       this.pending = [];
@@ -62,7 +62,7 @@ export class TokenReader {
     const found = [];
     let whole = "";
     const close = () => { found.push(...pieces(whole)); whole = ""; };
-    let fresh = 0; // of the bytes in pending, those that this token brought
+    let fresh = 0; // number of pending bytes that belong to this token
     for (const byte of bytes) {
       const continues = (byte & 0xc0) === 0x80;
       if (this.pending.length && !continues) fresh = this.#giveUp(found, close, fresh);
@@ -83,25 +83,25 @@ export class TokenReader {
 
   #giveUp(found, close, fresh) {
     close();
-    if (fresh) found.push(bytesPiece(this.pending.slice(-fresh))); // what earlier tokens brought, they have shown
+    if (fresh) found.push(bytesPiece(this.pending.slice(-fresh))); // bytes of earlier tokens are already shown
     this.pending = [];
     return 0;
   }
 }
 
-/** One line that names a token in words: for labels, titles and the tree of forks. */
+/** A token in words, for labels, titles and the tree of forks. */
 export function spoken(found) {
   const words = found.map((piece) => (piece.kind === "text" ? piece.text : piece.kind === "space" && piece.text === " "
     ? " " : ` [${piece.name}] `)).join("");
   return `“${words}”`;
 }
 
-/** Bytes and text of a candidate, by its place. */
+/** Bytes and text of a candidate, by its index. */
 export function candidateText(step, index) {
   return [step.candidate_bytes ? step.candidate_bytes[index] : null, step.candidate_texts ? step.candidate_texts[index] : ""];
 }
 
-/** Figures for people. */
+/** A number as text. */
 export function number(value, digits = 2) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";

@@ -1,10 +1,10 @@
-// Documents: a prompt, and its texts with a trace of every step. Read from streams and files, checked field by field.
+// Documents: a prompt and its texts with a trace of every step. Documents from files are checked field by field.
 
 export const FORMAT = "rgtg-trace";
 export const VERSION = 1;
 const MOST = { branches: 1000, steps: 100000, candidates: 5000000, bytes: 256 * 2 ** 20 };
 
-/** A file or answer that is not what it should be; the text says where, and what was expected. */
+/** An invalid file or answer; the message says where, and what was expected. */
 export class TraceError extends Error {}
 
 function refuse(where, expected) {
@@ -25,7 +25,7 @@ function whole(value, where, none = false) {
   return Number.isSafeInteger(value) && value >= 0 ? value : refuse(where, "a whole number, 0 or more");
 }
 
-/** JSON knows no infinity: an excluded candidate has "-Infinity". */
+/** JSON has no infinity: an excluded candidate has the text "-Infinity". */
 function logProb(value, where) {
   if (value === "-Infinity" || value === -Infinity) return -Infinity;
   return Number.isFinite(value) ? value : refuse(where, 'a number or "-Infinity"');
@@ -43,7 +43,7 @@ function list(value, where, each, length = null, none = false) {
   return value.map((one, i) => each(one, `${where}[${i}]`));
 }
 
-/** One step of a trace, with nothing in it but what is known. @returns {import("./rule.js").Step} */
+/** One step of a trace, with the known fields only. @returns {import("./guidance.js").Step} */
 export function readStep(raw, where = "step") {
   if (!isObject(raw)) refuse(where, "an object");
   const ids = list(raw.candidate_ids, `${where}.candidate_ids`, whole);
@@ -63,7 +63,7 @@ export function readStep(raw, where = "step") {
   };
 }
 
-/** Numbers, texts, truth values and lists of them, and names → numbers under "scorers"; the rest is left out. */
+/** The fields of an object that are numbers, texts, booleans or lists of them, and the object "scorers". */
 function facts(raw, where) {
   if (raw === null || raw === undefined) return {};
   if (!isObject(raw)) refuse(where, "an object");
@@ -71,7 +71,7 @@ function facts(raw, where) {
   const kept = Object.entries(raw).filter(([, value]) => plain(value) || (Array.isArray(value) && value.every(plain)));
   const found = new Map(kept);
   if (isObject(raw.scorers)) found.set("scorers", facts(raw.scorers, `${where}.scorers`));
-  return Object.fromEntries(found); // defines own properties: a name such as __proto__ is one like any other
+  return Object.fromEntries(found); // defines own properties, so a name such as __proto__ is safe
 }
 
 function readRule(raw, where) {
@@ -110,7 +110,7 @@ function readBranch(raw, where, before) {
   return branch;
 }
 
-/** A document out of parsed JSON. @throws {TraceError} saying where it is wrong. */
+/** Check parsed JSON and return the document. @throws {TraceError} */
 export function readDocument(raw) {
   if (!isObject(raw) || raw.format !== FORMAT) throw new TraceError(`this is no saved trace (its "format" is not "${FORMAT}")`);
   if (raw.version !== VERSION) throw new TraceError(`this trace is of version ${JSON.stringify(raw.version)}; this page reads version ${VERSION}`);
@@ -136,7 +136,7 @@ export function readDocument(raw) {
   };
 }
 
-/** The settings that a fork sends again: only plain values, which the server checks once more. */
+/** The settings that a fork sends again: plain values only; the server validates them. */
 function readRequest(raw) {
   if (raw === null || raw === undefined) return null;
   return { ...facts(raw, "request"), guidance: facts(raw.guidance, "request.guidance") };
@@ -154,7 +154,7 @@ function requireSize(branches) {
   if (steps > MOST.steps || candidates > MOST.candidates) throw new TraceError(`too large: ${steps} steps with ${candidates} candidates`);
 }
 
-/** A document out of a file's text. @throws {TraceError} */
+/** Parse and check a file's text. @throws {TraceError} */
 export function parseDocument(json) {
   if (json.length > MOST.bytes) throw new TraceError("too large: a trace of more than 256 MiB");
   let raw;
@@ -175,27 +175,27 @@ export function branchOf(document, id) {
   return document.branches.find((branch) => branch.id === id) ?? null;
 }
 
-/** The branch and those it grew from, the oldest first. */
+/** The branch and its ancestors, the root first. */
 export function ancestry(document, id) {
   const found = [];
   for (let branch = branchOf(document, id); branch; branch = branchOf(document, branch.parent)) found.unshift(branch);
   return found;
 }
 
-const leaving = new WeakMap(); // branch → the step at which it left its parent, one object however often it is asked for
+const leaving = new WeakMap(); // branch → its first step, cached so that it is always the same object
 
 function leavingStep(branch, step) {
   if (!leaving.has(branch)) leaving.set(branch, { ...step, token_id: branch.token_id });
   return leaving.get(branch);
 }
 
-/** Every step of a branch's text: its ancestors' up to where it left them, the step at which it did, its own. */
+/** All steps of a branch's text: the ancestors' steps before the fork, the step of the fork, and its own steps. */
 export function path(document, id) {
   return ancestry(document, id).reduce((steps, branch) => (branch.parent === null ? branch.steps
     : [...steps.slice(0, branch.at), leavingStep(branch, steps[branch.at]), ...branch.steps]), []);
 }
 
-/** What was asked afterwards about a branch's tokens, by place; null where nothing is known. */
+/** Scores requested afterwards, one per token of a branch's text; null if unknown. */
 export function knownScores(document, id) {
   return ancestry(document, id).reduce((scores, branch) => {
     const own = branch.prefix_scores ?? [];
@@ -203,12 +203,12 @@ export function knownScores(document, id) {
   }, []);
 }
 
-/** Token ids of a branch's text, up to but without its token `at`. */
+/** Token ids of a branch's text before token `at`. */
 export function idsBefore(document, id, at) {
   return path(document, id).slice(0, at).map((step) => step.token_id);
 }
 
-/** JSON that may stand inside a script element of an HTML page. */
+/** JSON escaped for a script element. */
 export function jsonForHtml(json) {
   return json.replace(/[<>&\u2028\u2029]/g, (found) => `\\u${found.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }

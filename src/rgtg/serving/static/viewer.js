@@ -1,23 +1,23 @@
-// The renderer of a document: texts side by side, one step in detail, the curve of scores, the tree of forks.
-// The playground, its exported file and the report of `rgtg compare` all show traces with it.
+// Renders a document: texts side by side, one step in detail, the curve of scores, the tree of forks.
+// Used by the playground, its exported file and the report of `rgtg compare`.
 import { Curve } from "./curve.js";
 import { freshId, h, tokenNodes } from "./dom.js";
 import { Inspector } from "./inspector.js";
 import { Panel } from "./panel.js";
-import { change, chosenIndex, entropy, firstDivergence } from "./rule.js";
+import { change, chosenIndex, entropy, firstDivergence } from "./guidance.js";
 import { MODES, range, scoreAt, valueOf } from "./scale.js";
 import { number, signed } from "./text.js";
 import { ancestry, branchOf, knownScores, path } from "./trace.js";
-import { forkName, Forks } from "./tree.js";
+import { forkName, Forks } from "./forks.js";
 
 export class Viewer {
-  /** `onFork(branch id, token, candidate)` continues from a candidate; without it forks are only shown. */
+  /** `onFork(branch id, token, candidate)` continues from a candidate; without it, no forks can be made. */
   constructor(root, { onFork = null, forkable = null } = {}) {
     this.forkable = forkable;
     this.mode = "change";
     this.marks = false;
     this.panels = [];
-    this.leaf = new Map(); // root → the branch of it that is shown
+    this.leaf = new Map(); // root → its branch that is shown
     this.selected = null; // {root, index}
     this.values = new WeakMap();
     this.inspector = new Inspector({
@@ -51,7 +51,7 @@ export class Viewer {
     this.draw();
   }
 
-  /** Draw at the next frame; any number of calls until then are one. */
+  /** Draw at the next animation frame. */
   refresh() {
     if (this.waiting) return;
     this.waiting = true;
@@ -166,7 +166,7 @@ export class Viewer {
     if (text?.steps[index]) this.select(this.selected.root, index);
   }
 
-  /** Every token of the text in hand as a table; made only when it is opened. */
+  /** All tokens of the selected text as a table, built when it is opened. */
   #fillFigures() {
     const text = this.texts?.find(({ panel }) => panel.root === this.selected?.root) ?? this.texts?.at(-1);
     this.figures.hidden = !text?.steps.length;
@@ -187,7 +187,7 @@ export class Viewer {
   }
 }
 
-/** Tokens past the text that was returned: those of a stop text. */
+/** Index of the first token beyond the returned text, which ends before a stop text. */
 function beyond({ panel, branch, steps }) {
   if (branch.finish_reason !== "stop" || !branch.text || branch.parent !== null) return null;
   const lengths = panel.strip.lengths();

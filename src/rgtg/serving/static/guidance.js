@@ -1,12 +1,12 @@
-// The guided distribution of one step, from what the trace holds: π(v)·exp(β·r)/Z over the step's candidates.
-// The same arithmetic as rgtg/decoding/rules.py; nothing here asks a model.
+// The guided distribution of one step, computed from its trace: π(v)·exp(β·r)/Z over the step's candidates.
+// The same formulas as in rgtg/decoding/sampling.py.
 
-/** A step as the page holds it: arrays of one length, one entry per candidate; log-probabilities in nats.
+/** A decoding step: all arrays have one entry per candidate; log-probabilities in nats.
  *  @typedef {{token_id: number, candidate_ids: number[], policy_log_probs: number[], scores: number[]|null,
  *    scores_of_each: number[][]|null, guided_log_probs: number[], candidate_texts: string[]|null,
  *    candidate_bytes: number[][]|null}} Step */
 
-/** How a step was decided: one beta per scorer; `greedy` takes the maximum; `clip` cuts scores to [0, 1].
+/** How a step was sampled: one beta per scorer; `greedy` takes the maximum; `clip` clips scores to [0, 1].
  *  @typedef {{scorers: string[], betas: number[], temperature: number, greedy: boolean, clip: boolean}} Rule */
 
 export function logSumExp(values) {
@@ -15,7 +15,7 @@ export function logSumExp(values) {
   return top + Math.log(values.reduce((sum, value) => sum + Math.exp(value - top), 0));
 }
 
-/** What is added to each candidate's log π: β·r, or Σ β_j·r_j; null where nothing steered the step. */
+/** The term added to each candidate's log π: β·r, or Σ β_j·r_j; null for an unguided step. */
 export function steering(step, rule) {
   if (!step.scores) return null;
   const clip = (value) => (rule.clip ? Math.min(Math.max(value, 0), 1) : value);
@@ -30,7 +30,7 @@ export function sums(step, rule) {
   return step.policy_log_probs.map((p, i) => (p === -Infinity || !added ? p : p + added[i]));
 }
 
-/** Guided log-probabilities of the step's candidates under a rule, in nats; they sum to 1 in probability. */
+/** Guided log-probabilities of the step's candidates under a rule, in nats; their probabilities sum to 1. */
 export function guidedLogProbs(step, rule) {
   const combined = sums(step, rule);
   const best = combined.reduce((at, value, i) => (value > combined[at] ? i : at), 0);
@@ -57,14 +57,14 @@ export function chosenIndex(step) {
   return step.candidate_ids.indexOf(step.token_id);
 }
 
-/** What steering did to the chosen token: log π̃ − log π, π taken over the same candidates, so that 0 is no change. */
+/** The effect of guidance on the chosen token: log π̃ − log π, with π renormalised over the same candidates. */
 export function change(step) {
   const at = chosenIndex(step);
   if (at < 0) return null;
   return step.guided_log_probs[at] - (step.policy_log_probs[at] - logSumExp(step.policy_log_probs));
 }
 
-/** 1 for the largest; the earlier of two equal ones comes first. */
+/** Ranks of values, 1 for the largest; ties are ranked in order. */
 export function ranks(values) {
   const order = values.map((_, i) => i).sort((a, b) => values[b] - values[a] || a - b || 0);
   const found = new Array(values.length);
@@ -72,7 +72,7 @@ export function ranks(values) {
   return found;
 }
 
-/** The table of a step's candidates, highest guided sum first; without a rule, from what the server stored. */
+/** The rows of a step's table, highest guided value first; without a rule, with the server's values. */
 export function candidateRows(step, rule) {
   const added = rule && steering(step, rule);
   const guided = rule ? guidedLogProbs(step, rule) : step.guided_log_probs;
@@ -95,7 +95,7 @@ export function candidateRows(step, rule) {
     .sort((a, b) => a.guidedRank - b.guidedRank);
 }
 
-/** Index of the first token in which two texts differ; null while one is the beginning of the other and either grows. */
+/** Index of the first token that differs; null if there is none, or if unfinished texts agree so far. */
 export function firstDivergence(one, other, finished = true) {
   const shared = Math.min(one.length, other.length);
   for (let i = 0; i < shared; i += 1) if (one[i] !== other[i]) return i;

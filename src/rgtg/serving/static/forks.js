@@ -1,11 +1,11 @@
-// The texts that grew from one another, as a tree that the arrow keys walk.
+// The tree of texts and their forks.
 import { h, onKeys, tokenNodes } from "./dom.js";
-import { chosenIndex } from "./rule.js";
+import { chosenIndex } from "./guidance.js";
 import { candidateText, number, spoken, TokenReader } from "./text.js";
 import { path } from "./trace.js";
 
 export class Forks {
-  /** `onSelect(id)` is called when a person chooses a text. */
+  /** `onSelect(id)` is called when the user selects a text. */
   constructor({ onSelect }) {
     this.onSelect = onSelect;
     this.list = h("ul", { role: "tree", "aria-label": "texts and their forks" });
@@ -87,7 +87,7 @@ function read(step, id) {
   return new TokenReader().read(...candidateText(step, step.candidate_ids.indexOf(id)));
 }
 
-/** The same in words. */
+/** The name of a branch, with its fork in words. */
 export function forkName(document, branch) {
   if (branch.parent === null) return branch.label;
   const before = path(document, branch.parent)[branch.at];
