@@ -1,20 +1,20 @@
-"""Every error rgtg raises on purpose: ours and the standard library's at once, with the CLI's exit code.
+"""Every error that rgtg raises on purpose. Each is a subclass of a built-in exception too, and has an exit code.
 
-The text says what is wrong, what was expected and what to do.
+The message says what is wrong, what was expected and what to do.
 """
 
 
 class RgtgError(Exception):
-    """Work failed; the CLI prints the text without a traceback and exits with ``exit_code``."""
+    """The base of all. The CLI prints the message without a traceback and exits with ``exit_code``."""
 
     exit_code = 1
 
 
 class UsageError(RgtgError, ValueError):
-    """A setting or argument is unusable.
+    """A setting or argument cannot be used.
 
     Attributes:
-        setting: its name as the text has it, where callers may know it by another (the server's clients do).
+        setting: its name in the message, for callers that know it by another name (clients of the server do).
     """
 
     exit_code = 2
@@ -25,13 +25,13 @@ class UsageError(RgtgError, ValueError):
 
 
 class DataError(RgtgError, ValueError):
-    """A data file or a prompt is unusable; the text names the file and line where there is one."""
+    """A data file or a prompt cannot be used. The message names the file and line, if there is one."""
 
     exit_code = 3
 
 
 class PromptTooLongError(DataError):
-    """A prompt, with the tokens asked for, does not fit the model's context."""
+    """A prompt and the requested new tokens do not fit the model's context."""
 
 
 class ModelNotFoundError(UsageError, FileNotFoundError):
@@ -39,11 +39,11 @@ class ModelNotFoundError(UsageError, FileNotFoundError):
 
 
 class TokenizerMismatchError(UsageError):
-    """Policy and scorer read text differently, so token-wise scores would be meaningless."""
+    """Policy and scorer tokenize text differently, so token-wise scores would be meaningless."""
 
 
 class MissingExtraError(UsageError, ImportError):
-    """An optional dependency is absent; the text names the pip command."""
+    """An optional dependency is not installed. The message names the pip command."""
 
 
 class OutputError(RgtgError, OSError):
@@ -55,7 +55,7 @@ class NonFiniteError(RgtgError, ArithmeticError):
 
 
 class EndpointError(RgtgError, ConnectionError):
-    """An endpoint cannot be reached, refuses, or keeps failing; the text names its URL."""
+    """An endpoint cannot be reached, rejects requests or keeps failing. The message names its URL."""
 
 
 class StoppedError(RgtgError):
@@ -65,22 +65,32 @@ class StoppedError(RgtgError):
 
 
 class BusyError(RgtgError, BlockingIOError):
-    """The server's queue is full; the same request may succeed a little later."""
+    """The server's queue is full; the request may succeed later."""
 
 
 class NotServingError(RgtgError, ConnectionError):
-    """The server is still loading its models, or takes in nothing more since it is about to stop."""
+    """The server is still loading its models, or is about to stop."""
 
 
 class DeadlineError(RgtgError, TimeoutError):
-    """A request was not finished in its time."""
+    """A request exceeded its time limit."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first (the rest is often paragraphs), or its kind where it says nothing.
+    """The first line of another library's error message, or the name of its class if the message is empty.
 
     Example:
         >>> first_line(KeyError()), first_line(ValueError("too long"))
         ('KeyError', 'too long')
     """
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """A whole error message on one line, cut at ``limit`` characters.
+
+    Example:
+        >>> one_line(ValueError("too  long"), 5)
+        'too l'
+    """
+    return " ".join(str(error).split())[:limit]

@@ -1,4 +1,4 @@
-"""Files of completions: both names of the text, every field kept, bad rows told by line."""
+"""Reading files of completions."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_rows_keep_their_fields_and_their_order(tmp_path):
     assert [completion_text(row) for row in rows] == ["", "d"]
 
 
-def test_bad_rows_are_told_by_file_and_line(tmp_path):
+def test_an_error_names_file_and_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "text": "b"}\n{"prompt": 3, "text": "b"}\n')
     with pytest.raises(DataError, match=r'rows\.jsonl:2: "prompt" must be a non-empty text'):

@@ -1,9 +1,9 @@
-"""OpenAI's batch format: what is read, what is taken by another name, and what is refused by name."""
+"""OpenAI's batch format: what is read, renamed, or an error."""
 
 import pytest
 
 from rgtg.data.openai_batch import is_batch_line, to_request
-from rgtg.data.sources import RowProblem
+from rgtg.data.sources import RowError
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -12,7 +12,7 @@ def line(body, **fields):
     return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body} | fields
 
 
-def test_a_chat_and_a_text():
+def test_chat_and_text_requests_are_read():
     chat = to_request(line(CHAT))
     assert (chat.prompt, chat.endpoint, chat.model) == (CHAT["messages"], "chat", "m")
     assert (chat.settings, chat.seed) == ({}, None)
@@ -20,7 +20,7 @@ def test_a_chat_and_a_text():
     assert (text.prompt, text.endpoint, text.model) == ("Once", "completions", None)
 
 
-def test_settings_go_by_our_names_and_what_asks_for_nothing_is_left_out():
+def test_settings_get_our_names_and_default_values_are_dropped():
     asked = {
         "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": "\n", "seed": 7, "beta": 2.0,
         "top_k": None, "n": 1, "stream": False, "frequency_penalty": 0.0, "presence_penalty": 0,
@@ -31,7 +31,7 @@ def test_settings_go_by_our_names_and_what_asks_for_nothing_is_left_out():
     assert found.seed == 7
 
 
-def test_one_part_of_text_is_text():
+def test_a_content_of_one_text_part_is_text():
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     assert to_request(line({"messages": parts})).prompt == [{"role": "user", "content": "Hi"}]
 
@@ -39,13 +39,13 @@ def test_one_part_of_text_is_text():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (line(CHAT | {"frequency_penalty": 0.5}), r"body\.frequency_penalty: not honoured here"),
-        (line(CHAT | {"n": 2}), r"body\.n: not honoured"),
-        (line(CHAT | {"n": True}), r"body\.n: not honoured"),
-        (line(CHAT | {"stream": True}), r"body\.stream: not honoured"),
-        (line(CHAT | {"tools": [{}]}), r"body\.tools: not honoured"),
-        (line(CHAT | {"method": "pargs"}), r"body\.method: not honoured"),
-        (line(CHAT, extra=1), "extra: not honoured"),
+        (line(CHAT | {"frequency_penalty": 0.5}), r"body\.frequency_penalty: not supported"),
+        (line(CHAT | {"n": 2}), r"body\.n: not supported"),
+        (line(CHAT | {"n": True}), r"body\.n: not supported"),
+        (line(CHAT | {"stream": True}), r"body\.stream: not supported"),
+        (line(CHAT | {"tools": [{}]}), r"body\.tools: not supported"),
+        (line(CHAT | {"method": "pargs"}), r"body\.method: not supported"),
+        (line(CHAT, extra=1), "extra: not supported"),
         (line(CHAT, method="GET"), 'method is .GET., expected "POST"'),
         (line(CHAT, url="/v1/embeddings"), "url is ./v1/embeddings., expected /v1/chat/completions or"),
         (line([]), "body is a list, expected an object"),
@@ -61,12 +61,12 @@ def test_one_part_of_text_is_text():
         (line({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "must be text, or one part"),
     ],
 )
-def test_what_is_refused(row, message):
-    with pytest.raises(RowProblem, match=message):
+def test_unsupported_or_invalid_lines_are_errors(row, message):
+    with pytest.raises(RowError, match=message):
         to_request(row)
 
 
-def test_other_rows_are_no_batch_lines():
+def test_other_rows_are_not_batch_lines():
     assert is_batch_line(line(CHAT))
     assert not is_batch_line({"prompt": "a", "body": "b"})
     assert not is_batch_line({"prompt": "a", "custom_id": "b"})

@@ -1,4 +1,4 @@
-"""Reading, validation with file and line, splitting and tokenising of preference pairs."""
+"""Preference pairs: reading, errors with file and line, splitting and tokenizing."""
 
 import contextlib
 import gzip
@@ -93,7 +93,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD.keys())
-def test_each_bad_row_is_refused_with_file_and_line(tmp_path, row, reason):
+def test_an_error_names_file_line_and_reason(tmp_path, row, reason):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, b"", row)
     with pytest.raises(DataError, match=rf"pairs\.jsonl:3: {reason}") as raised:
         read_pairs(path)
@@ -101,7 +101,7 @@ def test_each_bad_row_is_refused_with_file_and_line(tmp_path, row, reason):
     assert "--on-bad skip" in str(raised.value)
 
 
-def test_too_long_counts_tokens(tmp_path, tokenizer):
+def test_max_length_counts_tokens(tmp_path, tokenizer):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, OTHER)  # 6 + 12 + EOS = 19 and 7 + 16 + EOS = 24 tokens
     assert len(read_pairs(path, tokenizer=tokenizer, max_length=24).pairs) == 2
     with pytest.raises(DataError, match=r"pairs\.jsonl:2: too long: 24 tokens, at most 23 allowed"):
@@ -110,7 +110,7 @@ def test_too_long_counts_tokens(tmp_path, tokenizer):
         read_pairs(path, max_length=24)
 
 
-def test_sides_that_are_the_same_tokens_are_equal(tmp_path, tokenizer):
+def test_two_sides_with_the_same_tokens_are_an_error(tmp_path, tokenizer):
     path = write_rows(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "§", "rejected": "±"})
     assert len(read_pairs(path).pairs) == 1
     with pytest.raises(DataError, match="chosen equals rejected: they are the same tokens"):
@@ -142,13 +142,13 @@ def test_skip_writes_rejects_and_keeps_the_rest(tmp_path):
     assert list(rejects.parent.iterdir()) == [rejects]
 
 
-def test_skip_without_rejects_says_so(tmp_path):
+def test_skip_without_rejects_warns(tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, b"nonsense")
     with pytest.warns(UserWarning, match=r"left out 1 of 2 rows \(not JSON: 1\)"):
         read_pairs(path, on_bad="skip")
 
 
-def test_nothing_left_and_a_broken_source_leave_no_half_written_rejects(tmp_path):
+def test_an_unusable_or_broken_source_leaves_no_partial_rejects(tmp_path):
     rejects = tmp_path / "rejects.jsonl"
     path = write_rows(tmp_path / "pairs.jsonl", b"nonsense")
     with pytest.raises(DataError, match="Nothing is left to use"):
@@ -163,7 +163,7 @@ def test_nothing_left_and_a_broken_source_leave_no_half_written_rejects(tmp_path
     assert not list(tmp_path.glob(".rejects*"))
 
 
-def test_rejects_that_cannot_be_written(tmp_path):
+def test_unwritable_rejects_are_an_error(tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD)
     with pytest.raises(OutputError, match=r"cannot write .*rejects.jsonl: .*; choose another file with --rejects"):
         read_pairs(path, on_bad="skip", rejects=path / "rejects.jsonl")
@@ -176,7 +176,7 @@ def test_rejects_that_cannot_be_written(tmp_path):
 # --- formats -----------------------------------------------------------------------------------------------------
 
 
-def test_extra_fields_blank_lines_bom_and_windows_endings(tmp_path):
+def test_extra_fields_blank_lines_bom_and_windows_line_ends_are_ignored(tmp_path):
     rows = b"\xef\xbb\xbf" + json.dumps({**GOOD, "source": "x", "score": None}).encode() + b"\r\n\r\n  \n"
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(rows + json.dumps(OTHER).encode())
@@ -215,7 +215,7 @@ def test_a_text_prompt_must_be_the_last_shared_message(tmp_path, chat_tokenizer)
         read_pairs(path, tokenizer=chat_tokenizer)
 
 
-def test_chat_needs_a_template(tmp_path, tokenizer):
+def test_chat_rows_need_a_template(tmp_path, tokenizer):
     row = {"prompt": [said("user", "a")], "chosen": [said("assistant", "b")], "rejected": [said("assistant", "c")]}
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, row)
     for given_tokenizer, advice in ((None, "--tokenizer DIR"), (tokenizer, "has no chat template")):
@@ -231,7 +231,7 @@ def test_chat_needs_a_template(tmp_path, tokenizer):
         ("{{ messages[0].content }}", "chat template: the template leaves the reply out"),
     ],
 )
-def test_templates_that_do_not_fit(tmp_path, tokenizer, template, reason):
+def test_a_template_that_rewrites_the_prompt_is_an_error(tmp_path, tokenizer, template, reason):
     tokenizer.chat_template = template
     row = {"prompt": [said("user", "a")], "chosen": [said("assistant", "b")], "rejected": [said("assistant", "c")]}
     path = write_rows(tmp_path / "pairs.jsonl", row)
@@ -239,7 +239,7 @@ def test_templates_that_do_not_fit(tmp_path, tokenizer, template, reason):
         read_pairs(path, tokenizer=tokenizer)
 
 
-def test_fingerprint_is_of_contents_and_order(tmp_path):
+def test_the_fingerprint_depends_on_contents_and_order(tmp_path):
     def fingerprint(*rows):
         return read_pairs(write_rows(tmp_path / "pairs.jsonl", *rows)).fingerprint
 
@@ -250,7 +250,7 @@ def test_fingerprint_is_of_contents_and_order(tmp_path):
     assert fingerprint(GOOD, {**OTHER, "chosen": " goodbye!"}) != one
 
 
-def test_summary_by_hand(tmp_path, tokenizer):
+def test_the_summary_matches_a_hand_computation(tmp_path, tokenizer):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, OTHER, {"prompt": "abc", "chosen": "xy", "rejected": "yx"})
     summary = read_pairs(path).summary
     assert summary.unit == "characters"
@@ -272,7 +272,7 @@ def many_pairs(prompts=50, each=3):
     ]  # fmt: skip
 
 
-def test_split_never_puts_a_prompt_on_both_sides():
+def test_split_puts_no_prompt_on_both_sides():
     pairs = many_pairs(200)
     train, held_out = split_pairs(pairs, 0.2, seed=3)
     assert len(train) + len(held_out) == len(pairs)
@@ -291,14 +291,14 @@ def test_split_does_not_depend_on_row_order_or_other_rows():
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("prompts", [2, 3])
-def test_split_leaves_something_on_each_side(fraction, prompts):
+def test_split_leaves_no_side_empty(fraction, prompts):
     for seed in range(20):
         train, held_out = split_pairs(many_pairs(prompts), fraction, seed)
         assert train
         assert held_out
 
 
-def test_split_edges():
+def test_split_of_edge_cases():
     one = many_pairs(prompts=1)
     assert split_pairs(one, 0.9, seed=0) == (one, [])
     assert split_pairs([], 0.5, seed=0) == ([], [])
@@ -309,7 +309,7 @@ def test_split_edges():
             split_pairs(pairs, fraction, seed=0)
 
 
-def test_tokenize_closes_plain_completions(tokenizer):
+def test_plain_completions_end_with_eos(tokenizer):
     (ids,) = tokenize_pairs([PreferencePair(prompt="ab", chosen=" c", rejected="d")], tokenizer)
     space, a, b, c, d = tokenizer(" abcd").input_ids
     assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([a, b], [space, c, 2], [d, 2])
@@ -322,7 +322,7 @@ def test_tokenize_closes_plain_completions(tokenizer):
     [("</s>\n", "</s>"), ("</s>", "</s>"), ("", "</s>"), ("<end>\n", None)],
     ids=["eos and newline", "eos", "no ending", "an ending that is not eos"],
 )
-def test_templated_completions_are_closed_once(tmp_path, tokenizer, ending, closing):
+def test_templated_completions_end_once(tmp_path, tokenizer, ending, closing):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + ending + "{% endfor %}"
     row = {"prompt": [said("user", "a")], "chosen": [said("assistant", "bc")], "rejected": [said("assistant", "d")]}
     pairs = read_pairs(write_rows(tmp_path / "pairs.jsonl", row), tokenizer=tokenizer).pairs
@@ -331,7 +331,7 @@ def test_templated_completions_are_closed_once(tmp_path, tokenizer, ending, clos
     assert ids.chosen_ids == tokenizer(expected, add_special_tokens=False).input_ids
 
 
-def test_prompts_of_every_kind_of_row(tmp_path):
+def test_prompts_are_read_from_every_kind_of_row(tmp_path):
     hh = {"chosen": HH + " a", "rejected": HH + " a"}
     path = write_rows(tmp_path / "prompts.jsonl", {"prompt": "one", "id": 7}, b"", GOOD, hh, {"prompt": "one"})
     assert read_prompts(path) == ["one", "Say hi", HH, "one"]
@@ -353,7 +353,7 @@ def test_prompts_of_every_kind_of_row(tmp_path):
         ({"chosen": "a", "rejected": "b"}, "missing field: prompt"),
     ],
 )
-def test_bad_prompts_are_refused_with_file_and_line(tmp_path, row, reason):
+def test_an_error_names_file_and_line_of_a_bad_prompt(tmp_path, row, reason):
     path = write_rows(tmp_path / "prompts.jsonl", {"prompt": "fine"}, row)
     with pytest.raises(DataError, match=rf"prompts\.jsonl:2: {reason}"):
         read_prompts(path)

@@ -1,10 +1,10 @@
-"""Prompt files: which rows are read, by which id, and what is kept apart."""
+"""Files of prompts: which rows are read, their ids, and bad rows."""
 
 import json
 
 import pytest
 
-from rgtg.data.prompts import read_prompt_rows, refuse_rows
+from rgtg.data.prompts import raise_for_bad_rows, read_prompt_rows
 from rgtg.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -24,7 +24,7 @@ def read(tmp_path):
     return lambda *rows: read_prompt_rows(write(tmp_path / "p.jsonl", *rows))
 
 
-def test_texts_chats_pairs_and_requests_with_their_ids(read):
+def test_texts_chats_pairs_and_requests_are_read_with_their_ids(read):
     found = read(
         {"prompt": "a", "id": "x", "other": 1}, {"prompt": CHAT, "custom_id": "y"}, {"messages": CHAT, "id": 7}, "",
         {"chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: q\n\nAssistant: c"}, request("z", seed=3),
@@ -36,7 +36,7 @@ def test_texts_chats_pairs_and_requests_with_their_ids(read):
     assert not found.bad
 
 
-def test_bad_rows_are_kept_apart_with_the_id_they_have(read):
+def test_bad_rows_are_returned_separately_with_their_ids(read):
     found = read(
         {"prompt": "a", "id": "x"}, "{", {"prompt": 3, "id": "y"}, {"prompt": "b", "id": "x"},
         {"prompt": "c", "id": [1]},
@@ -52,22 +52,22 @@ def test_bad_rows_are_kept_apart_with_the_id_they_have(read):
     assert "temperature = -1" in found.bad[6].error
     assert found.total == 11
     with pytest.raises(DataError, match=r"(?s)cannot use 9 of 11 rows .*p\.jsonl:2: not JSON.* and 4 more"):
-        refuse_rows(found.source, found.bad, found.total)
+        raise_for_bad_rows(found.source, found.bad, found.total)
 
 
-def test_settings_of_a_row_are_checked_and_equal_ones_shared(read):
+def test_row_settings_are_checked_and_equal_ones_are_shared(read):
     found = read(request("a", max_tokens=5), request("b", max_tokens=5), request("c", max_tokens=6))
     assert [row.settings for row in found.rows] == [{"max_new_tokens": n} for n in (5, 5, 6)]
     assert found.rows[0].settings is found.rows[1].settings
 
 
-def test_one_run_has_one_model(read):
+def test_a_file_that_asks_for_several_models_is_an_error(read):
     assert read(request("a", model="m"), request("b", model="m"), request("c")).models == ["m"]
     with pytest.raises(DataError, match="asks for several models: m, n"):
         read(request("a", model="m"), request("b", model="n"))
 
 
-def test_the_fingerprint_is_of_ids_prompts_and_settings_in_their_order(read):
+def test_the_fingerprint_depends_on_ids_prompts_settings_and_order(read):
     def of(*rows):
         return read(*rows).fingerprint
 
@@ -89,7 +89,7 @@ def test_parquet(tmp_path):
     assert [(row.id, row.prompt) for row in found.rows] == [("5", CHAT), ("row-2", "a")]
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     told = []
     path = write(tmp_path / "p.jsonl", *({"prompt": f"{i}"} for i in range(2500)))
     read_prompt_rows(path, progress=lambda done, total: told.append((done, total)))

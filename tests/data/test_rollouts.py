@@ -1,4 +1,4 @@
-"""Rollouts: what is read, what is refused by file and line, which completions are closed."""
+"""Reading rollouts: fields, errors with file and line, and which completions end with EOS."""
 
 import json
 
@@ -20,7 +20,7 @@ def read(tmp_path, tokenizer):
     return lambda *rows, **settings: read_rollouts(write(tmp_path / "r.jsonl", *rows), tokenizer=tokenizer, **settings)
 
 
-def test_either_name_of_the_text_and_repeated_rows_are_kept(read):
+def test_both_names_of_the_text_are_read_and_repeated_rows_are_kept(read):
     rollouts = read(GOOD, {"prompt": "so ", "completion": "ab", "reward": -1.5}, GOOD)
     assert [(r.text, r.reward, r.finished) for r in rollouts.rows] == [
         ("ab", 2.0, True), ("ab", -1.5, True), ("ab", 2.0, True),
@@ -29,7 +29,7 @@ def test_either_name_of_the_text_and_repeated_rows_are_kept(read):
     assert rollouts.fingerprint != read(GOOD).fingerprint
 
 
-def test_what_was_cut_off_is_not_closed(read, tokenizer):
+def test_a_truncated_completion_gets_no_eos(read, tokenizer):
     cut, empty = GOOD | {"finish_reason": "length"}, GOOD | {"text": ""}
     ids = tokenize_rollouts(read(GOOD, cut, empty).rows, tokenizer)
     text = tokenizer("ab").input_ids
@@ -44,22 +44,22 @@ def test_what_was_cut_off_is_not_closed(read, tokenizer):
         ([1], "expected an object"),
         ({"prompt": "so ", "text": "a"}, "missing field: reward"),
         ({"prompt": "so ", "reward": 1}, r"text \(or completion\)"),
-        (GOOD | {"text": 3}, "text is no text"),
-        (GOOD | {"finish_reason": 3}, "finish_reason is no text"),
+        (GOOD | {"text": 3}, "text is not text"),
+        (GOOD | {"finish_reason": 3}, "finish_reason is not text"),
         (GOOD | {"reward": None}, "bad reward"),
         (GOOD | {"reward": True}, "bad reward"),
-        ('{"prompt": "so ", "text": "a", "reward": Infinity}', "no finite number"),
+        ('{"prompt": "so ", "text": "a", "reward": Infinity}', "not a finite number"),
         (GOOD | {"prompt": ""}, "empty prompt"),
         (GOOD | {"text": "", "finish_reason": "length"}, "empty completion"),
         (GOOD | {"text": "a" * 40}, "too long"),
     ],
 )
-def test_bad_rows_are_told_by_file_and_line(read, row, message):
+def test_an_error_names_file_and_line(read, row, message):
     with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{message}"):
         read(GOOD, row, max_length=20)
 
 
-def test_labels_lie_between_0_and_1_or_are_scaled(read):
+def test_labels_must_lie_in_0_to_1_after_scaling(read):
     labels = [GOOD | {"reward": reward} for reward in (-1, 0.5, 3)]
     with pytest.raises(DataError, match=r"r\.jsonl:1: .*-1 is not in \[0, 1\]; scale rewards with"):
         read(*labels, labels=True)
@@ -68,7 +68,7 @@ def test_labels_lie_between_0_and_1_or_are_scaled(read):
         read(*labels, labels=True, reward_range=(-1.0, 2.0))
 
 
-def test_bad_rows_can_be_left_out(read, tmp_path):
+def test_skip_leaves_bad_rows_out(read, tmp_path):
     with pytest.warns(UserWarning, match=r"left out 1 of 2 rows \(bad reward: 1\)"):
         assert len(read(GOOD, GOOD | {"reward": "high"}, on_bad="skip").rows) == 1
     read(GOOD, GOOD | {"reward": "high"}, on_bad="skip", rejects=tmp_path / "rejects.jsonl")
@@ -77,7 +77,7 @@ def test_bad_rows_can_be_left_out(read, tmp_path):
         read(GOOD | {"reward": "high"}, on_bad="skip")
 
 
-def test_rejects_never_overwrite_what_is_read(tmp_path, tokenizer):
+def test_rejects_must_not_overwrite_the_source(tmp_path, tokenizer):
     path = write(tmp_path / "rejects.jsonl", GOOD, "{")
     before = path.read_text()
     with pytest.raises(UsageError, match="would overwrite the data"):

@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file and the hub, and files that are missing, cut off or corrupt."""
+"""Reading rows of every kind of file and of the hub; missing, truncated and corrupt files."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, suffix):
     assert read.fingerprint == read_pairs(write_rows(tmp_path / "plain.jsonl", GOOD, OTHER)).fingerprint
 
 
-def test_zstd_of_many_frames_and_chunks(tmp_path):
+def test_zstd_with_many_frames_and_chunks_is_read_whole(tmp_path):
     rows = [{**GOOD, "prompt": f"{i} {random.Random(i).random()}" * 20} for i in range(2000)]
     text = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     middle = len(text) // 2
@@ -52,7 +52,7 @@ def test_zstd_of_many_frames_and_chunks(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
 )
-def test_truncated_and_corrupt_archives_are_refused(tmp_path, suffix, pack):
+def test_truncated_and_corrupt_archives_are_errors(tmp_path, suffix, pack):
     whole = pack(b"".join(json.dumps({**GOOD, "prompt": str(i)}).encode() + b"\n" for i in range(500)))
     cut = tmp_path / f"cut.jsonl.{suffix}"
     cut.write_bytes(whole[: len(whole) // 2])
@@ -64,7 +64,7 @@ def test_truncated_and_corrupt_archives_are_refused(tmp_path, suffix, pack):
         read_pairs(junk)
 
 
-def test_corrupt_parquet_and_parquet_without_the_columns(tmp_path):
+def test_corrupt_parquet_and_missing_columns_are_errors(tmp_path):
     corrupt = tmp_path / "corrupt.parquet"
     corrupt.write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(DataError, match=r"corrupt\.parquet is not a readable Parquet file"):
@@ -75,7 +75,7 @@ def test_corrupt_parquet_and_parquet_without_the_columns(tmp_path):
         read_pairs(foreign)
 
 
-def test_parquet_line_is_the_row_number_also_for_bad_utf8(tmp_path):
+def test_errors_of_parquet_name_the_row_number(tmp_path):
     path = tmp_path / "pairs.parquet"
     table = pyarrow.Table.from_pylist([GOOD, {**OTHER, "chosen": None}, OTHER])
     pyarrow.parquet.write_table(table, path)
@@ -89,14 +89,14 @@ def test_parquet_line_is_the_row_number_also_for_bad_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_an_empty_file_is_refused(tmp_path, suffix):
+def test_an_empty_file_is_an_error(tmp_path, suffix):
     path = tmp_path / f"empty.{suffix}"
     path.write_bytes(b"")
     with pytest.raises(DataError, match=rf"empty\.{suffix} is empty"):
         read_pairs(path)
 
 
-def test_sources_that_are_no_data(tmp_path):
+def test_a_source_that_is_not_a_data_file_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"absent\.jsonl: no such file"):
         read_pairs(tmp_path / "absent.jsonl")
     with pytest.raises(UsageError, match="no such file"):
@@ -110,7 +110,7 @@ def test_sources_that_are_no_data(tmp_path):
         read_pairs(tmp_path / "pairs.txt")
 
 
-def test_a_hub_dataset_with_its_split(monkeypatch):
+def test_a_hub_dataset_is_read_with_its_split(monkeypatch):
     asked = []
 
     def load_dataset(name, split):
@@ -123,7 +123,7 @@ def test_a_hub_dataset_with_its_split(monkeypatch):
     assert asked == [("owner/name", "test[:10%]"), ("owner/name", "train")]
 
 
-def test_a_hub_dataset_that_cannot_be_reached(monkeypatch):
+def test_an_unreachable_hub_dataset_is_an_error(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError(f"Couldn't reach {name}\nsecond line")
 

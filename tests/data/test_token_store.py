@@ -1,9 +1,9 @@
-"""Tokenised pairs in flat arrays: what goes in comes out, in memory and on disk; the split is the one of lists."""
+"""The store of tokenized pairs, in memory and on disk, and the train/eval mask."""
 
 import numpy as np
 import pytest
 
-from rgtg.data.pairs import TokenizedPair, held_out_prompts, place_of, split_pairs
+from rgtg.data.pairs import TokenizedPair, held_out_prompts, split_pairs, split_position
 from rgtg.data.token_store import TokenizedPairs, TokenStore
 from rgtg.errors import OutputError
 from rgtg.types.generation import PreferencePair
@@ -16,7 +16,7 @@ def some_pairs(count, seed=0):
 
 
 @pytest.mark.parametrize("memory_limit", [0, 4000, 2**27])
-def test_pairs_come_out_as_they_went_in(memory_limit, monkeypatch):
+def test_pairs_are_read_back_unchanged(memory_limit, monkeypatch):
     monkeypatch.setattr("rgtg.data.token_store._BUFFER", 50)  # ids that are written at once
     store, pairs = TokenStore(memory_limit=memory_limit), some_pairs(100)
     for i, pair in enumerate(pairs):
@@ -32,7 +32,7 @@ def test_a_store_without_pairs_is_empty():
     assert len(TokenStore()) == 0
 
 
-def test_a_part_of_a_store_is_a_sequence():
+def test_a_subset_of_a_store_is_a_sequence():
     store, pairs = TokenStore(), some_pairs(10)
     for pair in pairs:
         store.append(pair)
@@ -46,7 +46,7 @@ def test_a_part_of_a_store_is_a_sequence():
         some[3]
 
 
-def test_a_full_temporary_folder_is_said(monkeypatch):
+def test_a_full_temporary_folder_is_named(monkeypatch):
     class Full:
         def seek(self, *_):
             raise OSError(28, "No space left on device")
@@ -55,15 +55,15 @@ def test_a_full_temporary_folder_is_said(monkeypatch):
             pass
 
     monkeypatch.setattr("rgtg.data.token_store.tempfile.TemporaryFile", lambda **_: Full())
-    with pytest.raises(OutputError, match=r"no room for the token ids in .*No space left on device; name another"):
+    with pytest.raises(OutputError, match=r"no room for the token ids in .*No space left on device; use another"):
         TokenStore(memory_limit=0).append(some_pairs(1)[0])
 
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"], [f"p{i % 37}" for i in range(200)]])
 @pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.1, 0.5, 0.999999])
-def test_places_split_as_pairs_do(prompts, fraction):
+def test_the_mask_splits_like_split_pairs(prompts, fraction):
     pairs = [PreferencePair(prompt=prompt, chosen=f" {i}", rejected=" x") for i, prompt in enumerate(prompts)]
-    mask = held_out_prompts(np.array([place_of(prompt, 3) for prompt in prompts]), fraction)
+    mask = held_out_prompts(np.array([split_position(prompt, 3) for prompt in prompts]), fraction)
     train, held_out = split_pairs(pairs, fraction, 3)
     assert train == [pair for pair, out in zip(pairs, mask, strict=True) if not out]
     assert held_out == [pair for pair, out in zip(pairs, mask, strict=True) if out]

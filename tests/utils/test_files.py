@@ -25,7 +25,7 @@ from rgtg.utils.files import (
 fcntl = pytest.importorskip("fcntl")
 
 
-def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):
+def test_a_file_is_written_whole_and_its_folder_is_made(tmp_path):
     path = tmp_path / "new" / "folder" / "x.json"
     write_text(path, "ü\n")
     assert path.read_text(encoding="utf-8") == "ü\n"
@@ -34,7 +34,7 @@ def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):
 
 @pytest.fixture(params=[(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=lambda pair: f"{pair[0]:03o}")
 def new_mode(request):
-    """The permissions of a new file, under a umask."""
+    """The permissions of a new file under each umask."""
     before = os.umask(request.param[0])
     yield request.param[1]
     os.umask(before)
@@ -44,7 +44,7 @@ def mode(path):
     return path.stat().st_mode & 0o777
 
 
-def test_a_new_file_is_as_open_as_the_umask_lets_it_be(tmp_path, new_mode):
+def test_a_new_file_gets_the_permissions_of_the_umask(tmp_path, new_mode):
     write_text(tmp_path / "text", "x")
     with atomic_write(tmp_path / "library") as partial:
         partial.unlink()
@@ -57,7 +57,7 @@ def test_a_new_file_is_as_open_as_the_umask_lets_it_be(tmp_path, new_mode):
 
 
 @pytest.mark.parametrize("kept", [0o600, 0o640, 0o444, 0o755])
-def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, new_mode, kept):
+def test_a_replaced_file_keeps_its_permissions(tmp_path, new_mode, kept):
     path = tmp_path / "x"
     path.write_text("before")
     path.chmod(kept)
@@ -67,7 +67,7 @@ def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, new_mode, kept)
     assert (path.read_text(), mode(path)) == ("after", kept)
 
 
-def test_inputs_are_found_among_outputs_by_any_name(tmp_path):
+def test_an_output_that_is_an_input_is_an_error_under_any_name(tmp_path):
     kept, other, link = (tmp_path / name for name in ("kept", "other", "link"))
     kept.write_text("")
     other.write_text("")
@@ -81,7 +81,7 @@ def test_inputs_are_found_among_outputs_by_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), OSError(28, "No space left on device")])
-def test_a_failure_leaves_what_was_there_before(tmp_path, error):
+def test_a_failure_leaves_the_old_file_unchanged(tmp_path, error):
     path = tmp_path / "x.json"
     path.write_text("before")
 
@@ -96,12 +96,12 @@ def test_a_failure_leaves_what_was_there_before(tmp_path, error):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_an_error_of_ours_in_the_block_keeps_its_name(tmp_path):
+def test_an_rgtg_error_in_the_block_is_raised_unchanged(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no model"), atomic_write(tmp_path / "x"):
         raise ModelNotFoundError("no model")
 
 
-def test_a_folder_is_made_or_refused(tmp_path):
+def test_a_folder_is_made_or_is_an_error(tmp_path):
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -111,7 +111,7 @@ def test_a_folder_is_made_or_refused(tmp_path):
             make_folder(folder)
 
 
-def test_a_folder_has_one_writer(tmp_path):
+def test_a_second_writer_of_a_folder_is_an_error(tmp_path):
     folder = tmp_path / "deep" / "out"
     with lock_folder(folder):
         (folder / "work").touch()
@@ -125,7 +125,7 @@ def test_a_folder_has_one_writer(tmp_path):
         pass
 
 
-def test_a_folder_that_stays_empty_is_not_left(tmp_path):
+def test_a_new_folder_that_stays_empty_is_removed(tmp_path):
     there = tmp_path / "there"
     there.mkdir()
     for folder in (tmp_path / "new", there):
@@ -134,7 +134,7 @@ def test_a_folder_that_stays_empty_is_not_left(tmp_path):
     assert list(tmp_path.iterdir()) == [there]
 
 
-def test_what_a_killed_process_leaves_does_not_hinder(tmp_path):
+def test_the_lock_file_of_a_killed_process_locks_nothing(tmp_path):
     hold = "import pathlib, sys, rgtg.utils.files\nwith rgtg.utils.files.lock_folder(pathlib.Path(sys.argv[1])):\n"
     hold += " print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
@@ -148,7 +148,7 @@ def test_what_a_killed_process_leaves_does_not_hinder(tmp_path):
         pass
 
 
-def test_a_lock_that_was_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     """Another run ends between our opening its file and locking it."""
     real, seen = os.open, []
 
@@ -165,7 +165,7 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_no_lock(tmp_path, monkey
     assert seen
 
 
-def test_without_locks_a_warning_says_so_and_the_work_goes_on(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -176,7 +176,7 @@ def test_without_locks_a_warning_says_so_and_the_work_goes_on(tmp_path, monkeypa
         pass
 
 
-def test_a_lock_that_cannot_be_written(tmp_path):
+def test_an_unwritable_lock_file_is_an_error(tmp_path):
     (tmp_path / LOCK_FILE).mkdir()
     with pytest.raises(OutputError, match=rf"cannot write .*{LOCK_FILE}: Is a directory"):
         lock_folder(tmp_path).__enter__()
@@ -184,7 +184,7 @@ def test_a_lock_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def synced(monkeypatch):
-    """Paths whose files or names were brought to the disk, in order."""
+    """Synced paths, in order."""
     real, paths = os.fsync, []
 
     def fsync(file):
@@ -196,7 +196,7 @@ def synced(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
-def test_every_file_and_every_name_reaches_the_disk(tmp_path, synced):
+def test_sync_tree_syncs_every_file_and_folder(tmp_path, synced):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("one", "a/two", "a/b/three"):
         (tmp_path / name).touch()
@@ -205,7 +205,7 @@ def test_every_file_and_every_name_reaches_the_disk(tmp_path, synced):
     assert synced[3:] == [str(tmp_path / "a/b"), str(tmp_path / "a"), str(tmp_path)]
 
 
-def test_a_file_system_that_cannot_sync_folders_is_no_error_but_a_failing_disk_is(tmp_path, monkeypatch):
+def test_a_failed_sync_is_an_error_unless_the_file_system_cannot_sync(tmp_path, monkeypatch):
     codes = [errno.EINVAL, errno.EIO]
 
     def fsync(_):

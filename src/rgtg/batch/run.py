@@ -21,7 +21,7 @@ from rgtg.batch.tasks import (
     prepare_tasks,
 )
 from rgtg.config import GenerateSettings
-from rgtg.data.prompts import BadRow, PromptFile, refuse_rows
+from rgtg.data.prompts import BadRow, PromptFile, raise_for_bad_rows
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import DataError, RgtgError
 from rgtg.evaluation.provenance import provenance
@@ -199,7 +199,7 @@ def run_plan(
     # 1. Check the rows.
     tasks, bad = plan.tasks, sorted([*prompts.bad, *plan.bad], key=lambda row: row.number)
     if settings.on_bad == "error":
-        refuse_rows(prompts.source, bad, prompts.total)
+        raise_for_bad_rows(prompts.source, bad, prompts.total)
     if not tasks:
         raise DataError(f"{prompts.source}: no row can be completed; the first error is: {bad[0].error}")
     model = _model_name(settings)

@@ -13,11 +13,11 @@ import torch
 
 from rgtg.config import DecodingSettings, GenerateSettings
 from rgtg.data.prompts import BadRow, PromptRow
-from rgtg.data.sources import Reason
+from rgtg.data.sources import RejectReason, RowError
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
 from rgtg.decoding.request import Request, RowSeeds
-from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError
+from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError, one_line
 from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.tokenization.conversation import render_chat
@@ -133,18 +133,12 @@ def prepare_tasks(
         for row, prompt in zip(part, checker.encode(part), strict=True):
             try:
                 prompt_tokens, max_tokens = checker.count_tokens(row, prompt)
-            except _BadPromptError as problem:
+            except RowError as problem:
                 bad.append(BadRow(row.number, row.id, problem.reason, str(problem)))
                 continue
             own_seed = seeds.next(prompt.ids) if row.seed is None else row.seed
             tasks.append(Task(len(tasks), row, own_seed, prompt_tokens, max_tokens))
     return tasks, bad
-
-
-class _BadPromptError(Exception):
-    def __init__(self, reason: Reason, error: Exception) -> None:
-        self.reason = reason.value
-        super().__init__(f"{self.reason}: {' '.join(str(error).split())[:300]}")
 
 
 @dataclass
@@ -153,7 +147,7 @@ class _EncodedPrompt:
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    problem: _BadPromptError | None = None
+    problem: RowError | None = None
 
 
 class _PromptChecker:
@@ -185,7 +179,7 @@ class _PromptChecker:
         """Tokens of the prompt, and the most that the row can hold at once.
 
         Raises:
-            _BadPromptError: the prompt cannot be read or does not fit, or the row's settings cannot be used.
+            RowError: the prompt cannot be read or does not fit, or the row's settings cannot be used.
         """
         if prompt.problem is not None:
             raise prompt.problem
@@ -196,9 +190,9 @@ class _PromptChecker:
                 request = Request(prompt.text, prompt.ids, 0, [], source=row.prompt)
                 self.guided.require_room(request, settings)
             except PromptTooLongError as error:
-                raise _BadPromptError(Reason.TOO_LONG, error) from error
+                raise RowError(RejectReason.TOO_LONG, one_line(error)) from error
             except DataError as error:
-                raise _BadPromptError(Reason.EMPTY_PROMPT, error) from error
+                raise RowError(RejectReason.EMPTY_PROMPT, one_line(error)) from error
             self._fits[key] = length
         return length, length + settings.max_new_tokens + branch_columns(self.guided.method, settings)
 
@@ -210,7 +204,7 @@ class _PromptChecker:
         except UsageError:  # no chat template: no chat can be completed
             raise
         except Exception as error:  # a template is a program: it may reject roles, or fail in any way
-            return _EncodedPrompt(problem=_BadPromptError(Reason.CHAT_TEMPLATE, error))
+            return _EncodedPrompt(problem=RowError(RejectReason.CHAT_TEMPLATE, one_line(error)))
 
     def _resolve(self, own: dict[str, Any]) -> tuple[DecodingSettings, str]:
         key = repr(sorted(own.items())) if own else ""
@@ -218,7 +212,7 @@ class _PromptChecker:
             try:
                 self._resolved[key] = self.guided.resolve(self.settings | own, complete=True)
             except UsageError as error:
-                raise _BadPromptError(Reason.BAD_VALUE, error) from error
+                raise RowError(RejectReason.BAD_VALUE, one_line(error)) from error
         return self._resolved[key], key
 
 
@@ -273,7 +267,7 @@ def complete_batch(
                 "decode less at once (--batch-tokens)"
             ) from error
         if len(tasks) == 1:
-            return [FailedTask(tasks[0], reason, " ".join(str(error).split())[:300])]
+            return [FailedTask(tasks[0], reason, one_line(error))]
         half = (len(tasks) + 1) // 2
     else:
         return [

@@ -210,7 +210,7 @@ def _complete_one(settings: GenerateSettings, *, as_json: bool, quiet: bool) -> 
 
 def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, first: bool) -> None:
     from rgtg.batch.output import JobOutput
-    from rgtg.data.prompts import read_prompt_rows, refuse_rows
+    from rgtg.data.prompts import raise_for_bad_rows, read_prompt_rows
     from rgtg.integrations.ray_cluster import require_ray
 
     assert settings.prompts is not None, "checked before anything is loaded"
@@ -222,7 +222,7 @@ def _complete_file(settings: GenerateSettings, *, as_json: bool, quiet: bool, fi
         with reading_bar("reading", quiet=quiet or as_json) as progress:
             prompts = read_prompt_rows(settings.prompts, progress=progress)
         if settings.on_bad == "error":  # before any model is loaded
-            refuse_rows(prompts.source, prompts.bad, prompts.total)
+            raise_for_bad_rows(prompts.source, prompts.bad, prompts.total)
         if first:
             JobOutput(settings.output).check(force=settings.force)
         with _ready(settings, prompts, first) as run, job_bar("generating", quiet=quiet or as_json) as tell:

@@ -1,7 +1,6 @@
-"""OpenAI's batch format: lines of custom_id, method, url and body, read as prompts with decoding settings of their own.
+"""OpenAI's batch format: lines of custom_id, method, url and body, read as prompts with their own decoding settings.
 
-What a body asks for and decoding here does not do is refused by name; a field that asks for nothing (null, or the
-value that OpenAI takes by default) is accepted.
+A field that decoding here does not support is an error, unless it is null or has OpenAI's default value.
 """
 
 from dataclasses import dataclass, field
@@ -9,15 +8,15 @@ from typing import Any, Literal
 
 from rgtg.config import DecodingSettings
 from rgtg.data.formats import Message, json_name, require_prompt, to_chat
-from rgtg.data.sources import Reason, RowProblem
+from rgtg.data.sources import RejectReason, RowError
 
 Endpoint = Literal["chat", "completions"]
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _LINE = ("custom_id", "method", "url", "body")
-# Body fields by our names: OpenAI's, then those of ours that it has no name for.
+# OpenAI's names of our settings, and our settings that a body may hold.
 _NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _OWN = set(DecodingSettings.model_fields) - {"method", "n", "seed"}
-# What asks for nothing.
+# Values that change nothing.
 _DEFAULTS: dict[str, Any] = {
     "n": 1, "best_of": 1, "stream": False, "echo": False, "logprobs": False, "frequency_penalty": 0,
     "presence_penalty": 0, "logit_bias": {}, "tools": [], "store": False, "response_format": {"type": "text"},
@@ -26,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What one line asks for; ``settings`` are decoding settings by our names."""
+    """What one line requests. ``settings`` are decoding settings under our names."""
 
     prompt: str | list[Message]
     endpoint: Endpoint
@@ -36,28 +35,28 @@ class BatchRequest:
 
 
 def is_batch_line(row: Any) -> bool:
-    """Whether a row is meant as a line of a batch, and not as a prompt with other fields."""
+    """Whether a row is a line of a batch rather than a prompt with other fields."""
     return isinstance(row, dict) and "body" in row and ("url" in row or "custom_id" in row)
 
 
 def to_request(row: dict[str, Any]) -> BatchRequest:
-    """Read one line; its ``custom_id`` is the reader's to check.
+    """Read one line; the caller checks its ``custom_id``.
 
     Raises:
-        RowProblem: it is not such a line, or asks for what cannot be done here.
+        RowError: it is not a line of a batch, or requests something unsupported.
     """
-    _refuse(set(row) - set(_LINE), "")
+    _reject(set(row) - set(_LINE), "")
     if row.get("method") != "POST":
-        raise RowProblem(Reason.BAD_VALUE, f'method is {row.get("method")!r:.40}, expected "POST"')
+        raise RowError(RejectReason.BAD_VALUE, f'method is {row.get("method")!r:.40}, expected "POST"')
     url, body = row.get("url"), row["body"]
     if not isinstance(url, str) or url not in ENDPOINTS:
-        raise RowProblem(Reason.BAD_VALUE, f"url is {url!r:.60}, expected {' or '.join(ENDPOINTS)}")
+        raise RowError(RejectReason.BAD_VALUE, f"url is {url!r:.60}, expected {' or '.join(ENDPOINTS)}")
     if not isinstance(body, dict):
-        raise RowProblem(Reason.WRONG_TYPE, f"body is {json_name(body)}, expected an object")
+        raise RowError(RejectReason.WRONG_TYPE, f"body is {json_name(body)}, expected an object")
     asked = {name: value for name, value in body.items() if value is not None}
     model = asked.pop("model", None)
     if model is not None and not isinstance(model, str):
-        raise RowProblem(Reason.WRONG_TYPE, f"body.model is {json_name(model)}, expected text")
+        raise RowError(RejectReason.WRONG_TYPE, f"body.model is {json_name(model)}, expected text")
     endpoint = ENDPOINTS[url]
     prompt = _prompt(asked, endpoint)
     return BatchRequest(prompt, endpoint, _settings(asked), _seed(asked), model)
@@ -66,17 +65,17 @@ def to_request(row: dict[str, Any]) -> BatchRequest:
 def _prompt(asked: dict[str, Any], endpoint: Endpoint) -> str | list[Message]:
     name = "messages" if endpoint == "chat" else "prompt"
     if name not in asked:
-        raise RowProblem(Reason.MISSING_FIELD, f"body.{name}")
+        raise RowError(RejectReason.MISSING_FIELD, f"body.{name}")
     value = asked.pop(name)
     if endpoint == "chat":
         return to_chat(_plain_contents(value), "body.messages")
     if not isinstance(value, str):
-        raise RowProblem(Reason.WRONG_TYPE, f"body.prompt is {json_name(value)}, expected one text")
+        raise RowError(RejectReason.WRONG_TYPE, f"body.prompt is {json_name(value)}, expected one text")
     return require_prompt(value)
 
 
 def _plain_contents(messages: Any) -> Any:
-    """Messages whose content is one part of text as messages of text; anything else stays for the reader to refuse."""
+    """Replace a content that is one text part by its text. Other values are left for the reader to check."""
     return [_plain(message) for message in messages] if isinstance(messages, list) else messages
 
 
@@ -86,24 +85,24 @@ def _plain(message: Any) -> Any:
         return message
     if len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
         return {**message, "content": content[0].get("text")}
-    raise RowProblem(Reason.UNSUPPORTED, "a message's content must be text, or one part of text; join the parts")
+    raise RowError(RejectReason.UNSUPPORTED, "a message's content must be text, or one part of text; join the parts")
 
 
 def _settings(asked: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in asked.items():
-        if name == "seed" or _asks_nothing(name, value):
+        if name == "seed" or _is_default(name, value):
             continue
         ours = _NAMES.get(name, name)
         if ours not in _OWN:
-            _refuse({name}, "body.")
+            _reject({name}, "body.")
         if ours in found and found[ours] != value:
-            raise RowProblem(Reason.BAD_VALUE, f"body.{name} contradicts another limit on the length")
+            raise RowError(RejectReason.BAD_VALUE, f"body.{name} contradicts another limit on the length")
         found[ours] = [value] if ours == "stop" and isinstance(value, str) else value
     return found
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
+def _is_default(name: str, value: Any) -> bool:
     return name in _DEFAULTS and type(value) in (type(_DEFAULTS[name]), float) and bool(value == _DEFAULTS[name])
 
 
@@ -112,11 +111,11 @@ def _seed(asked: dict[str, Any]) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise RowProblem(Reason.BAD_VALUE, f"body.seed is {seed!r:.40}, expected a whole number from 0 to 2⁶³ - 1")
+        raise RowError(RejectReason.BAD_VALUE, f"body.seed is {seed!r:.40}, expected a whole number from 0 to 2⁶³ - 1")
     return seed
 
 
-def _refuse(names: set[str], where: str) -> None:
+def _reject(names: set[str], where: str) -> None:
     if names:
         listed = ", ".join(f"{where}{name}" for name in sorted(names))
-        raise RowProblem(Reason.UNSUPPORTED, f"{listed:.200}: not honoured here; leave it out")
+        raise RowError(RejectReason.UNSUPPORTED, f"{listed:.200}: not supported; leave it out")

@@ -1,4 +1,4 @@
-"""Files of prompts: texts, chats or OpenAI batch requests, each row with an id that its result is filed under."""
+"""Files of prompts: texts, chats or OpenAI batch requests, each with an id that its result carries."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from typing import Any
 from rgtg.config import DecodingSettings, validate
 from rgtg.data.formats import Message, require_unicode, to_prompt, to_prompt_or_chat
 from rgtg.data.openai_batch import Endpoint, is_batch_line, to_request
-from rgtg.data.rejects import RefusedRows
-from rgtg.data.sources import Progress, Reason, RowProblem, iter_rows, parse_row
+from rgtg.data.rejects import CORRECT_OR_SKIP, BadRowCounter, usable_rows
+from rgtg.data.sources import PAIR_COLUMNS, ReadProgress, RejectReason, RowError, iter_rows, parse_row
 from rgtg.errors import DataError, UsageError
 
-COLUMNS = ("prompt", "messages", "id", "custom_id", "chosen", "rejected")
+_COLUMNS = ("prompt", "messages", "id", "custom_id", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class PromptRow:
 
     Attributes:
         number: of its line or row in the file, from 1.
-        id: its own, or ``row-NUMBER``.
+        id: the row's own, or ``row-NUMBER``.
         prompt: text, or chat messages.
-        settings: decoding settings of this row alone, over those of the run.
-        seed: of this row's generator, where the row says so.
-        endpoint: that an OpenAI batch line names; None for other rows.
+        settings: decoding settings of this row, which override those of the run.
+        seed: of this row's generator, if the row has one.
+        endpoint: of an OpenAI batch line; None for other rows.
     """
 
     number: int
@@ -40,7 +40,7 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be completed, and why; ``id`` is None where it has none that can be read."""
+    """A row that cannot be completed, and why. ``id`` is None if it cannot be read."""
 
     number: int
     id: str | None
@@ -50,7 +50,7 @@ class BadRow:
 
 @dataclass
 class PromptFile:
-    """The rows of a file in its order, and those that are unusable; ``fingerprint`` is of all of them."""
+    """The usable rows of a file in order, and the bad ones. ``fingerprint`` covers all of them."""
 
     source: str
     rows: list[PromptRow]
@@ -64,73 +64,63 @@ class PromptFile:
         return len(self.rows) + len(self.bad)
 
 
-def refuse_rows(source: str, bad: Sequence[BadRow], total: int) -> None:
-    """Refuse a file for its bad rows, if it has any.
+def raise_for_bad_rows(source: str, bad: Sequence[BadRow], total: int) -> None:
+    """Raise an error if there are bad rows.
 
     Raises:
-        DataError: with counts by reason and the first few.
+        DataError: with counts by reason and the first few rows.
     """
-    refused = RefusedRows(source, rows=total)
+    counter = BadRowCounter(source, rows=total)
     for row in bad:
-        refused.count(row.number, row.reason, row.error)
+        counter.add(row.number, row.reason, row.error)
     if bad:
-        raise DataError(refused.complaint("Correct them, or leave them out with --on-bad skip."))
+        raise DataError(counter.message(CORRECT_OR_SKIP))
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file of ``{"prompt": text}`` lines, or of plain-text or HH-style pairs; other fields are not read.
+    """Read the prompts of ``{"prompt": text}`` lines, or of plain-text or HH-style pairs; other fields are ignored.
 
     Raises:
-        DataError: any bad row, with file and line, or a file that is empty, truncated or corrupt.
+        DataError: bad rows, with file and line; or the file is empty, truncated or corrupt.
         UsageError: no such file, or an unknown kind of file.
     """
-    prompts: list[str] = []
-    refused = RefusedRows(str(path))
-    for line, raw in iter_rows(path):
-        refused.rows += 1
-        try:
-            prompts.append(to_prompt(parse_row(raw)))
-        except RowProblem as problem:
-            refused.refuse(line, problem)
-    if refused.reasons:
-        raise DataError(refused.complaint('Each line must be an object with a text field: {"prompt": "..."}.'))
+    bad = BadRowCounter(str(path))
+    prompts = list(usable_rows(path, PAIR_COLUMNS, lambda _line, row: to_prompt(row), bad))
+    if bad.reasons:
+        raise DataError(bad.message('Each line must be an object with a text field: {"prompt": "..."}.'))
     return prompts
 
 
-def read_prompt_rows(path: str | Path, *, progress: Progress | None = None) -> PromptFile:
-    """Read prompts with their ids: text or chat messages, pairs, or lines of an OpenAI batch, in any mixture.
+def read_prompt_rows(path: str | Path, *, progress: ReadProgress | None = None) -> PromptFile:
+    """Read prompts with their ids: text, chat messages, pairs, or lines of an OpenAI batch, in any mixture.
 
-    A row is known by its ``id`` (or ``custom_id``), else by its number. Bad rows are kept apart, for the caller to
-    judge.
+    A row's id is its ``id`` or ``custom_id``, else its number. Bad rows are returned separately.
 
     Args:
-        path: a file of the kinds that pairs come in.
-        progress: told how far the file is read.
+        path: a file of the same kinds as pairs.
+        progress: called now and then with how much of the file is read, and how much there is.
 
     Raises:
-        DataError: a file that is empty, truncated or corrupt, or that asks for several models.
+        DataError: the file is empty, truncated or corrupt, or asks for several models.
         UsageError: no such file, or an unknown kind of file.
     """
-    reading = _Reading()
-    for number, raw in iter_rows(path, COLUMNS, progress=progress):
-        found = None
+    parser = _PromptParser()
+    for number, raw in iter_rows(path, _COLUMNS, progress=progress):
+        id = None
         try:
             value = parse_row(raw)
-            found = given_id(value)
-            reading.add(number, found, value)
-        except RowProblem as problem:
-            reading.refuse(number, found, problem)
-    if len(reading.models) > 1:
-        raise DataError(
-            f"{path} asks for several models: {', '.join(sorted(reading.models))}. One run has one policy: split it"
-        )
-    return PromptFile(
-        str(path), reading.rows, reading.bad, reading.digest.hexdigest()[:16], sorted(reading.models)
-    )  # fmt: skip
+            id = given_id(value)
+            parser.add(number, id, value)
+        except RowError as problem:
+            parser.add_bad(number, id, problem)
+    models = sorted(parser.models)
+    if len(models) > 1:
+        raise DataError(f"{path} asks for several models: {', '.join(models)}. One run has one policy: split the file")
+    return PromptFile(str(path), parser.rows, parser.bad, parser.digest.hexdigest()[:16], models)
 
 
 def given_id(row: Any) -> str | None:
-    """The row's own id: text, or a whole number as text; None where it has none.
+    """The row's own id: text, or a whole number as text; None if it has none.
 
     >>> given_id({"custom_id": "a"}), given_id({"id": 17}), given_id({})
     ('a', '17', None)
@@ -142,13 +132,15 @@ def given_id(row: Any) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise RowProblem(Reason.WRONG_TYPE, f"{name} is {value!r:.60}, expected text or a whole number")
+        raise RowError(RejectReason.WRONG_TYPE, f"{name} is {value!r:.60}, expected text or a whole number")
     require_unicode(name, str(value))
     return str(value)
 
 
 @dataclass
-class _Reading:
+class _PromptParser:
+    """Collects the rows of a file, good and bad, and a hash of them."""
+
     rows: list[PromptRow] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
@@ -156,39 +148,39 @@ class _Reading:
     _ids: dict[str, int] = field(default_factory=dict)
     _checked: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, number: int, found: str | None, value: Any) -> None:
-        """Keep a row, or raise RowProblem."""
-        id = f"row-{number}" if found is None else found
+    def add(self, number: int, given: str | None, value: Any) -> None:
+        """Parse and keep a row; raise RowError if it cannot be used."""
+        id = f"row-{number}" if given is None else given
         row = self._row(number, id, value)
         if id in self._ids:
-            raise RowProblem(Reason.DUPLICATE_ID, f"{id!r:.60} is that of line {self._ids[id]} too")
+            raise RowError(RejectReason.DUPLICATE_ID, f"{id!r:.60} is also the id of line {self._ids[id]}")
         self._ids[id] = number
         self.rows.append(row)
         self._hash(row.id, row.prompt, row.settings, row.seed, row.endpoint)
 
-    def refuse(self, number: int, found: str | None, problem: RowProblem) -> None:
-        self.bad.append(BadRow(number, found, problem.reason.value, str(problem)))
-        self._hash(number, problem.reason.value)
+    def add_bad(self, number: int, given: str | None, problem: RowError) -> None:
+        self.bad.append(BadRow(number, given, problem.reason, str(problem)))
+        self._hash(number, problem.reason)
 
     def _row(self, number: int, id: str, value: Any) -> PromptRow:
         if not is_batch_line(value):
             return PromptRow(number, id, to_prompt_or_chat(value))
         if value.get("custom_id") is None:
-            raise RowProblem(Reason.MISSING_FIELD, "custom_id")
-        asked = to_request(value)
-        settings = self._check(asked.settings)
-        if asked.model is not None:
-            self.models.add(asked.model)
-        return PromptRow(number, id, asked.prompt, settings, asked.seed, asked.endpoint)
+            raise RowError(RejectReason.MISSING_FIELD, "custom_id")
+        request = to_request(value)
+        settings = self._check(request.settings)
+        if request.model is not None:
+            self.models.add(request.model)
+        return PromptRow(number, id, request.prompt, settings, request.seed, request.endpoint)
 
     def _check(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings, valid and as they will be used; equal ones are one object."""
+        """Validate and convert settings; equal ones share one object."""
         key = json.dumps(settings, sort_keys=True)
         if key not in self._checked:
             try:
                 whole = validate(DecodingSettings, settings)
             except UsageError as error:
-                raise RowProblem(Reason.BAD_VALUE, f"{error!s:.200}") from error
+                raise RowError(RejectReason.BAD_VALUE, f"{error!s:.200}") from error
             self._checked[key] = whole.model_dump(include=set(settings))
         return self._checked[key]
 

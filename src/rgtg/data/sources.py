@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL (plain, gzip, xz, zstd), Parquet and hub datasets, one row at a time with its number."""
+"""Read rows of JSONL (plain, gzip, xz, zstd), Parquet and hub datasets, one at a time, with their line numbers."""
 
 import gzip
 import io
@@ -12,13 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rgtg.errors import DataError, MissingExtraError, UsageError
+from rgtg.errors import DataError, MissingExtraError, UsageError, first_line
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 MAX_LINE = 64 << 20  # bytes
-_WINDOW = 256 << 20  # bytes of memory that a compressed file may ask for
-_FED = 1024  # compressed bytes at a time
-_TOLD = 1000  # rows between two reports of progress
+_MAX_WINDOW = 256 << 20  # bytes of memory that decompression may use
+_CHUNK = 1024  # compressed bytes at a time: a few can expand to megabytes
+_REPORT_EVERY = 1000  # rows between two reports of progress
 _PLAIN = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".xz", ".zst")
 _KNOWN = "a .jsonl file, .gz, .xz or .zst of one, or a .parquet file"
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?"
 
 
 def named_path(source: str) -> tuple[str | None, Path]:
-    """Name and path of NAME=FILE; no name where there is none, or where a file of the whole name exists.
+    """Split NAME=FILE into name and path. The name is None if there is none, or if a file has the whole name.
 
     >>> named_path("pargs=runs/1.jsonl")
     ('pargs', PosixPath('runs/1.jsonl'))
@@ -37,8 +37,8 @@ def named_path(source: str) -> tuple[str | None, Path]:
     return None, Path(source)
 
 
-class Reason(StrEnum):
-    """Why a row was refused."""
+class RejectReason(StrEnum):
+    """Why a row cannot be used."""
 
     NOT_JSON = "not JSON"
     BAD_UTF8 = "bad UTF-8"
@@ -58,40 +58,40 @@ class Reason(StrEnum):
     DUPLICATE_ID = "duplicate id"
 
 
-class RowProblem(Exception):
-    """One row is unusable; caught by the reader, which knows file and line."""
+class RowError(Exception):
+    """A row cannot be used. The reader, which knows file and line, catches it."""
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        self.reason = reason
+    def __init__(self, reason: RejectReason, detail: str = "") -> None:
+        self.reason = reason.value
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
 
 
-Progress = Callable[[int, int], None]
-# A line of a JSONL file as it stands, a row of a table, or a row that its library could not decode.
-RawRow = bytes | dict[str, Any] | RowProblem
+ReadProgress = Callable[[int, int], None]
+# A line of a JSONL file, a row of a table, or a row that the library could not decode.
+RawRow = bytes | dict[str, Any] | RowError
 
 
 def iter_rows(
-    source: str | Path, columns: tuple[str, ...] | None = PAIR_COLUMNS, *, progress: Progress | None = None
+    source: str | Path, columns: tuple[str, ...] | None = PAIR_COLUMNS, *, progress: ReadProgress | None = None
 ) -> Iterator[tuple[int, RawRow]]:
-    """Yield (line or row number from 1, raw row) of a file or hub dataset; blank lines are passed over.
+    """Yield (line or row number from 1, raw row) of a file or hub dataset; blank lines are skipped.
 
-    One row is held at a time, and a line of at most ``MAX_LINE`` bytes, however far a file expands.
+    Memory holds one row at a time, at most ``MAX_LINE`` bytes, however far a file expands.
 
     Args:
         source: a path, or a hub dataset.
-        columns: those of a table that are read; None reads all.
-        progress: told now and then how much of the source is read, and how much there is (in bytes or rows).
+        columns: of a table to read; None reads all.
+        progress: called now and then with how much of the source is read, and how much there is (in bytes or rows).
 
     Raises:
-        UsageError: no such file, not a kind that is read, or a hub dataset that cannot be reached.
-        DataError: an empty, truncated or corrupt file, or a line beyond all measure.
+        UsageError: no such file, an unknown kind of file, or a hub dataset that cannot be reached.
+        DataError: an empty, truncated or corrupt file, or a line that is too long.
     """
-    path, tell = Path(source), progress or (lambda done, total: None)
+    path, report = Path(source), progress or (lambda done, total: None)
     if _exists(path):
-        rows = _file_rows(path, columns, tell)
+        rows = _file_rows(path, columns, report)
     elif isinstance(source, str) and _looks_like_hub_id(source):
-        rows = _hub_rows(source, columns, tell)
+        rows = _hub_rows(source, columns, report)
     else:
         raise UsageError(f"{source}: no such file; expected {_KNOWN}, or a hub dataset as owner/name[:split]")
     number = 0
@@ -102,41 +102,44 @@ def iter_rows(
 
 
 def parse_row(raw: RawRow) -> Any:
-    """The row's JSON value.
+    """Parse a row's JSON value.
 
     Raises:
-        RowProblem: not UTF-8, or not JSON.
+        RowError: not UTF-8, or not JSON.
     """
-    if isinstance(raw, RowProblem):
+    if isinstance(raw, RowError):
         raise raw
     if isinstance(raw, dict):
         return raw
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise RowProblem(Reason.BAD_UTF8, f"byte {error.start + 1} of the line") from error
+        raise RowError(RejectReason.BAD_UTF8, f"byte {error.start + 1} of the line") from error
     except json.JSONDecodeError as error:
-        raise RowProblem(Reason.NOT_JSON, f"{error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
-        raise RowProblem(Reason.NOT_JSON, "a number is too long or lists are nested too deeply") from error
+        raise RowError(RejectReason.NOT_JSON, f"{error.msg} at column {error.colno}") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number with thousands of digits, or brackets nested thousands deep
+        raise RowError(RejectReason.NOT_JSON, "a number is too long or lists are nested too deeply") from error
 
 
 def raw_text(raw: RawRow) -> str:
-    """A row as text for the rejects file; bytes that are not UTF-8 appear as escapes."""
+    """A row as text for the file of rejects; bytes that are not UTF-8 are escaped."""
     if isinstance(raw, bytes):
         return raw.decode("utf-8", errors="backslashreplace")
-    return str(raw) if isinstance(raw, RowProblem) else json.dumps(raw, default=str)
+    return str(raw) if isinstance(raw, RowError) else json.dumps(raw, default=str)
 
 
 def _exists(path: Path) -> bool:
-    """Not Path.exists, which raises on an over-long name, as os.path.exists does on one with a null byte."""
+    """Whether a path exists. Path.exists raises for a name that is too long, os.path.exists for a null byte."""
     try:
         return os.path.exists(path)
     except ValueError:
         return False
 
 
-def _file_rows(path: Path, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
+def _file_rows(path: Path, columns: tuple[str, ...] | None, progress: ReadProgress) -> Iterator[tuple[int, RawRow]]:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path} is a folder; expected {_KNOWN}")
@@ -147,7 +150,7 @@ def _file_rows(path: Path, columns: tuple[str, ...] | None, progress: Progress) 
     raise UsageError(f"{path}: cannot tell what the file is from its name; expected {_KNOWN}")
 
 
-def _lines(path: Path, suffix: str, progress: Progress) -> Iterator[tuple[int, RawRow]]:
+def _lines(path: Path, suffix: str, progress: ReadProgress) -> Iterator[tuple[int, RawRow]]:
     number = 0
     try:
         with path.open("rb") as raw:
@@ -155,8 +158,8 @@ def _lines(path: Path, suffix: str, progress: Progress) -> Iterator[tuple[int, R
             for number, line in enumerate(_bounded_lines(_decompressed(raw, path, suffix)), start=1):
                 bare = line.rstrip(b"\r\n")
                 if number == 1:
-                    bare = bare.removeprefix(b"\xef\xbb\xbf")  # a byte order mark belongs to the file, not the row
-                if number % _TOLD == 0:
+                    bare = bare.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+                if number % _REPORT_EVERY == 0:
                     progress(raw.tell(), size)
                 if bare.strip():
                     yield number, bare
@@ -186,22 +189,19 @@ def _decompressed(raw: io.BufferedReader, path: Path, suffix: str) -> io.Buffere
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
     if suffix == ".xz":
-        return io.BufferedReader(_Frames(raw, lambda: lzma.LZMADecompressor(memlimit=_WINDOW), "xz stream"))
+        return io.BufferedReader(_FrameReader(raw, lambda: lzma.LZMADecompressor(memlimit=_MAX_WINDOW), "xz stream"))
     if suffix == ".zst":
         try:
             import zstandard
         except ImportError as error:
             raise MissingExtraError(f"reading {path} needs zstandard: pip install 'rgtg[train]'") from error
-        make = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj
-        return io.BufferedReader(_Frames(raw, make, "zstd frame", zstandard.ZstdError))
+        make = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
+        return io.BufferedReader(_FrameReader(raw, make, "zstd frame", zstandard.ZstdError))
     return raw
 
 
-class _Frames(io.RawIOBase):
-    """Decompressed bytes of a file of frames; a cut-off one is an error (the libraries' own readers just end there).
-
-    It is fed little at a time, since a few bytes may stand for megabytes.
-    """
+class _FrameReader(io.RawIOBase):
+    """Decompress a file of frames. A truncated frame is an error; the libraries' own readers just stop there."""
 
     def __init__(self, raw: Any, make: Callable[[], Any], what: str, failure: type[Exception] = OSError) -> None:
         self._raw, self._make, self._what, self._failure = raw, make, what, failure
@@ -222,7 +222,7 @@ class _Frames(io.RawIOBase):
         """Decompress the next chunk; False at the end of the file."""
         over = self._frame is not None and self._frame.eof
         rest = self._frame.unused_data.lstrip(b"\0") if over else b""  # xz pads its streams
-        chunk = rest or self._raw.read(_FED)
+        chunk = rest or self._raw.read(_CHUNK)
         if not chunk:
             if self._frame is not None and not over:
                 raise EOFError(f"the last {self._what} is not complete")
@@ -236,7 +236,7 @@ class _Frames(io.RawIOBase):
         return True
 
 
-def _parquet_rows(path: Path, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
+def _parquet_rows(path: Path, columns: tuple[str, ...] | None, progress: ReadProgress) -> Iterator[tuple[int, RawRow]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -252,7 +252,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...] | None, progress: Progres
                 progress(done, total)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} is not a readable Parquet file ({_first_line(error)}); download or write it again"
+            f"{path} is not a readable Parquet file ({first_line(error)}); download or write it again"
         ) from error
 
 
@@ -260,35 +260,35 @@ def _batch_rows(batch: Any) -> Iterator[RawRow]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
-        # One bad cell fails the whole batch: go row by row to find it.
+        # One bad cell fails the whole batch: decode row by row to find it.
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                yield RowProblem(Reason.BAD_UTF8, f"byte {error.start + 1} of a cell")
+                yield RowError(RejectReason.BAD_UTF8, f"byte {error.start + 1} of a cell")
 
 
-def _hub_rows(source: str, columns: tuple[str, ...] | None, progress: Progress) -> Iterator[tuple[int, RawRow]]:
+def _hub_rows(source: str, columns: tuple[str, ...] | None, progress: ReadProgress) -> Iterator[tuple[int, RawRow]]:
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError(f"reading {source} from the hub needs datasets: pip install 'rgtg[train]'") from error
     match = _HUB_ID.fullmatch(source)
-    assert match is not None  # iter_rows has looked
+    assert match is not None, "checked by iter_rows"
     split = match["split"] or "train"
     try:
         table = datasets.load_dataset(match["name"], split=split)
         table = table.select_columns(_wanted(source, table.column_names, columns))
     except DataError:
         raise
-    except Exception as error:  # the hub client, its HTTP library and the dataset builders each raise their own kinds
+    except Exception as error:  # the hub client, its HTTP library and the dataset builders raise many kinds
         raise UsageError(
             f"{source}: no such file, and split {split!r} of a hub dataset of that name cannot be loaded: "
-            f"{_first_line(error)}. Check the name (owner/name:split) and the connection, or download the file."
+            f"{first_line(error)}. Check the name (owner/name:split) and the connection, or download the file."
         ) from error
     for number, row in enumerate(table, start=1):
         yield number, row
-        if number % _TOLD == 0:
+        if number % _REPORT_EVERY == 0:
             progress(number, len(table))
 
 
@@ -306,7 +306,3 @@ def _wanted(source: str, names: list[str], columns: tuple[str, ...] | None) -> l
     if not wanted:
         raise DataError(f"{source} has the columns {', '.join(names) or 'none'}; expected {', '.join(columns)}")
     return wanted
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

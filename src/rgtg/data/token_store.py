@@ -1,4 +1,4 @@
-"""Tokenised pairs by the million: flat arrays instead of lists, on disk beyond a limit."""
+"""Store millions of tokenized pairs in flat arrays, on disk beyond a limit."""
 
 import os
 import tempfile
@@ -13,24 +13,24 @@ import numpy as np
 from rgtg.data.pairs import TokenizedPair
 from rgtg.errors import OutputError
 
-MEMORY_LIMIT = 2**27  # bytes of token ids that are held in memory
+MEMORY_LIMIT = 2**27  # bytes of token ids kept in memory
 _PARTS = 3
-_BUFFER = 2**20  # token ids that are written at once
+_BUFFER = 2**20  # token ids per write
 
 
 class TokenStore:
-    """Token ids of pairs, appended one by one: int32, in memory up to a limit, beyond it in a file without a name.
+    """Token ids of pairs as int32, in memory up to a limit, beyond it in an unnamed file.
 
-    The system removes the file however the process ends. It lies in the temporary folder (TMPDIR).
+    The file is in the temporary folder (TMPDIR). The system removes it however the process ends.
 
     Args:
-        memory_limit: bytes of token ids that are held in memory.
+        memory_limit: bytes of token ids kept in memory.
     """
 
     def __init__(self, *, memory_limit: int = MEMORY_LIMIT) -> None:
         self._limit = memory_limit
         self._ids = array("i")
-        self._ends = array("q", [0])  # of each part of each pair, the parts of a pair one after another
+        self._ends = array("q", [0])  # of each part of each pair, in order
         self._file: BinaryIO | None = None
 
     def append(self, pair: TokenizedPair) -> None:
@@ -46,7 +46,7 @@ class TokenStore:
             if len(self._ids) >= _BUFFER:
                 self._spill()
         elif self._ids.itemsize * len(self._ids) > self._limit:
-            self._file = tempfile.TemporaryFile(prefix="rgtg-tokens-")  # noqa: SIM115  # it lives as long as the store
+            self._file = tempfile.TemporaryFile(prefix="rgtg-tokens-")  # noqa: SIM115  # open as long as the store
             weakref.finalize(self, self._file.close)
             self._spill()
 
@@ -54,7 +54,7 @@ class TokenStore:
         return (len(self._ends) - 1) // _PARTS
 
     def pair(self, index: int) -> TokenizedPair:
-        """One pair."""
+        """Read one pair."""
         first = index * _PARTS
         ends = self._ends[first : first + _PARTS + 1]
         ids = self._read(ends[0], ends[-1])
@@ -63,7 +63,7 @@ class TokenStore:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the ids lie in a file."""
+        """Whether the ids are in a file."""
         return self._file is not None
 
     def _spill(self) -> None:
@@ -74,13 +74,13 @@ class TokenStore:
             self._file.flush()
         except OSError as error:
             raise OutputError(
-                f"no room for the token ids in {tempfile.gettempdir()}: {error.strerror or error}; name another folder "
-                "(TMPDIR=...)"
+                f"no room for the token ids in {tempfile.gettempdir()}: {error.strerror or error}; use another "
+                "folder (TMPDIR=...)"
             ) from error
         self._ids = array("i")
 
     def _read(self, begin: int, end: int) -> "array[int]":
-        """Ids of some places; those of the file are read and not mapped, since pages that are would count as memory."""
+        """Read a range of ids. The file is not memory-mapped, because mapped pages count as memory of the process."""
         if self._file is None:
             return self._ids[begin:end]
         if self._ids:
@@ -91,17 +91,17 @@ class TokenStore:
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
-    """Some pairs of a store, as a sequence that makes each one when it is asked for."""
+    """Some pairs of a store as a sequence; each pair is read when it is accessed."""
 
-    def __init__(self, store: TokenStore, places: "np.ndarray[Any, Any]") -> None:
-        self._store, self._places = store, places
+    def __init__(self, store: TokenStore, indices: "np.ndarray[Any, Any]") -> None:
+        self._store, self._indices = store, indices
 
-    def take(self, where: "np.ndarray[Any, Any]") -> "TokenizedPairs":
-        """Those of the given indices."""
-        return TokenizedPairs(self._store, self._places[where])
+    def take(self, chosen: "np.ndarray[Any, Any]") -> "TokenizedPairs":
+        """The pairs at the given indices."""
+        return TokenizedPairs(self._store, self._indices[chosen])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedPair: ...
@@ -111,5 +111,5 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
     def __getitem__(self, index: int | slice) -> "TokenizedPair | TokenizedPairs":
         if isinstance(index, slice):
-            return TokenizedPairs(self._store, self._places[index])
-        return self._store.pair(int(self._places[index]))
+            return TokenizedPairs(self._store, self._indices[index])
+        return self._store.pair(int(self._indices[index]))

@@ -14,7 +14,7 @@ from typing import Any
 from rgtg.batch.run import run_plan
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import PromptFile
-from rgtg.errors import RgtgError, UsageError
+from rgtg.errors import RgtgError, UsageError, one_line
 from rgtg.integrations.ray_cluster import Room, cluster, nodes_alive, share, whole_path
 from rgtg.integrations.ray_pool import Pool
 from rgtg.types.batch import JobResult
@@ -78,5 +78,5 @@ def _told() -> Iterator[None]:
     except RayTaskError:
         raise
     except RayError as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)
         raise RgtgError(f"Ray failed: {why}; finished rows are kept, and the same command goes on from them") from error

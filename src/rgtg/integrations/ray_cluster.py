@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgtg.config import GenerateSettings
-from rgtg.errors import EndpointError, MissingExtraError, RgtgError, UsageError
+from rgtg.errors import EndpointError, MissingExtraError, RgtgError, UsageError, one_line
 
 _CONNECT_SECONDS = 10.0
 
@@ -112,8 +112,8 @@ def _join(address: str, cpus: int | None) -> None:
         raise KeyboardInterrupt from error
     except Exception as error:
         if address != "local":
-            raise _unreachable(address, " ".join(str(error).split())[:300]) from error
-        raise RgtgError(f"Ray could not start on this machine: {' '.join(str(error).split())[:300]}") from error
+            raise _unreachable(address, one_line(error)) from error
+        raise RgtgError(f"Ray could not start on this machine: {one_line(error)}") from error
 
 
 @contextmanager

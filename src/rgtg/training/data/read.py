@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rgtg.config import TrainSettings
-from rgtg.data.pairs import PairReader, held_out_prompts, place_of
+from rgtg.data.pairs import PairReader, held_out_prompts, split_position
 from rgtg.data.rollouts import read_rollouts, tokenize_rollouts
 from rgtg.data.token_store import TokenizedPairs, TokenStore
 from rgtg.errors import DataError, UsageError
@@ -120,7 +120,7 @@ def _read_pairs(
     for pair, ids in reader:
         assert ids is not None, "there is a tokenizer"
         store.append(ids)
-        places.append(place_of(pair.prompt, settings.seed))
+        places.append(split_position(pair.prompt, settings.seed))
     return _Units(TokenizedPairs(store, np.arange(len(store))), np.array(places), reader.fingerprint)
 
 
@@ -133,7 +133,7 @@ def _read_rollouts(
         source, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=rejects, labels=labels,
         reward_range=scale, progress=_progress(source) if show else None,
     )  # fmt: skip
-    places = np.array([place_of(row.prompt, settings.seed) for row in found.rows])
+    places = np.array([split_position(row.prompt, settings.seed) for row in found.rows])
     return _Units(tokenize_rollouts(found.rows, tokenizer), places, found.fingerprint)
 
 
