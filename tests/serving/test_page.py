@@ -105,7 +105,7 @@ def test_both_texts_stream_side_by_side_and_the_first_difference_is_marked(page,
     for _ in range(6):
         answers.gate.release()
     page.until(lambda: len(page.tokens(0)) == len(page.tokens(1)) == 3, "three tokens of each side are shown")
-    assert page.text(".tv-panel .tv-state") == "writing …"
+    assert page.text(".tv-panel .tv-state") == "generating …"
     assert not page.one("#run").is_enabled()
     answers.gate.release(500)
     page.done()
@@ -314,7 +314,7 @@ def test_an_error_in_the_stream_and_an_early_end_are_shown(page, answers):
     answers.broken = [first, {"error": {"message": "the scorer returned NaN", "param": None, "code": None}}]
     page.write(PROMPT)
     assert "the scorer returned NaN" in page.text("#banner")
-    assert page.text(".tv-panel .tv-state") == "broken off"
+    assert page.text(".tv-panel .tv-state") == "failed"
     assert "On" in page.text(".tv-panel:last-child .tv-strip"), "what has come stays, a trace or not"
     answers.broken = []
     page.write()

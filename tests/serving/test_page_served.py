@@ -98,7 +98,7 @@ def test_every_kind_of_method_is_shown(page, served, method):
     assert shown(page, 1) == done.text
     page.token(1, 2).click()
     steered = done.trace[2].scores is not None
-    assert page.text(".tv-note").startswith("Move β" if steered else "No scorer steered this token.")
+    assert page.text(".tv-note").startswith("Move β" if steered else "This token was drawn unguided.")
     assert f"scorer calls{done.scorer_calls}" in page.text(".tv-panel:last-child .tv-figures")
 
 

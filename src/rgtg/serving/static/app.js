@@ -20,12 +20,12 @@ async function loadServer() {
     server = await ask("v1/guidance");
     form.fill(server);
     const scorers = server.scorers.map((scorer) => scorer.name).join(", ");
-    at("about").textContent = `${server.policy}${scorers ? `, steered by ${scorers}` : ", with no scorer loaded: start the server with --scorer NAME=DIR"}`;
-    at("run").textContent = server.scorers.length ? "Write both texts" : "Write";
+    at("about").textContent = `${server.policy}${scorers ? `, guided by ${scorers}` : " without scorers: start the server with --scorer NAME=DIR"}`;
+    at("run").textContent = server.scorers.length ? "Generate both texts" : "Generate";
     clearBanner();
   } catch (error) {
     if (error.status === 401) at("key-box").open = true;
-    at("about").textContent = error.status === 401 ? "waiting for the API key" : "no models yet";
+    at("about").textContent = error.status === 401 ? "waiting for the API key" : "no models loaded";
     if (error.status !== 503 || at("banner").hidden) showError(error, loadServer); // while the models load, the message is shown only once
     if (error.status === 503) setTimeout(loadServer, 2000);
   }
@@ -71,11 +71,11 @@ function say(text) {
 // ---- generation
 
 /** Run one request that the stop button can abort; the text so far is kept if it ends early. */
-async function write(branches, again, work) {
+async function generate(branches, again, work) {
   running = new AbortController();
   clearBanner();
   setBusy(true);
-  say("Writing …");
+  say("Generating …");
   const started = performance.now();
   const close = (reason) => {
     for (const branch of branches) {
@@ -102,7 +102,7 @@ function newBranch(id, values) {
   return { id, parent: null, at: 0, token_id: null, steps: [], text: "", finish_reason: null, guidance: {}, seconds: null, reward: null, prefix_scores: null, ...values };
 }
 
-function take(branch, event, started) {
+function append(branch, event, started) {
   const { trace: steps, ...summary } = event.guidance ?? {};
   for (const step of steps ?? []) branch.steps.push(readStep(step));
   branch.text += event.text ?? "";
@@ -136,7 +136,7 @@ async function run() {
     if (trace !== made && matchMedia("(max-width: 60rem)").matches) at("results").scrollIntoView();
     open(made);
   };
-  await write(sides, run, async (signal, started) => {
+  await generate(sides, run, async (signal, started) => {
     if (server.scorers.length) await compare(request, sides, signal, started, begun);
     else await complete(request, sides[0], signal, started, begun);
     made.prompt_token_ids = sides.map((side) => side.guidance.prompt_token_ids).find(Array.isArray) ?? null;
@@ -148,7 +148,7 @@ async function run() {
 async function compare(request, [unguided, guided], signal, started, begun) {
   await stream("v1/compare", request, signal, (event) => {
     begun();
-    if (event.side) take(event.side === "guided" ? guided : unguided, event, started);
+    if (event.side) append(event.side === "guided" ? guided : unguided, event, started);
   });
 }
 
@@ -158,7 +158,7 @@ async function complete(request, branch, signal, started, begun = () => {}) {
   await stream(kind, { ...request, guidance: { ...request.guidance, trace: true } }, signal, (event) => {
     const choice = event.choices?.[0];
     begun();
-    if (choice) take(branch, { ...choice, text: choice.text ?? choice.delta?.content ?? "" }, started);
+    if (choice) append(branch, { ...choice, text: choice.text ?? choice.delta?.content ?? "" }, started);
   });
 }
 
@@ -171,9 +171,9 @@ async function scoreUnguided(request, [unguided, guided], signal) {
   const body = (model) => ({ model, ...(messages ? { messages } : { prompt }), completion: unguided.text, finished: unguided.finish_reason === "stop", prefixes });
   const joined = (scores) => (scores.length > 1 ? scores.reduce((sum, score, j) => sum + betas[j] * score, 0) : scores[0]);
   try {
-    const told = (await Promise.all(scorers.map((name) => ask("v1/score", body(name), signal)))).map((answer) => answer.data[0]);
-    unguided.guidance.score = joined(told.map((one) => one.score));
-    const each = told.map((one) => one.prefixes ?? []);
+    const answers = (await Promise.all(scorers.map((name) => ask("v1/score", body(name), signal)))).map((answer) => answer.data[0]);
+    unguided.guidance.score = joined(answers.map((one) => one.score));
+    const each = answers.map((one) => one.prefixes ?? []);
     const same = each.every((scores) => unguided.steps.every((step, i) => i >= scores.length || scores[i].token_id === step.token_id));
     if (!prefixes || !same) return; // the text encodes to other tokens than those drawn, so the scores do not belong to the tokens shown
     unguided.prefix_scores = unguided.steps.map((_, i) => (each.every((scores) => i < scores.length) ? joined(each.map((scores) => scores[i].score)) : null));
@@ -186,13 +186,13 @@ async function scoreUnguided(request, [unguided, guided], signal) {
 
 /** Why a candidate cannot be continued; null if it can. */
 function forkable(branchId, index, candidate) {
-  if (running) return "wait until the texts are written, or stop them";
-  if (!server) return "the server is not there";
-  if (trace.policy !== server.policy) return `this trace is of another policy, ${trace.policy}`;
-  if (!trace.prompt_token_ids || !trace.request) return "this trace does not hold what it takes to go on from it";
+  if (running) return "wait until the texts are finished, or stop them";
+  if (!server) return "there is no connection to the server";
+  if (trace.policy !== server.policy) return `this trace was made with another policy, ${trace.policy}`;
+  if (!trace.prompt_token_ids || !trace.request) return "this trace has no prompt tokens or no request, so it cannot be continued";
   const step = path(trace, branchId)[index];
   if ((server.end_token_ids ?? []).includes(step.candidate_ids[candidate])) return "this token ends the text";
-  if (index + 1 >= trace.request.max_tokens) return "the text is as long as the settings allow";
+  if (index + 1 >= trace.request.max_tokens) return "the text has the maximum length of the settings";
   return null;
 }
 
@@ -210,7 +210,7 @@ async function fork(parentId, index, candidate) {
   const { max_tokens: limit, guidance, ...settings } = trace.request;
   const alone = { method: "policy", top_k: guidance.top_k ?? null };
   const request = { ...settings, model: trace.policy, prompt: [...trace.prompt_token_ids, ...kept], max_tokens: limit - kept.length, guidance: parent.side === "unguided" ? alone : guidance };
-  await write([branch], () => fork(parentId, index, candidate), (signal, started) => complete(request, branch, signal, started));
+  await generate([branch], () => fork(parentId, index, candidate), (signal, started) => complete(request, branch, signal, started));
   if (branch.finish_reason === "error" && !branch.steps.length && !branch.text) { // the request was refused, so there is no fork
     trace.branches.splice(trace.branches.indexOf(branch), 1);
     viewer.showBranch(parentId);

@@ -4,12 +4,12 @@ import { h } from "./dom.js";
 const STORE = "rgtg-playground";
 // Settings that only some methods have, with the names of /v1/guidance.
 const OWN = {
-  entropy_gate: { label: "Entropy gate", note: "nats; steer only where the policy is less sure than this", min: 0 },
-  n: { label: "Draws", note: "how many are drawn to choose from", min: 1, step: 1 },
+  entropy_gate: { label: "Entropy gate", note: "nats; guide only where the policy’s entropy exceeds this", min: 0 },
+  n: { label: "Draws", note: "number of candidates to choose from", min: 1, step: 1 },
   segment_length: { label: "Segment length", note: "tokens", min: 1, step: 1 },
   min_segment: { label: "Shortest segment", note: "tokens", min: 1, step: 1 },
   entropy_threshold: { label: "Entropy that ends a segment", note: "nats", min: 0 },
-  reward_threshold: { label: "Reward to reach", note: "by the finished text", required: true },
+  reward_threshold: { label: "Reward to reach", note: "of the finished text", required: true },
   threshold_start: { label: "First threshold", note: "0 is the prompt’s reward, 1 the one to reach", min: 0, max: 1 },
   retries: { label: "Retries", note: "segments rejected before the best is taken", min: 0, step: 1 },
 };
@@ -17,7 +17,7 @@ const GREEDY = ["args", "pargs-greedy"];
 
 /** One line that describes a method. */
 function methodNote(method) {
-  const unit = { token: "decides token by token", segment: "decides segment by segment", completion: "chooses among whole texts" }[method.unit] ?? method.unit;
+  const unit = { token: "guides token by token", segment: "guides segment by segment", completion: "chooses among whole texts" }[method.unit] ?? method.unit;
   const made = method.scorer ? `, for scorers trained by ${method.scorer}` : "";
   return `${unit}${made} (${method.paper})`;
 }

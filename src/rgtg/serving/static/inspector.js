@@ -18,7 +18,7 @@ export class Inspector {
     this.table = h("div", { class: "tv-scroll", tabindex: "0", role: "region", "aria-label": "candidates of the token" });
     const move = (by, text, name) => h("button", { type: "button", class: "tv-quiet", "aria-label": name, on: { click: () => this.onStep(by) } }, text);
     this.element = h("section", { class: "tv-inspector", "aria-labelledby": this.title.id, hidden: true },
-      h("header", {}, this.title, h("span", { class: "tv-steps" }, move(-1, "←", "token before"), move(1, "→", "next token"))),
+      h("header", {}, this.title, h("span", { class: "tv-steps" }, move(-1, "←", "previous token"), move(1, "→", "next token"))),
       this.about, this.sliders, this.note, this.table);
   }
 
@@ -99,19 +99,19 @@ export class Inspector {
   #facts(rule, rows) {
     const held = rows.reduce((sum, row) => sum + row.policy, 0);
     const guided = this.sound ? guidedLogProbs(this.step, rule) : this.step.guided_log_probs;
-    return `${rows.length} candidates hold ${percent(Math.min(held, 1))} of the policy’s probability. `
+    return `${rows.length} candidates with ${percent(Math.min(held, 1))} of the policy’s probability. `
       + `Entropy of the ${this.step.scores ? "guided " : ""}step: ${number(entropy(guided))} nats.`;
   }
 
   #explain(changed, rule) {
-    if (!this.step.scores) return "No scorer steered this token.";
-    if (!this.sound) return "How this step was decided cannot be recomputed here; the figures are those of the server.";
+    if (!this.step.scores) return "This token was drawn unguided.";
+    if (!this.sound) return "This step cannot be recomputed here; the figures are those of the server.";
     const how = rule.greedy || rule.temperature === 0 ? "the largest log π + β·r is taken"
       : rule.temperature === 1 ? "π·exp(β·r)/Z over these candidates" : `[π·exp(β·r)]^(1/${number(rule.temperature)})/Z over these candidates`;
-    if (!changed) return `Move β to see this step under another strength: ${how}, recomputed here without calling the model.`;
+    if (!changed) return `Move β to recompute this step with another strength, without calling the model: ${how}.`;
     const best = candidateRows(this.step, rule)[0];
     return `Recomputed here from the stored trace, without calling the model: ${how}. `
-      + `Likeliest now: ${spoken(this.#pieces(best.index))}, ${percent(best.guided)}. The text stays as it was drawn.`;
+      + `Most likely now: ${spoken(this.#pieces(best.index))}, ${percent(best.guided)}. The text itself does not change.`;
   }
 
   #tableOf(rows) {
@@ -123,7 +123,7 @@ export class Inspector {
     const head = h("tr", {}, ...heads.map((one) => h("th", { scope: "col" }, h("bdi", {}, one))), this.onFork && h("th", { scope: "col" }, unseen("continue")));
     const more = rows.length > shown.length && h("button", { type: "button", class: "tv-quiet", on: { click: () => { this.all = true; this.#refresh(); } } }, `show all ${rows.length}`);
     return h("div", {}, h("table", { class: "tv-table" },
-      h("caption", { class: "tv-unseen" }, "Candidates by guided probability; probabilities of policy and guided step, score, and how far guidance moves each one"),
+      h("caption", { class: "tv-unseen" }, "Candidates by guided probability; probabilities under policy and guidance, score, and change of rank"),
       h("thead", {}, head), h("tbody", {}, ...shown.map((row) => this.#row(row, several, steered)))), more);
   }
 
@@ -144,7 +144,7 @@ export class Inspector {
   #forkButton(row, pieces) {
     const reason = this.forkable ? this.forkable(row.index) : null;
     return h("button", {
-      type: "button", class: "tv-fork", disabled: reason !== null, title: reason ?? "write on from this token",
+      type: "button", class: "tv-fork", disabled: reason !== null, title: reason ?? "continue from this token",
       "aria-label": `continue from ${spoken(pieces)}`, on: { click: () => this.onFork(row.index) },
     }, "↳");
   }

@@ -4,7 +4,7 @@ import { chosenIndex } from "./guidance.js";
 import { number } from "./text.js";
 import { Strip } from "./strip.js";
 
-const ENDS = { stop: "ended by itself", length: "cut at the limit", stopped: "stopped by you", error: "broken off", ended: "" };
+const ENDS = { stop: "finished", length: "length limit", stopped: "stopped by you", error: "failed", ended: "" };
 
 export class Panel {
   constructor({ root, kind, onSelect }) {
@@ -23,7 +23,7 @@ export class Panel {
     this.name.replaceChildren(h("bdi", {}, name));
     this.strip.element.setAttribute("aria-label", `${name}, ${steps.length} tokens`);
     const running = branch.finish_reason === null;
-    this.state.textContent = running ? "writing …" : ENDS[branch.finish_reason] ?? branch.finish_reason;
+    this.state.textContent = running ? "generating …" : ENDS[branch.finish_reason] ?? branch.finish_reason;
     this.element.setAttribute("aria-busy", String(running));
     this.element.classList.toggle("tv-running", running);
     this.strip.show(steps, { text, marks });
@@ -42,10 +42,10 @@ export function figuresOf(branch, steps) {
   if (score !== null) found.push(["score", number(score), "the scorer’s, of the whole text"]);
   const kl = guidance.kl_nats;
   if (Number.isFinite(kl)) found.push(["KL", `${number(kl)} nats`, "log-probability of the text, guided − policy over its whole vocabulary"]);
-  if (branch.seconds > 0 && branch.steps.length) found.push(["speed", `${number(branch.steps.length / branch.seconds, 1)} tokens/s`, "as seen from here, both texts being written at once"]);
-  if (Number.isFinite(guidance.policy_calls)) found.push(["policy calls", String(guidance.policy_calls), "times the policy was asked"]);
+  if (branch.seconds > 0 && branch.steps.length) found.push(["speed", `${number(branch.steps.length / branch.seconds, 1)} tokens/s`, "measured in this page, while both texts are generated"]);
+  if (Number.isFinite(guidance.policy_calls)) found.push(["policy calls", String(guidance.policy_calls), "forward passes of the policy"]);
   if (Number.isFinite(guidance.scorer_calls)) found.push(["scorer calls", String(guidance.scorer_calls), "all candidates of a step are one call"]);
-  if (guidance.fallback === true) found.push(["scorer", "failed: went on unguided", "the scorer gave no finite number"]);
+  if (guidance.fallback === true) found.push(["scorer", "failed: some tokens are unguided", "the scorer returned NaN"]);
   return found;
 }
 

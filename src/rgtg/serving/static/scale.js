@@ -5,8 +5,8 @@ export const MODES = {
   change: { label: "Change", unit: "nats", diverging: true, low: "less likely than without the scorer", high: "more likely",
     about: "log-probability of the token, guided − policy, over the same candidates" },
   score: { label: "Score", unit: "", diverging: false, low: "lower score", high: "higher score",
-    about: "what the scorer says of the text up to and with the token" },
-  entropy: { label: "Entropy", unit: "nats", diverging: false, low: "sure", high: "unsure",
+    about: "score of the text up to and including the token" },
+  entropy: { label: "Entropy", unit: "nats", diverging: false, low: "certain", high: "uncertain",
     about: "of the distribution the token was drawn from" },
 };
 

@@ -29,7 +29,7 @@ export class Viewer {
     this.legend = h("div", { class: "tv-legend" });
     this.place = h("div", { class: "tv-panels" });
     this.note = h("p", { class: "tv-parting", role: "status" });
-    this.hint = h("p", { class: "tv-hint" }, "Choose a token, by click or arrow keys, to see what it was chosen from.");
+    this.hint = h("p", { class: "tv-hint" }, "Choose a token, by click or arrow keys, to see its candidates.");
     this.figures = h("details", { class: "tv-all", on: { toggle: () => this.#fillFigures() } });
     this.element = h("div", { class: "tv" }, this.#toolbar(), this.place, this.note,
       h("div", { class: "tv-below" }, h("div", {}, this.hint, this.inspector.element), h("div", { class: "tv-side" }, this.curve.element, this.forks.element)),
@@ -133,7 +133,7 @@ export class Viewer {
     texts.forEach((text, i) => text.panel.strip.mark({
       divergence: i ? found[i - 1] : texts.length === 2 ? found[0] : null, end: beyond(text), fork: text.branch.parent === null ? null : text.branch.at,
     }));
-    this.note.replaceChildren(...(texts.length === 2 ? partingNote(found[0], texts, (index) => this.select(texts[1].panel.root, index)) : []));
+    this.note.replaceChildren(...(texts.length === 2 ? divergenceNote(found[0], texts, (index) => this.select(texts[1].panel.root, index)) : []));
   }
 
   #drawSelection(texts) {
@@ -195,11 +195,11 @@ function beyond({ panel, branch, steps }) {
   return end > 0 && end < steps.length && lengths.at(-1) > branch.text.length ? end : null;
 }
 
-function partingNote(index, texts, jump) {
+function divergenceNote(index, texts, jump) {
   const lengths = texts.map(({ steps }) => steps.length);
   if (!Math.min(...lengths)) return [];
   const finished = texts.every(({ branch }) => branch.finish_reason !== null);
-  if (index === null) return [finished ? "Both texts are the same." : "The same so far."];
-  const same = index === 0 ? "They part at the first token." : `The first ${index === 1 ? "token is" : `${index} tokens are`} the same.`;
-  return [h("span", { class: "tv-diamond", "aria-hidden": "true" }, "◆ "), `${same} `, index < lengths[1] ? h("button", { type: "button", class: "tv-quiet", on: { click: () => jump(index) } }, "see where they part") : ""];
+  if (index === null) return [finished ? "Both texts are equal." : "Equal so far."];
+  const same = index === 0 ? "The first token differs." : `The first ${index === 1 ? "token is" : `${index} tokens are`} equal.`;
+  return [h("span", { class: "tv-diamond", "aria-hidden": "true" }, "◆ "), `${same} `, index < lengths[1] ? h("button", { type: "button", class: "tv-quiet", on: { click: () => jump(index) } }, "show the first difference") : ""];
 }
