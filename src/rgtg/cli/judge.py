@@ -62,10 +62,10 @@ def command(
     """Win rates by a judge, each pair in both orders; the key comes from OPENAI_API_KEY and is never written."""
     flags = {k: v or None if k == "completions" else v for k, v in locals().items() if k in JudgeSettings.model_fields}
     settings = JudgeSettings.resolve(config, overrides, flags)
-    from rgtg.evaluation.judge.run import judge, plan
+    from rgtg.evaluation.judge.run import estimate_calls, judge
 
     if settings.dry_run:
-        planned = plan(settings)
+        planned = estimate_calls(settings)
         emit(vars(planned), as_json=as_json, quiet=quiet, show=lambda: _show_plan(planned))
         return
     _keep_inputs(settings)

@@ -1,4 +1,4 @@
-"""How fast a policy and its scorer decode on this machine, beside what reading their weights alone would take."""
+"""Decoding speed of a policy and its scorer on this machine, and the limit set by the memory bandwidth."""
 
 import statistics
 import time
@@ -24,13 +24,13 @@ _PROBE_BYTES = 2**28
 
 
 class DecodingSpeed(Record):
-    """One way to decode: measured, and the limit that its weights' bytes and the memory's bandwidth set."""
+    """The measured speed of unguided or guided decoding, and the limit set by its weights and the memory bandwidth."""
 
     name: str
-    ms_per_token: float = Field(description="median over repeats, of one prompt")
-    of_unguided: float = Field(description="tokens per second, as a share of the unguided policy's; paired median")
-    megabytes_per_token: float = Field(description="of weights that one token reads")
-    limit_ms: float = Field(description="those bytes at the measured bandwidth")
+    ms_per_token: float = Field(description="median over repeats, for one prompt")
+    of_unguided: float = Field(description="tokens per second as a share of the unguided policy's; paired median")
+    megabytes_per_token: float = Field(description="weights read for one token")
+    limit_ms: float = Field(description="time to read those weights at the measured bandwidth")
     limit_of_unguided: float
 
 
@@ -55,7 +55,7 @@ def seconds_per_token(
 
 
 def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second that a reduction over more memory than any cache holds can read (best of a few)."""
+    """Bytes per second, from a reduction over more memory than any cache holds (the best of several)."""
     block = torch.ones(_PROBE_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(repeats + 1):
@@ -68,12 +68,12 @@ def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:
 
 
 def bytes_per_token(policy: Policy, scorer: AnyScorer | None) -> int:
-    """Bytes of weights that one guided token reads: of the policy and of what scores, each once."""
+    """Bytes of weights that one guided token reads: those of the policy and of the scorer, each once."""
     match scorer:
         case None:
             return decode_bytes(policy.model)
         case OwnStateScorer():
-            # a vocabulary head's table is read in the candidates' rows only
+            # only the candidates' rows of a vocabulary head's table are read
             table = getattr(scorer.head, "table", None)
             head = sum(p.nbytes for p in scorer.head.mlp.parameters())
             return decode_bytes(policy.model) + head + (0 if table is None else 32 * table.weight[0].nbytes)
@@ -92,34 +92,31 @@ def measure_speed(
     repeats: int = 3,
     progress: Callable[[str], None] | None = None,
 ) -> list[DecodingSpeed]:
-    """Decode in turn unguided and guided, repeat after repeat, so that a machine that slows down slows both.
+    """Measure unguided and guided decoding alternately, so that a change in the machine's speed affects both.
 
     Args:
         policy: the frozen policy.
         scorer: None measures the policy alone.
         prompt_length: tokens of the (random) prompt.
         top_k: candidates per step.
-        tokens: steps timed.
-        repeats: paired repeats, after one that warms up.
-        progress: told what runs.
-
-    Returns:
-        One row for each way.
+        tokens: number of timed steps.
+        repeats: paired repeats, after one for warming up.
+        progress: called with what is running.
     """
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
-    ways: dict[str, AnyScorer | None] = {"unguided": None} | ({"guided": scorer} if scorer is not None else {})
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    setups: dict[str, AnyScorer | None] = {"unguided": None} | ({"guided": scorer} if scorer is not None else {})
+    seconds: dict[str, list[float]] = {name: [] for name in setups}
     for repeat in range(repeats + 1):
-        for name, way in ways.items():
+        for name, steering in setups.items():
             if progress:
                 progress(f"{name}, {'warming up' if repeat == 0 else f'repeat {repeat} of {repeats}'}")
-            stepper = make_stepper(policy, way, prompt_length + tokens + 2, top_k=top_k)
+            stepper = make_stepper(policy, steering, prompt_length + tokens + 2, top_k=top_k)
             took = seconds_per_token(stepper, [prompt], top_k=top_k, tokens=tokens)
             if repeat:
                 seconds[name].append(took)
     bandwidth = memory_bandwidth(policy.model.device)
-    read = {name: bytes_per_token(policy, way) for name, way in ways.items()}
+    read = {name: bytes_per_token(policy, steering) for name, steering in setups.items()}
     return [
         DecodingSpeed(
             name=name,

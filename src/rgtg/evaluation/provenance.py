@@ -1,4 +1,4 @@
-"""What every written result carries, so that it can be made again."""
+"""The provenance of every written result, so that it can be reproduced."""
 
 import subprocess
 from pathlib import Path
@@ -19,8 +19,8 @@ def provenance(
 ) -> Provenance:
     """Version, commit, settings, seed, and fingerprints of models (by role) and data.
 
-    Absolute and dotted paths in the settings are cut to their last part: a result must not name the machine it was
-    made on.
+    Absolute and dotted paths in the settings are reduced to their last part, because a result must not name the machine
+    it was made on.
     """
     first = next(iter(models.values()), None)
     weight = next(first.parameters()) if first is not None else None
@@ -38,7 +38,7 @@ def provenance(
 
 
 def without_folders(value: Any) -> Any:
-    """A setting, or settings in lists and mappings, with absolute and dotted paths cut to their last part."""
+    """Settings, in nested lists and mappings too, with absolute and dotted paths reduced to their last part."""
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -49,9 +49,9 @@ def without_folders(value: Any) -> Any:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout the package runs from; None when it is installed elsewhere.
+    """Commit of the checkout that the package runs from; None if it is installed.
 
-    An environment inside someone's own repository must not lend us that repository's commit.
+    A virtual environment may lie inside another repository, whose commit must not be used.
     """
     here = Path(__file__).parents[3]
     if not (here / ".git").exists() or not (here / "src" / "rgtg").is_dir():

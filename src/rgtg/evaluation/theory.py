@@ -1,10 +1,10 @@
-"""What token-wise guidance does, by exact enumeration of a world small enough to write down.
+"""What token-wise guidance does, by exact enumeration in a world small enough to list.
 
 A world has V tokens and completions of exactly T tokens, so that all V^T completions and all prefixes can be listed.
-Prefixes of length i are numbered in base V: the children of prefix p are p·V … p·V + V − 1. Decoding and loss are the
-library's own (`rgtg.decoding.sampling`, `rgtg.losses`), both in fp32: figures are exact to about 1e-6.
+Prefixes of length i are numbered in base V: the children of prefix p are p·V … p·V + V − 1. Decoding and losses are the
+library's own (`rgtg.decoding.sampling`, `rgtg.losses`) in fp32, so that results are exact to about 1e-6.
 
-The claims are those of PARGS (arXiv 2406.07780); docs/theory.md tells what each exhibit shows.
+The claims are those of PARGS (arXiv 2406.07780); docs/theory.md explains what each exhibit shows.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgtg.decoding.sampling import greedy, guided_log_probs
@@ -20,8 +20,8 @@ from rgtg.errors import UsageError
 from rgtg.losses import bradley_terry_loss, prefix_bradley_terry_loss, prefix_bradley_terry_pair_losses
 from rgtg.types.base import FORMAT_VERSION, Record
 
+# Entry i − 1 holds r(y_{1:i}) of every prefix of length i, in nats: shape (V^i,).
 PrefixScores = list[Tensor]
-"""Entry i − 1 holds r(y_{1:i}) of every prefix of length i, in nats: shape (V^i,)."""
 
 RANDOM_DRAWS = 100
 
@@ -50,7 +50,7 @@ class World:
 
 
 class EqualLoss(Record):
-    """Exhibit 1: two scorers that full-sequence training cannot tell apart, and what decoding does with each."""
+    """Exhibit 1: two scorers that full-sequence training cannot distinguish, and what decoding does with each."""
 
     full_loss: tuple[float, float]
     prefix_loss: tuple[float, float]
@@ -64,14 +64,14 @@ class EqualLoss(Record):
 
 
 class LargestDifference(Record):
-    """Exhibits 2 and 3: the largest difference of two ways to compute the guided probabilities, over all prefixes."""
+    """Exhibits 2 and 3: the largest difference between two ways to compute the guided probabilities."""
 
     largest: float
     probabilities: int
 
 
 class RlhfDistance(Record):
-    """One row of exhibit 4: token-wise guidance with one scorer. KL(guided ‖ π·exp(β·r)/Z) in nats."""
+    """Exhibit 4: KL(guided ‖ π·exp(β·r)/Z) in nats and expected reward of token-wise guidance with one scorer."""
 
     scorer: str
     kl_nats: float
@@ -126,13 +126,13 @@ def random_world(vocabulary: int, length: int, seed: int) -> World:
 
 
 def random_scores(world: World, seed: int) -> PrefixScores:
-    """Standard normal scores of every prefix, whole completions included: an arbitrary scorer."""
+    """An arbitrary scorer: standard normal scores of every prefix, including whole completions."""
     draw = torch.Generator().manual_seed(seed)
     return [torch.randn(world.vocabulary**i, generator=draw) for i in range(1, world.length + 1)]
 
 
 def guided_steps(world: World, scores: PrefixScores, beta: float) -> list[Tensor]:
-    """Log π̃(v | prefix), the library's rule at every prefix: entry i has shape (V^i, V)."""
+    """Log π̃(v | prefix) in nats, by the library's rule at every prefix: entry i has shape (V^i, V)."""
     return [
         guided_log_probs(step, score.view(step.shape), beta)
         for step, score in zip(world.log_policy, scores, strict=True)
@@ -140,12 +140,12 @@ def guided_steps(world: World, scores: PrefixScores, beta: float) -> list[Tensor
 
 
 def sequence_log_probs(steps: Sequence[Tensor]) -> Float[Tensor, " completions"]:
-    """Log p(y) of every completion from its conditionals, in nats: Σ_i log p(y_i | y_{<i})."""
+    """Log p(y) of every completion in nats: Σ_i log p(y_i | y_{<i}). ``steps`` are as in ``guided_steps``."""
     return prefix_log_probs(steps)[-1]
 
 
 def prefix_log_probs(steps: Sequence[Tensor]) -> PrefixScores:
-    """Log p(y_{1:i}) of every prefix, i = 1 … T."""
+    """Log p(y_{1:i}) of every prefix in nats, i = 1 … T."""
     partial, found = torch.zeros(1), []
     for step in steps:
         partial = (partial[:, None] + step).flatten()
@@ -154,25 +154,26 @@ def prefix_log_probs(steps: Sequence[Tensor]) -> PrefixScores:
 
 
 def rlhf_log_probs(world: World, beta: float) -> Float[Tensor, " completions"]:
-    """Log of π(y)·exp(β·r(y)) / Z: the policy that KL-regularised RLHF would train."""
+    """Log of π(y)·exp(β·r(y)) / Z: the optimum of KL-regularised RLHF."""
     return torch.log_softmax(sequence_log_probs(world.log_policy) + beta * world.reward, -1)
 
 
 def mean_scores(world: World) -> PrefixScores:
-    """E_π[r(y) | y_{1:i}] of every prefix: the value that controlled decoding learns."""
+    """E_π[r(y) | y_{1:i}] of every prefix: the value function of controlled decoding."""
     return _backwards(world, lambda below, step: (step.exp() * below).sum(-1))
 
 
 def soft_value_scores(world: World, beta: float) -> PrefixScores:
-    """(1/β)·log E_π[exp(β·r(y)) | y_{1:i}] of every prefix: the scorer with which guidance *is* RLHF."""
+    """(1/β)·log E_π[exp(β·r(y)) | y_{1:i}] of every prefix: guidance with this scorer equals RLHF."""
     return _backwards(world, lambda below, step: (step + beta * below).logsumexp(-1) / beta)
 
 
 def prefix_bt_scores(world: World) -> PrefixScores:
-    """The scorer that `prefix_bradley_terry_loss` has its minimum at, with unlimited data and capacity.
+    """The minimiser of `prefix_bradley_terry_loss` with unlimited data and capacity.
 
-    The population is every pair (y, y') drawn from π, y preferred with probability σ(r(y) − r(y')); each prefix's score
-    is a free number, found by L-BFGS in fp32: to about 0.003 for prefixes, less well for the rarest completions.
+    The population is all pairs (y, y') drawn from π, where y is preferred with probability σ(r(y) − r(y')). Each
+    prefix's score is a free parameter, optimised by L-BFGS in fp32: accurate to about 0.003 for prefixes, and less for
+    the rarest completions.
     """
     compared = _Comparisons.of(world)
     log_prob = sequence_log_probs(world.log_policy)
@@ -189,15 +190,16 @@ def prefix_bt_scores(world: World) -> PrefixScores:
 
 
 def equal_loss_opposite_prefixes(world: World, beta: float) -> EqualLoss:
-    """Exhibit 1: full-sequence Bradley–Terry training leaves the scores of prefixes free.
+    """Exhibit 1: full-sequence Bradley–Terry training does not determine the scores of prefixes.
 
-    Scorer A gives a prefix its expected reward; B gives it the opposite. Both give every completion its reward, so no
-    set of whole completions tells them apart. Losses are means over all pairs, the higher reward being chosen.
+    Scorer A gives a prefix its expected reward, and scorer B the negative of that. Both give every completion its
+    reward, so that no set of whole completions distinguishes them. Losses are means over all pairs, in which the
+    completion with the higher reward is chosen.
     """
     a = [*mean_scores(world)[:-1], world.reward]
     b = [*(-score for score in a[:-1]), world.reward]
     steps = guided_steps(world, a, beta), guided_steps(world, b, beta)
-    written = _greedy(world, a, beta), _greedy(world, b, beta)
+    decoded = _greedy(world, a, beta), _greedy(world, b, beta)
     compared, opposite = _opposite(a[:-1], b[:-1])
     return EqualLoss(
         full_loss=(_full_loss(world, a), _full_loss(world, b)),
@@ -206,8 +208,8 @@ def equal_loss_opposite_prefixes(world: World, beta: float) -> EqualLoss:
         opposite=opposite,
         policy_reward=_expected_reward(world, world.log_policy),
         sampled_reward=(_expected_reward(world, steps[0]), _expected_reward(world, steps[1])),
-        greedy_tokens=(_tokens(world, written[0]), _tokens(world, written[1])),
-        greedy_reward=(float(world.reward[written[0]]), float(world.reward[written[1]])),
+        greedy_tokens=(_tokens(world, decoded[0]), _tokens(world, decoded[1])),
+        greedy_reward=(float(world.reward[decoded[0]]), float(world.reward[decoded[1]])),
         best_reward=float(world.reward.max()),
     )
 
@@ -231,7 +233,7 @@ def ratio_of_rlhf_policies(world: World, scores: PrefixScores, beta: float) -> L
 
 
 def functions_of_the_prefix(world: World, scores: PrefixScores, beta: float, seed: int) -> LargestDifference:
-    """Exhibit 3: r(y_{1:i}) + f(y_{<i}) steers exactly as r(y_{1:i}) does, whatever f is (here normal, ten wide)."""
+    """Exhibit 3: r(y_{1:i}) + f(y_{<i}) steers exactly as r(y_{1:i}), for any f (here normal with deviation 10)."""
     draw = torch.Generator().manual_seed(seed)
     shifted = []
     for step, score in zip(world.log_policy, scores, strict=True):
@@ -241,19 +243,19 @@ def functions_of_the_prefix(world: World, scores: PrefixScores, beta: float, see
 
 
 def distance_to_rlhf(world: World, beta: float, seed: int) -> list[RlhfDistance]:
-    """Exhibit 4: how far token-wise guidance with several scorers is from the RLHF policy π·exp(β·r)/Z, in nats.
+    """Exhibit 4: the KL in nats from token-wise guidance with several scorers to the RLHF policy π·exp(β·r)/Z.
 
-    All give whole completions their reward; they differ in what they say of prefixes. A full-sequence scorer may say
-    anything there, so its row is the mean over draws: normal, with the rewards' own mean and spread.
+    All scorers give whole completions their reward, and differ on prefixes. A full-sequence scorer is arbitrary there:
+    its row is the mean over random draws, normal with the mean and standard deviation of the rewards.
     """
     reward = world.reward
-    known = {
+    scorers = {
         "prefix-bt: minimum of its loss": [*prefix_bt_scores(world)[:-1], reward],
         "value: E[r | prefix]": mean_scores(world),
         "soft value: log E[exp(β·r) | prefix] / β": soft_value_scores(world, beta),
     }
     drawn = [
-        _guidance("", world, guided_steps(world, _unconstrained(world, seed + i), beta), beta)
+        _distance("", world, guided_steps(world, _unconstrained(world, seed + i), beta), beta)
         for i in range(RANDOM_DRAWS)
     ]
     arbitrary = RlhfDistance(
@@ -261,8 +263,8 @@ def distance_to_rlhf(world: World, beta: float, seed: int) -> list[RlhfDistance]
         kl_nats=sum(row.kl_nats for row in drawn) / RANDOM_DRAWS,
         reward=sum(row.reward for row in drawn) / RANDOM_DRAWS,
     )
-    rows = [_guidance(name, world, guided_steps(world, scores, beta), beta) for name, scores in known.items()]
-    return [_guidance("none: the policy itself", world, world.log_policy, beta), arbitrary, *rows]
+    rows = [_distance(name, world, guided_steps(world, scores, beta), beta) for name, scores in scorers.items()]
+    return [_distance("none: the policy itself", world, world.log_policy, beta), arbitrary, *rows]
 
 
 def _unconstrained(world: World, seed: int) -> PrefixScores:
@@ -270,7 +272,7 @@ def _unconstrained(world: World, seed: int) -> PrefixScores:
     return [*(spread * score + middle for score in random_scores(world, seed)[:-1]), world.reward]
 
 
-def _guidance(name: str, world: World, steps: Sequence[Tensor], beta: float) -> RlhfDistance:
+def _distance(name: str, world: World, steps: Sequence[Tensor], beta: float) -> RlhfDistance:
     guided = sequence_log_probs(steps)
     kl = (guided.exp() * (guided - rlhf_log_probs(world, beta))).sum()
     return RlhfDistance(scorer=name, kl_nats=float(kl), reward=_expected_reward(world, steps))
@@ -292,7 +294,7 @@ def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
 
 
 def _backwards(world: World, rule: Callable[[Tensor, Tensor], Tensor]) -> PrefixScores:
-    """Scores of all prefixes from the reward of whole completions, one token back at a time."""
+    """Scores of all prefixes, computed backwards from the rewards of whole completions, one token at a time."""
     scores = [world.reward]
     for step in reversed(world.log_policy[1:]):
         scores.insert(0, rule(scores[0].view(step.shape), step))
@@ -300,6 +302,7 @@ def _backwards(world: World, rule: Callable[[Tensor, Tensor], Tensor]) -> Prefix
 
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LargestDifference:
+    """Compare two sets of log-probabilities, entry i of shape (V^i, V)."""
     gaps = torch.cat([(a.exp() - b.exp()).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
     return LargestDifference(largest=float(gaps.max()), probabilities=len(gaps))
 
@@ -309,9 +312,9 @@ def _expected_reward(world: World, steps: Sequence[Tensor]) -> float:
 
 
 def _greedy(world: World, scores: PrefixScores, beta: float) -> int:
-    """Number of the completion that greedy guided decoding writes."""
+    """The number of the completion that greedy guided decoding generates."""
     prefix = 0
-    for step, score in zip(world.log_policy, scores, strict=True):
+    for step, score in zip(world.log_policy, scores, strict=True):  # (V^i, V) and (V^(i+1),)
         row = slice(prefix, prefix + 1)
         guided = guided_log_probs(step[row], score.view(step.shape)[row], beta, temperature=0.0)
         prefix = prefix * world.vocabulary + int(greedy(guided))
@@ -323,7 +326,7 @@ def _tokens(world: World, completion: int) -> list[int]:
 
 
 def _opposite(a: PrefixScores, b: PrefixScores) -> tuple[int, int]:
-    """Pairs of prefixes of one length, and how many of them two scorers order in opposite ways."""
+    """The number of pairs of prefixes of equal length, and of those that two scorers order oppositely."""
     compared = opposite = 0
     for ours, theirs in zip(a, b, strict=True):
         i, j = torch.triu_indices(len(ours), len(ours), offset=1)
@@ -334,16 +337,16 @@ def _opposite(a: PrefixScores, b: PrefixScores) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Comparisons:
-    """Pairs of different completions, and the prefixes that each consists of."""
+    """Pairs of different completions, and the prefixes of each."""
 
-    first: Tensor  # (N,) completions
-    second: Tensor
-    first_prefixes: Tensor  # (N, T); entry i − 1 numbers the prefix of length i
-    second_prefixes: Tensor
+    first: Int[Tensor, " pairs"]  # numbers of completions
+    second: Int[Tensor, " pairs"]
+    first_prefixes: Int[Tensor, "pairs length"]  # entry i − 1 is the number of the prefix of length i
+    second_prefixes: Int[Tensor, "pairs length"]
 
     @classmethod
     def of(cls, world: World, *, chosen_first: bool = False) -> "_Comparisons":
-        """Every ordered pair, or only those whose first has the higher reward."""
+        """Every ordered pair, or only those whose first completion has the higher reward."""
         count = len(world.reward)
         first, second = torch.cartesian_prod(torch.arange(count), torch.arange(count)).unbind(-1)
         keep = world.reward[first] > world.reward[second] if chosen_first else first != second
@@ -352,7 +355,7 @@ class _Comparisons:
         return cls(first, second, first[:, None] // beyond, second[:, None] // beyond)
 
     def tensors(self, scores: PrefixScores) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What `prefix_bradley_terry_loss` takes: scores of both sides, their masks, and where they differ."""
+        """Arguments of `prefix_bradley_terry_loss`, (N, T) each: both scores, both masks, and where they differ."""
         chosen, rejected = (
             torch.stack([score[at] for score, at in zip(scores, side.unbind(-1), strict=True)], -1)
             for side in (self.first_prefixes, self.second_prefixes)

@@ -72,7 +72,7 @@ def test_a_prompt_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{prompt} {first}", r"has no \{second\}; it must hold \{prompt\}, \{first\}, \{second\}"),
+        ("{prompt} {first}", r"has no \{second\}; it must contain \{prompt\}, \{first\}, \{second\}"),
         ("{prompt} {first} {second} {answer}", r"unknown placeholder \{answer\}"),
         (None, "cannot read the judge's prompt"),
     ],

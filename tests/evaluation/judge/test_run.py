@@ -8,8 +8,8 @@ from helpers.judge_server import serve
 from helpers.synthetic import write_rows
 from rgtg.config import JudgeSettings
 from rgtg.errors import DataError, EndpointError, MissingExtraError, UsageError
-from rgtg.evaluation.judge import client as judge_endpoint
-from rgtg.evaluation.judge.run import judge, plan
+from rgtg.evaluation.judge import client
+from rgtg.evaluation.judge.run import estimate_calls, judge
 
 KEY = "sk-secret-0123456789"
 SOON = {"retry-after-ms": "5"}
@@ -170,7 +170,7 @@ def test_an_answer_that_comes_to_its_senses_counts(tmp_path, sides):
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [({"choices": []}, "not of the chat-completions format"), (b"<html>", "not JSON"),
+    [({"choices": []}, "not in the chat completions format"), (b"<html>", "not JSON"),
      ({"choices": [{"message": {"content": None}}]}, "the answer is empty")],
 )  # fmt: skip
 def test_a_response_that_is_no_answer_is_a_failure_and_no_crash(tmp_path, sides, body, reason):
@@ -265,11 +265,11 @@ def test_tokens_and_cost(tmp_path, sides):
 def test_a_plan_makes_no_call_and_knows_what_is_paid(tmp_path, sides, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with serve(prefers_good) as server:
-        before = plan(settings(tmp_path, server, sides, price_in=1, price_out=1))
+        before = estimate_calls(settings(tmp_path, server, sides, price_in=1, price_out=1))
         assert server.calls == 0
         assert not (tmp_path / "out").exists()
         judge(settings(tmp_path, server, sides, limit=1))
-        after = plan(settings(tmp_path, server, sides, price_in=1, price_out=1))
+        after = estimate_calls(settings(tmp_path, server, sides, price_in=1, price_out=1))
     assert (before.pairs, before.calls, before.cached, before.completion_tokens_at_most) == (4, 8, 0, 8 * 512)
     assert before.cost_at_most == pytest.approx((before.prompt_tokens + 8 * 512) / 1e6)
     assert (after.calls, after.cached) == (6, 2)
@@ -331,7 +331,7 @@ def test_human_pairs_of_the_real_data_are_read(tmp_path, shared_data):
 def test_unusable_inputs(tmp_path, sides):
     def fails(kind, message, **options):
         with pytest.raises(kind, match=message):
-            plan(JudgeSettings.model_validate({"model": "m", "output": tmp_path / "out"} | options))
+            estimate_calls(JudgeSettings.model_validate({"model": "m", "output": tmp_path / "out"} | options))
 
     a, b = sides
     for options in ({}, {"a": a}, {"a": a, "b": b, "pairs": a}, {"a": a, "completions": [b]}):
@@ -344,7 +344,10 @@ def test_unusable_inputs(tmp_path, sides):
     fails(UsageError, "something like http://localhost", a=a, b=b, base_url="localhost:8000")
     short = write(tmp_path / "short.jsonl", "good", 3)
     fails(
-        DataError, "ours and short do not answer the same prompts.*1 completions stand alone.*Question 3", a=a, b=short
+        DataError,
+        "ours and short do not answer the same prompts.*1 completions have no counterpart.*Question 3",
+        a=a,
+        b=short,
     )
     both = tmp_path / "both.jsonl"
     both.write_text('{"prompt": "p", "text": "t", "row": "x"}\n{"prompt": "p", "text": "t"}\n')
@@ -355,7 +358,7 @@ def test_files_of_one_name_go_by_their_folders(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "completions.jsonl", name, 2)
-    found = plan(
+    found = estimate_calls(
         JudgeSettings(
             model="m", output=tmp_path, a=str(tmp_path / "one"), b=str(tmp_path / "two" / "completions.jsonl")
         )
@@ -377,6 +380,6 @@ def test_openai_itself_needs_a_key_and_the_extra_is_named(tmp_path, sides, monke
 
 def test_the_url_comes_from_the_environment_too(monkeypatch, tmp_path):
     given = JudgeSettings(model="m", output=tmp_path)
-    assert judge_endpoint.endpoint_url(given) == judge_endpoint.OPENAI
+    assert client.endpoint_url(given) == client.OPENAI
     monkeypatch.setenv("OPENAI_BASE_URL", "http://10.0.0.1/v1/")
-    assert judge_endpoint.endpoint_url(given) == "http://10.0.0.1/v1"
+    assert client.endpoint_url(given) == "http://10.0.0.1/v1"

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint that is paid once for every answer: bounded retries, answers kept on disk."""
+"""A client for a judge behind an OpenAI-compatible endpoint. Answers are cached on disk and paid for once."""
 
 import dataclasses
 import hashlib
@@ -18,21 +18,21 @@ from rgtg.evaluation.judge.prompt import Message
 from rgtg.types.judge import JudgeUsage
 
 OPENAI = "https://api.openai.com/v1"
-_CHARACTERS_PER_TOKEN = 4  # where a server counts no tokens, and for estimates
+_CHARACTERS_PER_TOKEN = 4  # for estimates, and for servers that count no tokens
 _CONNECT_SECONDS = 10.0
 
 
 class CallFailedError(Exception):
-    """One call failed after its retries, in a way that the next call need not share."""
+    """One call failed after its retries; the next call may succeed."""
 
 
 class CallRefusedError(CallFailedError):
-    """The endpoint works and will not take this call: its text is too long, say, or a parameter is unknown to it."""
+    """The endpoint rejects this call, for example because its text is too long or a parameter is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeAnswer:
-    """What a judge said, and the tokens it took."""
+    """The text of a judge's answer, and its tokens."""
 
     text: str
     finish_reason: str | None
@@ -42,9 +42,9 @@ class JudgeAnswer:
 
 
 class AnswerCache:
-    """Paid answers by the hash of their request, one JSON line each, on disk as soon as they come.
+    """Answers by the hash of their request, written to a JSONL file as they arrive.
 
-    A line that a killed run left half-written is passed over, and its call made again.
+    An incomplete line of a killed run is ignored, so that its call is made again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +68,11 @@ class AnswerCache:
         return len(self._answers)
 
     def get(self, key: str) -> JudgeAnswer | None:
-        """The answer to a request, if it was ever paid for."""
+        """The cached answer to a request, or None."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: JudgeAnswer) -> None:
-        """Keep an answer.
+        """Store an answer.
 
         Raises:
             OutputError: the file cannot be written.
@@ -88,7 +88,7 @@ class AnswerCache:
                 raise OutputError(f"cannot keep answers in {self.path}: {error.strerror or error}") from error
 
     def _open(self) -> Any:
-        """Open for appending, without a buffer, on a line of its own."""
+        """Open for unbuffered appending, at the start of a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab", buffering=0)
         if file.tell() and not self.path.read_bytes().endswith(b"\n"):
@@ -113,10 +113,10 @@ class AnswerCache:
 
 @dataclass
 class JudgeClient:
-    """A judge at its URL. ``ask`` may be called from several threads.
+    """Asks a judge and counts the cost. ``ask`` may be called from several threads.
 
     Raises:
-        UsageError: a URL that would put a secret into files, or no key for OpenAI's own endpoint.
+        UsageError: a URL that contains a secret (it is written to files), or no key for OpenAI's own endpoint.
         MissingExtraError: the openai client is not installed.
     """
 
@@ -137,18 +137,18 @@ class JudgeClient:
             raise MissingExtraError("a judge needs the openai client: pip install 'rgtg[judge]'") from error
         seconds = self.settings.timeout
         self._client = OpenAI(
-            api_key=self._key or "none",  # a local server asks for no key, but the client insists on one
+            api_key=self._key or "none",  # a local server needs no key, but the client requires one
             base_url=self.url,
             max_retries=self.settings.retries,
             timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
         )
 
     def ask(self, messages: list[Message]) -> JudgeAnswer:
-        """The answer to a conversation: the one kept on disk, else a call's.
+        """The answer to a conversation, from the cache or from a call.
 
         Raises:
             EndpointError: no call can succeed: unreachable, wrong key, unknown model.
-            CallFailedError: this call failed after its retries; a CallRefusedError without any.
+            CallFailedError: this call failed after its retries. It is a CallRefusedError if it was not retried.
         """
         key = request_key(self.settings, messages)
         if (kept := self.cache.get(key)) is not None:
@@ -164,7 +164,7 @@ class JudgeClient:
         return answer
 
     def usage(self) -> JudgeUsage:
-        """What this run paid, and what it found paid."""
+        """What this run paid for, and what it found in the cache."""
         paid, reused = _tokens(self._paid), _tokens(self._reused)
         return JudgeUsage(
             calls=len(self._paid),
@@ -180,7 +180,7 @@ class JudgeClient:
         )
 
     def failure(self, reason: str) -> EndpointError:
-        """An error that names the URL and says that nothing is lost; the key is never part of it."""
+        """An error with the URL and the number of cached answers; it never contains the key."""
         kept = f"{len(self.cache)} answers are kept in {self.cache.path}; run the same command again to go on"
         return EndpointError(f"the judge at {self.url}: {self._without_key(reason)}. {kept}")
 
@@ -191,9 +191,9 @@ class JudgeClient:
             raw = self._client.chat.completions.with_raw_response.create(**request_body(self.settings, messages))
             answer = _answer(raw.parse(), messages)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise self.failure(f"refused ({_said(error)}); is OPENAI_API_KEY right?") from error
+            raise self.failure(f"refused ({_one_line(error)}); is OPENAI_API_KEY right?") from error
         except openai.NotFoundError as error:
-            raise self.failure(f"not found ({_said(error)}); are --base-url and --model right?") from error
+            raise self.failure(f"not found ({_one_line(error)}); are --base-url and --model right?") from error
         except openai.APITimeoutError as error:
             raise CallFailedError(f"no answer within {self.settings.timeout:g} s (--set timeout=SECONDS)") from error
         except openai.APIConnectionError as error:
@@ -201,9 +201,9 @@ class JudgeClient:
         except ValueError as error:
             raise CallFailedError("the response is not JSON") from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise CallRefusedError(self._without_key(_said(error))) from error
+            raise CallRefusedError(self._without_key(_one_line(error))) from error
         except openai.OpenAIError as error:
-            raise CallFailedError(self._without_key(_said(error))) from error
+            raise CallFailedError(self._without_key(_one_line(error))) from error
         with self._lock:
             self._retries += raw.retries_taken
         return answer
@@ -213,22 +213,22 @@ class JudgeClient:
 
 
 def endpoint_url(settings: JudgeSettings) -> str:
-    """The URL of the settings, else of OPENAI_BASE_URL, else OpenAI's own.
+    """The URL of the settings, or of OPENAI_BASE_URL, or OpenAI's own.
 
     Raises:
-        UsageError: not a URL, or one that holds a password or a query, which would end up in files.
+        UsageError: not a URL, or one with a password or a query, which would be written to files.
     """
     url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query:
         raise UsageError("the judge's base URL must hold no password and no query: give the key in OPENAI_API_KEY")
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UsageError(f"the judge's base URL {url!r} is none; expected something like http://localhost:8000/v1")
+        raise UsageError(f"the judge's base URL {url!r} is not a URL; expected something like http://localhost:8000/v1")
     return url.rstrip("/")
 
 
 def request_body(settings: JudgeSettings, messages: Sequence[Message]) -> dict[str, Any]:
-    """The fields of one call; ``settings.request`` adds to them or replaces them."""
+    """The fields of one call; ``settings.request`` adds fields or replaces them."""
     fields = {
         "model": settings.model, "messages": list(messages), "temperature": settings.temperature,
         "max_tokens": settings.max_tokens, "seed": settings.seed,
@@ -238,13 +238,13 @@ def request_body(settings: JudgeSettings, messages: Sequence[Message]) -> dict[s
 
 
 def request_key(settings: JudgeSettings, messages: Sequence[Message]) -> str:
-    """Hash of model, prompt and parameters; where the model is served is no part of it, since ports change."""
+    """Hash of model, prompt and parameters. It leaves out the server's address, because ports change."""
     body = json.dumps(request_body(settings, messages), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(body.encode()).hexdigest()
 
 
 def estimated_tokens(messages: Sequence[Message]) -> int:
-    """About how many tokens a conversation is: a quarter of its characters, rounded up.
+    """An estimate of a conversation's tokens: a quarter of its characters, rounded up.
 
     >>> estimated_tokens([{"role": "user", "content": "Hello"}])
     2
@@ -253,42 +253,43 @@ def estimated_tokens(messages: Sequence[Message]) -> int:
 
 
 def cost(settings: JudgeSettings, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """Price of tokens, in the unit of the prices; None where no price is set."""
+    """Price of the tokens, in the unit of the prices; None if no price is set."""
     if settings.price_in is None and settings.price_out is None:
         return None
     return (prompt_tokens * (settings.price_in or 0) + completion_tokens * (settings.price_out or 0)) / 1e6
 
 
 def _answer(response: Any, messages: Sequence[Message]) -> JudgeAnswer:
-    """The first choice of a response; a server is free to send anything at all.
+    """The first choice of a response.
 
     Raises:
-        CallFailedError: it is not of the chat-completions format.
+        CallFailedError: the response is not in the chat completions format.
     """
     try:
         choice = response.choices[0]
         text, finish_reason = choice.message.content or "", choice.finish_reason
         usage = response.usage
     except (AttributeError, IndexError, TypeError) as error:
-        raise CallFailedError("the response is not of the chat-completions format") from error
+        raise CallFailedError("the response is not in the chat completions format") from error
     if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-        written = estimated_tokens([{"role": "assistant", "content": text}])
-        return JudgeAnswer(text, finish_reason, estimated_tokens(messages), written, estimated=True)
+        completion_tokens = estimated_tokens([{"role": "assistant", "content": text}])
+        return JudgeAnswer(text, finish_reason, estimated_tokens(messages), completion_tokens, estimated=True)
     return JudgeAnswer(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
 
 
 def _api_key(settings: JudgeSettings, url: str) -> str:
     key = settings.api_key.get_secret_value() if settings.api_key else os.environ.get("OPENAI_API_KEY", "")
     if not key.strip() and url == OPENAI:
-        raise UsageError("a judge needs OPENAI_API_KEY in the environment, or the --base-url of a server of your own")
+        raise UsageError("a judge needs OPENAI_API_KEY in the environment, or the --base-url of your own server")
     return key.strip()
 
 
-def _said(error: Exception) -> str:
-    """A server's own words on one line, not a page of them."""
+def _one_line(error: Exception) -> str:
+    """A server's error message on one line, shortened."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def _tokens(answers: Sequence[JudgeAnswer]) -> tuple[int, int]:
+    """Prompt and completion tokens."""
     return sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)

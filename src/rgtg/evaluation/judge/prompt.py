@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its answer is read: prompts from files, verdicts by strict rules."""
+"""The judge's prompt, and the strict parser of its verdicts."""
 
 import hashlib
 import json
@@ -22,22 +22,22 @@ _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie", "tie":
 
 
 class NoVerdictError(ValueError):
-    """An answer does not hold exactly one verdict; the text says what it holds instead."""
+    """An answer without exactly one verdict."""
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """The question put to a judge, with places for the prompt and the completions shown first and second."""
+    """The question for the judge, with placeholders for the prompt and the two completions."""
 
     question: str
     reminder: str
 
     @classmethod
     def load(cls, path: Path | None = None) -> Self:
-        """Read a prompt from a file, or the package's own.
+        """Read a prompt from a file, or the package's own prompt.
 
         Raises:
-            UsageError: the file cannot be read, lacks a placeholder, or holds an unknown one.
+            UsageError: the file cannot be read, lacks a placeholder, or contains an unknown one.
         """
         folder = resources.files("rgtg.evaluation") / "judge" / "prompts"
         question = _read(path) if path else (folder / "pairwise.txt").read_text(encoding="utf-8")
@@ -49,23 +49,22 @@ class JudgePrompt:
         return hashlib.sha256(f"{self.question}\0{self.reminder}".encode()).hexdigest()[:16]
 
     def ask(self, prompt: str, first: str, second: str) -> list[Message]:
-        """The messages of a first call. Braces inside the texts stay as they are."""
+        """The messages of the first call. Braces in the texts are kept."""
         texts = {"prompt": prompt, "first": first, "second": second}
         return [{"role": "user", "content": _PLACEHOLDER.sub(lambda place: texts[place[1]], self.question)}]
 
     def ask_again(self, messages: list[Message], answer: str) -> list[Message]:
-        """The same conversation with the unusable answer in it, and the reminder of what an answer must hold."""
+        """The same conversation, with the unusable answer and a reminder of what an answer must contain."""
         return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": self.reminder}]
 
 
 def read_verdict(answer: str) -> Verdict:
-    """The one verdict in an answer: ``[[A]]``, ``[[B]]``, ``[[C]]``, or ``{"verdict": "A" | "B" | "C" | "tie"}``.
+    """The verdict in an answer: ``[[A]]``, ``[[B]]``, ``[[C]]``, or ``{"verdict": "A" | "B" | "C" | "tie"}``.
 
-    What a reasoning model thinks aloud (up to ``</think>``) is not read. A verdict may be repeated; two different ones
-    are no verdict.
+    The reasoning up to ``</think>`` is ignored. The same verdict may be repeated.
 
     Raises:
-        NoVerdictError: none, or several.
+        NoVerdictError: no verdict, or different ones.
 
     >>> read_verdict("B is shorter and right. [[B]]")
     'second'
@@ -103,7 +102,7 @@ def _read(path: Path) -> str:
     wanted = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
     for name in _PLACEHOLDERS:
         if name not in places:
-            raise UsageError(f"the judge's prompt {path} has no {{{name}}}; it must hold {wanted}")
+            raise UsageError(f"the judge's prompt {path} has no {{{name}}}; it must contain {wanted}")
     if unknown := sorted(places - set(_PLACEHOLDERS)):
         raise UsageError(f"the judge's prompt {path} has an unknown placeholder {{{unknown[0]}}}; known: {wanted}")
     return question
