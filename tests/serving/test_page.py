@@ -378,7 +378,7 @@ def test_untrusted_files_are_shown_as_text_or_refused(page, browser, downloads, 
     assert page.tokens(0)[0] != HOSTILE, "spaces are shown"
     assert page.js("return document.querySelectorAll('#viewer img, #viewer script').length") == 0
     reasons = {button.get_attribute("title") for button in page.all(".tv-fork")}
-    assert reasons == {f"this trace is of another policy, {HOSTILE}"}
+    assert reasons == {f"this trace was made with another policy, {HOSTILE}"}
     table = page.text(".tv-inspector table")
     assert "E4 B8" in table  # bytes that are no text
     assert "U+202E" in table  # an override of direction acts no more
