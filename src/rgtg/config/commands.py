@@ -46,9 +46,7 @@ class JudgeSettings(Settings):
 
     model: str = Field(description="name of the judge at the endpoint")
     base_url: str | None = Field(None, description="of the endpoint; default: OPENAI_BASE_URL, else OpenAI's own")
-    api_key: SecretStr | None = Field(
-        None, exclude=True, description="default: OPENAI_API_KEY; never written to a file"
-    )
+    api_key: SecretStr | None = Field(None, exclude=True, description="default: OPENAI_API_KEY; never saved")
     a: str | None = Field(None, description="completions: FILE or NAME=FILE")
     b: str | None = Field(None, description="completions of the same prompts: FILE or NAME=FILE")
     completions: list[str] = Field(default_factory=list, description="FILE, NAME=FILE or an output folder of compare")
@@ -64,9 +62,7 @@ class JudgeSettings(Settings):
     request: dict[str, Any] = Field(default_factory=dict, description="more fields of the request")
     concurrency: int = Field(8, ge=1, le=256, description="calls in flight at once")
     timeout: float = Field(120.0, gt=0, description="seconds for one answer")
-    retries: int = Field(
-        5, ge=0, le=20, description="of a call, after 408, 409, 429, 5xx, a timeout or a lost connection"
-    )
+    retries: int = Field(5, ge=0, le=20, description="of a call, after 408, 409, 429, 5xx or a connection error")
     answer_retries: int = Field(2, ge=0, le=10, description="of an answer without one clear verdict")
     price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens")
     price_out: float | None = Field(None, ge=0, description="price of a million completion tokens")
@@ -84,9 +80,7 @@ class PlanSettings(Settings):
 
     policy: str = Field(description="a size (70B), or a folder or hub id with a config.json")
     scorer: str | None = Field(None, description="size, folder or hub id; none: only methods without a second model")
-    hardware: str = Field(
-        "cpu", description="h200x8; cpu or cuda measures this machine; or a file of earlier measurements"
-    )
+    hardware: str = Field("cpu", description="h200x8; cpu or cuda measures this machine; or a file of measurements")
     save_hardware: Path | None = Field(None, description="file for the measured rates")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     prompts: int = Field(1000, ge=1)
@@ -96,12 +90,8 @@ class PlanSettings(Settings):
     n: int = Field(10, ge=1, description="of best-of-n and cd-blockwise")
     segment_tokens: int = Field(16, ge=1, description="of a segment of cd-blockwise")
     cards_drawn: float = Field(2.6, ge=1, description="tokens that cards draws for each one it keeps; from the stories")
-    cards_scored: float = Field(
-        0.16, gt=0, le=1, description="segments that cards scores per token; from the stories as well"
-    )
-    batch_size: int | None = Field(
-        None, ge=1, description="prompts decoded together; default: the largest up to 64 that fits"
-    )
+    cards_scored: float = Field(0.16, gt=0, le=1, description="segments that cards scores per token; on stories too")
+    batch_size: int | None = Field(None, ge=1, description="prompts decoded together; default: at most 64 that fit")
     tensor_parallel: int | None = Field(None, ge=1, description="devices that share one copy; default: as few as fit")
 
     @field_validator("prompts", "prompt_tokens", "new_tokens", mode="before")

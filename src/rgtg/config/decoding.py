@@ -17,9 +17,7 @@ class DecodingSettings(Settings):
         1.0, description="guidance strength, multiplies the score; 0 is the unguided policy. One per scorer"
     )
     top_k: int | None = Field(10, description="candidates per step; none: the whole vocabulary")
-    entropy_gate: float | None = Field(
-        None, ge=0, description="guide only where the policy's entropy, in nats, exceeds this"
-    )
+    entropy_gate: float | None = Field(None, ge=0, description="guide only if the policy's entropy (nats) exceeds this")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely candidates up to this total probability")
     temperature: float = Field(1.0, ge=0, description="of the guided distribution; 0 is greedy")
     max_new_tokens: int = Field(64, ge=1)
@@ -102,7 +100,7 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="default: 1 where the cluster has GPUs, else 0")
     cpus_per_actor: int | None = Field(
-        None, ge=1, description="also its threads; default: 1 with a GPU, else an equal share of the cluster"
+        None, ge=1, description="also its threads; default: 1 with a GPU, else an equal share"
     )
     trace: bool = False
     device_map: str | dict[str, int | str] | None = Field(

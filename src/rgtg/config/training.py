@@ -36,12 +36,8 @@ class PrefixBtSettings(_Group):
 class FarmaSettings(_Group):
     """Options of ``farma``."""
 
-    output_scale: float = Field(
-        1.0, gt=0, description="initial scale of the language model's output layer; other than 1 unties it"
-    )
-    constraint_weight: float = Field(
-        1.0, gt=0, description="weight of the constraint that ties prefixes to their best continuation"
-    )
+    output_scale: float = Field(1.0, gt=0, description="initial, of the output layer; other than 1 unties it")
+    constraint_weight: float = Field(1.0, gt=0, description="of the constraint that ties prefixes to continuations")
 
 
 class AutoregressiveSettings(_Group):
@@ -106,9 +102,7 @@ class TrainSettings(Settings):
         "separate",
         description="a separate model, a LoRA adapter on the policy, or a head on the policy's hidden states",
     )
-    head: Literal["state", "vocab"] | None = Field(
-        None, description="applied to each candidate's state, or once for all tokens"
-    )
+    head: Literal["state", "vocab"] | None = Field(None, description="per candidate, or once for all tokens")
     layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")
     width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")

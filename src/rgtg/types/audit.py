@@ -8,7 +8,7 @@ from rgtg.types.base import FORMAT_VERSION, Interval, Provenance, Record
 class AuditPoint(Record):
     """Pairwise accuracy and margin of a scorer at one prefix length."""
 
-    position: float = Field(description="tokens, or fraction of the completion")
+    position: float = Field(description="in tokens, or as a fraction of the completion")
     accuracy: Interval
     margin: Interval
     ties: int
@@ -16,7 +16,7 @@ class AuditPoint(Record):
 
 
 class AuditResult(Record):
-    """What ``rgtg audit`` writes as audit.json."""
+    """audit.json of ``rgtg audit``."""
 
     version: int = FORMAT_VERSION
     scorer: str
@@ -25,6 +25,6 @@ class AuditResult(Record):
     by_tokens: list[AuditPoint]
     by_fraction: list[AuditPoint]
     full_accuracy: Interval
-    calibration_error: float = Field(description="expected calibration error of σ(r_w − r_l), prefixes of all lengths")
+    calibration_error: float = Field(description="expected calibration error of σ(r_w − r_l), all prefixes")
     verdict: str
     provenance: Provenance

@@ -1,4 +1,4 @@
-"""What every record shares: the version, provenance, intervals."""
+"""What all records share: version, provenance, intervals."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -11,9 +11,9 @@ FORMAT_VERSION = 1
 
 
 class Record(BaseModel):
-    """A line or file that rgtg writes; unknown fields are refused when it is read back.
+    """A line or file that rgtg writes. Reading one with an unknown field is an error.
 
-    JSON knows no infinity: an excluded candidate's log-probability is the text "-Infinity", and reads back as a number.
+    JSON has no infinity: the log-probability of an excluded candidate is the text "-Infinity", read back as a number.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
@@ -23,7 +23,7 @@ class Record(BaseModel):
         """Read a file that ``writer`` wrote.
 
         Raises:
-            DataError: it cannot be read, or is not what it should be.
+            DataError: it cannot be read, or does not have this format.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -34,7 +34,7 @@ class Record(BaseModel):
 
 
 class Interval(Record):
-    """A mean with its bootstrap interval; ``n`` is the number of independent units that were resampled."""
+    """A mean with its 95 % bootstrap interval; ``n`` is the number of resampled units."""
 
     mean: float
     low: float
@@ -43,14 +43,14 @@ class Interval(Record):
 
 
 class FileChecksum(Record):
-    """Size and hash of one file."""
+    """Size and SHA-256 of one file."""
 
     bytes: int
     sha256: str
 
 
 class Provenance(Record):
-    """What every written result carries, so that it can be made again."""
+    """Where a result comes from, so that it can be reproduced."""
 
     version: str
     git_commit: str | None = None

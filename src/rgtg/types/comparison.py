@@ -1,4 +1,4 @@
-"""Results of `rgtg compare` and `rgtg sweep`."""
+"""Results of ``rgtg compare`` and ``rgtg sweep``."""
 
 from typing import Any, Literal
 
@@ -11,36 +11,38 @@ COMPARISON_VERSION = 2
 
 
 class ComparedCompletion(Completion):
-    """A line of a comparison's completions.jsonl: a completion, whose it is, and what it was worth."""
+    """A line of a comparison's completions.jsonl: a completion, its run, and its rewards."""
 
-    row: str = Field(description="label of the row")
-    run_seed: int = Field(description="one of the row's seeds; ``seed`` is derived from it and the prompt")
+    row: str = Field(description="label of the run")
+    run_seed: int = Field(description="one of the run's seeds; ``seed`` is derived from it and the prompt")
     prompt_index: int
     reward: float
     proxy_rewards: dict[str, float] = Field(default_factory=dict)
 
 
 class MethodResult(Record):
-    """One row of a comparison: a method with its settings, over all its seeds.
+    """One run of a comparison: a method with its settings, over all its seeds.
 
-    ``rewards`` and ``proxy_rewards`` are seeds × prompts, in the order of ``seeds`` and of the prompts; ``metrics`` are
-    means over them with 95 % intervals that resample prompts, the seeds of a prompt kept together. Rows of one
-    ``curve`` differ in their ``strength`` alone (beta, or n of best-of-n).
+    ``rewards`` and ``proxy_rewards`` are seeds × prompts, in the order of ``seeds`` and of the prompts. ``metrics`` are
+    means over both, with 95 % intervals that resample prompts together with all their seeds. The runs of a ``curve``
+    differ only in their ``strength`` (beta, or n of best-of-n).
     """
 
     label: str
     method: str
-    beta: float | list[float] | None = Field(description="one per scorer where there are several")
+    beta: float | list[float] | None = Field(description="one per scorer if there are several")
     n: int | None = None
-    curve: str | None = Field(default=None, description="label without the strength; None: a row of its own")
+    curve: str | None = Field(default=None, description="label without the strength; None: belongs to no curve")
     strength: float | None = Field(default=None, description="beta (the first of several), or n of best-of-n")
-    settings: dict[str, Any] = Field(default_factory=dict, description="all that decided the completions but the seed")
-    seeds: list[int] = Field(default_factory=list, description="a row without randomness has one")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="all that decides the completions, without the seed"
+    )
+    seeds: list[int] = Field(default_factory=list, description="a run without randomness has one")
     metrics: dict[str, Interval]
     rewards: list[list[float]] = Field(default_factory=list, description="gold: seeds × prompts")
     proxy_rewards: dict[str, list[list[float]]] = Field(default_factory=dict, description="name → seeds × prompts")
-    guided_by: list[str] = Field(default_factory=list, description="those proxies that steered or selected here")
-    tokens: int | None = Field(default=None, description="of the completions that were returned, all seeds together")
+    guided_by: list[str] = Field(default_factory=list, description="proxies that guided or selected completions")
+    tokens: int | None = Field(default=None, description="of the returned completions, summed over seeds")
     seconds: float
     tokens_per_second: float
     policy_calls: int
@@ -49,7 +51,7 @@ class MethodResult(Record):
 
 
 class PairedDifference(Record):
-    """Mean of a − b over the same prompts, with a sign-flip test; ``p_adjusted`` is Holm's within its ``family``."""
+    """Mean of a − b over the same prompts with a sign-flip test; ``p_adjusted`` is Holm's within its ``family``."""
 
     a: str
     b: str
@@ -61,7 +63,7 @@ class PairedDifference(Record):
 
 
 class OverOptimisation(Record):
-    """Where more strength raised a proxy and lowered gold: ``at`` less ``best``, the best gold at less strength."""
+    """More strength raised a proxy and lowered gold: ``at`` minus ``best``, the best gold at less strength."""
 
     curve: str
     at: str
@@ -73,7 +75,7 @@ class OverOptimisation(Record):
 
 
 class Recommendation(Record):
-    """The row of a curve to use, and why."""
+    """The run of a curve to use, and why."""
 
     curve: str
     label: str
@@ -83,7 +85,7 @@ class Recommendation(Record):
 
 
 class Budget(Record):
-    """What one token of a row's output cost; scoring all candidates of a step is one call."""
+    """Model calls per output token of a run; scoring all candidates of a step is one call."""
 
     label: str
     policy_calls_per_token: float
@@ -92,7 +94,7 @@ class Budget(Record):
 
 
 class WinRate(Record):
-    """How often the row's completion was preferred to the column's; a tie counts one half."""
+    """How often one run's completion was preferred to another's; a tie counts ½."""
 
     rate: Interval
     wins: int
@@ -101,32 +103,32 @@ class WinRate(Record):
 
 
 class WinRates(Record):
-    """Judged pairs of rows: ``rates[a][b]`` is how often a beat b."""
+    """Judged pairs of runs: ``rates[a][b]`` is how often a beat b."""
 
     judged_by: str
     rates: dict[str, dict[str, WinRate]]
 
 
 class ComparisonResult(Record):
-    """What ``rgtg compare`` writes as results.json. Version 1 had neither seeds nor single rewards; it is read too."""
+    """results.json of ``rgtg compare``. Version 1, without seeds and single rewards, can be read too."""
 
     version: int = COMPARISON_VERSION
     reward: str
     prompts: int
     methods: list[MethodResult]
-    baseline: str | None = Field(default=None, description="label of the row that the others are compared with")
+    baseline: str | None = Field(default=None, description="label of the run that the others are compared with")
     proxies: list[str] = Field(default_factory=list)
     differences: list[PairedDifference] = Field(default_factory=list)
     over_optimised: list[OverOptimisation] = Field(default_factory=list)
     recommended: list[Recommendation] = Field(default_factory=list)
     budgets: list[Budget] = Field(default_factory=list)
-    budget_statement: str = Field(default="", description="whether the rows paid the same, in words")
+    budget_statement: str = Field(default="", description="whether the runs cost the same, in words")
     win_rates: WinRates | None = Field(default=None, description="of a judge; rgtg report --judge reads judge.json")
     provenance: Provenance
 
 
 class SweepTry(Record):
-    """One evaluation of a sweep; ``factor`` multiplied the given betas."""
+    """One evaluation of a sweep; ``factor`` multiplies the given betas."""
 
     factor: float
     beta: float | list[float]
@@ -135,7 +137,7 @@ class SweepTry(Record):
 
 
 class SweepResult(Record):
-    """What ``rgtg sweep`` writes: the beta that meets a target, and every one that was tried."""
+    """Result of ``rgtg sweep``: the beta that meets a target, and every beta tried."""
 
     version: int = FORMAT_VERSION
     method: str

@@ -1,4 +1,4 @@
-"""Results of `rgtg judge`."""
+"""Results of ``rgtg judge``."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from rgtg.types.base import FORMAT_VERSION, Interval, Provenance, Record
 
 
 class JudgedPair(Record):
-    """Two completions of one prompt, shown to a judge in both orders; a line of verdicts.jsonl."""
+    """A line of verdicts.jsonl: two completions of one prompt, shown to the judge in both orders."""
 
     a: str
     b: str
@@ -16,55 +16,55 @@ class JudgedPair(Record):
     text_a: str
     text_b: str
     verdicts: list[Literal["a", "b", "tie"] | None] = Field(description="with a shown first, with b shown first")
-    answers: list[str] = Field(description="the judge's words, in the same order; none where the texts are identical")
-    score: float | None = Field(description="of a: mean of win 1, tie ½, loss 0 over both orders; None: unanswered")
+    answers: list[str] = Field(description="of the judge, in the same order; empty if the texts are identical")
+    score: float | None = Field(description="of a: mean of win 1, tie ½, loss 0 over both orders; None: one is missing")
 
 
 class JudgeFailure(Record):
-    """A call without a usable verdict, after all retries."""
+    """A call that gave no usable verdict after all retries."""
 
     a: str
     b: str
     prompt: str
     shown_first: str
     reason: str
-    answer: str = Field(default="", description="the judge's last words, if it said any")
+    answer: str = Field(default="", description="the judge's last answer, if any")
 
 
 class JudgeMatch(Record):
-    """How often ``a`` is preferred to ``b``; pairs with a failed call are left out. Intervals resample prompts."""
+    """How often ``a`` is preferred to ``b``, without pairs that have a failed call. Intervals resample prompts."""
 
     a: str
     b: str
-    win_rate: Interval = Field(description="of a; a tie, and a verdict that turns with the order, count one half")
-    length_controlled: Interval = Field(description="win rate of a where both were of equal length, by a logistic fit")
-    by_length: dict[str, Interval] = Field(description="win rate of a where it is shorter, similar (10 %) or longer")
+    win_rate: Interval = Field(description="of a; a tie, and a verdict that changes with the order, count ½")
+    length_controlled: Interval = Field(description="win rate of a at equal lengths, by a logistic fit")
+    by_length: dict[str, Interval] = Field(description="win rate of a if it is shorter, similar (10 %) or longer")
     wins: int = Field(description="a preferred over both orders together")
     ties: int
     losses: int
-    consistent: Interval = Field(description="share of the judged pairs with one verdict in both orders")
-    first_preferred: Interval = Field(description="share of decided calls won by the side shown first; ½: no bias")
-    identical: int = Field(description="pairs with the same text twice: ties that no judge was asked about")
+    consistent: Interval = Field(description="share of the judged pairs with the same verdict in both orders")
+    first_preferred: Interval = Field(description="share of decided calls won by the side shown first; ½ is no bias")
+    identical: int = Field(description="pairs of identical texts, which are ties without a call")
     failed: int = Field(description="pairs without a verdict in one order or both")
 
 
 class JudgeUsage(Record):
-    """What the answers cost. Tokens as the server counts them, or a quarter of the characters where it does not."""
+    """What the answers cost. Tokens as the server counts them, or a quarter of the characters if it does not."""
 
-    calls: int = Field(description="answers paid for in this run")
-    cached: int = Field(description="answers that an earlier run had paid for")
-    retries: int = Field(description="calls that the client had to repeat")
+    calls: int = Field(description="answers of this run")
+    cached: int = Field(description="answers of earlier runs")
+    retries: int = Field(description="calls that were repeated")
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
     cached_completion_tokens: int
-    estimated: int = Field(description="answers whose tokens are an estimate")
+    estimated: int = Field(description="answers whose tokens are estimated")
     cost: float | None = Field(description="of this run, in the unit of the prices; None without prices")
-    total_cost: float | None = Field(description="with the answers paid for earlier")
+    total_cost: float | None = Field(description="with earlier runs")
 
 
 class JudgeResult(Record):
-    """What ``rgtg judge`` writes as judge.json; in ``agreement``, human choices meet what they rejected."""
+    """judge.json of ``rgtg judge``; ``agreement`` compares what humans chose with what they rejected."""
 
     version: int = FORMAT_VERSION
     kind: Literal["win-rate", "agreement"]
