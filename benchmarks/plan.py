@@ -35,8 +35,8 @@ from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.planning.calibrate import measure_device
-from rgtg.planning.method_costs import HEAD_RANK, HEAD_WIDTH, LORA_RANK, PlannedBatch, job_cost, method_variants
-from rgtg.planning.model_shapes import count
+from rgtg.planning.method_costs import HEAD_RANK, HEAD_WIDTH, LORA_RANK, PlannedBatch, batch_time, method_variants
+from rgtg.planning.model_shapes import count_shape
 
 # name: dtype, and layers, width and key-value heads of policy and scorer
 CASES = {
@@ -55,9 +55,9 @@ class Case:
     def __init__(self, dtype, policy, scorer, vocabulary):
         self.dtype, self.vocabulary, self.tokenizer = dtype, vocabulary, words(vocabulary)
         stock = self.build(LlamaForCausalLM, policy)
-        self.policy_shape = count(stock, "policy")
+        self.policy_shape = count_shape(stock, "policy")
         self.policy = Policy(pack_linears(stock), self.tokenizer)
-        self.scorer_shape = count(self.build(LlamaForCausalLM, scorer), "scorer")
+        self.scorer_shape = count_shape(self.build(LlamaForCausalLM, scorer), "scorer")
         language_model = self.build(LlamaForCausalLM, scorer, 2)
         table = VocabularyScorer(Policy(language_model, self.tokenizer), info=info(head="vocab"))
         table.model = pack_linears(language_model)
@@ -88,8 +88,8 @@ class Case:
         )  # fmt: skip
         return kind(config).to(getattr(torch, self.dtype)).eval().requires_grad_(False)
 
-    def guided(self, way):
-        return GuidedPolicy.from_pretrained(self.policy, scorer=self.scorers[way.kind], method=way.method.name)
+    def guided(self, variant):
+        return GuidedPolicy.from_pretrained(self.policy, scorer=self.scorers[variant.kind], method=variant.method.name)
 
 
 def words(vocabulary):
@@ -121,28 +121,28 @@ def prompts(batch, vocabulary):
     return [" ".join(f"w{i}" for i in row) for row in torch.randint(3, vocabulary, (batch, PROMPT), generator=draw)]
 
 
-def settings_of(way):
+def settings_of(variant):
     settings = {"max_new_tokens": TOKENS}
-    settings |= {"n": N} if "n" in way.method.takes else {}
-    settings |= {"reward_threshold": 0.0} if way.method.rule == "accept" else {}
+    settings |= {"n": N} if "n" in variant.method.takes else {}
+    settings |= {"reward_threshold": 0.0} if variant.method.rule == "accept" else {}
     return settings
 
 
-def measured(guided, way, batch, vocabulary):
+def measured(guided, variant, batch, vocabulary):
     """Processor time of a job, and the completions."""
     start = time.process_time()
-    done = guided.generate(prompts(batch, vocabulary), batch_size=batch, **settings_of(way))
+    done = guided.generate(prompts(batch, vocabulary), batch_size=batch, **settings_of(variant))
     return time.process_time() - start, done
 
 
-def predicted(case, way, device, batch, done):
+def predicted(case, variant, device, batch, done):
     given = {"policy": "", "prompt_tokens": PROMPT, "new_tokens": TOKENS, "n": N}
-    if way.method.rule == "accept":
+    if variant.method.rule == "accept":
         tokens = sum(len(row.token_ids) for row in done)
         given["cards_drawn"] = sum(row.drafted for row in done) / tokens
         given["cards_scored"] = sum(row.scorer_calls for row in done) / tokens
-    job = PlannedBatch(PlanSettings(**given), case.policy_shape, case.scorer_shape, device, 1, batch)
-    return job_cost(way, job).seconds
+    planned = PlannedBatch(PlanSettings(**given), case.policy_shape, case.scorer_shape, device, 1, batch)
+    return batch_time(variant, planned).seconds
 
 
 def compare(cases, args):
@@ -150,16 +150,16 @@ def compare(cases, args):
     found, devices = {}, {}
     for name, (dtype, policy, scorer) in cases.items():
         case = Case(dtype, policy, scorer, args.vocabulary)
-        rows = [(way, case.guided(way)) for way in method_variants(KINDS)]
-        for way, guided in rows:  # once in advance: what a process does only once is no part of a plan
-            guided.generate(prompts(1, args.vocabulary), **settings_of(way) | {"max_new_tokens": 2})
+        rows = [(variant, case.guided(variant)) for variant in method_variants(KINDS)]
+        for variant, guided in rows:  # once in advance: what a process does only once is no part of a plan
+            guided.generate(prompts(1, args.vocabulary), **settings_of(variant) | {"max_new_tokens": 2})
         for number in range(args.rounds):
             device = devices[name] = measure_device("cpu", dtype, args.tries, clock=time.process_time)
             for batch in args.batches:
-                for way, guided in rows:
-                    took, done = measured(guided, way, batch, args.vocabulary)
-                    said = predicted(case, way, device, batch, done)
-                    found.setdefault((name, way.method.name, way.kind, batch), []).append((said, took))
+                for variant, guided in rows:
+                    took, done = measured(guided, variant, batch, args.vocabulary)
+                    said = predicted(case, variant, device, batch, done)
+                    found.setdefault((name, variant.method.name, variant.kind, batch), []).append((said, took))
             print(f"  {name}: round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
     return found, devices
 

@@ -15,7 +15,7 @@ from rgtg.errors import DataError, ModelNotFoundError, UsageError
 from rgtg.models.loading.scorer_info import write_info
 from rgtg.planning import calibrate
 from rgtg.planning.hardware import Device, from_sheet, parse_hardware
-from rgtg.planning.model_shapes import count, model_shape
+from rgtg.planning.model_shapes import count_shape, model_shape
 from rgtg.planning.plan import make_plan
 
 plan = verb("plan")
@@ -101,7 +101,7 @@ def test_the_batch_is_the_one_that_fits():
 
 def test_folders_are_counted_and_say_what_they_hold(policy_folder, scorer_folder, tmp_path):
     shape = model_shape(str(policy_folder))
-    assert shape == count(tiny_policy(), str(policy_folder))
+    assert shape == count_shape(tiny_policy(), str(policy_folder))
     assert shape.exact
     result = planned(policy=str(policy_folder), scorer=str(scorer_folder))
     assert {row.scorer for row in result.rows} == {

@@ -10,7 +10,7 @@ from helpers.tiny_models import tiny_policy
 from rgtg import GuidedPolicy
 from rgtg.config import PlanSettings
 from rgtg.decoding.methods import METHODS
-from rgtg.decoding.runners import scorer_runner as readers
+from rgtg.decoding.runners import scorer_runner
 from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.planning.hardware import Device, from_sheet
 from rgtg.planning.method_costs import (
@@ -18,23 +18,23 @@ from rgtg.planning.method_costs import (
     MethodVariant,
     PlannedBatch,
     adapter_weights,
+    batch_time,
     cache_bytes,
-    candidates,
+    candidate_count,
     head_weights,
-    job_cost,
     method_variants,
-    prompt_cost,
-    token_cost,
+    prefill_time,
+    token_time,
     weight_bytes,
 )
-from rgtg.planning.model_shapes import ModelShape, count
+from rgtg.planning.model_shapes import ModelShape, count_shape
 from rgtg.planning.roofline import (
     ForwardPass,
+    all_reduce_seconds,
     attention_seconds,
-    exchange_seconds,
     overlapped_seconds,
-    pass_cost,
-    step_seconds,
+    pass_time,
+    sampling_seconds,
 )
 
 # 2 layers of 4 × 4 heads: q, k, v, o 16 weights each, three sides of 4 × 8; vocabulary 10
@@ -51,7 +51,7 @@ NAMES = {
 ALL = {"none", *NAMES}
 
 
-def job(settings, policy=SHAPE, scorer=SHAPE, device=DEVICE, parallel=1, batch=1):
+def planned_batch(settings, policy=SHAPE, scorer=SHAPE, device=DEVICE, parallel=1, batch=1):
     return PlannedBatch(PlanSettings(policy="", **settings), policy, scorer, device, parallel, batch)
 
 
@@ -68,22 +68,22 @@ def test_a_pass_by_hand():
     # 4 · 2 heads · 10 columns · 2 = 160 operations at 500
     attention = 2 * overlapped_seconds(160 / 50, 160 / 500)
     rest = 2 * 1 * 4 * 0.001 + 2 * 0.1 + 0.5
-    cost = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 9))
+    cost = pass_time(SHAPE, DEVICE, ForwardPass(1, 1, 9))
     assert cost.seconds == pytest.approx(products + attention + rest)
     assert cost.limit == pytest.approx((640 + 9 * 32) / 100)
     # the output layer: 80 bytes, and 80 operations of the one state
-    with_logits = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 9, 1))
+    with_logits = pass_time(SHAPE, DEVICE, ForwardPass(1, 1, 9, 1))
     assert with_logits.seconds - cost.seconds == pytest.approx(overlapped_seconds(0.8, 0.08))
-    assert step_seconds(DEVICE, 3, 10) == pytest.approx(2.3)
+    assert sampling_seconds(DEVICE, 3, 10) == pytest.approx(2.3)
 
 
 def test_two_devices_share_a_pass_and_exchange_states():
-    one, two = (pass_cost(SHAPE, DEVICE, ForwardPass(4, 3, 7), parallel) for parallel in (1, 2))
-    exchange = exchange_seconds(DEVICE, 12 * 4 * 2, 2)
+    one, two = (pass_time(SHAPE, DEVICE, ForwardPass(4, 3, 7), parallel) for parallel in (1, 2))
+    exchange = all_reduce_seconds(DEVICE, 12 * 4 * 2, 2)
     assert exchange == pytest.approx(0.3 + 96 / 10)  # 2 · ½ of what is added up, both ways
     fixed = 2 * 12 * 4 * 0.001 + 2 * 0.1 + 0.5
     assert two.seconds == pytest.approx(fixed + (one.seconds - fixed) / 2 + 2 * 2 * exchange)
-    assert exchange_seconds(DEVICE.model_copy(update={"link": 0.0}), 1, 2) == math.inf
+    assert all_reduce_seconds(DEVICE.model_copy(update={"link": 0.0}), 1, 2) == math.inf
 
 
 def test_grouped_heads_are_expanded_where_several_queries_read_them():
@@ -96,73 +96,76 @@ def test_grouped_heads_are_expanded_where_several_queries_read_them():
     )
 
 
-def test_both_lies_between_the_larger_limit_and_the_sum():
+def test_overlapped_time_lies_between_the_larger_limit_and_the_sum():
     assert overlapped_seconds(3.0, 0.0) == pytest.approx(3)
     assert 3 < overlapped_seconds(3.0, 2.0) < 5
     assert overlapped_seconds(2.0, 3.0) == overlapped_seconds(3.0, 2.0)
 
 
-def test_experts_are_read_as_rows_meet_them():
+def test_only_experts_that_tokens_are_routed_to_are_read():
     mixture = SHAPE.model_copy(update={"experts": 160, "routed": 8, "active": 2})
-    assert mixture.used_per_row == 320 - 160 + 40
-    assert mixture.read_per_pass(1) == mixture.used_per_row
-    assert mixture.read_per_pass(2) == pytest.approx(160 + 160 * (1 - 0.75**2))
-    assert mixture.read_per_pass(1000) == pytest.approx(320)
+    assert mixture.weights_per_token == 320 - 160 + 40
+    assert mixture.weights_read(1) == mixture.weights_per_token
+    assert mixture.weights_read(2) == pytest.approx(160 + 160 * (1 - 0.75**2))
+    assert mixture.weights_read(1000) == pytest.approx(320)
 
 
-def test_tokens_of_a_job_by_hand():
-    asked = job({"prompt_tokens": 6, "new_tokens": 8})
-    way = MethodVariant(METHODS["policy"], "none")
-    token = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1  # behind 6 and half of 8; ten logits
-    prompt = pass_cost(SHAPE, DEVICE, ForwardPass(1, 6, 0, 1)).seconds
-    assert token_cost(way, asked).seconds == pytest.approx(token)
+def test_time_of_token_wise_methods_by_hand():
+    asked = planned_batch({"prompt_tokens": 6, "new_tokens": 8})
+    variant = MethodVariant(METHODS["policy"], "none")
+    token = pass_time(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1  # behind 6 and half of 8; ten logits
+    prompt = pass_time(SHAPE, DEVICE, ForwardPass(1, 6, 0, 1)).seconds
+    assert token_time(variant, asked).seconds == pytest.approx(token)
     # eight are chosen; the prompts' pass gave the first, so seven are read
-    assert job_cost(way, asked).seconds == pytest.approx(prompt + 8 * token - (token - 2.1))
+    assert batch_time(variant, asked).seconds == pytest.approx(prompt + 8 * token - (token - 2.1))
     pargs = MethodVariant(METHODS["pargs"], "separate")
-    scored = pass_cost(SHAPE.without_head(), DEVICE, ForwardPass(1, 3, 10)).seconds
-    asked = job({"prompt_tokens": 6, "new_tokens": 8, "k": 3})
-    assert token_cost(pargs, asked).seconds == pytest.approx(token + scored)
-    best, asked = MethodVariant(METHODS["best-of-n"], "separate"), job({"prompt_tokens": 6, "new_tokens": 8, "n": 4})
-    drawn = pass_cost(SHAPE, DEVICE, ForwardPass(1, 4, 6 + 4 * 4, 4)).seconds + 2 + 4 * 0.1
-    rewards = pass_cost(SHAPE.without_head(), DEVICE, ForwardPass(4, 14, 0)).seconds
-    assert token_cost(best, asked).seconds == pytest.approx(drawn + rewards / 8)
+    scored = pass_time(SHAPE.without_head(), DEVICE, ForwardPass(1, 3, 10)).seconds
+    asked = planned_batch({"prompt_tokens": 6, "new_tokens": 8, "k": 3})
+    assert token_time(pargs, asked).seconds == pytest.approx(token + scored)
+    best, asked = (
+        MethodVariant(METHODS["best-of-n"], "separate"),
+        planned_batch({"prompt_tokens": 6, "new_tokens": 8, "n": 4}),
+    )
+    drawn = pass_time(SHAPE, DEVICE, ForwardPass(1, 4, 6 + 4 * 4, 4)).seconds + 2 + 4 * 0.1
+    rewards = pass_time(SHAPE.without_head(), DEVICE, ForwardPass(4, 14, 0)).seconds
+    assert token_time(best, asked).seconds == pytest.approx(drawn + rewards / 8)
 
 
-def test_tokens_of_segments_by_hand():
-    asked = job(
+def test_time_of_segment_wise_methods_by_hand():
+    asked = planned_batch(
         {"prompt_tokens": 6, "new_tokens": 8, "n": 2, "segment_tokens": 4, "cards_drawn": 2, "cards_scored": 0.5}
     )
     reward = SHAPE.without_head()
-    drawn = pass_cost(SHAPE, DEVICE, ForwardPass(1, 2, 10 + 2 * 4 / 2, 2)).seconds * 3 / 4 + 2 + 2 * 0.1
-    scored, kept = (pass_cost(reward, DEVICE, ForwardPass(1, nodes, 10)).seconds for nodes in (2 * 4, 4))
-    again = pass_cost(SHAPE, DEVICE, ForwardPass(1, 4, 10, 1)).seconds
-    ended = pass_cost(reward, DEVICE, ForwardPass(2, 14, 0)).seconds  # two completions, read whole
-    blockwise = token_cost(MethodVariant(METHODS["cd-blockwise"], "separate"), asked).seconds
+    drawn = pass_time(SHAPE, DEVICE, ForwardPass(1, 2, 10 + 2 * 4 / 2, 2)).seconds * 3 / 4 + 2 + 2 * 0.1
+    scored, kept = (pass_time(reward, DEVICE, ForwardPass(1, nodes, 10)).seconds for nodes in (2 * 4, 4))
+    again = pass_time(SHAPE, DEVICE, ForwardPass(1, 4, 10, 1)).seconds
+    ended = pass_time(reward, DEVICE, ForwardPass(2, 14, 0)).seconds  # two completions, read whole
+    blockwise = token_time(MethodVariant(METHODS["cd-blockwise"], "separate"), asked).seconds
     assert blockwise == pytest.approx(drawn + (scored + again + kept) / 8 + ended / 8)  # one of two segments
     # cards: two tokens drawn for one that stays, in segments of four, half of which are kept
-    token = pass_cost(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1
-    cards = token_cost(MethodVariant(METHODS["cards"], "separate"), asked).seconds
+    token = pass_time(SHAPE, DEVICE, ForwardPass(1, 1, 10, 1)).seconds + 2.1
+    cards = token_time(MethodVariant(METHODS["cards"], "separate"), asked).seconds
     assert cards == pytest.approx(2 * token + kept * (0.5 + 0.5 / 2) / 2 + ended / 8)
 
 
-def test_every_method_has_a_way_and_costs_at_least_the_policy():
+def test_every_method_has_a_variant_that_costs_at_least_the_policy():
     planned = method_variants(ALL)
-    assert {way.method.name for way in planned} == set(METHODS)
-    asked = job({}, device=from_sheet("h200", "bfloat16"), batch=4)
-    least = token_cost(MethodVariant(METHODS["policy"], "none"), asked)
-    for way in planned:
-        cost = token_cost(way, asked)
+    assert {variant.method.name for variant in planned} == set(METHODS)
+    asked = planned_batch({}, device=from_sheet("h200", "bfloat16"), batch=4)
+    least = token_time(MethodVariant(METHODS["policy"], "none"), asked)
+    for variant in planned:
+        cost = token_time(variant, asked)
         # cd-blockwise does not read a segment's last token, and shares what it draws among n
         assert cost.seconds > 0.9 * least.seconds
         assert cost.limit < cost.seconds
-        assert prompt_cost(way, asked).seconds > 0
-    assert {way.kind for way in method_variants({"none"})} == {"none"}
+        assert prefill_time(variant, asked).seconds > 0
+    assert {variant.kind for variant in method_variants({"none"})} == {"none"}
 
 
 def test_candidates_are_the_methods_own_unless_given():
-    assert candidates(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy=""), 1000) == 20
-    assert candidates(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy="", k=5), 1000) == 5
-    assert candidates(MethodVariant(METHODS["farma"], "vocabulary"), PlanSettings(policy="", k=5), 1000) == 1000
+    assert candidate_count(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy=""), 1000) == 20
+    assert candidate_count(MethodVariant(METHODS["rad"], "separate"), PlanSettings(policy="", k=5), 1000) == 5
+    assert candidate_count(MethodVariant(METHODS["farma"], "vocabulary"), PlanSettings(policy="", k=5), 1000) == 1000
 
 
 @pytest.fixture
@@ -179,24 +182,26 @@ def made(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained on")
-@pytest.mark.parametrize("way", method_variants(ALL), ids=lambda way: f"{way.method.name}, {way.kind}")
-def test_caches_are_as_large_as_the_engine_makes_them(way, made):
+@pytest.mark.parametrize("variant", method_variants(ALL), ids=lambda variant: f"{variant.method.name}, {variant.kind}")
+def test_caches_are_as_large_as_the_engine_makes_them(variant, made):
     policy, scorers = kinds()
-    scorer = None if way.kind == "none" else scorers[NAMES[way.kind]][0]
-    guided = GuidedPolicy.from_pretrained(policy, scorer=scorer, method=way.method.name)
-    asked = {"n": 3} if "n" in way.method.takes else {}
-    given = asked | ({"reward_threshold": -9.0} if way.method.rule == "accept" else {})
+    scorer = None if variant.kind == "none" else scorers[NAMES[variant.kind]][0]
+    guided = GuidedPolicy.from_pretrained(policy, scorer=scorer, method=variant.method.name)
+    asked = {"n": 3} if "n" in variant.method.takes else {}
+    given = asked | ({"reward_threshold": -9.0} if variant.method.rule == "accept" else {})
     for _ in range(2):  # the first time, a trial says whether the models read trees
         made.clear()
         guided.generate(["The cat sat", "The dog ran"], max_new_tokens=5, batch_size=2, **given)
-    shapes = (count(policy.model, "policy"), None if scorer is None else count(tiny_policy(), "scorer"))
-    planned = job({"prompt_tokens": 11, "new_tokens": 5, **asked}, *shapes, from_sheet("h200", "float32"), batch=2)
-    assert cache_bytes(way, planned) == sum(cache.nbytes for cache in made.values()) > 0
+    shapes = (count_shape(policy.model, "policy"), None if scorer is None else count_shape(tiny_policy(), "scorer"))
+    planned = planned_batch(
+        {"prompt_tokens": 11, "new_tokens": 5, **asked}, *shapes, from_sheet("h200", "float32"), batch=2
+    )
+    assert cache_bytes(variant, planned) == sum(cache.nbytes for cache in made.values()) > 0
 
 
 def test_weights_are_counted():
     model = tiny_policy()
-    shape = count(model, "tiny")
+    shape = count_shape(model, "tiny")
     assert shape.total == sum(p.numel() for p in model.parameters())
     trunk = [
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
@@ -211,8 +216,8 @@ def test_weights_are_counted():
         "state head": 2 * shape.total + 4 * head_weights(shape, "state head"),
         "vocabulary": 4 * shape.total, "separate": 2 * (2 * shape.total - shape.head),
     }.items():  # fmt: skip
-        assert weight_bytes(MethodVariant(METHODS["pargs"], kind), job({}, shape, shape, device)) == held
+        assert weight_bytes(MethodVariant(METHODS["pargs"], kind), planned_batch({}, shape, shape, device)) == held
 
 
-def test_passes_are_as_wide_as_the_engine_makes_them():
-    assert MAX_WIDTH == readers.MAX_WIDTH
+def test_the_widest_pass_is_that_of_the_engine():
+    assert MAX_WIDTH == scorer_runner.MAX_WIDTH

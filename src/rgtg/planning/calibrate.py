@@ -1,6 +1,6 @@
-"""Measure this machine's rates in a few seconds, by the operations that decoding is made of.
+"""Measures this machine's rates in a few seconds, with the operations that decoding consists of.
 
-Every figure is the best of several tries, so that what else runs on the machine counts as little as it can.
+Every rate is the best of several tries, to reduce the effect of other programs.
 """
 
 import functools
@@ -26,10 +26,10 @@ from rgtg.planning.hardware import Device
 from rgtg.planning.roofline import OVERLAP, overlapped_seconds
 
 _TRIES = 12
-# Products of a layer 1024 wide, of more layers than a processor's caches hold: outputs, inputs.
+# Products (outputs, inputs) of layers of width 1024, more than fit into a processor's caches.
 _SIDES, _LAYERS, _ROWS = ((3072, 1024), (1024, 1024), (5632, 1024), (1024, 2816)), 5, 64
 _CACHES, _BATCH, _HEADS, _COLUMNS, _HEAD_DIM = 24, 4, 12, 128, 64
-_TRUNK = 10  # weights of a small model's layer, in squares of its width: 4 for attention, 3 of twice that
+_TRUNK = 10  # weights of a small model's layer, in squares of its width: 4 for attention, 3 · 2 for the MLP
 
 
 Clock = Callable[[], float]
@@ -43,7 +43,7 @@ def measure_device(name: str, dtype: str, tries: int = _TRIES, clock: Clock = ti
         name: ``cpu`` or ``cuda``.
         dtype: float32, bfloat16 or float16.
         tries: of each operation; the best counts.
-        clock: in seconds. On a CPU that others use too, ``time.process_time`` with one thread leaves them out.
+        clock: in seconds. On a busy CPU, ``time.process_time`` with one thread ignores other programs.
     """
     device = torch.device(name)
     best = functools.partial(_best, tries=tries, clock=clock)
@@ -73,7 +73,7 @@ def _best(run: Callable[[], Any], tries: int, clock: Clock) -> float:
 
 
 def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, float]:
-    """Bytes per second with one row, operations per second with many."""
+    """Bytes per second with one row, and operations per second with many rows."""
     kind = _kind(dtype)
     pack = device.type == "cpu" and can_pack_dtype(kind)
     sides = [side for _ in range(_LAYERS) for side in _SIDES]
@@ -90,12 +90,12 @@ def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, floa
 
 
 def _apart(together: float, one: float) -> float:
-    """The other of two times that overlap as ``overlapped_seconds`` says; at least half of the whole."""
+    """The second of two times that overlap by ``overlapped_seconds``; at least half of the whole."""
     return float(max(together**OVERLAP - one**OVERLAP, (0.5 * together) ** OVERLAP) ** (1 / OVERLAP))
 
 
 def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, float, float]:
-    """Bytes of a cache per second, with one query and with eight, and operations per second with many queries."""
+    """Bytes of a KV cache per second with one query and with eight, and operations per second with many queries."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kind = _kind(dtype)
@@ -120,7 +120,7 @@ def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, flo
 def _passes(
     device: torch.device, dtype: str, best: Best, bandwidth: float, compute: float
 ) -> tuple[float, float, float]:
-    """Seconds of a pass, of each layer, and of each row of a layer by hidden dimension, products aside."""
+    """Seconds of a pass, of a layer, and of a token in a layer per hidden dimension, without matrix products."""
     few, many = _runner(device, dtype, 2, 64), _runner(device, dtype, 10, 64)
     single = torch.full((1, 1), 7)
     short, long = (best(lambda r=r: _read(r, single)) for r in (few, many))  # type: ignore[misc]
@@ -136,7 +136,7 @@ def _passes(
 
 
 def _read(runner: TreeRunner, tokens: Tensor) -> Tensor:
-    """A pass over leaves, of which the first is kept and forgotten again."""
+    """A pass over candidate tokens; the first is committed and rolled back."""
     states = runner.states(TokenTree.leaves(tokens))
     runner.keep(torch.zeros(1, 1, dtype=torch.long))
     runner.forget([1])
@@ -182,7 +182,7 @@ class _NoModel:
 
 
 def _steps(device: torch.device, best: Best) -> tuple[float, float]:
-    """Seconds of a step of the loop, and of each row and token of the vocabulary."""
+    """Seconds of a step of the decoding loop, and per sequence and vocabulary entry."""
     small, large = (best(_next_token(device, batch, 32_000)) for batch in (1, 8))
     each = max(large - small, 0.0) / (7 * 32_000)
     return max(small - 32_000 * each, 0.0), each

@@ -1,4 +1,4 @@
-"""Devices: what they hold, read and compute per second, from data sheets or measured here."""
+"""Devices: their memory, bandwidth and arithmetic, from data sheets or measured."""
 
 import re
 
@@ -16,31 +16,31 @@ class Device(Record):
 
     A pass takes  Σ_products overlapped_seconds(bytes / bandwidth, operations / compute)  +  attention  +  layers ·
     (rows · hidden · row_seconds + layer_seconds)  +  pass_seconds. Each step of the decoding loop adds the time of
-    choosing a token (``roofline.step_seconds``).
+    choosing a token (``roofline.sampling_seconds``).
     """
 
     version: int = FORMAT_VERSION
     name: str
     dtype: str
     memory: float
-    bandwidth: float = Field(gt=0, description="reading weights in products with one row")
-    compute: float = Field(gt=0, description="operations of products with many rows (a multiply-add is two)")
-    attention_bandwidth: list[float] = Field(description="reading a cache: with one query, and with several")
-    attention_compute: float = Field(gt=0)
-    row_seconds: float = Field(description="element-wise work of one row of one layer, per hidden dimension")
-    layer_seconds: float = Field(description="of each layer of a pass, whatever its size: Python, operators, launches")
-    pass_seconds: float = Field(description="of each pass: mask, positions, bookkeeping")
-    step_seconds: float = Field(description="of each token of the loop")
-    logit_seconds: float = Field(
-        description="log-softmax, candidates and choice: of each row and token of the vocabulary"
+    bandwidth: float = Field(gt=0, description="bytes of weights per second, in products with one row")
+    compute: float = Field(gt=0, description="operations per second of products with many rows (a multiply-add is two)")
+    attention_bandwidth: list[float] = Field(
+        description="bytes of a KV cache per second: with one query, and with several"
     )
-    link: float = Field(0.0, description="to the other devices of its kind, one direction; 0: none")
-    link_seconds: float = Field(0.0, description="of one exchange, however small")
+    attention_compute: float = Field(gt=0)
+    row_seconds: float = Field(description="element-wise work of one token in one layer, per hidden dimension")
+    layer_seconds: float = Field(description="fixed time of a layer: Python, operators, kernel launches")
+    pass_seconds: float = Field(description="fixed time of a pass: mask, positions, bookkeeping")
+    step_seconds: float = Field(description="fixed time of a step of the decoding loop")
+    logit_seconds: float = Field(description="log-softmax, candidates and choice, per sequence and vocabulary entry")
+    link: float = Field(0.0, description="bytes per second to the other devices, in one direction; 0: no link")
+    link_seconds: float = Field(0.0, description="fixed time of one all-reduce")
     measured: bool
     source: str
 
 
-# Data sheets give the peaks; what is reached of them is an assumption, stated with every plan.
+# Data sheets give peaks. The share that is reached is an assumption, and every plan states it.
 REACHED_BANDWIDTH, REACHED_COMPUTE, REACHED_LINK = 0.75, 0.5, 0.7
 LAYER_SECONDS, PASS_SECONDS, STEP_SECONDS, LINK_SECONDS = 2.5e-4, 1e-3, 1.5e-3, 1.5e-5
 
@@ -52,11 +52,11 @@ _SHEETS = {
     "l40s": (48 * GB, 0.864 * TB, 362 * TERA, 91.6 * TERA, 32 * GB, "NVIDIA L40S data sheet (PCIe 4)"),
 }
 HERE = ("cpu", "cuda")
-MOST = 100_000  # devices of a plan
+MOST = 100_000  # devices in a plan
 
 
 def from_sheet(name: str, dtype: str) -> Device:
-    """A device of the table: peaks of its data sheet times what is assumed to be reached."""
+    """A device from the table, with the assumed shares of its data sheet's peaks."""
     memory, bandwidth, half, single, link, source = _SHEETS[name]
     reached = REACHED_BANDWIDTH * bandwidth
     compute = REACHED_COMPUTE * (single if dtype == "float32" else half)
@@ -73,7 +73,7 @@ def parse_hardware(text: str) -> tuple[str, int]:
     """Name and number of devices.
 
     Raises:
-        UsageError: no such device, or too many.
+        UsageError: an unknown device, or too many devices.
 
     Example:
         >>> parse_hardware("h200x8")

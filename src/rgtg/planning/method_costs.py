@@ -1,25 +1,24 @@
-"""What a token takes, for every method and every kind of scorer: which passes of which model, over how many rows."""
+"""Time and memory of every method with every kind of scorer: which model runs which passes over how many tokens."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rgtg.config import DecodingSettings
-from rgtg.config.commands import PlanSettings
+from rgtg.config import DecodingSettings, PlanSettings
 from rgtg.decoding.methods import METHODS, Method, branch_columns, segments_of
 from rgtg.planning.hardware import BYTES, Device
 from rgtg.planning.model_shapes import ModelShape
-from rgtg.planning.roofline import ForwardPass, TimeEstimate, pass_cost, product_seconds, step_seconds
+from rgtg.planning.roofline import ForwardPass, TimeEstimate, pass_time, product_seconds, sampling_seconds
 
 Kind = Literal["none", "separate", "vocabulary", "adapter", "state head", "vocabulary head"]
 HEAD_WIDTH, HEAD_RANK, LORA_RANK = 256, 64, 16
-_SCORED_TOGETHER = 8  # completions that a reward model reads at once
-MAX_WIDTH = 128  # nodes of one pass over candidates or segments, as decoding.readers has it
+_SCORED_TOGETHER = 8  # completions in one batch of a reward model
+MAX_WIDTH = 128  # candidates or segment tokens in one pass, as in decoding.runners.scorer_runner
 
 
 @dataclass(frozen=True)
 class MethodVariant:
-    """A method read with one kind of scorer."""
+    """A method with one kind of scorer."""
 
     method: Method
     kind: Kind
@@ -31,24 +30,24 @@ class MethodVariant:
 
 
 def method_variants(kinds: set[Kind]) -> list[MethodVariant]:
-    """Every row of the methods table with the scorers that suit it: its own kind, and for pargs the small ones too."""
+    """Every method with the kinds of scorers that suit it: its usual one, and for pargs adapters and heads too."""
     found = []
     for method in METHODS.values():
         if method.scorer is None:
-            mine: tuple[Kind, ...] = ("none",)
+            suited: tuple[Kind, ...] = ("none",)
         elif method.vocabulary:
-            mine = ("vocabulary", "vocabulary head") if method.name == "farma" else ("vocabulary",)
+            suited = ("vocabulary", "vocabulary head") if method.name == "farma" else ("vocabulary",)
         elif method.name == "pargs":
-            mine = ("separate", "adapter", "state head", "vocabulary head")
+            suited = ("separate", "adapter", "state head", "vocabulary head")
         else:
-            mine = ("separate",)
-        found += [MethodVariant(method, kind) for kind in mine if kind in kinds]
+            suited = ("separate",)
+        found += [MethodVariant(method, kind) for kind in suited if kind in kinds]
     return found
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One batch of a plan: shapes, devices, and what is asked for."""
+    """One batch of a plan: what is asked for, the models' shapes, and the devices."""
 
     settings: PlanSettings
     policy: ModelShape
@@ -58,122 +57,134 @@ class PlannedBatch:
     batch: int
 
     @property
-    def columns(self) -> float:
-        """Tokens of a row's prefix, on average over the completion."""
+    def mean_length(self) -> float:
+        """Tokens of a sequence, averaged over the completion."""
         return self.settings.prompt_tokens + self.settings.new_tokens / 2
 
-    def read(self, shape: ModelShape, one: ForwardPass) -> TimeEstimate:
-        """A pass of one of the models."""
-        return pass_cost(shape, self.device, one, self.parallel)
-
-    def policy_token(self, branches: int = 1) -> TimeEstimate:
-        """The policy reads one token of every row; branches share their prompt's cache."""
-        s = self.settings
-        columns = self.columns if branches == 1 else s.prompt_tokens + branches * s.new_tokens / 2
-        return self.read(self.policy, ForwardPass(self.batch, branches, columns, self.batch * branches))
-
-    def step(self, branches: int = 1) -> TimeEstimate:
-        """Choosing a token for every row."""
-        seconds = step_seconds(self.device, self.batch * branches, self.policy.vocabulary)
-        return TimeEstimate(seconds, 0.0)
+    @property
+    def second_model(self) -> ModelShape:
+        """The scorer, where it is a model of its own."""
+        assert self.scorer is not None, "variants with a separate scorer are planned only if one is named"
+        return self.scorer
 
     @property
-    def reward(self) -> ModelShape:
-        """The scorer as a reward model."""
-        return _scorer(self).without_head()
+    def reward_model(self) -> ModelShape:
+        """The scorer with a scalar head."""
+        return self.second_model.without_head()
+
+    def run(self, shape: ModelShape, one: ForwardPass) -> TimeEstimate:
+        """A forward pass of one of the models."""
+        return pass_time(shape, self.device, one, self.parallel)
+
+    def policy_token(self, branches: int = 1) -> TimeEstimate:
+        """The policy reads one token of every sequence; branches share their prompt's cache."""
+        s = self.settings
+        cached = self.mean_length if branches == 1 else s.prompt_tokens + branches * s.new_tokens / 2
+        return self.run(self.policy, ForwardPass(self.batch, branches, cached, self.batch * branches))
+
+    def sampling(self, branches: int = 1) -> TimeEstimate:
+        """Choosing a token for every sequence."""
+        return TimeEstimate(sampling_seconds(self.device, self.batch * branches, self.policy.vocabulary), 0.0)
 
 
-def candidates(way: MethodVariant, settings: PlanSettings, vocabulary: int) -> int:
+def candidate_count(variant: MethodVariant, settings: PlanSettings, vocabulary: int) -> int:
     """Next tokens that are scored at each step."""
-    if way.method.candidates != "policy":
+    if variant.method.candidates != "policy":
         return vocabulary
-    given = settings.k if "k" in settings.model_fields_set else way.method.top_k
+    given = settings.k if "k" in settings.model_fields_set else variant.method.top_k
     return min(given or vocabulary, vocabulary)
 
 
-def prompt_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
-    """Reading the prompts of a batch, before the first token."""
-    length, batch = job.settings.prompt_tokens, job.batch
-    cost = job.read(job.policy, ForwardPass(batch * (2 if way.kind == "adapter" else 1), length, 0, batch))
-    if way.needs_scorer and way.method.unit != "completion":
-        cost += job.read(job.reward if way.kind == "separate" else _scorer(job), ForwardPass(batch, length, 0))
-    return cost
+def prefill_time(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
+    """Time to read the prompts of a batch."""
+    length, batch = planned.settings.prompt_tokens, planned.batch
+    total = planned.run(planned.policy, ForwardPass(batch * (2 if variant.kind == "adapter" else 1), length, 0, batch))
+    if variant.needs_scorer and variant.method.unit != "completion":
+        scorer = planned.reward_model if variant.kind == "separate" else planned.second_model
+        total += planned.run(scorer, ForwardPass(batch, length, 0))
+    return total
 
 
-def job_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
-    """A batch from its prompts to its last token, which no policy that reads for itself has to read."""
-    cost = prompt_cost(way, job) + token_cost(way, job) * job.settings.new_tokens
-    if way.method.unit == "token" and way.kind not in ("state head", "adapter"):
-        cost += job.policy_token() * -1
-    elif way.method.unit == "completion":
-        cost += job.policy_token(job.settings.n) * -1
-    return cost
+def batch_time(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
+    """Time of a batch from its prompts to its last token. A policy with its own passes does not read the last token."""
+    total = prefill_time(variant, planned) + token_time(variant, planned) * planned.settings.new_tokens
+    if variant.method.unit == "token" and variant.kind not in ("state head", "adapter"):
+        total += planned.policy_token() * -1
+    elif variant.method.unit == "completion":
+        total += planned.policy_token(planned.settings.n) * -1
+    return total
 
 
-def token_cost(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
-    """One token of every row of a batch, the average over a completion."""
-    k = candidates(way, job.settings, job.policy.vocabulary)
-    match way.method.unit:
+def token_time(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
+    """Time of one token of every sequence of a batch, averaged over a completion."""
+    match variant.method.unit:
         case "token":
-            return _stepwise(way, job, k)
+            return _token_wise(variant, planned)
         case "completion":
-            return (
-                job.policy_token(job.settings.n)
-                + job.step(job.settings.n)
-                + _rewards(job, job.settings.n) * (1 / job.settings.new_tokens)
-            )
-    return _cards(job) if way.method.rule == "accept" else _blockwise(way, job)
+            n = planned.settings.n
+            rewards = _score_completions(planned, n) * (1 / planned.settings.new_tokens)
+            return planned.policy_token(n) + planned.sampling(n) + rewards
+    return _cards(planned) if variant.method.rule == "accept" else _blockwise(planned)
 
 
-def _stepwise(way: MethodVariant, job: PlannedBatch, k: int) -> TimeEstimate:
-    batch, columns, shape = job.batch, job.columns, job.policy
-    match way.kind:
+def _token_wise(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
+    batch, cached, shape = planned.batch, planned.mean_length, planned.policy
+    k = candidate_count(variant, planned.settings, shape.vocabulary)
+    unguided = planned.policy_token() + planned.sampling()
+    match variant.kind:
         case "none":
-            return job.policy_token() + job.step()
+            return unguided
         case "separate":
-            return job.policy_token() + job.step() + job.read(job.reward, ForwardPass(batch, k, columns))
+            return unguided + planned.run(planned.reward_model, ForwardPass(batch, k, cached))
         case "vocabulary":
             logits = batch if k == shape.vocabulary else 0
-            return job.policy_token() + job.step() + job.read(_scorer(job), ForwardPass(batch, 1, columns, logits))
+            return unguided + planned.run(planned.second_model, ForwardPass(batch, 1, cached, logits))
         case "vocabulary head":
-            return job.policy_token() + job.step() + _head_cost(job, batch)
-        case "state head":
-            return job.read(shape, ForwardPass(batch, k, columns, batch)) + job.step() + _head_cost(job, batch * k)
-        case "adapter":
-            more = shape.model_copy(update={"trunk": shape.trunk + adapter_weights(shape)})
-            return job.read(more, ForwardPass(2 * batch, k, columns, batch)) + job.step() + _adapter_cost(job)
+            return unguided + _head_time(planned, batch)
+        case "state head":  # the policy reads all candidates, and the head scores their states
+            candidates = planned.run(shape, ForwardPass(batch, k, cached, batch))
+            return candidates + planned.sampling() + _head_time(planned, batch * k)
+        case "adapter":  # one pass with and without the LoRA weights
+            both = shape.model_copy(update={"trunk": shape.trunk + adapter_weights(shape)})
+            candidates = planned.run(both, ForwardPass(2 * batch, k, cached, batch))
+            return candidates + planned.sampling() + _adapter_time(planned)
 
 
-def _rewards(job: PlannedBatch, n: float) -> TimeEstimate:
-    """A reward model reads n finished completions of every prompt from their beginning, a few together."""
-    s = job.settings
-    passes = job.batch * n / _SCORED_TOGETHER
-    together = min(_SCORED_TOGETHER, job.batch * n)
-    return job.read(job.reward, ForwardPass(together, s.prompt_tokens + s.new_tokens, 0)) * max(passes, 1)
+def _score_completions(planned: PlannedBatch, n: float) -> TimeEstimate:
+    """A reward model reads n finished completions of every prompt from the beginning, several in one batch."""
+    s = planned.settings
+    passes = planned.batch * n / _SCORED_TOGETHER
+    together = min(_SCORED_TOGETHER, planned.batch * n)
+    one = ForwardPass(together, s.prompt_tokens + s.new_tokens, 0)
+    return planned.run(planned.reward_model, one) * max(passes, 1)
 
 
-def _blockwise(way: MethodVariant, job: PlannedBatch) -> TimeEstimate:
-    """N segments of each row drawn side by side, read as branches by the scorer; both read the chosen one again."""
-    s = job.settings
+def _blockwise(planned: PlannedBatch) -> TimeEstimate:
+    """The policy draws n segments of each sequence in parallel, and the scorer reads them as branches.
+
+    Both models then read the chosen segment once more, to extend their caches.
+    """
+    s, batch, cached = planned.settings, planned.batch, planned.mean_length
     length = min(s.segment_tokens, s.new_tokens)
-    draw = job.read(job.policy, ForwardPass(job.batch, s.n, job.columns + s.n * length / 2, job.batch * s.n))
-    drawn = draw * ((length - 1) / length) + job.step(s.n)  # of the last token nothing follows
+    draw = planned.run(planned.policy, ForwardPass(batch, s.n, cached + s.n * length / 2, batch * s.n))
+    drawn = draw * ((length - 1) / length) + planned.sampling(s.n)  # nothing follows the last token
     passes = math.ceil(s.n / max(1, MAX_WIDTH // length))
-    scored = job.read(job.reward, ForwardPass(job.batch, s.n * length / passes, job.columns)) * passes
-    again = job.read(job.policy, ForwardPass(job.batch, length, job.columns, job.batch))
-    kept = job.read(job.reward, ForwardPass(job.batch, length, job.columns))
-    ended = _rewards(job, s.n) * (1 / s.new_tokens)  # what ends a completion is scored as a whole text, and not kept
-    return drawn + (scored + again + kept) * (1 / length - 1 / s.new_tokens) + ended
+    scored = planned.run(planned.reward_model, ForwardPass(batch, s.n * length / passes, cached)) * passes
+    policy_again = planned.run(planned.policy, ForwardPass(batch, length, cached, batch))
+    scorer_again = planned.run(planned.reward_model, ForwardPass(batch, length, cached))
+    # segments that end a completion are scored as whole texts, and not read again
+    ended = _score_completions(planned, s.n) * (1 / s.new_tokens)
+    return drawn + (scored + policy_again + scorer_again) * (1 / length - 1 / s.new_tokens) + ended
 
 
-def _cards(job: PlannedBatch) -> TimeEstimate:
-    """Segments drawn until one is accepted, as often as was measured."""
-    s = job.settings
-    drawn = (job.policy_token() + job.step()) * s.cards_drawn
+def _cards(planned: PlannedBatch) -> TimeEstimate:
+    """Segments are drawn until one is accepted, as often as the settings say."""
+    s = planned.settings
+    drawn = (planned.policy_token() + planned.sampling()) * s.cards_drawn
     length = s.cards_drawn / s.cards_scored
-    scored = job.read(job.reward, ForwardPass(job.batch, length, job.columns))
-    ended = _rewards(job, s.cards_drawn) * (1 / s.new_tokens)
-    inside = max(0.0, 1 - length / s.new_tokens)  # the share of segments that end no completion
+    scored = planned.run(planned.reward_model, ForwardPass(planned.batch, length, planned.mean_length))
+    ended = _score_completions(planned, s.cards_drawn) * (1 / s.new_tokens)
+    inside = max(0.0, 1 - length / s.new_tokens)  # the share of segments that do not end a completion
     return drawn + scored * (inside * (s.cards_scored + s.cards_scored / s.cards_drawn)) + ended
 
 
@@ -188,75 +199,70 @@ def adapter_weights(shape: ModelShape, rank: int = LORA_RANK) -> int:
 
 
 def head_weights(shape: ModelShape, kind: Kind) -> int:
-    """Weights of a head on the policy's states, with the sizes that training tries first."""
+    """Weights of a head on the policy's hidden states, with the default sizes of training."""
     inner = shape.hidden * HEAD_WIDTH
     return inner + HEAD_WIDTH * HEAD_RANK + shape.vocabulary * HEAD_RANK if kind == "vocabulary head" else inner
 
 
-def _head_cost(job: PlannedBatch, rows: int) -> TimeEstimate:
-    """A small network in fp32, about as many operators as half a layer."""
-    weights = job.policy.hidden * HEAD_WIDTH
-    seconds = product_seconds(job.device, 4 * weights, 2 * weights * rows) + job.device.layer_seconds / 2
-    return TimeEstimate(seconds, 4 * weights / job.device.bandwidth)
+def _head_time(planned: PlannedBatch, states: int) -> TimeEstimate:
+    """A small network in fp32, with about half as many operators as a layer."""
+    weights = planned.policy.hidden * HEAD_WIDTH
+    seconds = product_seconds(planned.device, 4 * weights, 2 * weights * states) + planned.device.layer_seconds / 2
+    return TimeEstimate(seconds, 4 * weights / planned.device.bandwidth)
 
 
-def _adapter_cost(job: PlannedBatch) -> TimeEstimate:
-    """The second product of each LoRA is an operator of its own, four to a layer: as many again as a layer has."""
-    return TimeEstimate(job.policy.layers * job.device.layer_seconds, 0.0)
+def _adapter_time(planned: PlannedBatch) -> TimeEstimate:
+    """The second product of each LoRA is a separate operator; a layer has about as many of them as other operators."""
+    return TimeEstimate(planned.policy.layers * planned.device.layer_seconds, 0.0)
 
 
-def _scorer(job: PlannedBatch) -> ModelShape:
-    assert job.scorer is not None, "variants with a scorer of its own are planned where one is named"
-    return job.scorer
+def weight_bytes(variant: MethodVariant, planned: PlannedBatch) -> float:
+    """Bytes of all weights, on all devices together."""
+    width = BYTES[planned.device.dtype]
+    total = planned.policy.total * width
+    if variant.kind == "separate":
+        total += planned.reward_model.total * width
+    elif variant.kind == "vocabulary":
+        total += planned.second_model.total * width
+    elif variant.kind == "adapter":
+        total += adapter_weights(planned.policy) * width
+    elif variant.kind != "none":
+        total += 4 * head_weights(planned.policy, variant.kind)
+    return total
 
 
-def weight_bytes(way: MethodVariant, job: PlannedBatch) -> float:
-    """Weights held on all devices together."""
-    width = BYTES[job.device.dtype]
-    held = job.policy.total * width
-    if way.kind == "separate":
-        held += job.reward.total * width
-    elif way.kind == "vocabulary":
-        held += _scorer(job).total * width
-    elif way.kind == "adapter":
-        held += adapter_weights(job.policy) * width
-    elif way.kind != "none":
-        held += 4 * head_weights(job.policy, way.kind)
-    return held
-
-
-def caches(way: MethodVariant, job: PlannedBatch) -> list[tuple[ModelShape, int, int]]:
-    """Model, rows and columns of every cache that the engine makes for a batch (its columns are reserved at once)."""
-    s, method = job.settings, way.method
+def caches(variant: MethodVariant, planned: PlannedBatch) -> list[tuple[ModelShape, int, int]]:
+    """Model, sequences and length of every KV cache of a batch (the engine reserves the whole length at once)."""
+    s, method = planned.settings, variant.method
     asked = DecodingSettings(
         max_new_tokens=s.new_tokens, n=s.n, segment_length=None if method.rule == "accept" else s.segment_tokens
     )
     longest = s.prompt_tokens + s.new_tokens
-    wide = longest + min(candidates(way, s, job.policy.vocabulary), MAX_WIDTH)
-    if way.kind in ("state head", "adapter"):
-        return [(job.policy, job.batch * (2 if way.kind == "adapter" else 1), wide)]
-    found = [(job.policy, job.batch, longest + branch_columns(method, asked) + 1)]
-    if way.needs_scorer and method.unit == "token":
-        found.append((_scorer(job), job.batch, wide if way.kind == "separate" else longest + 1))
-    elif way.needs_scorer and method.unit == "segment":
+    wide = longest + min(candidate_count(variant, s, planned.policy.vocabulary), MAX_WIDTH)
+    if variant.kind in ("state head", "adapter"):
+        return [(planned.policy, planned.batch * (2 if variant.kind == "adapter" else 1), wide)]
+    found = [(planned.policy, planned.batch, longest + branch_columns(method, asked) + 1)]
+    if variant.needs_scorer and method.unit == "token":
+        found.append((planned.second_model, planned.batch, wide if variant.kind == "separate" else longest + 1))
+    elif variant.needs_scorer and method.unit == "segment":
         length = min(segments_of(method, asked)[1], s.new_tokens)
-        found.append((_scorer(job), job.batch, longest + max(length, MAX_WIDTH)))
+        found.append((planned.second_model, planned.batch, longest + max(length, MAX_WIDTH)))
     return found
 
 
-def cache_bytes(way: MethodVariant, job: PlannedBatch) -> float:
-    """Caches of a batch, of policy and scorer, on all devices together."""
-    width = BYTES[job.device.dtype]
-    return float(sum(rows * columns * shape.cache_bytes(width) for shape, rows, columns in caches(way, job)))
+def cache_bytes(variant: MethodVariant, planned: PlannedBatch) -> float:
+    """Bytes of the KV caches of policy and scorer, on all devices together."""
+    width = BYTES[planned.device.dtype]
+    return float(sum(rows * length * shape.cache_bytes(width) for shape, rows, length in caches(variant, planned)))
 
 
-def work_bytes(way: MethodVariant, job: PlannedBatch) -> float:
-    """What a pass takes besides: states and masks of the prompts' pass, and the loop's log-probabilities."""
-    s, width = job.settings, BYTES[job.device.dtype]
-    rows = job.batch * s.prompt_tokens * (2 if way.kind == "adapter" else 1)
-    inner = job.policy.trunk / job.policy.layers / job.policy.hidden  # sum of the outputs of one layer's products
-    states = rows * (4 * job.policy.hidden + inner) * width
-    mask = job.batch * s.prompt_tokens**2 * width
-    branches = s.n if way.method.unit != "token" and way.method.rule == "best" else 1
-    logits = 4 * job.batch * branches * job.policy.vocabulary * 4
+def activation_bytes(variant: MethodVariant, planned: PlannedBatch) -> float:
+    """Bytes of the prompts' hidden states and masks in prefill, and of the log-probabilities of a step."""
+    s, width = planned.settings, BYTES[planned.device.dtype]
+    tokens = planned.batch * s.prompt_tokens * (2 if variant.kind == "adapter" else 1)
+    inner = planned.policy.trunk / planned.policy.layers / planned.policy.hidden  # outputs of one layer's products
+    states = tokens * (4 * planned.policy.hidden + inner) * width
+    mask = planned.batch * s.prompt_tokens**2 * width
+    branches = s.n if variant.method.unit != "token" and variant.method.rule == "best" else 1
+    logits = 4 * planned.batch * branches * planned.policy.vocabulary * 4
     return float(states + mask + logits)

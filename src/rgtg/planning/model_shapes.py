@@ -1,4 +1,4 @@
-"""What a model is to a plan: layers and sizes, parameters that a pass reads, bytes that its cache takes."""
+"""The shape of a model, for planning: its layers, the weights that a pass reads, the bytes of its KV cache."""
 
 import json
 import re
@@ -10,9 +10,16 @@ from rgtg.types.base import Record
 
 
 class ModelShape(Record):
-    """Sizes of a decoder. ``trunk`` counts the weights of its layers' products, ``head`` its output layer's.
+    """Sizes of a decoder.
 
-    ``experts`` of the trunk's weights belong to mixtures of experts, of which a token takes ``active`` of ``routed``.
+    Attributes:
+        trunk: weights in the matrix products of all layers.
+        head: weights of the output layer.
+        total: all weights.
+        experts: weights of the trunk that belong to mixtures of experts.
+        routed: number of experts in a layer.
+        active: number of experts that a token uses.
+        exact: counted from a config.json, not estimated from a size.
     """
 
     name: str
@@ -34,7 +41,7 @@ class ModelShape(Record):
     def llama(
         cls, name: str, layers: int, hidden: int, kv_heads: int, intermediate: int, vocabulary: int, **more: Any
     ) -> Self:
-        """A Llama-shaped decoder by its dimensions."""
+        """A Llama decoder with these dimensions."""
         head_dim = more.get("head_dim", 128 if hidden >= 3072 else 64)
         heads = more.get("heads", hidden // head_dim)
         layer = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * intermediate
@@ -47,22 +54,22 @@ class ModelShape(Record):
         )  # fmt: skip
 
     def cache_bytes(self, width: int) -> int:
-        """Bytes that one token takes in the cache, at ``width`` bytes a number."""
+        """Bytes of one token in the KV cache, at ``width`` bytes per number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
-    def read_per_pass(self, rows: int) -> float:
-        """Weights of the trunk that a pass of so many rows reads: of experts those that some row is sent to."""
-        met = 1 - (1 - self.active / self.routed) ** rows
-        return self.trunk - self.experts + self.experts * met
+    def weights_read(self, tokens: int) -> float:
+        """Weights of the trunk that a pass of so many tokens reads; only experts that a token is routed to are read."""
+        used = 1 - (1 - self.active / self.routed) ** tokens
+        return self.trunk - self.experts + self.experts * used
 
     @property
-    def used_per_row(self) -> float:
-        """Weights of the trunk that one row is multiplied with."""
+    def weights_per_token(self) -> float:
+        """Weights of the trunk that one token is multiplied with."""
         return self.trunk - self.experts + self.experts * self.active / self.routed
 
     def without_head(self) -> Self:
-        """As a reward model: a scalar head in place of the output layer."""
-        own = self.head if self.total - self.trunk > 1.5 * self.head else 0  # a tied one is the embedding, which stays
+        """The shape as a reward model, with a scalar head in place of the output layer."""
+        own = self.head if self.total - self.trunk > 1.5 * self.head else 0  # a tied head is the embedding, which stays
         return self.model_copy(update={"head": 0, "total": self.total - own})
 
 
@@ -78,16 +85,16 @@ _KNOWN = {
     405.9e9: ModelShape.llama("405B", 126, 16_384, 8, 53_248, 128_256),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB]?)", re.IGNORECASE)
-# No hub id begins so without an owner, and asking for one takes half a minute offline.
+# Hub ids without an owner do not begin like this, and asking the hub takes half a minute offline.
 _NUMBER = re.compile(r"[-+.]*\d")
 
 
 def model_shape(source: str) -> ModelShape:
-    """Sizes of a model given as a size (70B, 350M), or as a folder or hub id, whose config.json is counted exactly.
+    """The shape of a model, given as a size (70B, 350M), or as a folder or hub id with a config.json.
 
     Raises:
-        UsageError: neither, or a size without its unit or with another.
-        ModelNotFoundError: no such folder or repository, or no decoder in it.
+        UsageError: neither, or a size without a unit or with an unknown one.
+        ModelNotFoundError: no such folder or repository, or it contains no decoder.
     """
     found = _SIZE.fullmatch(source)
     if Path(source).exists() or not (found or _NUMBER.match(source)) or "/" in source:
@@ -102,15 +109,15 @@ def model_shape(source: str) -> ModelShape:
 
 
 def _by_size(name: str, parameters: float) -> ModelShape:
-    """The nearest known model, its weights scaled to the size that was asked for."""
+    """The nearest known model, scaled to the given size."""
     if not 1e7 <= parameters <= 2e12:
         raise UsageError(f"{name}: sizes from 10M to 2000B are known; give a folder with a config.json for others")
     near = min(_KNOWN, key=lambda size: abs(size / parameters - 1) + abs(parameters / size - 1))
     shape = _KNOWN[near]
-    if abs(parameters / shape.total - 1) < 0.15:  # 70B means the model that is called so
+    if abs(parameters / shape.total - 1) < 0.15:  # 70B means the model of that name
         return shape.model_copy(update={"name": name})
     scale = parameters / shape.total
-    side = scale ** (1 / 3)  # layers and both sides of a matrix grow alike
+    side = scale ** (1 / 3)  # layers and both sides of a matrix grow equally
     kept = {"vocabulary": shape.vocabulary, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     hidden = max(64, round(shape.hidden * side / 64) * 64)
     return shape.model_copy(
@@ -140,14 +147,14 @@ def _from_config(source: str) -> ModelShape:
     except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
         told = f"cannot tell the sizes of {source} by its config.json: {first_line(error)}"
         raise ModelNotFoundError(told) from error
-    return count(model, source)
+    return count_shape(model, source)
 
 
 def _base_of(adapter: Path) -> str:
-    """The model that a LoRA is merged into.
+    """The base model of a LoRA adapter.
 
     Raises:
-        DataError: the adapter's config names none.
+        DataError: the adapter's config names no base model.
     """
     try:
         return str(json.loads(adapter.read_bytes())["base_model_name_or_path"])
@@ -155,8 +162,8 @@ def _base_of(adapter: Path) -> str:
         raise DataError(f"{adapter} names no base model (base_model_name_or_path)") from error
 
 
-def count(model: Any, name: str) -> ModelShape:
-    """Sizes of a causal language model, counted (it may be on the meta device)."""
+def count_shape(model: Any, name: str) -> ModelShape:
+    """Count the sizes of a causal language model, which may be on the meta device."""
     text = model.config.get_text_config()
     output = model.get_output_embeddings()
     inside = [(n, p) for n, p in model.base_model.named_parameters() if p.dim() > 1]

@@ -1,4 +1,4 @@
-"""The plan: for every method, does it fit, how fast is it, what does the whole job take."""
+"""``make_plan``: whether each method fits into memory, how fast it is, and how long the whole job takes."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ from rgtg.planning.method_costs import (
     Kind,
     MethodVariant,
     PlannedBatch,
+    activation_bytes,
+    batch_time,
     cache_bytes,
-    job_cost,
     method_variants,
-    token_cost,
+    token_time,
     weight_bytes,
-    work_bytes,
 )
 from rgtg.planning.model_shapes import ModelShape, model_shape
 from rgtg.types.base import FORMAT_VERSION, Record
 
-SPARE = 0.9  # of a device's memory; the rest is the allocator's and the driver's
+USABLE = 0.9  # of a device's memory; the allocator and the driver need the rest
 LARGEST_BATCH = 64
 
 
@@ -48,11 +48,11 @@ class PlanRow(Record):
     tensor_parallel: int = Field(description="devices that share one copy")
     copies: int
     weights_gb: float = Field(description="on each device")
-    caches_gb: float = Field(description="on each device, at their longest")
+    caches_gb: float = Field(description="on each device, at full length")
     work_gb: float = Field(description="on each device: states, masks, log-probabilities")
-    ms_per_token: float = Field(description="one token of every row of a batch, prompts aside")
-    limit_ms: float = Field(description="what reading weights and caches alone would take")
-    tokens_per_second: float = Field(description="of completions, on all devices together, prompts included")
+    ms_per_token: float = Field(description="one token of every sequence of a batch, without prefill")
+    limit_ms: float = Field(description="time to read the weights and caches alone")
+    tokens_per_second: float = Field(description="of completions, on all devices together, prefill included")
     hours: float
     device_hours: float
 
@@ -74,16 +74,16 @@ def make_plan(settings: PlanSettings) -> PlanResult:
     """Plan a job.
 
     Raises:
-        UsageError: unknown hardware, a split that the devices do not allow, or a scorer that is part of another model.
-        ModelNotFoundError: a folder or hub id without a config.json of a decoder.
-        DataError: a hardware file that is damaged.
+        UsageError: unknown hardware, or a tensor_parallel that does not divide the devices.
+        ModelNotFoundError: a folder or hub id without the config.json of a decoder.
+        DataError: a damaged hardware file.
     """
     policy = model_shape(settings.policy)
     scorer, kinds = _scorer(settings.scorer)
     device, devices = _hardware(settings)
     if settings.tensor_parallel is not None and devices % settings.tensor_parallel:
         raise UsageError(f"tensor_parallel {settings.tensor_parallel} does not divide {devices} devices")
-    rows = [_row(way, settings, policy, scorer, device, devices) for way in method_variants(kinds)]
+    rows = [_row(variant, settings, policy, scorer, device, devices) for variant in method_variants(kinds)]
     return PlanResult(
         policy=policy, scorer=scorer, device=device, devices=devices, rows=rows,
         settings=settings.model_dump(mode="json"), assumptions=_assumptions(settings, policy, scorer, device),
@@ -91,7 +91,7 @@ def make_plan(settings: PlanSettings) -> PlanResult:
 
 
 def _scorer(source: str | None) -> tuple[ModelShape | None, set[Kind]]:
-    """The scorer's sizes, and the kinds of scorers that the plan has rows for."""
+    """The shape of the scorer, and the kinds of scorers that the plan covers."""
     small: set[Kind] = {"none", "adapter", "state head", "vocabulary head"}
     if source is None:
         return None, small
@@ -135,20 +135,20 @@ def _read_device(path: Path, dtype: str) -> Device:
 
 
 def _row(
-    way: MethodVariant,
+    variant: MethodVariant,
     settings: PlanSettings,
     policy: ModelShape,
     scorer: ModelShape | None,
     device: Device,
     devices: int,
 ) -> PlanRow:
-    """The cheapest way to place one method on the devices, or the smallest that does not fit."""
+    """The batch size and split with the fewest device-hours; if none fits, the smallest."""
     splits = (
         [settings.tensor_parallel] if settings.tensor_parallel else [d for d in _powers(devices) if not devices % d]
     )
     batches = [settings.batch_size] if settings.batch_size else _powers(min(LARGEST_BATCH, settings.prompts))[::-1]
     placed = [
-        _placed(way, PlannedBatch(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches
+        _placed(variant, PlannedBatch(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches
     ]
     fitting = [row for row in placed if row.fits]
     return min(fitting, key=lambda row: row.device_hours) if fitting else placed[-1]
@@ -164,32 +164,32 @@ def _powers(limit: int) -> list[int]:
     return sorted({limit, *(2**i for i in range(limit.bit_length()) if 2**i <= limit)})
 
 
-def _placed(way: MethodVariant, job: PlannedBatch, devices: int) -> PlanRow:
-    s, parallel = job.settings, job.parallel
-    weights = weight_bytes(way, job) / parallel
-    caches = cache_bytes(way, job) / min(parallel, job.policy.kv_heads)
-    work = work_bytes(way, job)
-    whole, token = job_cost(way, job), token_cost(way, job)
+def _placed(variant: MethodVariant, planned: PlannedBatch, devices: int) -> PlanRow:
+    s, parallel = planned.settings, planned.parallel
+    weights = weight_bytes(variant, planned) / parallel
+    caches = cache_bytes(variant, planned) / min(parallel, planned.policy.kv_heads)
+    work = activation_bytes(variant, planned)
+    whole, token = batch_time(variant, planned), token_time(variant, planned)
     copies = devices // parallel
-    batches = -(-s.prompts // (job.batch * copies))  # each copy's, rounded up
+    batches = -(-s.prompts // (planned.batch * copies))  # for each copy, rounded up
     hours = batches * whole.seconds / 3600
     return PlanRow(
-        method=way.method.name, scorer=way.kind, fits=weights + caches + work <= SPARE * job.device.memory,
-        batch=job.batch, tensor_parallel=parallel, copies=copies, weights_gb=weights / 1e9, caches_gb=caches / 1e9,
+        method=variant.method.name, scorer=variant.kind, fits=weights + caches + work <= USABLE * planned.device.memory,
+        batch=planned.batch, tensor_parallel=parallel, copies=copies, weights_gb=weights / 1e9, caches_gb=caches / 1e9,
         work_gb=work / 1e9, ms_per_token=1e3 * token.seconds, limit_ms=1e3 * token.limit,
         tokens_per_second=s.prompts * s.new_tokens / (3600 * hours), hours=hours, device_hours=hours * devices,
     )  # fmt: skip
 
 
 def _assumptions(settings: PlanSettings, policy: ModelShape, scorer: ModelShape | None, device: Device) -> list[str]:
-    """What a reader must know to believe the plan, or not to."""
+    """The assumptions that a reader must know to judge the plan."""
     shapes = (("policy", policy), ("scorer", scorer))
     return [
         *(_of_size(role, shape) for role, shape in shapes if shape is not None and not shape.exact),
         *_of_device(device),
         f"every prompt has {settings.prompt_tokens} tokens and every completion {settings.new_tokens}; batches "
         "start and end together; loading the models is not counted",
-        f"weights and caches in {settings.dtype}, {BYTES[settings.dtype]} bytes a number; {SPARE:.0%} of a device's "
+        f"weights and caches in {settings.dtype}, {BYTES[settings.dtype]} bytes a number; {USABLE:.0%} of a device's "
         "memory is used",
         "policy and scorer lie on the same devices and take turns; batch and split are those of fewest device-hours",
         f"heads are {HEAD_WIDTH} wide, and of rank {HEAD_RANK} where they score the vocabulary; adapters have rank "

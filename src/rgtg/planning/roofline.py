@@ -1,4 +1,4 @@
-"""What one pass of a model takes on a device: products, attention, exchanges between devices, and what is fixed."""
+"""Time of one forward pass on a device, by a roofline model: reading weights and caches against arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -6,28 +6,30 @@ from dataclasses import dataclass
 from rgtg.planning.hardware import BYTES, Device
 from rgtg.planning.model_shapes import ModelShape
 
+OVERLAP = 1.8  # p of `overlapped_seconds`
+
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A pass of ``batch`` rows of the cache with ``queries`` new tokens each, over ``columns`` cached ones.
+    """A forward pass of ``batch`` sequences with ``queries`` new tokens each, after ``cached`` tokens in the KV cache.
 
-    ``logits`` counts the states that go through the output layer.
+    ``logits`` is the number of hidden states that go through the output layer.
     """
 
     batch: float
     queries: float
-    columns: float
+    cached: float
     logits: float = 0
 
     @property
-    def rows(self) -> float:
-        """New tokens in all."""
+    def tokens(self) -> float:
+        """New tokens of all sequences."""
         return self.batch * self.queries
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of a pass, and the seconds that reading its weights and caches alone would take."""
+    """Seconds of some work, and its lower limit: the seconds to read the weights and caches alone."""
 
     seconds: float
     limit: float
@@ -37,65 +39,66 @@ class TimeEstimate:
         return TimeEstimate(self.seconds + other.seconds, self.limit + other.limit)
 
     def __mul__(self, times: float) -> "TimeEstimate":
-        """So many of them."""
+        """The same work several times."""
         return TimeEstimate(self.seconds * times, self.limit * times)
 
 
-OVERLAP = 1.8
-
-
-def pass_cost(shape: ModelShape, device: Device, one: ForwardPass, parallel: int = 1) -> TimeEstimate:
-    """Time of a pass whose weights and caches are spread over ``parallel`` devices."""
+def pass_time(shape: ModelShape, device: Device, one: ForwardPass, parallel: int = 1) -> TimeEstimate:
+    """Time of a forward pass with weights and caches split over ``parallel`` devices."""
     width = BYTES[device.dtype]
-    trunk = shape.read_per_pass(math.ceil(one.rows)) * width / parallel
-    seconds = product_seconds(device, trunk, 2 * shape.used_per_row * one.rows / parallel)
-    read = trunk
+    # 1. The layers' matrix products, and the output layer's.
+    weights = shape.weights_read(math.ceil(one.tokens)) * width / parallel
+    seconds = product_seconds(device, weights, 2 * shape.weights_per_token * one.tokens / parallel)
     if one.logits:
         head = shape.head * width / parallel
         seconds += product_seconds(device, head, 2 * shape.head * one.logits / parallel)
-        read += head
-    cache = one.batch * one.columns * shape.cache_bytes(width) / min(parallel, shape.kv_heads)
+        weights += head
+    # 2. Attention.
+    cache = one.batch * one.cached * shape.cache_bytes(width) / min(parallel, shape.kv_heads)
     seconds += shape.layers * attention_seconds(shape, device, one) / min(parallel, shape.kv_heads)
-    seconds += shape.layers * one.rows * shape.hidden * device.row_seconds
+    # 3. Element-wise work, and the fixed time of layers and passes.
+    seconds += shape.layers * one.tokens * shape.hidden * device.row_seconds
     seconds += shape.layers * device.layer_seconds + device.pass_seconds
+    # 4. Two all-reduces per layer.
     if parallel > 1:
-        seconds += shape.layers * 2 * exchange_seconds(device, one.rows * shape.hidden * width, parallel)
-    return TimeEstimate(seconds, (read + cache) / device.bandwidth)
+        seconds += shape.layers * 2 * all_reduce_seconds(device, one.tokens * shape.hidden * width, parallel)
+    return TimeEstimate(seconds, (weights + cache) / device.bandwidth)
 
 
-def product_seconds(device: Device, weights: float, operations: float) -> float:
-    """Of products that read so many bytes: between the larger of the two limits and their sum."""
-    return overlapped_seconds(weights / device.bandwidth, operations / device.compute)
+def product_seconds(device: Device, weight_bytes: float, operations: float) -> float:
+    """Seconds of matrix products: between the larger of the two limits and their sum."""
+    return overlapped_seconds(weight_bytes / device.bandwidth, operations / device.compute)
 
 
 def overlapped_seconds(reading: float, computing: float) -> float:
     """Seconds of reading and computing that overlap in part: (t_r^p + t_c^p)^{1/p}, p = 1.8.
 
-    p was read off docs/results/decode-profile.json, whose products of 1 to 80 rows it gives within 15 %.
+    p is fitted to docs/results/decode-profile.json, whose products of 1 to 80 rows it predicts within 15 %.
     """
     return float((reading**OVERLAP + computing**OVERLAP) ** (1 / OVERLAP))
 
 
 def attention_seconds(shape: ModelShape, device: Device, one: ForwardPass) -> float:
-    """Of one layer. A cache of fewer heads than the queries is expanded first where several queries read it."""
-    columns = one.columns + one.queries
-    of_head = 2 * one.batch * columns * shape.head_dim * BYTES[device.dtype]  # keys and values of one head
+    """Seconds of attention in one layer. With grouped heads and several queries, keys and values are expanded first."""
+    length = one.cached + one.queries
+    head_bytes = 2 * one.batch * length * shape.head_dim * BYTES[device.dtype]  # keys and values of one head
     grouped, single = shape.heads != shape.kv_heads, one.queries <= 1
     if grouped and not single:
-        copied = of_head * (shape.kv_heads + shape.heads) / device.bandwidth
-        read = of_head * shape.heads / device.attention_bandwidth[1]
+        copying = head_bytes * (shape.kv_heads + shape.heads) / device.bandwidth
+        reading = head_bytes * shape.heads / device.attention_bandwidth[1]
     else:
-        copied, read = 0.0, of_head * shape.kv_heads / device.attention_bandwidth[0 if single and not grouped else 1]
-    operations = 4 * one.rows * shape.heads * columns * shape.head_dim
-    return copied + overlapped_seconds(read, operations / device.attention_compute)
+        copying = 0.0
+        reading = head_bytes * shape.kv_heads / device.attention_bandwidth[0 if single and not grouped else 1]
+    operations = 4 * one.tokens * shape.heads * length * shape.head_dim
+    return copying + overlapped_seconds(reading, operations / device.attention_compute)
 
 
-def exchange_seconds(device: Device, size: float, parallel: int) -> float:
-    """Of adding up ``size`` bytes over all devices."""
+def all_reduce_seconds(device: Device, size: float, parallel: int) -> float:
+    """Seconds to sum ``size`` bytes over all devices."""
     moved = 2 * (parallel - 1) / parallel * size
     return device.link_seconds + (moved / device.link if device.link else math.inf)
 
 
-def step_seconds(device: Device, batch: float, vocabulary: int) -> float:
-    """Of choosing a token for every row, models aside."""
+def sampling_seconds(device: Device, batch: float, vocabulary: int) -> float:
+    """Seconds to choose a token for every sequence, without the models."""
     return device.step_seconds + batch * vocabulary * device.logit_seconds
