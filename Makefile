@@ -8,10 +8,10 @@ STAMP := $(VENV)/.rgtg-setup
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench study demo docs dist clean
+.PHONY: help setup check test test-fast bench study demo docs dist clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## make .venv with pinned versions (skipped when current)
 
@@ -41,6 +41,9 @@ check: setup  ## ruff, format, mypy strict, import layers
 
 test: setup  ## the tests, without slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-fast: setup  ## losses, decoding and data, without slow and thorough tests (about a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not thorough" tests/losses tests/decoding tests/data
 
 bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py

@@ -15,8 +15,9 @@ MODULES = {
     ".".join(("rgtg", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(SRC.rglob("*.py"))
 }
-# Who may import whom: a module imports from its own layer and from those before it. Modules are named by their folder;
-# the longest name that fits decides. CONTRIBUTING.md shows this table.
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# Who may import whom: a module imports from its own layer and from earlier layers.
+# A name stands for a module or a folder; the longest matching name decides. CONTRIBUTING.md shows this table.
 LAYERS: list[tuple[str, str]] = [
     ("errors version types config utils", "no torch"),
     ("losses decoding.sampling", "torch"),
@@ -60,6 +61,14 @@ def test_no_module_imports_from_a_higher_layer():
         if name.startswith("rgtg.") and layer(name) > layer(module)
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_contributing_shows_the_layers():
+    rows = [
+        f"| {i} | {', '.join(f'`{name}`' for name in names.split())} | {rule}{' ' * bool(rule)}|"
+        for i, (names, rule) in enumerate(LAYERS)
+    ]
+    assert "| layer | modules | rule |\n|---|---|---|\n" + "\n".join(rows) + "\n\n" in CONTRIBUTING
 
 
 def test_training_and_decoding_never_import_each_other():
