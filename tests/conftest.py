@@ -43,7 +43,7 @@ def hub(monkeypatch, tmp_path):
     """A stand-in of the hub that huggingface_hub talks to, with a token that may write and a cache of its own."""
     from huggingface_hub import constants
 
-    from rgtg.models.loading.hub import forget_snapshots
+    from rgtg.models.loading.hub import clear_snapshot_cache
 
     with hub_server.serve() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
@@ -54,9 +54,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)
-        forget_snapshots()
+        clear_snapshot_cache()
         yield served
-    forget_snapshots()
+    clear_snapshot_cache()
 
 
 @pytest.fixture

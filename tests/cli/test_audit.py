@@ -111,7 +111,7 @@ def test_a_head_is_audited_with_the_policy_it_names_or_one_that_is_given(tmp_pat
     assert first == second
     stray = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--policy", str(moved), *flags])
     assert stray.exit_code == 2
-    assert "reads no policy" in stray.stderr
+    assert "does not need a policy" in stray.stderr
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from helpers.made_report import audit, rollout_audit
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.cli.main import app
 from rgtg.config import PushSettings
-from rgtg.models.loading.hub import forget_snapshots
+from rgtg.models.loading.hub import clear_snapshot_cache
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, fingerprint_weights
 from rgtg.models.scorers.heads import StateHead, round_to_half
@@ -283,7 +283,7 @@ def test_without_a_token_nothing_is_asked(hub, scorer, monkeypatch):
 
 def test_a_hub_that_cannot_be_reached(hub, scorer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    forget_snapshots()
+    clear_snapshot_cache()
     refused = push(scorer, "me/scorer")
     assert (refused.exit_code, "cannot publish to http://127.0.0.1:9" in refused.stderr) == (1, True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rgtg.config import LoraSettings, TrainSettings
 from rgtg.errors import UsageError
-from rgtg.models.loading.hub import lasting_name
+from rgtg.models.loading.hub import absolute_source
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
@@ -194,7 +194,7 @@ def _trainer(
 ) -> Any:
     revision = None
     if settings.lora is not None:  # the adapter must find its base from any folder
-        model.name_or_path, revision = lasting_name(settings.base)
+        model.name_or_path, revision = absolute_source(settings.base)
     train = pairs_dataset(data.train, trust.pairs) if data.kind == "pairs" else rollouts_dataset(data.train)
     make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
     scaled = _output_scale(settings) != 1

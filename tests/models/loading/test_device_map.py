@@ -104,7 +104,7 @@ def adapter_folder(tmp_path):
 def test_an_adapter_is_merged_where_its_base_is(policy_folder, adapter_folder):
     write_info(adapter_folder, info("prefix-bt"))
     _, expected = tokens(policy_folder, adapter_folder, device="cpu")
-    with pytest.raises(UsageError, match="an adapter is merged into weights that are there"):
+    with pytest.raises(UsageError, match="can only be merged into a base model on one device"):
         tokens(policy_folder, adapter_folder, scorer_device_map=OF_SCORER)
     assert tokens(policy_folder, adapter_folder, scorer_device_map={"": "cpu"})[1] == expected
 

@@ -12,7 +12,7 @@ from helpers.command import verb
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg import GuidedPolicy, load_scorer
 from rgtg.errors import ModelNotFoundError, UsageError
-from rgtg.models.loading.hub import forget_snapshots, local_folder, split_revision
+from rgtg.models.loading.hub import clear_snapshot_cache, local_folder, split_revision
 from rgtg.models.loading.policy import load_policy
 
 
@@ -49,7 +49,7 @@ def test_weights_and_tokenizer_are_of_one_commit(policies):
     first = local_folder("me/policy")
     hub.put("me/policy", contents(other))
     assert local_folder("me/policy") == first, "in one process a name stands for one commit"
-    forget_snapshots()
+    clear_snapshot_cache()
     assert local_folder("me/policy") != first
 
 
@@ -110,7 +110,7 @@ def test_without_a_network_the_cache_serves(policies, monkeypatch):
     from huggingface_hub import constants
 
     load_policy("me/policy")
-    forget_snapshots()
+    clear_snapshot_cache()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     load_policy("me/policy")
     with pytest.raises(ModelNotFoundError, match="nor such a model in the hub's cache, and HF_HUB_OFFLINE is set"):

@@ -17,7 +17,7 @@ def test_loads_frozen_from_a_folder(policy_folder):
     assert policy.max_length == 128
 
 
-def test_wraps_what_is_loaded():
+def test_a_loaded_model_is_wrapped():
     pair = (tiny_policy(), tiny_tokenizer())
     assert load_policy(pair).model is pair[0]
     policy = Policy(*pair)
@@ -31,7 +31,7 @@ def test_context_length(family):
     assert context_length(CONFIGS[family]()) == 128
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_folders_that_cannot_be_loaded(tmp_path):
     (tmp_path / "file").write_text("")
     for source, message in ((tmp_path / "no" / "such", "no model folder"), (tmp_path / "file", "is a file")):
         with pytest.raises(ModelNotFoundError, match=message):
@@ -43,8 +43,8 @@ def test_what_cannot_be_loaded(tmp_path):
         load_policy(str(tmp_path))
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(scorer_folder):
-    with pytest.raises(UsageError, match=r"no whole language model \(lm_head\.weight not in its weights"):
+def test_missing_weights_raise_an_error(scorer_folder):
+    with pytest.raises(UsageError, match=r"not a complete language model \(lm_head\.weight not in its weights"):
         load_policy(str(scorer_folder))
 
 

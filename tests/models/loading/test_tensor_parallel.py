@@ -166,7 +166,7 @@ def require_refused(first, second):
 
 def test_a_plan_outside_torchrun_says_what_to_start(policy_folder, scorer_folder):
     for plan in ({"tp_plan": "auto"}, {"scorer_tp_plan": "auto"}):
-        with pytest.raises(UsageError, match="this one is alone: start it with torchrun"):
+        with pytest.raises(UsageError, match="there is only this one: start it with torchrun"):
             GuidedPolicy.from_pretrained(str(policy_folder), str(scorer_folder), **plan)
     done = verb("generate")("--policy", policy_folder, "--prompt", "so ", "--method", "policy", "--tp-plan", "auto")
     assert (done.exit_code, "torchrun" in done.stderr) == (2, True)

@@ -12,7 +12,8 @@ from rgtg.decoding.runners.scorer_runner import read_chain
 from rgtg.errors import NonFiniteError
 from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.models.scorers.reward_model import PrefixScorer, require_within_context
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_scorer import require_within_context
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 
 

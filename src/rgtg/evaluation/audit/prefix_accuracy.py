@@ -17,7 +17,7 @@ from rgtg.data.pairs import read_pairs, tokenize_pairs
 from rgtg.errors import DataError, UsageError
 from rgtg.evaluation.metrics import expected_calibration_error, interval_or_empty
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.scorers.base import ReadableScorer, load_scorer, weights_of
+from rgtg.models.scorers.base import CompletionScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
@@ -39,7 +39,7 @@ class _Margins:
 
 
 def audit_prefixes(
-    scorer: "ReadableScorer | str | tuple[Any, Any]",
+    scorer: "CompletionScorer | str | tuple[Any, Any]",
     pairs: "Sequence[PreferencePair] | str | Path",
     *,
     batch_size: int = 8,
@@ -144,7 +144,7 @@ def _advice(objective: str) -> str:
 
 
 def _usable_pairs(
-    model: ReadableScorer,
+    model: CompletionScorer,
     pairs: "Sequence[PreferencePair] | str | Path",
     on_bad: Literal["error", "skip"],
     rejects: Path | None,
@@ -167,7 +167,7 @@ def _usable_pairs(
     return kept, fingerprint
 
 
-def _within_context(model: ReadableScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def _within_context(model: CompletionScorer, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """The pairs that fit into the scorer's context; a warning counts the others."""
     limit = model.max_length or math.inf
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
@@ -189,7 +189,7 @@ def _fingerprint(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _all_margins(model: ReadableScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
+def _all_margins(model: CompletionScorer, pairs: Sequence[PreferencePair], batch_size: int) -> list[_Margins]:
     tokenized = tokenize_pairs(pairs, model.tokenizer, append_eos=model.append_eos)
     prompts = [pair.prompt_ids for pair in tokenized]
     chosen = [pair.chosen_ids for pair in tokenized]

@@ -1,4 +1,4 @@
-"""Where a model's weights are held: on one device, spread over several by a device map, or split among processes."""
+"""Where a model's weights are: on one device, spread over several by a device map, or sharded among processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rgtg.errors import MissingExtraError, UsageError, first_line
-from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, require_readable, tensor_parallel_kwargs
+from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, require_working_plan, tensor_parallel_kwargs
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -16,10 +16,10 @@ DeviceMap = str | dict[str, int | str]
 
 @dataclass(frozen=True)
 class Placement:
-    """What is said of one model's dtype and place.
+    """The requested dtype and place of one model.
 
-    ``device`` moves it whole; ``device_map`` spreads its layers over devices, and over memory and disk (accelerate);
-    ``tp_plan`` splits each layer among the processes of a torchrun.
+    ``device`` holds the whole model. ``device_map`` spreads its layers over devices, memory and disk (with accelerate).
+    ``tp_plan`` shards each layer among the processes of a torchrun.
     """
 
     dtype: "str | torch.dtype | None" = None
@@ -27,30 +27,33 @@ class Placement:
     device_map: DeviceMap | None = None
     tp_plan: TpPlan | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """For ``from_pretrained``, beside the dtype.
+    def load_kwargs(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained``, without the dtype.
 
         Raises:
-            UsageError: more than one of device, map and plan; or a plan without torchrun.
+            UsageError: more than one of device, device_map and tp_plan; or a tp_plan without torchrun.
             MissingExtraError: accelerate is not installed.
         """
         if self.tp_plan is not None:
             if self.device is not None or self.device_map is not None:
-                raise UsageError("tp_plan puts a share of the model on each process's device: leave its device out")
+                raise UsageError("tp_plan puts a shard of the model on each process's device: leave its device out")
             return tensor_parallel_kwargs(self.tp_plan)
         if self.device_map is None:
             return {}
         if self.device is not None:
-            raise UsageError("device and device_map each say where a model goes: give one of them")
-        _require_accelerate()
+            raise UsageError("device and device_map both say where a model goes: give one of them")
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError("device_map needs accelerate: pip install 'rgtg[train]'") from error
         return {"device_map": self.device_map}
 
 
 def resolve_device(device: "str | torch.device | None") -> torch.device:
-    """A torch device; None takes the first GPU where there is one.
+    """A torch device; None means the first GPU, or the CPU if there is none.
 
     Raises:
-        UsageError: a device that torch does not know or have.
+        UsageError: torch does not know the device, or the machine does not have it.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,47 +66,47 @@ def resolve_device(device: "str | torch.device | None") -> torch.device:
 
 
 def finish_loading(model: Any, placement: Placement) -> Any:
-    """Put a loaded model where it belongs, frozen and in evaluation mode.
+    """Move a loaded model to its place, freeze it and put it in evaluation mode.
 
     Args:
-        model: just loaded with ``placement.arguments()``.
-        placement: as it was asked for.
+        model: just loaded with ``placement.load_kwargs()``.
+        placement: as requested.
 
     Raises:
-        UsageError: a device that cannot be used, a map that leaves the input embedding without one, or a plan that does
-            not fit.
+        UsageError: a device that cannot be used, a device_map that leaves the input embedding on the disk, or a tp_plan
+            that does not fit the model.
     """
     if is_sharded(model):
-        require_readable(model)
+        require_working_plan(model)
     elif placement.device_map is None:
         model.to(resolve_device(placement.device))
     elif has_device_map(model):
         if model.device.type == "meta":
             raise UsageError("device_map: the input embedding must be on a device, not on the disk")
-        _bring_home(model)
+        _return_outputs_to_input_device(model)
     return model.eval().requires_grad_(False)
 
 
 def has_device_map(model: Any) -> bool:
-    """Whether a model's weights are in several places; asked when a model is loaded or joined, never in a step."""
+    """Whether a model's weights are spread over several places. Walks all modules: too slow for a decoding step."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def is_on_one_device(model: Any) -> bool:
-    """Whether a model's weights are all there, in one place: not spread by a map, and not split among processes."""
+    """Whether a model's weights are complete and on one device: neither spread by a map nor sharded."""
     return not (has_device_map(model) or is_sharded(model))
 
 
 def synchronize() -> None:
-    """Wait until a GPU, where there is one, has done what it was given: only then does a clock tell something."""
+    """Wait until the GPU, if there is one, has finished its work, so that a clock can be read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def iter_full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model with its name, in their order; those on the disk are read, one at a time.
+    """The name and full tensor of each weight, sorted by name. Weights on the disk are read one at a time.
 
-    Of a model that is split, all processes must ask: each puts its share in.
+    If the model is sharded, all ranks must iterate, because each contributes its shard.
     """
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.device.type == "meta":
@@ -113,24 +116,16 @@ def iter_full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _bring_home(model: Any) -> None:
-    """Give what trunk and head return on the device that inputs are on, wherever their last layer is."""
-    home = model.device
-    heads = (getattr(model, "score", None), model.get_output_embeddings())
-    for module in (model.base_model, *heads):
+def _return_outputs_to_input_device(model: Any) -> None:
+    """Move the outputs of trunk and head to the inputs' device, wherever the last layer is."""
+    device = model.device
+
+    def move(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output.to(device)
+        output.last_hidden_state = output.last_hidden_state.to(device)
+        return output
+
+    for module in (model.base_model, getattr(model, "score", None), model.get_output_embeddings()):
         if isinstance(module, nn.Module):
-            module.register_forward_hook(lambda _module, _inputs, output: _moved(output, home))
-
-
-def _moved(output: Any, home: torch.device) -> Any:
-    if isinstance(output, Tensor):
-        return output.to(home)
-    output.last_hidden_state = output.last_hidden_state.to(home)
-    return output
-
-
-def _require_accelerate() -> None:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("device_map needs accelerate: pip install 'rgtg[train]'") from error
+            module.register_forward_hook(move)

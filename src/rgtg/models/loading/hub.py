@@ -1,4 +1,4 @@
-"""Models by hub id and revision: the files that are safe to load, in the hub client's own cache."""
+"""Models by hub id and revision: downloads the files that are safe to load, into the hub client's own cache."""
 
 import functools
 import re
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rgtg.errors import ModelNotFoundError, UsageError, first_line
 
-# What a model, a tokenizer or a scorer of ours is read from. No pickle and no code is downloaded.
+# Files of models, tokenizers and scorers. Neither pickles nor code are downloaded.
 SAFE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "README.md")
-# Folders hold other layouts of the same weights (onnx/, original/), and consolidated ones are their vendor's own.
-_LEFT = ("*/*", "consolidated*.safetensors")
+# Subfolders (onnx/, original/) and consolidated files hold the same weights in other formats.
+_IGNORED = ("*/*", "consolidated*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?")
 
@@ -20,12 +20,12 @@ EXPECTED = (
 
 
 def local_folder(source: str) -> str:
-    """Where a model's files are on this machine: ``source`` itself, or a snapshot of a hub repository.
+    """The folder with a model's files: ``source`` itself, or the downloaded snapshot of a hub repository.
 
-    Within one process a name stands for one commit, so that weights and tokenizer belong together.
+    Within a process, a name always means the same commit, so that weights and tokenizer belong together.
 
     Args:
-        source: a folder, or a hub id ``owner/name``, with ``@revision`` (branch, tag or commit) or without.
+        source: a folder, or a hub id ``owner/name``, optionally with ``@revision`` (branch, tag or commit).
 
     Raises:
         ModelNotFoundError: neither a folder nor a repository that can be reached.
@@ -34,7 +34,7 @@ def local_folder(source: str) -> str:
 
 
 def local_file(source: str, name: str) -> Path:
-    """One file of a folder, or of a hub repository: nothing else of it is downloaded.
+    """One file of a folder or of a hub repository; no other file is downloaded.
 
     Raises:
         ModelNotFoundError: no such folder or repository, or no such file in it.
@@ -52,9 +52,8 @@ def local_file(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=revision, library_name="rgtg"))
     except (OSError, httpx2.HTTPError, ValueError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(
-            error, FileNotFoundError
-        ):  # both: without a network
+        # Without a network, the error is a FileNotFoundError too.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
             raise ModelNotFoundError(f"{source} has no {name}. {EXPECTED}") from error
         raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
 
@@ -63,7 +62,7 @@ def split_revision(source: str) -> tuple[str, str | None]:
     """Repository and revision of a hub id.
 
     Raises:
-        ModelNotFoundError: it looks like a path, and there is nothing.
+        ModelNotFoundError: a path that does not exist.
 
     Example:
         >>> split_revision("owner/name@v1")
@@ -75,14 +74,14 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return found["repo"], found["revision"]
 
 
-def named(source: str, revision: str | None) -> str:
-    """The one name of a hub id and its revision.
+def with_revision(source: str, revision: str | None) -> str:
+    """A hub id with its revision in the name; without a revision, ``source`` as it is.
 
     Raises:
-        UsageError: a revision of a local folder, or a second one.
+        UsageError: a revision of a local folder, or a second revision.
 
     Example:
-        >>> named("owner/name", "v1")
+        >>> with_revision("owner/name", "v1")
         'owner/name@v1'
     """
     if revision is None:
@@ -95,8 +94,8 @@ def named(source: str, revision: str | None) -> str:
     return f"{repo}@{revision}"
 
 
-def lasting_name(source: str) -> tuple[str, str | None]:
-    """What finds a model from any folder, and its revision: an absolute path without one, or a hub id."""
+def absolute_source(source: str) -> tuple[str, str | None]:
+    """A name that finds the model from any folder, and its revision: an absolute path and None, or a hub id."""
     return (str(Path(source).resolve()), None) if Path(source).exists() else split_revision(source)
 
 
@@ -108,7 +107,11 @@ def _snapshot(repo: str, revision: str | None) -> str:
 
     try:
         return snapshot_download(
-            repo, revision=revision, allow_patterns=list(SAFE_FILES), ignore_patterns=list(_LEFT), library_name="rgtg"
+            repo,
+            revision=revision,
+            allow_patterns=list(SAFE_FILES),
+            ignore_patterns=list(_IGNORED),
+            library_name="rgtg",
         )
     except (OSError, httpx2.HTTPError, HFValidationError) as error:
         raise ModelNotFoundError(
@@ -116,19 +119,19 @@ def _snapshot(repo: str, revision: str | None) -> str:
         ) from error
 
 
-def forget_snapshots() -> None:
-    """Look names up anew: a branch may have moved since this process first met it."""
+def clear_snapshot_cache() -> None:
+    """Look up names again: a branch may have moved since this process used it first."""
     _snapshot.cache_clear()
 
 
 def _reason(error: Exception, repo: str) -> str:
-    """Why a repository cannot be had, in a line: the client's own texts are paragraphs."""
+    """One line that says why a repository cannot be loaded; the client's own messages are paragraphs."""
     from huggingface_hub import constants
     from huggingface_hub import errors as known
 
     match error:
         case known.GatedRepoError():
-            return f"access must be asked for first, at {constants.ENDPOINT}/{repo}"
+            return f"access has to be requested first, at {constants.ENDPOINT}/{repo}"
         case known.RevisionNotFoundError():
             return "the repository has no such revision"
         case known.RepositoryNotFoundError():
@@ -144,9 +147,9 @@ def _reason(error: Exception, repo: str) -> str:
 
 
 def holds_only_pickles(source: str) -> bool:
-    """Whether a folder or hub repository has weights, and all in formats that can run code when they are loaded.
+    """Whether all weights of a folder or hub repository are in formats that can run code when loaded.
 
-    False where the hub cannot be asked.
+    False if there are no weights, or the hub cannot be reached.
     """
     if Path(source).is_dir():
         return _only_pickles([path.name for path in Path(source).iterdir()])

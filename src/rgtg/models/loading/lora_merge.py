@@ -1,4 +1,4 @@
-"""Read a LoRA adapter as the model it makes of its base: merged into the weights."""
+"""Load a LoRA adapter as a whole model: merged into the weights of its base."""
 
 import warnings
 from pathlib import Path
@@ -9,14 +9,14 @@ from safetensors import SafetensorError
 
 from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import is_on_one_device
-from rgtg.models.loading.hub import local_folder, named
+from rgtg.models.loading.hub import local_folder, with_revision
 from rgtg.models.loading.policy import load_pretrained
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.tokenization.encoding import ensure_pad_token
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a folder or hub repository holds a LoRA adapter (and its base model is elsewhere)."""
+    """Whether a folder or hub repository holds a LoRA adapter, whose base model is elsewhere."""
     return (Path(local_folder(source)) / "adapter_config.json").is_file()
 
 
@@ -26,24 +26,24 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
     Args:
         auto_class: of transformers, for the base model.
         source: the adapter's folder or hub id.
-        role: what the model is to the caller, for errors.
-        tokenizer: gets a padding token, and the base a row for it, where the adapter was trained so.
-        kwargs: of ``from_pretrained``.
+        role: of the model, for errors: "scorer" or "base model".
+        tokenizer: if given, it gets a padding token, and the base model a row for it, as in training.
+        **kwargs: of ``from_pretrained``.
 
     Raises:
         MissingExtraError: peft is not installed.
         ModelNotFoundError: the base model cannot be loaded.
-        UsageError: an adapter of another kind, or in a pickle; or a base that is spread over devices.
-        DataError: an adapter that is damaged, or does not fit its base.
+        UsageError: another kind of adapter, one in a pickle, or a base that is not on one device.
+        DataError: a damaged adapter, or one that does not fit its base.
     """
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
-        raise MissingExtraError(f"{source} is a LoRA adapter; reading it needs: pip install 'rgtg[train]'") from error
+        raise MissingExtraError(f"{source} is a LoRA adapter and needs peft: pip install 'rgtg[train]'") from error
     folder = require_safe_weights(source)
-    config = _config(PeftConfig, folder, source)
+    config = _read_config(PeftConfig, folder, source)
     base = config.base_model_name_or_path
-    base = base if Path(base).exists() else named(base, config.revision)
+    base = base if Path(base).exists() else with_revision(base, config.revision)
     try:
         model = load_pretrained(auto_class, base, f"{role}'s base", use_safetensors=True, **kwargs)
     except ModelNotFoundError as error:
@@ -53,15 +53,15 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
         ) from error
     if not is_on_one_device(model):
         raise UsageError(
-            f"{source} is a LoRA adapter, and an adapter is merged into weights that are there, on one device: load it "
-            "without device_map or tp_plan, save the merged model, and spread that"
+            f"{source} is a LoRA adapter, which can only be merged into a base model on one device: load it without "
+            "device_map or tp_plan, save the merged model, and use device_map or tp_plan with that"
         )
     if tokenizer is not None:
         ensure_pad_token(tokenizer, model)
     if output_name(model) in (getattr(config, "modules_to_save", None) or []):
         untie_output(model)
     with warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed; nothing a user could act on
+        # peft uses an attribute that transformers has renamed; users cannot do anything about it
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             return PeftModel.from_pretrained(model, folder, use_safetensors=True).merge_and_unload()
@@ -71,37 +71,37 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
             ) from error
 
 
-def _config(kind: Any, folder: str, source: str) -> Any:
-    """An adapter's description, of a LoRA that names its base.
+def _read_config(kind: Any, folder: str, source: str) -> Any:
+    """The configuration of a LoRA adapter that names its base model.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is damaged, or names no base model.
         UsageError: it describes another kind of adapter.
     """
     try:
         config = kind.from_pretrained(folder)
-        what, base = str(getattr(config.peft_type, "value", config.peft_type)), config.base_model_name_or_path
+        peft_type, base = str(getattr(config.peft_type, "value", config.peft_type)), config.base_model_name_or_path
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"the adapter_config.json of {source} is damaged, or of no LoRA: {first_line(error)}"
+            f"the adapter_config.json of {source} is damaged, or not of a LoRA: {first_line(error)}"
         ) from error
-    if what != "LORA":
-        raise UsageError(f"{source} is an adapter of the kind {what}; expected a LoRA")
+    if peft_type != "LORA":
+        raise UsageError(f"{source} is an adapter of the kind {peft_type}; expected a LoRA")
     if not isinstance(base, str):
         raise DataError(f"the adapter_config.json of {source} names no base model (base_model_name_or_path)")
     return config
 
 
 def output_name(model: Any) -> str | None:
-    """Name of a language model's output layer among its parent's modules; None of a model without one."""
+    """Name of a language model's output layer in its parent module; None for a model without one."""
     head = model.get_output_embeddings()
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is head), None)
 
 
 @torch.no_grad()
 def untie_output(model: Any, scale: float = 1.0) -> None:
-    """Give a language model an output layer of its own weights, the old ones times ``scale``, in place."""
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    """Untie a language model's output layer from its embedding, in place, and multiply its weights by ``scale``."""
+    model.config.get_text_read_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight * scale)
     if getattr(head, "bias", None) is not None:

@@ -1,4 +1,4 @@
-"""Save and load scorers: stock Hugging Face files plus rgtg.json, which says what the scorer was trained for."""
+"""rgtg.json, which describes a trained scorer; checks of model folders; and fingerprints of weights."""
 
 import hashlib
 import json
@@ -20,13 +20,20 @@ HEAD_FILE = "head.safetensors"
 
 
 class ScorerInfo(Record):
-    """Contents of rgtg.json. ``append_eos``: finished completions were closed by EOS in training.
+    """Contents of rgtg.json.
 
-    ``trunk`` says whose states are scored: those of a model of the scorer's own (``separate``), of the frozen policy
-    (``own``), or of the policy under an adapter (``shared``). The fields after it describe a head on them: which kind,
-    which layer it reads, its sizes, and the fingerprints that the policy has when loaded in other dtypes. A ``vocab``
-    head with a ``separate`` trunk is a causal language model whose output layer scores next tokens.
-    ``reference_fingerprint`` is of the scorer that said how far the training pairs were trusted, where one did.
+    Attributes:
+        append_eos: whether finished completions ended with EOS in training.
+        max_length: in tokens, of the texts in training.
+        trunk: whose hidden states are scored: those of a model of its own (``separate``), of the frozen policy
+            (``own``), or of the policy with a LoRA adapter (``shared``).
+        head: ``scalar``, one score per text; ``state``, a head on the candidate's state; ``vocab``, a score for each
+            next token. A ``vocab`` head on a ``separate`` trunk is a causal language model's output layer.
+        layer: whose states a head on the policy scores.
+        width: hidden size of that head.
+        rank: size of its token table.
+        base_casts: fingerprints that the base model's weights have in other dtypes.
+        reference_fingerprint: of the scorer that weighted the training pairs, if one did.
     """
 
     version: int = FORMAT_VERSION
@@ -48,12 +55,16 @@ class ScorerInfo(Record):
 
     @property
     def base_fingerprints(self) -> set[str]:
-        """Of the base model's weights, in every dtype that they may be loaded in."""
+        """Fingerprints of the base model's weights in every dtype that they may be loaded in."""
         return {self.base_fingerprint, *self.base_casts.values()}
 
 
 def read_info(folder: str | Path) -> ScorerInfo | None:
-    """Contents of the rgtg.json of a folder or hub repository, or None where there is none (a stock reward model)."""
+    """Contents of rgtg.json in a folder or hub repository; None if there is no such file (a stock reward model).
+
+    Raises:
+        DataError: the file is not a valid description.
+    """
     path = Path(local_folder(str(folder))) / INFO_FILE
     if not path.is_file():
         return None
@@ -64,16 +75,16 @@ def read_info(folder: str | Path) -> ScorerInfo | None:
 
 
 def write_info(folder: str | Path, info: ScorerInfo) -> None:
-    """Write rgtg.json, last of a checkpoint's files, through a rename so that it is never half there."""
+    """Write rgtg.json, atomically and as the last file of a checkpoint: it marks the others as complete."""
     write_text_synced(Path(folder) / INFO_FILE, json.dumps(info.model_dump(), indent=2) + "\n")
 
 
 def require_safe_weights(source: str) -> str:
-    """The local folder of a model; one that does not exist, or holds only pickled weights, is refused.
+    """The local folder of a model, after checking that its files are safe to load.
 
     Raises:
         ModelNotFoundError: no such folder or repository, or no model in it.
-        UsageError: weights in a pickle format, which can run code on loading.
+        UsageError: weights in a pickle format, which can run code when loaded; or a head, which is no model.
     """
     path = Path(local_folder(source))
     if path.is_file():
@@ -97,29 +108,29 @@ def require_safe_weights(source: str) -> str:
 
 
 def _require_inside(index: Path) -> None:
-    """Refuse an index of weights that names files elsewhere.
+    """Check that an index of weights names only files in its own folder.
 
     Raises:
-        UsageError: a name that is no plain file name, or an index that is none.
+        UsageError: a path instead of a file name, or a damaged index.
     """
     try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-        odd = sorted(name for name in named if Path(name).name != name or "\\" in name)
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        outside = sorted(name for name in names if Path(name).name != name or "\\" in name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{index} is damaged: it maps no weights to files") from error
-    if odd:
-        raise UsageError(f"{index} names {odd[0]!r}: weights must lie in the model's own folder")
+        raise UsageError(f"{index} is damaged: it does not map weights to files") from error
+    if outside:
+        raise UsageError(f"{index} names {outside[0]!r}: weights must lie in the model's own folder")
 
 
 def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
     """Short hash of a model's weights: names, shapes and evenly spaced values of every tensor.
 
-    ``dtype`` gives the hash that the same weights have when they are loaded as that. A model whose weights were packed
-    for decoding keeps the hash of what it was made from in ``_rgtg_fingerprint``.
+    With ``dtype``, the hash that the same weights have when loaded in that dtype. A packed copy of a model stores the
+    model's own hash in ``_rgtg_fingerprint``.
     """
-    kept = getattr(model, "_rgtg_fingerprint", None)
-    if isinstance(kept, str) and dtype is None:
-        return kept
+    stored = getattr(model, "_rgtg_fingerprint", None)
+    if isinstance(stored, str) and dtype is None:
+        return stored
     digest = hashlib.sha256()
     for name, tensor in iter_full_weights(model):
         flat = tensor.detach().reshape(-1)
@@ -132,7 +143,7 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
 
 
 def cast_fingerprints(model: Any) -> dict[str, str]:
-    """Fingerprints that the weights have when loaded in 16 bits."""
+    """Fingerprints that the weights have when loaded in a 16-bit dtype, by its name."""
     return {
         str(dtype).removeprefix("torch."): fingerprint_weights(model, dtype)
         for dtype in (torch.bfloat16, torch.float16)

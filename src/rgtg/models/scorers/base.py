@@ -1,4 +1,4 @@
-"""The Scorer protocol, what a scorer declares about itself, and the one way to load any of them."""
+"""The Scorer protocol, and loading a scorer of any kind."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap
-from rgtg.models.loading.hub import named
+from rgtg.models.loading.hub import with_revision
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan
@@ -20,12 +20,15 @@ from rgtg.models.scorers.token_reward import VocabularyScorer
 if TYPE_CHECKING:
     import torch
 
+# Scorers of whole completions; what load_scorer returns; and what decoding uses, which wraps reward models that have
+# another tokenizer.
+CompletionScorer = PrefixScorer | OwnStateScorer | VocabularyScorer
+LoadedScorer = CompletionScorer | SharedTrunkScorer
+AnyScorer = LoadedScorer | CrossTokenizerScorer
+
 
 class Scorer(Protocol):
-    """Anything that can say how good a prefix is.
-
-    ``info`` is None for a model that was not trained here; ``causal`` says whether one forward reads every prefix.
-    """
+    """Anything that scores the prefixes of completions; `rgtg.models.scorers.token_scorer` explains the attributes."""
 
     model: Any
     tokenizer: Any
@@ -35,7 +38,7 @@ class Scorer(Protocol):
 
     @property
     def info(self) -> ScorerInfo | None:
-        """What the scorer's rgtg.json says of it."""
+        """Contents of the scorer's rgtg.json, or None for a model that was not trained here."""
         ...
 
     def score_prefixes(
@@ -52,16 +55,12 @@ class Scorer(Protocol):
         finished: bool | Sequence[bool] = True,
         batch_size: int = 8,
     ) -> list[float]:
-        """Reward of each finished completion (or of an unfinished one, read without a closing EOS)."""
+        """Score of each completion; an unfinished one does not get EOS."""
         ...
 
 
-ReadableScorer = PrefixScorer | OwnStateScorer | VocabularyScorer  # those that read whole completions on their own
-AnyScorer = ReadableScorer | SharedTrunkScorer | CrossTokenizerScorer
-
-
 def load_scorer(
-    source: "str | ReadableScorer | tuple[Any, Any]",
+    source: "str | CompletionScorer | tuple[Any, Any]",
     *,
     kind: Literal["autoregressive"] | None = None,
     revision: str | None = None,
@@ -71,33 +70,34 @@ def load_scorer(
     device_map: DeviceMap | None = None,
     tp_plan: TpPlan | None = None,
     join: bool = False,
-) -> ReadableScorer | SharedTrunkScorer:
-    """Load a scorer of any kind: its rgtg.json says which; a folder without one holds a stock reward model.
+) -> LoadedScorer:
+    """Load a scorer of the kind that its rgtg.json describes; a folder without one holds a stock reward model.
 
     Args:
         source: folder or hub id, a loaded scorer (returned as it is), or a loaded (reward model, tokenizer) pair.
-        kind: ``autoregressive`` reads a language model (folder, hub id or loaded pair) by its log-probabilities, as
-            GenARM reads any, for example one that DPO has tuned; a folder that rgtg trained so needs no kind.
-        revision: branch, tag or commit of a hub repository; ``owner/name@revision`` says the same.
-        policy: the loaded policy; a head on its states shares it, other scorers do not need it.
+        kind: ``autoregressive`` scores with the log-probabilities of a language model (folder, hub id or loaded pair),
+            as GenARM does with any, for example one tuned with DPO. A folder that rgtg trained so needs no kind.
+        revision: branch, tag or commit of a hub repository; ``owner/name@revision`` means the same.
+        policy: the loaded policy. A head on its hidden states shares it; other scorers do not need it.
         dtype: of weights that are loaded.
         device: for weights that are loaded.
-        device_map: in place of ``device``, as of `rgtg.models.loading.policy.load_policy`.
-        tp_plan: in place of both, as there.
-        join: read an adapter on the policy's trunk in one pass with the policy; else it is a reward model of its own.
+        device_map: instead of ``device``, as in `rgtg.models.loading.policy.load_policy`.
+        tp_plan: instead of both, as there.
+        join: load an adapter on the policy's trunk into the policy, so that one forward pass serves both; otherwise the
+            adapter is merged into a reward model of its own.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: a head made for another policy, a model that is no scorer, a scorer that is not of ``kind``, or a
-            revision of what is no hub repository.
+        UsageError: a head for another policy, a model that is not a scorer, a scorer that is not of ``kind``, or a
+            revision of something that is not a hub repository.
     """
     if revision is not None:
         if not isinstance(source, str):
             raise UsageError("revision applies to a scorer loaded by its hub id")
-        source = named(source, revision)
-    where: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "tp_plan": tp_plan}
+        source = with_revision(source, revision)
+    placement: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "tp_plan": tp_plan}
     if kind is not None:
-        return _as_autoregressive(source, kind, where)
+        return _load_autoregressive(source, kind, placement)
     if isinstance(source, VocabularyScorer):
         return source
     if isinstance(source, OwnStateScorer):
@@ -106,52 +106,54 @@ def load_scorer(
         return source
     if isinstance(source, str) and (info := read_info(source)):
         if info.trunk == "own":
-            return OwnStateScorer.from_pretrained(source, policy=policy, **where)
+            return OwnStateScorer.from_pretrained(source, policy=policy, **placement)
         if info.trunk == "shared" and join and policy is not None:
             if device_map is not None or tp_plan is not None:
-                raise UsageError("device_map and tp_plan are of a model of its own; an adapter is where its policy is")
+                raise UsageError(
+                    "device_map and tp_plan apply to a model of its own; an adapter is where its policy is"
+                )
             return SharedTrunkScorer.from_pretrained(source, policy)
         if info.head == "vocab":
-            return VocabularyScorer.from_pretrained(source, **where)
-    return PrefixScorer.from_pretrained(source, **where)
+            return VocabularyScorer.from_pretrained(source, **placement)
+    return PrefixScorer.from_pretrained(source, **placement)
 
 
 def load_named_scorer(
     source: str, policy: str | None = None, *, dtype: str | None = None, device: str | None = None
-) -> ReadableScorer:
-    """A scorer by name, to read whole completions with; ``policy`` says where the one that a head reads is now.
+) -> CompletionScorer:
+    """Load a scorer of whole completions by name; ``policy`` is the present place of the policy that a head needs.
 
     Raises:
-        UsageError: a policy for a scorer that reads none; and as ``load_scorer``.
+        UsageError: a policy for a scorer that does not need one; and as `load_scorer`.
     """
     if policy is not None and trunk_of(source) != "own":
-        raise UsageError(f"{source} is a model of its own and reads no policy; leave --policy out")
+        raise UsageError(f"{source} is a model of its own and does not need a policy; leave --policy out")
     loaded = load_policy(policy, dtype=dtype, device=device) if policy is not None else None
     scorer = load_scorer(source, policy=loaded, dtype=dtype, device=device)
-    assert not isinstance(scorer, SharedTrunkScorer), "only a policy can be joined with an adapter"
+    assert not isinstance(scorer, SharedTrunkScorer), "only join=True gives one"
     return scorer
 
 
 def weights_of(scorer: Any) -> Any:
-    """The module whose weights a scorer was trained as: a head on a policy's states, else its model."""
+    """The module that a scorer was trained as: a head on a policy's states, otherwise its model."""
     return scorer.head if isinstance(scorer, OwnStateScorer) else scorer.model
 
 
 def trunk_of(source: str) -> str:
-    """Whose states a scorer reads, by its folder: ``separate`` (also without rgtg.json), ``own`` or ``shared``."""
+    """Whose hidden states a scorer's folder scores: ``separate`` (also without rgtg.json), ``own`` or ``shared``."""
     info = read_info(source)
     return info.trunk if info else "separate"
 
 
-def _as_autoregressive(source: Any, kind: str, where: dict[str, Any]) -> VocabularyScorer:
+def _load_autoregressive(source: Any, kind: str, placement: dict[str, Any]) -> VocabularyScorer:
     if kind != "autoregressive":
-        raise UsageError(f"kind={kind!r}: expected 'autoregressive', or None where rgtg.json says what a scorer is")
+        raise UsageError(f"kind={kind!r}: expected 'autoregressive', or None if rgtg.json describes the scorer")
     if isinstance(source, str):
-        scorer = VocabularyScorer.from_pretrained(source, **where)
+        scorer = VocabularyScorer.from_pretrained(source, **placement)
     else:
         scorer = source if isinstance(source, VocabularyScorer) else VocabularyScorer(load_policy(source))
     if scorer.objective != "autoregressive":
         raise UsageError(
-            f"{scorer.name} was trained with {scorer.objective}: its logits are values, not log-odds of text"
+            f"{scorer.name} was trained with {scorer.objective}: its logits are values, not log-probabilities of text"
         )
     return scorer

@@ -1,7 +1,7 @@
-"""Small networks on a language model's hidden states, and their file.
+"""Small networks that score a language model's hidden states, and the file that stores them.
 
-A *state head* is read at the candidate, r(y_{1:i}) = Q(h_i). A *vocabulary head* is read at the prefix and scores every
-next token, r(y_{1:i}) = Q(h_{i-1})[y_i]. h_i is the policy's hidden state at token i, in one of its layers.
+A *state head* scores the candidate's own state: r(y_{1:i}) = Q(h_i). A *vocabulary head* scores every next token from
+the state of the prefix: r(y_{1:i}) = Q(h_{i−1})[y_i]. h_i is the hidden state at token i in one of the policy's layers.
 """
 
 from pathlib import Path
@@ -16,49 +16,51 @@ from rgtg.errors import DataError
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo
 from rgtg.utils.files import atomic_write
 
-# Beyond this share of the vocabulary, one product with all of it is cheaper than with rows that are gathered.
-MANY = 16
+
+def gathers_rows(candidates: int, vocabulary: int) -> bool:
+    """Whether gathering the rows of so few candidates is cheaper than a product with the whole vocabulary."""
+    return candidates <= vocabulary // 16
 
 
 class StateHead(nn.Module):
-    """Q(h) = MLP(h), one score per state: w₂ · GELU(W₁ h̃ + b₁) + b₂ with h̃ = (h − mean) / std.
+    """One score per state: Q(h) = w₂ · GELU(W₁ h̃ + b₁) + b₂ with h̃ = (h − mean) / std.
 
-    ``mean`` and ``std``, of each dimension over the training states, make any model's scale fit; they are stored.
+    ``mean`` and ``std`` are those of each dimension over the training states; they are stored with the weights.
     """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.mlp = _Perceptron(hidden, width, 1)
+        self.mlp = _MLP(hidden, width, 1)
 
     def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
-        """Scores in fp32, whatever the states' dtype."""
+        """Scores in fp32, for states of any dtype."""
         scores: Tensor = self.mlp(states)[..., 0]
         return scores.float()
 
 
 class VocabularyHead(nn.Module):
-    """Q(h)[v] = ⟨MLP(h), E[v]⟩ + b[v], one score per next token; E is a learned token table (V × rank)."""
+    """One score per next token v: Q(h)[v] = ⟨MLP(h), E[v]⟩ + b[v], with a learned token table E (V, rank)."""
 
     def __init__(self, hidden: int, width: int, rank: int, vocabulary: int) -> None:
         super().__init__()
-        self.mlp = _Perceptron(hidden, width, rank)
+        self.mlp = _MLP(hidden, width, rank)
         self.table = nn.Embedding(vocabulary, rank)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
     ) -> Float[Tensor, "batch candidates"]:
-        """Scores of each prefix's candidates in fp32; of a few, only their rows of the table are read."""
+        """Scores in fp32 of each prefix's candidates."""
         query = self.mlp(states)  # (B, R)
-        if candidate_ids.shape[1] > len(self.bias) // MANY:
-            every: Tensor = nn.functional.linear(query, self.table.weight, self.bias)  # (B, V)
-            return every.float().gather(1, candidate_ids)
+        if not gathers_rows(candidate_ids.shape[1], len(self.bias)):
+            all_scores: Tensor = nn.functional.linear(query, self.table.weight, self.bias)  # (B, V)
+            return all_scores.float().gather(1, candidate_ids)
         products: Tensor = self.table(candidate_ids) @ query[..., None]  # (B, K, 1)
         return products[..., 0].float() + self.bias[candidate_ids]
 
     @torch.no_grad()
     def best(self, states: Float[Tensor, "rows hidden"], vocabulary: int | None = None) -> Float[Tensor, " rows"]:
-        """max_v Q(h)[v] over the first ``vocabulary`` tokens, without a gradient; few rows at a time."""
+        """max_v Q(h)[v] over the first ``vocabulary`` tokens, without a gradient, a few rows at a time."""
         table, bias = self.table.weight[:vocabulary], self.bias[:vocabulary]
         rows = max(1, 2**24 // len(table))  # 64 MB of scores
         parts = [(part @ table.T + bias).amax(-1) for part in torch.split(self.mlp(states), rows)]
@@ -67,13 +69,13 @@ class VocabularyHead(nn.Module):
     def positions(
         self, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length"]:
-        """Score of ``token_ids[b, t]`` read at ``states[b, t]``, the state just before it."""
+        """Score of ``token_ids[b, t]``, given the state ``states[b, t]`` before it."""
         scores: Tensor = self(states.flatten(0, 1), token_ids.reshape(-1, 1))
         return scores.view(token_ids.shape)
 
 
-class _Perceptron(nn.Module):
-    """Standardise, one hidden layer, fp32 throughout."""
+class _MLP(nn.Module):
+    """Standardize the input, then one hidden layer; everything in fp32."""
 
     mean: Tensor
     std: Tensor
@@ -85,10 +87,9 @@ class _Perceptron(nn.Module):
         self.first = nn.Linear(hidden, width)
         self.second = nn.Linear(width, out)
 
-    def forward(self, states: Tensor) -> Tensor:
-        inside = nn.functional.gelu(self.first((states.float() - self.mean) / self.std))
-        out: Tensor = self.second(inside)
-        return out
+    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows out"]:
+        hidden = nn.functional.gelu(self.first((states.float() - self.mean) / self.std))
+        return self.second(hidden)  # type: ignore[no-any-return]
 
 
 Head = StateHead | VocabularyHead
@@ -97,13 +98,13 @@ Head = StateHead | VocabularyHead
 def score_positions(
     head: Head, states: Float[Tensor, "batch length hidden"], token_ids: Int[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """Score of every prefix, given the states that `prefix_states` cuts out and the completions' tokens."""
+    """Score of every prefix, given the states from `prefix_states` and the completions' tokens."""
     scores: Tensor = head.positions(states, token_ids) if isinstance(head, VocabularyHead) else head(states)
     return scores
 
 
 def save_head(folder: Path, head: Head) -> None:
-    """Write head.safetensors; `round_to_half` first, so that what is read back is what was evaluated."""
+    """Write head.safetensors; call `round_to_half` first, so that the loaded head equals the evaluated one."""
     tensors = {
         name: value.half() if isinstance(value, nn.Parameter) else value
         for name, value in head.state_dict(keep_vars=True).items()
@@ -114,16 +115,16 @@ def save_head(folder: Path, head: Head) -> None:
 
 @torch.no_grad()
 def round_to_half(head: Head) -> None:
-    """Round the weights to what fp16 holds, in place; they stay fp32 tensors."""
+    """Round the weights to fp16 values, in place; they stay fp32 tensors."""
     for parameter in head.parameters():
         parameter.copy_(parameter.half())
 
 
 def load_head(folder: Path, info: ScorerInfo) -> Head:
-    """Read head.safetensors; sizes come from its tensors.
+    """Read head.safetensors. The sizes come from its tensors.
 
     Raises:
-        DataError: missing, cut off, or not what rgtg.json says.
+        DataError: the file is missing, truncated, or not the head that rgtg.json describes.
     """
     try:
         tensors = load_file(str(folder / HEAD_FILE))

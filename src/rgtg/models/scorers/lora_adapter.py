@@ -1,7 +1,7 @@
-"""A scorer that is a LoRA adapter and a scalar head on the policy's own weights: one forward serves both.
+"""A scorer that is a LoRA adapter and a scalar head on the policy's own weights: one forward pass serves both.
 
-A batch of two halves goes through the policy's trunk: the first half as it is, the second with the adapter's low-rank
-terms added to its products. The base weights are read once for both.
+A batch of two halves goes through the policy's trunk: the first half is the policy, the second half has the adapter's
+low-rank terms added to the linear layers. The base weights are read from memory once for both.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -21,39 +22,48 @@ from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.ops.packed_linear import can_pack, group_linears, grouped_linears, structural_copy
 from rgtg.models.scorers.hidden_state_head import require_same_policy
 
-ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_ADAPTER_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-# What peft can add to a LoRA that the fused forward does not compute.
+# Options of a peft LoRA that the fused forward pass does not compute, with the values that leave them off.
 _PLAIN = {"use_dora": False, "bias": "none", "alpha_pattern": {}, "layer_replication": None, "lora_bias": False}
+
+# Name of a linear layer → A (rank, in) and B (out, rank), with the scale included in B.
+Adapter = dict[str, tuple[Tensor, Tensor]]
 
 
 class SharedTrunkScorer:
-    """A LoRA scorer joined with the policy it was trained on.
+    """A LoRA scorer inside the policy that it was trained on.
 
     Attributes:
-        model: the policy's twin; in a batch of 2B rows the last B get the adapter.
-        head: (…, H) states of adapted rows → (…) scores.
+        model: a copy of the policy that shares its weights; in a batch of 2B rows, the last B get the adapter.
+        weight: of the scalar head, (1, H).
     """
 
     causal = True
 
-    def __init__(self, policy: Policy, adapter: dict[str, tuple[Tensor, Tensor]], head: Tensor, **about: Any) -> None:
-        """As ``from_pretrained``; ``adapter`` maps a layer's name to A (r, in) and B (out, r), the scale included."""
+    def __init__(
+        self,
+        policy: Policy,
+        adapter: Adapter,
+        head: Float[Tensor, "1 hidden"],
+        *,
+        info: ScorerInfo | None = None,
+        name: str = "scorer",
+    ) -> None:
         self.model = copy_with_adapter(policy.model, adapter)
         self.tokenizer = policy.tokenizer
         self.weight = head.to(device=policy.model.device, dtype=policy.model.dtype)
-        self.info: ScorerInfo | None = about.get("info")
-        self.name: str = about.get("name", "scorer")
+        self.info, self.name = info, name
         self.max_length = policy.max_length
-        self.append_eos = self.info.append_eos if self.info else False
+        self.append_eos = info.append_eos if info else False
 
     @classmethod
     def from_pretrained(cls, folder: str, policy: Policy) -> Self:
-        """Read an adapter that ``rgtg train --trunk shared`` wrote, and join it with its policy.
+        """Load an adapter that ``rgtg train --trunk shared`` saved, into its policy.
 
         Raises:
-            UsageError: another policy's adapter, or one with parts that the fused forward does not compute.
-            DataError: files that are damaged.
+            UsageError: an adapter of another policy, or with options that the fused forward pass does not compute.
+            DataError: damaged files.
         """
         info = read_info(folder)
         if info is None or info.trunk != "shared":
@@ -64,30 +74,30 @@ class SharedTrunkScorer:
         adapter, head = read_adapter(folder)
         return cls(policy, adapter, head, info=info, name=folder)
 
-    def head(self, states: Tensor) -> Tensor:
-        """Scores (…) of final states (…, H), fp32."""
+    def head(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
+        """Scores, fp32, of the adapter's final states."""
         return nn.functional.linear(states, self.weight)[..., 0].float()
 
 
-def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """A peft LoRA with a scalar head: {layer: (A (r, in), B (out, r) times its scale)}, and the head (1, H).
+def read_adapter(folder: str) -> tuple[Adapter, Float[Tensor, "1 hidden"]]:
+    """A peft LoRA and its scalar head.
 
     Raises:
         UsageError: an adapter that is more than a plain LoRA.
-        DataError: files that are missing or damaged.
+        DataError: missing or damaged files.
     """
     path = Path(local_folder(folder))
     try:
-        config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+        config = dict(json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8")))
         alpha = float(config["lora_alpha"])
-        with safe_open(path / ADAPTER_FILE, framework="pt") as file:
+        with safe_open(path / _ADAPTER_FILE, framework="pt") as file:
             tensors = {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own, without a common base
+    except Exception as error:  # safetensors' errors have no common base class
         raise DataError(f"cannot read the LoRA scorer {folder}: {error}") from error
-    odd = [name for name, plain in _PLAIN.items() if config.get(name) and config[name] != plain]
-    if odd or config.get("peft_type") != "LORA":
+    options = [name for name, plain in _PLAIN.items() if config.get(name) and config[name] != plain]
+    if options or config.get("peft_type") != "LORA":
         raise UsageError(
-            f"{folder} is not a plain LoRA ({', '.join(odd) or config.get('peft_type')}); merge it instead"
+            f"{folder} is not a plain LoRA ({', '.join(options) or config.get('peft_type')}); merge it instead"
         )
     adapter = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
@@ -104,27 +114,25 @@ def read_adapter(folder: str) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]
     return adapter, head
 
 
-def copy_with_adapter(model: Any, adapter: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    """The policy's twin whose linear layers add the adapter to the second half of the batch.
+def copy_with_adapter(model: Any, adapter: Adapter) -> Any:
+    """A copy of the policy, with its weights shared, that adds the adapter to the second half of each batch.
 
     Raises:
-        UsageError: a layer of the adapter that the policy does not have.
+        UsageError: the adapter changes a layer that the policy does not have.
     """
-    twin = structural_copy(model) if grouped_linears(model) else group_linears(model, pack=can_pack(model))
-    layers = grouped_linears(twin)
-    unknown = sorted(set(adapter) - set(layers))
-    if unknown:
-        raise UsageError(f"the adapter changes {unknown[0]}, which {type(model).__name__} has not as a linear layer")
-    members: dict[int, list[str]] = {}
+    copied = structural_copy(model) if grouped_linears(model) else group_linears(model, pack=can_pack(model))
+    layers = grouped_linears(copied)
+    if unknown := sorted(set(adapter) - set(layers)):
+        raise UsageError(f"the adapter changes {unknown[0]}, which is not a linear layer of {type(model).__name__}")
+    names_of: dict[int, list[str]] = {}
     for name, layer in sorted(layers.items(), key=lambda item: item[1].index):
-        members.setdefault(id(layer.group), []).append(name)
+        names_of.setdefault(id(layer.group), []).append(name)
     with torch.inference_mode():
-        for names in members.values():
-            pairs = [adapter.get(name, (None, None)) for name in names]
-            down, up = zip(*pairs, strict=True)
-            layers[names[0]].group.adapt(_placed(down, model), _placed(up, model))
-    return twin
+        for names in names_of.values():
+            down, up = zip(*(adapter.get(name, (None, None)) for name in names), strict=True)
+            layers[names[0]].group.adapt(_to_model(down, model), _to_model(up, model))
+    return copied
 
 
-def _placed(parts: Sequence[Tensor | None], model: Any) -> list[Tensor | None]:
+def _to_model(parts: Sequence[Tensor | None], model: Any) -> list[Tensor | None]:
     return [None if part is None else part.to(model.device, model.dtype) for part in parts]

@@ -1,4 +1,4 @@
-"""A stock sequence-classification reward model, read at every position in one pass."""
+"""A sequence-classification reward model that scores every prefix in one forward pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,22 +7,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.lora_merge import is_adapter, load_merged
 from rgtg.models.loading.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
-from rgtg.models.ops.lm_head import is_head_weight, scalar_head, trunk
-from rgtg.tokenization.encoding import encode_completion, encode_prompt
-from rgtg.tokenization.padding import batches_by_length
+from rgtg.models.ops.lm_head import final_states, is_head_weight, scalar_head, scorer_scores
+from rgtg.models.scorers.token_scorer import TokenScorer, encode_for_scoring, require_within_context
 
 
-class PrefixScorer:
-    """Reads an ``AutoModelForSequenceClassification(num_labels=1)`` at chosen positions.
+class PrefixScorer(TokenScorer):
+    """Scores prefixes with an ``AutoModelForSequenceClassification(num_labels=1)``.
 
-    The score of prefix y_{1:i} is the scalar head on the last layer's state at token i, which for a causal model equals
-    the stock model run on that prefix alone.
+    The score of prefix y_{1:i} is the scalar head's output at token i. For a causal model, it equals the stock model's
+    output for that prefix alone. An encoder has no head for every position: it scores each prefix as a text of its own.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, info: ScorerInfo | None = None, name: str = "scorer") -> None:
@@ -50,11 +49,11 @@ class PrefixScorer:
     ) -> "PrefixScorer":
         """Load a reward model from a folder or hub id, or wrap a loaded (model, tokenizer) pair.
 
-        ``dtype``, ``device``, ``device_map`` and ``tp_plan`` as of `rgtg.models.loading.policy.load_policy`.
+        ``dtype``, ``device``, ``device_map`` and ``tp_plan`` are those of `rgtg.models.loading.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: nothing loadable at ``source``.
-            UsageError: a model with more than one label, or one without a trained reward head.
+            UsageError: a model with more than one label, or without a trained reward head.
         """
         if isinstance(source, PrefixScorer):
             return source
@@ -65,32 +64,26 @@ class PrefixScorer:
         model = _load_classifier(source, Placement(dtype, device, device_map, tp_plan), tokenizer)
         return cls(model, tokenizer, info=info, name=source)
 
-    @torch.inference_mode()
     def score_prefixes(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        *,
-        batch_size: int = 8,
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
     ) -> list[Tensor]:
-        """Scores of every prefix y_{1:i}, i = 1 … T, of each completion.
-
-        A causal model needs one forward per completion; an encoder reads each prefix's text as a row of its own.
-
-        Returns:
-            One fp32 CPU tensor of shape (T,) per completion.
-        """
+        """Score every prefix of each completion, as `TokenScorer.score_prefixes`."""
+        if self.causal:
+            return super().score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         require_within_context(rows, self.max_length)
-        if not self.causal:
-            return [self._score_prefix_texts(prompt, completion, batch_size) for prompt, completion in rows]
-        scores: dict[int, Tensor] = {}
-        for part, ids, mask in batches_by_length(rows, batch_size, self.model.device):
-            read = position_scores(self.model, ids, mask).float().cpu()
-            for row, i in enumerate(part):
-                first, total = len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])
-                scores[i] = read[row, first:total].clone()
-        return [scores[i] for i in range(len(rows))]
+        scores = []
+        for prompt, completion in rows:
+            ends = range(1, len(completion) + 1)
+            texts = [self.tokenizer.decode([*prompt, *completion[:i]], skip_special_tokens=True) for i in ends]
+            scores.append(self._score_texts(texts, batch_size))
+        return scores
+
+    def _score_batch(
+        self, ids: Int[Tensor, "batch length"], mask: Int[Tensor, "batch length"], windows: Sequence[slice]
+    ) -> list[Tensor]:
+        scores = position_scores(self.model, ids, mask).float().cpu()
+        return [row[window].clone() for row, window in zip(scores, windows, strict=True)]
 
     def score(
         self,
@@ -101,36 +94,16 @@ class PrefixScorer:
         templated: bool = False,
         batch_size: int = 8,
     ) -> list[float]:
-        """Reward of each completion after its prompt.
-
-        Args:
-            prompts: texts.
-            completions: texts, as many.
-            finished: whether a completion ended, for all or one each; those that did are closed with EOS if the scorer
-                was trained so, those that were cut off at a limit are not.
-            templated: the prompts went through a chat template, which wrote the special tokens.
-            batch_size: texts read together.
-
-        Raises:
-            DataError: an empty prompt, or a text over the scorer's context.
-            UsageError: another number of ``finished`` than of completions.
-        """
-        prompt_ids, completion_ids = encode_for_scoring(
-            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
-        )
+        """Score each completion after its prompt, as `TokenScorer.score`."""
         if self.causal:
-            return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
+            return super().score(prompts, completions, finished=finished, templated=templated, batch_size=batch_size)
+        # An encoder scores texts, with the same requirements.
+        encode_for_scoring(self.tokenizer, prompts, completions, finished, append_eos=False, templated=templated)
         return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
 
-    def _score_prefix_texts(self, prompt: Sequence[int], completion: Sequence[int], batch_size: int) -> Tensor:
-        texts = [
-            self.tokenizer.decode([*prompt, *completion[:i]], skip_special_tokens=True)
-            for i in range(1, len(completion) + 1)
-        ]
-        return self._score_texts(texts, batch_size)
-
     @torch.inference_mode()
-    def _score_texts(self, texts: list[str], batch_size: int) -> Tensor:
+    def _score_texts(self, texts: Sequence[str], batch_size: int) -> Float[Tensor, " texts"]:
+        """Scores of whole texts by an encoder, fp32 on the CPU."""
         parts = []
         for start in range(0, len(texts), batch_size):
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
@@ -139,122 +112,32 @@ class PrefixScorer:
         return torch.cat(parts)
 
 
-def require_within_context(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None) -> None:
-    """Refuse an empty completion, and a prompt and completion over the scorer's context of ``limit`` tokens.
-
-    Raises:
-        DataError: saying which.
-    """
-    for prompt, completion in rows:
-        if not completion:
-            raise DataError("a scored completion must have at least one token")
-        if limit and len(prompt) + len(completion) > limit:
-            raise DataError(
-                f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of {limit}; drop it, "
-                "or use a scorer with a longer context"
-            )
-
-
-def encode_for_scoring(
-    tokenizer: Any,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    finished: bool | Sequence[bool],
-    *,
-    append_eos: bool,
-    templated: bool,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions as a causal scorer reads them: what ended is closed if the scorer was trained so.
-
-    An empty text that no EOS closes is worth what its prompt is: the prompt's last token then stands for it.
-
-    Raises:
-        UsageError: another number of ``finished`` than of completions.
-    """
-    ended = finished_flags(finished, len(completions))
-    prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
-    completion_ids = [
-        encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
-        for p, c, end in zip(prompts, completions, ended, strict=True)
-    ]
-    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-        if not completion:
-            completion.append(prompt.pop())
-    return prompt_ids, completion_ids
-
-
-def finished_flags(finished: bool | Sequence[bool], many: int) -> list[bool]:
-    """Whether each of so many completions ended, from one answer for all or one for each.
-
-    Raises:
-        UsageError: another number of answers than of completions.
-    """
-    ended = [finished] * many if isinstance(finished, bool) else list(finished)
-    if len(ended) != many:
-        raise UsageError(f"finished says of {len(ended)} completions whether they ended, and there are {many}")
-    return ended
-
-
-class ReadsCompletions:
-    """Scores texts by their tokens: what scorers share that read every prefix of the policy's tokens."""
-
-    tokenizer: Any
-    append_eos: bool
-
-    def score_prefixes(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
-    ) -> list[Tensor]:
-        """Scores of all prefixes of each completion."""
-        raise NotImplementedError
-
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        *,
-        finished: bool | Sequence[bool] = True,
-        templated: bool = False,
-        batch_size: int = 8,
-    ) -> list[float]:
-        """Score of each completion after its prompt; arguments as `PrefixScorer.score`."""
-        prompt_ids, completion_ids = encode_for_scoring(
-            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
-        )
-        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
-
-
 def position_scores(
     model: Any, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """Score at every position of right-padded sequences, in one forward pass.
+    """Score at every position of padded sequences, in one forward pass.
 
-    ``out[b, t]`` is the reward the stock model gives tokens ``0 … t`` of row b. Positions are counted from the mask,
-    so left padding works too; scores at padding are meaningless.
+    ``out[b, t]`` is the reward that the stock model gives tokens 0 … t of row b. Rows may be padded on either side;
+    scores at padding have no meaning.
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    states = trunk(model)(
-        input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
-    scores: Tensor = scalar_head(model)(states)[..., 0]
-    return broadcast_from_rank0(model, scores)
+    return scorer_scores(model, final_states(model, input_ids, attention_mask))
 
 
 def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     dtype, auto_class = resolve_dtype(placement.dtype), AutoModelForSequenceClassification
+    kwargs = placement.load_kwargs()
     if is_adapter(source):
-        where = placement.arguments()
-        model = load_merged(auto_class, source, "scorer", tokenizer, dtype=dtype, num_labels=1, **where)
+        model = load_merged(auto_class, source, "scorer", tokenizer, dtype=dtype, num_labels=1, **kwargs)
         return finish_loading(model, placement)
     model, report = load_pretrained(
-        auto_class, source, "scorer",
-        dtype=dtype, use_safetensors=True, output_loading_info=True, **placement.arguments(),
-    )  # fmt: skip
-    if missing := [key for key in report["missing_keys"] if is_head_weight(key)]:
+        auto_class, source, "scorer", dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+    )
+    if missing := [name for name in report["missing_keys"] if is_head_weight(name)]:
         raise UsageError(
             f"{source} has no trained reward head ({', '.join(sorted(missing)[:3])} not in its weights): it is a "
-            f"language model, not a reward model. Train one: rgtg train --base {source} (or read "
-            'its own log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
+            f"language model, not a reward model. Train one: rgtg train --base {source} (or use its "
+            'log-probabilities as scores: load_scorer(..., kind="autoregressive"))'
         )
     return finish_loading(model, placement)

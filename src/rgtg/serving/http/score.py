@@ -17,7 +17,7 @@ from rgtg.models.ops.lm_head import trunk
 from rgtg.models.scorers.base import AnyScorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
-from rgtg.models.scorers.reward_model import encode_for_scoring, require_within_context
+from rgtg.models.scorers.token_scorer import encode_for_scoring, require_within_context
 from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
 from rgtg.serving.http.input_processor import InputProcessor, Prompt
 from rgtg.serving.http.middleware import JsonRoute

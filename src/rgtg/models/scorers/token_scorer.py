@@ -1,0 +1,147 @@
+"""What scorers of the policy's tokens share: one forward pass scores every prefix of a completion."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rgtg.errors import DataError, UsageError
+from rgtg.models.loading.scorer_info import ScorerInfo
+from rgtg.tokenization.encoding import encode_completion, encode_prompt
+from rgtg.tokenization.padding import batches_by_length
+
+
+class TokenScorer:
+    """Base class of scorers that read the policy's tokens.
+
+    Attributes:
+        info: contents of the scorer's rgtg.json; None for a model that was not trained here.
+        causal: whether one forward pass scores every prefix.
+        append_eos: whether finished completions end with EOS, as in training.
+        reads_previous_state: whether the score of token i is read at token i − 1, so that a prompt needs a token.
+    """
+
+    model: Any
+    tokenizer: Any
+    info: ScorerInfo | None
+    name: str
+    causal = True
+    max_length: int | None
+    append_eos: bool
+    reads_previous_state = False
+
+    @torch.inference_mode()
+    def score_prefixes(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[Tensor]:
+        """Score every prefix y_{1:i}, i = 1 … T, of each completion.
+
+        Returns:
+            One fp32 CPU tensor of shape (T,) per completion.
+
+        Raises:
+            DataError: an empty completion, a text that exceeds the scorer's context, or an empty prompt if the scorer
+                reads the state before a token.
+        """
+        rows = list(zip(prompt_ids, completion_ids, strict=True))
+        require_within_context(rows, self.max_length)
+        if self.reads_previous_state and not all(prompt for prompt, _ in rows):
+            raise DataError(f"{self.name} reads the state before a token: the prompt must have one")
+        scores: dict[int, Tensor] = {}
+        for indices, ids, mask in batches_by_length(rows, batch_size, self.model.device):
+            windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i in indices]
+            scores |= zip(indices, self._score_batch(ids, mask, windows), strict=True)
+        return [scores[i] for i in range(len(rows))]
+
+    def _score_batch(
+        self, ids: Int[Tensor, "batch length"], mask: Int[Tensor, "batch length"], windows: Sequence[slice]
+    ) -> list[Tensor]:
+        """Scores (T,) on the CPU of each row's completion, whose tokens are ``ids[row, windows[row]]``."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        finished: bool | Sequence[bool] = True,
+        templated: bool = False,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Score each completion after its prompt.
+
+        Args:
+            prompts: texts.
+            completions: as many texts.
+            finished: whether a completion has ended, for all or one value each. A finished completion gets EOS if the
+                scorer was trained so; one that was cut off at a limit does not.
+            templated: a chat template has written the prompts, special tokens included.
+            batch_size: texts per forward pass.
+
+        Raises:
+            DataError: an empty prompt, or a text that exceeds the scorer's context.
+            UsageError: the number of ``finished`` differs from the number of completions.
+        """
+        prompt_ids, completion_ids = encode_for_scoring(
+            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+        )
+        return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
+
+
+def require_within_context(rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None) -> None:
+    """Check that (prompt, completion) rows of token ids can be scored.
+
+    Raises:
+        DataError: a completion is empty, or a row has more than ``limit`` tokens.
+    """
+    for prompt, completion in rows:
+        if not completion:
+            raise DataError("a scored completion must have at least one token")
+        if limit and len(prompt) + len(completion) > limit:
+            raise DataError(
+                f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of {limit}; drop it, "
+                "or use a scorer with a longer context"
+            )
+
+
+def encode_for_scoring(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    finished: bool | Sequence[bool],
+    *,
+    append_eos: bool,
+    templated: bool,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and completions. Finished completions end with EOS if ``append_eos``.
+
+    An empty completion without EOS gets the score of its prompt: the prompt's last token becomes its only token.
+
+    Raises:
+        DataError: an empty prompt.
+        UsageError: the number of ``finished`` differs from the number of completions.
+    """
+    ended = finished_flags(finished, len(completions))
+    prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
+    completion_ids = [
+        encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
+        for p, c, end in zip(prompts, completions, ended, strict=True)
+    ]
+    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+        if not completion:
+            completion.append(prompt.pop())
+    return prompt_ids, completion_ids
+
+
+def finished_flags(finished: bool | Sequence[bool], count: int) -> list[bool]:
+    """One flag per completion, from one flag for all or a sequence.
+
+    Raises:
+        UsageError: the sequence does not have ``count`` flags.
+    """
+    flags = [finished] * count if isinstance(finished, bool) else list(finished)
+    if len(flags) != count:
+        raise UsageError(f"finished says of {len(flags)} completions whether they ended, and there are {count}")
+    return flags
