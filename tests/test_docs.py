@@ -1,7 +1,7 @@
-"""The documentation's examples run: every fenced block of every page, in a folder that holds what they name.
+"""Runs every fenced block of every documentation page, in a folder with the models and files that the pages name.
 
-A block that cannot run here is marked ``<!-- needs: WHAT -->`` on the line before it; those are few, and counted. A
-``text`` block is not run, but the options it names exist. Long runs are cut short by settings, see ``SMALLER``.
+A block that cannot run here has ``<!-- needs: WHAT -->`` on the line before it; the number of these is limited. A
+``text`` block is not run, but its options must exist. ``SMALLER`` has settings that shorten long runs.
 """
 
 import ast
@@ -38,7 +38,7 @@ PAGES = sorted(
 )
 MARKED = 5
 _FENCE = re.compile(r"(?:<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
-# What a tiny world needs less of than the documentation's reader; every setting keeps its meaning.
+# Smaller values of settings, so that the commands of the pages finish in seconds.
 SMALLER = {
     "audit": ["bootstrap=100"],
     "compare": ["bootstrap=100", "max_new_tokens=8", "seeds=[0]"],
@@ -49,7 +49,7 @@ SMALLER = {
 }
 FEW = {"prefixes": 2, "per_candidate": 2, "candidates": 3, "max_new_tokens": 6}  # of roll-outs
 TRAINED = set()
-pytestmark = pytest.mark.filterwarnings("ignore")  # what examples warn of is said on their pages
+pytestmark = pytest.mark.filterwarnings("ignore")  # the pages explain the warnings
 
 
 @dataclass
@@ -81,7 +81,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def world(built, tmp_path, monkeypatch):
-    """A copy of the world, entered; a judge answers at URL."""
+    """A copy of the built folder as working directory, and the URL of a running judge."""
     folder = tmp_path / "world"
     shutil.copytree(built, folder)
     monkeypatch.chdir(folder)
@@ -93,7 +93,7 @@ def world(built, tmp_path, monkeypatch):
 
 
 class Server:
-    """What a page's ``rgtg serve`` started, until the page ends; its address stands for the one on the page."""
+    """The server that a page starts with ``rgtg serve``. It runs until the page ends, on a free port."""
 
     def __enter__(self):
         self.stack, self.url = contextlib.ExitStack(), None
@@ -113,7 +113,7 @@ class Server:
         self.url = self.stack.enter_context(on_a_socket(served))
 
     def on_the_page(self, text):
-        """A line of the page, with the address that is served."""
+        """Replace the page's address with that of the running server."""
         return text.replace("http://localhost:8000", self.url) if self.url else text
 
 
@@ -135,7 +135,7 @@ def test_every_example_runs(page, world, hub, monkeypatch, capsys):
 
 
 def context():
-    """What a page's Python examples take for granted, before its own lines."""
+    """Names that a page's Python examples may use without defining them."""
     policy = rgtg.GuidedPolicy.from_pretrained("policy", scorer="scorer")
     prompts = docs_world.PROMPTS[:2]
     tokenizer = policy.policy.tokenizer
@@ -173,12 +173,12 @@ def command(words, where, url, monkeypatch):
     if words[:2] == ["rgtg", "serve"]:
         SERVER.start(words[2:])
     elif words[0] == "curl":
-        told = subprocess.run(map(SERVER.on_the_page, words), capture_output=True, text=True, timeout=60, check=True)
-        assert "error" not in json.loads(told.stdout), f"{where}: {told.stdout}"
+        ran = subprocess.run(map(SERVER.on_the_page, words), capture_output=True, text=True, timeout=60, check=True)
+        assert "error" not in json.loads(ran.stdout), f"{where}: {ran.stdout}"
     elif words[0] == "rgtg":
         rgtg_command(words[1:], where, url)
     elif words[0] == "make":
-        # -o: set-up is not considered; a line with $(MAKE) in it would run even here
+        # -o: do not run set-up; make runs a line with $(MAKE) even with -n
         dry = subprocess.run(
             ["make", "-n", "-o", ".venv/.rgtg-setup", *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
@@ -191,7 +191,7 @@ def command(words, where, url, monkeypatch):
         if value != "…":
             monkeypatch.setenv(name, value)
     else:
-        pytest.fail(f"{where}: do not know how to run {words[0]}; mark the block <!-- needs: ... -->")
+        pytest.fail(f"{where}: cannot run {words[0]} here; mark the block <!-- needs: ... -->")
 
 
 def extras():
@@ -208,11 +208,11 @@ def rgtg_command(words, where, url):
         and "--output" in words
         and not Path(words[words.index("--output") + 1] + ".job.json").exists()
     ):
-        Path(words[words.index("--output") + 1]).unlink(missing_ok=True)  # an output that this page did not make
+        Path(words[words.index("--output") + 1]).unlink(missing_ok=True)  # this page did not make this output
     if words[0] == "audit" and "--rollouts" in words:
         smaller += [f"{name}={value}" for name, value in FEW.items()] if "--prompts" in words else []
     if words[0] == "train":
-        if tuple(words) in TRAINED:  # on another page, and the world has such a scorer
+        if tuple(words) in TRAINED:  # another page trained it already
             return
         TRAINED.add(tuple(words))
         shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
@@ -250,7 +250,7 @@ def verb_of(words):
 RUN = {"python": run_python, "bash": run_bash, "json": parse_json, "yaml": parse_yaml, "text": check_options}
 
 
-def test_every_block_says_what_it_is():
+def test_every_block_has_a_known_kind():
     assert len(ALL) > 70
     assert not [f"{b.page}:{b.line}" for b in ALL if b.kind not in RUN]
 
@@ -258,10 +258,10 @@ def test_every_block_says_what_it_is():
 def test_few_blocks_cannot_run_here():
     marked = [f"{block.page}:{block.line} needs {block.needs}" for block in ALL if block.needs]
     assert len(marked) <= MARKED, marked
-    assert not [block for block in ALL if block.needs and block.kind in ("text", "json")], "these are never run"
+    assert not [block for block in ALL if block.needs and block.kind in ("text", "json")], "never run anyway"
 
 
-def test_the_runner_would_notice(world, monkeypatch):
+def test_a_wrong_block_fails(world, monkeypatch):
     _, url = world
     for kind, body in (
         ("bash", "rgtg generate --policy absent --method policy --prompt x\n"),
@@ -277,7 +277,7 @@ def test_the_runner_would_notice(world, monkeypatch):
             RUN[kind](Block("page", 1, kind, body, None), {}, url, monkeypatch)
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs", reason="the documentation site needs: pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -287,4 +287,4 @@ def test_the_site_builds_without_a_warning(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert "quickstart.html" in home
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', home)
-    assert not fetched, "the site is whole without a network"
+    assert not fetched, "the site loads files from other servers"

@@ -1,4 +1,4 @@
-"""What is shipped: wheel and sdist built as a user builds them, and the Dockerfiles."""
+"""Wheel and sdist, built as a user builds them, and the Dockerfiles."""
 
 import re
 import shutil
@@ -15,14 +15,14 @@ DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 
 
 def below(folder):
-    """Files of the working tree, as an archive should have them; what Python leaves behind is none of them."""
+    """The working tree's files that an archive should have, without Python's caches."""
     paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in paths}
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
-    """Wheel and sdist, made by ``make dist``'s command; the wheel is built from the sdist."""
+    """Wheel and sdist, built by the command of ``make dist``; the wheel is built from the sdist."""
     pytest.importorskip("build", reason="building needs: pip install build hatchling")
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
@@ -32,17 +32,17 @@ def archives(tmp_path_factory):
     return wheel, sdist
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(archives):
+def test_the_wheel_contains_only_the_package(archives):
     names = set(zipfile.ZipFile(archives[0]).namelist())
     package = {name for name in names if ".dist-info/" not in name}
     assert package == {name.removeprefix("src/") for name in below(ROOT / "src" / "rgtg")}
     assert {"rgtg/py.typed", "rgtg/report/style.css", "rgtg/evaluation/judge/prompts/pairwise.txt"} <= package
     assert {f"rgtg/serving/static/{name}" for name in ("index.html", "app.js", "page.css", "icon.svg")} <= package
     assert not [name for name in names if re.search(r"(^|/)(tests?|benchmarks|docs|shared)/", name)]
-    assert archives[0].stat().st_size < 2e6, "no data, no model"
+    assert archives[0].stat().st_size < 2e6, "the wheel contains data or a model"
 
 
-def test_the_wheel_says_what_it_is(archives):
+def test_the_wheel_has_metadata_entry_point_and_licence(archives):
     with zipfile.ZipFile(archives[0]) as wheel:
         (metadata,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA")]
         (entry,) = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt")]
@@ -67,14 +67,14 @@ def test_the_wheel_works_without_the_checkout(archives, tmp_path):
     assert "pargs" in ran.stdout
 
 
-def test_the_sdist_holds_what_its_tests_need_and_no_data(archives):
+def test_the_sdist_contains_everything_for_the_tests_and_no_data(archives):
     with tarfile.open(archives[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
         odd = [member.name for member in sdist if not (member.isfile() or member.isdir())]
     for folder in ("src", "tests", "benchmarks", "docs", "docker"):
         assert below(ROOT / folder) <= names
     assert {"pyproject.toml", "Makefile", "mkdocs.yml", "README.md", "LICENSE", "constraints.txt"} <= names
-    assert not odd, "links may lead out of the tree"
+    assert not odd, "the sdist contains links or special files"
     known = ("src/", "tests/", "benchmarks/", "docs/", "docker/")
     assert not [name for name in names if "/" in name and not name.startswith(known)]
     assert not [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".parquet", ".pyc"))]
@@ -91,7 +91,7 @@ def test_dockerfiles_pass_the_linter(path):
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_dockerfiles_copy_what_is_there_and_pin_what_make_setup_pins(path):
+def test_dockerfiles_copy_existing_files_and_pin_the_versions_of_make_setup(path):
     text = path.read_text()
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {
@@ -107,8 +107,8 @@ def test_dockerfiles_copy_what_is_there_and_pin_what_make_setup_pins(path):
     assert all(f"{name}=={version}" in constraints for name, version in tools)
     extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.M)[1].split(",")
     assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
-    assert re.search(r"^USER [1-9]\d*$", text, re.M), "never as root"
+    assert re.search(r"^USER [1-9]\d*$", text, re.M), "the image runs as root"
 
 
-def test_there_is_an_image_for_each_kind_of_machine():
+def test_there_is_an_image_for_cpus_and_one_for_cuda():
     assert [path.suffix for path in DOCKERFILES] == [".cpu", ".cuda"]

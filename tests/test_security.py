@@ -1,4 +1,4 @@
-"""Every promise of SECURITY.md, by its number; those about model files are in test_security_models.py."""
+"""Tests of the promises in SECURITY.md, named by number. test_security_models.py has those about model files."""
 
 import hmac
 import json
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 SCRIPT = "<script>alert(1)</script>"
 
 
-def test_every_promise_has_a_test_and_every_test_a_promise():
+def test_every_promise_has_tests_and_every_test_has_a_promise():
     promised = dict(re.findall(r"^\| (S\d\d) \| (.*) \|$", (ROOT / "SECURITY.md").read_text(), re.M))
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_security*.py"))
     here = {number.upper() for number in re.findall(r"^def test_(s\d\d)_", sources, re.M)}
@@ -51,7 +51,7 @@ def test_every_promise_has_a_test_and_every_test_a_promise():
 
 @pytest.fixture
 def unfinished(policy_folder, tmp_path):
-    """A run with a checkpoint and no result yet, as an interruption leaves it."""
+    """An interrupted run: it has a checkpoint and no result."""
     torch.set_num_threads(1)
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(8))
     run = TrainSettings(
@@ -63,7 +63,7 @@ def unfinished(policy_folder, tmp_path):
         if path.is_file():
             path.unlink()
     *_, before, last = sorted((run.output / "checkpoints").glob("checkpoint-*"))
-    shutil.rmtree(last)  # so that steps are left to take
+    shutil.rmtree(last)  # so that some steps remain
     return run, before
 
 
@@ -72,13 +72,13 @@ def test_s04_a_pickle_in_a_checkpoint_runs_nothing(unfinished, tmp_path, name):
     run, checkpoint = unfinished
     marker = Marker.model_validate_json((checkpoint / MARKER).read_text())
     torch.save(Bomb(tmp_path / "ran"), checkpoint / name)
-    seal(checkpoint, step=marker.step, processes=1, run=marker.run)  # whoever can write the file can seal it too
+    seal(checkpoint, step=marker.step, processes=1, run=marker.run)  # whoever can write the file can write its checksum
     with pytest.raises(DataError, match="holds a pickle of more than tensors and numbers"):
         train_scorer(run)
     assert not (tmp_path / "ran").exists()
 
 
-def test_s04_a_seal_that_reaches_out_of_its_folder_is_no_seal(unfinished):
+def test_s04_a_marker_that_names_files_outside_its_folder_is_invalid(unfinished):
     run, checkpoint = unfinished
     marker = Marker.model_validate_json((checkpoint / MARKER).read_text())
     one = next(iter(marker.files.values()))
@@ -88,7 +88,7 @@ def test_s04_a_seal_that_reaches_out_of_its_folder_is_no_seal(unfinished):
         train_scorer(run)
 
 
-def test_s04_a_changed_checkpoint_is_passed_over(unfinished):
+def test_s04_a_changed_checkpoint_is_skipped(unfinished):
     run, checkpoint = unfinished
     with (checkpoint / "optimizer.pt").open("r+b") as file:
         file.write(b"x")
@@ -123,7 +123,7 @@ def test_s06_tokens_and_keys_are_written_nowhere(hub, pushed_scorer, tmp_path, m
         options = ["--model", "m", "--base-url", judge.url, "--output", out, "--set", "bootstrap=100"]
         said = verb("judge")("--a", sides[0], "--b", sides[1], *options)
         assert said.exit_code == 0, said.stderr
-        assert judge.headers[0]["authorization"].endswith(key), "it was used"
+        assert judge.headers[0]["authorization"].endswith(key), "the judge was called without the key"
     pushed = verb("push")(pushed_scorer, "me/scorer", "--json")
     hub.fail["/commit/"] = 500
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -152,7 +152,7 @@ def test_s07_push_publishes_what_its_dry_run_lists(hub, pushed_scorer):  # noqa:
     assert verb("push")(pushed_scorer, "me/scorer").exit_code == 2
 
 
-def test_s08_settings_and_data_are_data(tmp_path, policy_folder):
+def test_s08_settings_and_data_are_not_executed(tmp_path, policy_folder):
     marker = tmp_path / "ran"
     call = f"!!python/object/apply:os.mkdir ['{marker}']"
     (tmp_path / "config.yaml").write_text(f"policy: {call}\n")
@@ -168,7 +168,7 @@ def test_s08_settings_and_data_are_data(tmp_path, policy_folder):
     assert not marker.exists()
 
 
-def test_s09_reports_show_what_models_wrote_as_text(tmp_path):
+def test_s09_reports_show_model_output_as_plain_text(tmp_path):
     result = steered().model_copy(update={"reward": SCRIPT})
     page, markdown, *_ = write_report(result, tmp_path / "report.html", audits={SCRIPT: audit()}, title=SCRIPT)
     html = page.read_text()
@@ -178,7 +178,7 @@ def test_s09_reports_show_what_models_wrote_as_text(tmp_path):
     assert SCRIPT not in markdown.read_text()
 
 
-def test_s10_results_name_no_folder_of_this_machine(scorer_folder, tmp_path):
+def test_s10_results_contain_no_local_paths(scorer_folder, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(12))
     out = tmp_path / "audit"
     ran = verb("audit")("--scorer", scorer_folder, "--pairs", pairs, "--output", out, "--set", "bootstrap=100")
@@ -210,10 +210,10 @@ def test_s12_containers_run_without_privileges():
         assert users[-1] not in ("root", "0"), path
 
 
-# The server; its other tests are named in SECURITY.md.
+# The server: SECURITY.md names its other tests.
 
 
-def test_s14_keys_are_compared_in_constant_time_and_stand_nowhere(monkeypatch):
+def test_s14_keys_are_compared_in_constant_time_and_not_shown(monkeypatch):
     compared = []
     real = hmac.compare_digest
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def test_s14_keys_are_compared_in_constant_time_and_stand_nowhere(monkeypatch):
         shown = served.client.get("/metrics", headers={"Authorization": "Bearer sesame"}).text
     assert [answer.status_code for answer in answers] == [401, 401, 401, 200, 401]
     assert len(compared) == 6
-    assert len({len(side) for pair in compared for side in pair}) == 1, "of one length, whatever was given"
+    assert len({len(side) for pair in compared for side in pair}) == 1, "lengths depend on the given key"
     assert "sesame" not in shown + "".join(answer.text for answer in answers)
 
 
@@ -240,7 +240,7 @@ ASKED_FOR = [
 
 
 @pytest.mark.parametrize("asked", ASKED_FOR, ids=str)
-def test_s15_requests_choose_among_what_was_started_with(asked, monkeypatch):
+def test_s15_requests_choose_among_the_loaded_models(asked, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a request loads nothing")
 
@@ -256,7 +256,7 @@ def test_s15_requests_choose_among_what_was_started_with(asked, monkeypatch):
 
 
 @pytest.mark.parametrize(("umask", "opened"), [(0o077, 0o600), (0o022, 0o644)])
-def test_outputs_are_as_open_as_the_umask_lets_them_be(policy_folder, pushed_scorer, tmp_path, umask, opened):  # noqa: F811
+def test_outputs_have_the_permissions_that_the_umask_allows(policy_folder, pushed_scorer, tmp_path, umask, opened):  # noqa: F811
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\nnonsense\n')
     models = ["--policy", policy_folder, "--scorer", pushed_scorer, "--max-new-tokens", 2]

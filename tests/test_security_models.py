@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of model files: pickles, code and hostile content, in policies and every kind of scorer."""
+"""Promises of SECURITY.md about model files: pickles, code and hostile content, in policies and scorers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from rgtg.training.train import train_scorer
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -53,7 +53,7 @@ def test_s02_code_of_a_repository_does_not_run(policy_folder, tmp_path, hub):
     assert not [path for _, path in hub.requests if path.endswith(".py")]
 
 
-def test_s02_names_of_a_repository_lead_nowhere(policy_folder, tmp_path, hub):
+def test_s02_file_names_of_a_repository_cannot_leave_the_cache(policy_folder, tmp_path, hub):
     files = {path.name: path.read_bytes() for path in policy_folder.iterdir()}
     hub.put("me/outside", files | {"../outside.json": b"{}", "sub/../../../outside.json": b"{}"})
     load_policy("me/outside")
@@ -98,17 +98,17 @@ HOSTILE = {
     "an empty file": spoil_weights(b""),
     "terabytes in a small file": spoil_weights(header(len(TERABYTES), TERABYTES)),
     "weights outside of the folder": point_outside,
-    "an index that is none": lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
-    "nesting without end": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "an invalid index": lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
+    "endless nesting": lambda folder: (folder / "config.json").write_text("[" * 100_000),
     "sizes beyond any memory": spoil_config(hidden_size=10**9, vocab_size=10**9),
-    "sizes that are none": spoil_config(hidden_size="many"),
-    "a tokenizer that is none": lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'),
-    "no text": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+    "invalid sizes": spoil_config(hidden_size="many"),
+    "an invalid tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'),
+    "not UTF-8": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_s03_hostile_model_files_end_in_one_line(policy_folder, what):
+def test_s03_hostile_model_files_end_in_a_one_line_error(policy_folder, what):
     HOSTILE[what](policy_folder)
     ran = verb("generate")("--policy", policy_folder, "--method", "policy", "--prompt", "Hi")
     assert ran.exit_code == 2, ran.exception
@@ -118,7 +118,7 @@ def test_s03_hostile_model_files_end_in_one_line(policy_folder, what):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A policy, pairs, and what each kind of training leaves: model, adapter, adapter on the policy's trunk, head."""
+    """A policy, pairs, and one scorer of each kind: model, LoRA scorer, LoRA adapter on the policy, head."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("trained")
     tiny_policy().save_pretrained(root / "policy")
@@ -141,7 +141,7 @@ def put(name, content):
 
 
 def pickled(name):
-    """Weights that make a file beside their folder where they are unpickled, under either name."""
+    """Replace the weights by a pickle that creates a folder when it is loaded."""
 
     def spoil(folder):
         (folder / f"{name}.safetensors").unlink()
@@ -161,26 +161,26 @@ HOSTILE_SCORERS = [
       for what, spoil in {"pickled": pickled, "disguised": disguised}.items()),
     *((kind, f"weights with {what}", put(f"{name}.safetensors", content)) for kind, name in WEIGHTS.items()
       for what, content in {"a huge header": header(2**60), "terabytes": header(len(TERABYTES), TERABYTES)}.items()),
-    *((kind, "a description that is none", put("rgtg.json", DEEP)) for kind in WEIGHTS),
+    *((kind, "an invalid description", put("rgtg.json", DEEP)) for kind in WEIGHTS),
     ("model", "code in its config", edit("config.json", model_type="evil", auto_map=CODE)),
     ("model", "code in its tokenizer", edit("tokenizer_config.json", tokenizer_class="Evil", auto_map=CODE)),
-    ("head", "a layer that is none", edit("rgtg.json", layer=10**9)),
+    ("head", "an invalid layer", edit("rgtg.json", layer=10**9)),
     *(("lora", f"an adapter's config: {what}", spoil) for what, spoil in {
-        "nesting without end": put("adapter_config.json", DEEP),
+        "endless nesting": put("adapter_config.json", DEEP),
         "a list": put("adapter_config.json", b"[]"),
         "another kind": edit("adapter_config.json", peft_type="EVIL"),
         "a base elsewhere": edit("adapter_config.json", base_model_name_or_path="../../../etc/passwd"),
         "no base": edit("adapter_config.json", base_model_name_or_path=None),
         "a rank beyond any memory": edit("adapter_config.json", r=10**12),
-        "a scale that is none": edit("adapter_config.json", lora_alpha="x"),
+        "an invalid scale": edit("adapter_config.json", lora_alpha="x"),
     }.items()),
     ("shared", "an adapter's config: a list", put("adapter_config.json", b"[]")),
-    ("shared", "an adapter's config: a scale that is none", edit("adapter_config.json", lora_alpha="x")),
+    ("shared", "an adapter's config: an invalid scale", edit("adapter_config.json", lora_alpha="x")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "spoil"), [pytest.param(k, s, id=f"{k}, {w}") for k, w, s in HOSTILE_SCORERS])
-def test_s03_hostile_scorers_end_in_one_line(trained, tmp_path, kind, spoil):
+def test_s03_hostile_scorers_end_in_a_one_line_error(trained, tmp_path, kind, spoil):
     folder = tmp_path / "scorer"
     shutil.copytree(trained / kind, folder)
     spoil(folder)

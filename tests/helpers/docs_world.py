@@ -1,4 +1,4 @@
-"""The folders and files that the documentation's examples name: tiny models with random weights, and a few rows."""
+"""The folders and files that the documentation's examples use: tiny models with random weights, and a few rows."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
@@ -38,7 +38,7 @@ def build(folder):
         info = _info(tokenizer, objective=objective)
         card = model_card(folder / name, info, {}, {}, COUNTS)
         model = _model(AutoModelForSequenceClassification, 10 if name == "reward" else seed)
-        if name == "reward":  # what the scorer learnt, in other weights and units: guidance raises it
+        if name == "reward":  # the scorer's model with a rescaled head, so that guidance raises this reward
             model.score.weight *= 4
         save_scorer(folder / name, model, tokenizer, info, card)
     _head(folder, tokenizer)
@@ -46,7 +46,7 @@ def build(folder):
 
 
 def results(folder):
-    """Results of a comparison, of judging it and of audits, as the other commands leave them."""
+    """Write results of a comparison, of a judge and of audits, as the other commands write them."""
     written = {
         "comparison/results.json": made_report.steered(),
         "judged/judge.json": made_report.judged(("policy", "pargs β=2", 0.2)),
