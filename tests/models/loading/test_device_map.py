@@ -1,4 +1,4 @@
-"""Models spread by a device map, over memory and disk: they give what the whole model gives, and errors say why not."""
+"""Models that a device map spreads over memory and disk give the same results; wrong settings raise errors."""
 
 import builtins
 
@@ -39,7 +39,7 @@ def scorer_folder(scorer_folder):
 
 @pytest.fixture
 def language_model_folder(tmp_path):
-    """A language model that scores next tokens, beside the policy."""
+    """A language model that scores next tokens."""
     folder = tmp_path / "genarm"
     tiny_policy(seed=5).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -56,9 +56,7 @@ def language_model_folder(tmp_path):
         {"device_map": OF_POLICY, "scorer_device_map": OF_SCORER},
     ],
 )
-def test_policy_and_scorer_spread_over_memory_and_disk_choose_the_same_tokens(
-    policy_folder, scorer_folder, places, tree
-):
+def test_a_device_map_of_policy_and_scorer_gives_the_same_tokens(policy_folder, scorer_folder, places, tree):
     whole, expected = tokens(policy_folder, scorer_folder, device="cpu", token_tree=tree)
     spread, found = tokens(policy_folder, scorer_folder, token_tree=tree, **places)
     assert has_device_map(spread.policy.model) == ("device_map" in places)
@@ -68,7 +66,7 @@ def test_policy_and_scorer_spread_over_memory_and_disk_choose_the_same_tokens(
         assert fingerprint_weights(one.model) == fingerprint_weights(other.model)
 
 
-def test_a_next_token_scorer_spread_over_memory_and_disk_chooses_the_same_tokens(policy_folder, language_model_folder):
+def test_a_device_map_of_a_next_token_scorer_gives_the_same_tokens(policy_folder, language_model_folder):
     _, expected = tokens(policy_folder, language_model_folder, method="genarm", device="cpu")
     spread, found = tokens(
         policy_folder, language_model_folder, method="genarm", device_map=OF_POLICY, scorer_device_map=OF_POLICY
@@ -77,13 +75,13 @@ def test_a_next_token_scorer_spread_over_memory_and_disk_chooses_the_same_tokens
     assert found == expected
 
 
-def test_whole_texts_get_the_same_score(scorer_folder):
+def test_a_device_map_gives_the_same_scores_of_whole_texts(scorer_folder):
     whole, spread = (load_scorer(str(scorer_folder), **one) for one in ({"device": "cpu"}, {"device_map": OF_SCORER}))
     assert isinstance(spread, PrefixScorer)
     assert spread.score(PROMPTS, ["ab", "c."]) == pytest.approx(whole.score(PROMPTS, ["ab", "c."]), abs=1e-6)
 
 
-def test_the_command_line_and_a_settings_file_spread_models(policy_folder, scorer_folder, tmp_path):
+def test_device_maps_from_the_command_line_and_a_settings_file(policy_folder, scorer_folder, tmp_path):
     arguments = ["--policy", policy_folder, "--scorer", scorer_folder, "--prompt", "so ", "--temperature", "0"]
     whole = verb("generate")(*arguments)
     auto = verb("generate")(*arguments, "--device-map", "auto", "--scorer-device-map", "cpu")
@@ -101,7 +99,7 @@ def adapter_folder(tmp_path):
     return write_adapter(tmp_path / "adapter", tmp_path / "base")
 
 
-def test_an_adapter_is_merged_where_its_base_is(policy_folder, adapter_folder):
+def test_an_adapter_is_merged_on_one_device_only(policy_folder, adapter_folder):
     write_info(adapter_folder, info("prefix-bt"))
     _, expected = tokens(policy_folder, adapter_folder, device="cpu")
     with pytest.raises(UsageError, match="can only be merged into a base model on one device"):
@@ -109,7 +107,7 @@ def test_an_adapter_is_merged_where_its_base_is(policy_folder, adapter_folder):
     assert tokens(policy_folder, adapter_folder, scorer_device_map={"": "cpu"})[1] == expected
 
 
-def test_an_adapter_on_the_trunk_of_a_spread_policy_is_refused(policy_folder, adapter_folder):
+def test_an_adapter_on_the_trunk_of_a_policy_with_a_device_map_raises_an_error(policy_folder, adapter_folder):
     write_info(adapter_folder, info("prefix-bt").model_copy(update={"trunk": "shared"}))
     with pytest.raises(UsageError, match="load the policy without device_map"):
         tokens(policy_folder, adapter_folder, device_map=OF_POLICY)
@@ -117,7 +115,7 @@ def test_an_adapter_on_the_trunk_of_a_spread_policy_is_refused(policy_folder, ad
         tokens(policy_folder, adapter_folder, scorer_device_map=OF_SCORER)
 
 
-def test_a_model_without_a_map_is_not_spread(policy_folder):
+def test_a_model_on_one_device_has_no_device_map(policy_folder):
     assert not has_device_map(load_policy(str(policy_folder), device="cpu").model)
 
 
@@ -131,14 +129,14 @@ def test_a_model_without_a_map_is_not_spread(policy_folder):
         ({"device_map": {"": "cuda:77"}}, "cannot load the policy"),
     ],
 )
-def test_places_that_cannot_be_are_refused_in_one_line(policy_folder, scorer_folder, settings, said):
+def test_unusable_placements_raise_an_error_of_one_line(policy_folder, scorer_folder, settings, said):
     with pytest.raises(UsageError) as caught:
         GuidedPolicy.from_pretrained(str(policy_folder), str(scorer_folder), **settings)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_map_is_of_models_loaded_by_name_and_of_their_own(policy_folder, scorer_folder):
+def test_a_device_map_of_a_loaded_model_raises_an_error(policy_folder, scorer_folder):
     loaded = Policy(tiny_policy(), tiny_tokenizer())
     with pytest.raises(UsageError, match="device_map applies to a policy loaded by name"):
         GuidedPolicy.from_pretrained(loaded, str(scorer_folder), device_map="auto")
@@ -151,7 +149,7 @@ def test_a_map_is_of_models_loaded_by_name_and_of_their_own(policy_folder, score
         GuidedPolicy.from_pretrained(str(policy_folder), None, method="policy", scorer_device_map="auto")
 
 
-def test_a_map_without_accelerate_says_what_to_install(policy_folder, monkeypatch):
+def test_a_missing_accelerate_says_what_to_install(policy_folder, monkeypatch):
     real = builtins.__import__
 
     def absent(name, *arguments, **more):
@@ -164,6 +162,6 @@ def test_a_map_without_accelerate_says_what_to_install(policy_folder, monkeypatc
         load_policy(str(policy_folder), device_map="auto")
 
 
-def test_outputs_come_home_from_wherever_the_last_layer_is(policy_folder):
+def test_outputs_are_on_the_device_of_the_inputs(policy_folder):
     model = load_policy(str(policy_folder), device_map=OF_POLICY).model
     assert model(input_ids=torch.tensor([[5, 9]])).logits.device == model.device == torch.device("cpu")

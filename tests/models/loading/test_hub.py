@@ -1,4 +1,4 @@
-"""Loading by hub id and revision, against a stand-in of the hub on loopback."""
+"""Loading by hub id and revision, from a local imitation of the hub."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_a_revision_is_a_branch_or_a_commit_said_in_either_way(policies):
+def test_a_revision_is_a_branch_or_a_commit(policies):
     _, folder, other, sha = policies
     main, v1 = load_policy(str(folder)).model, load_policy(str(other)).model
     assert same(load_policy("me/policy").model, main)
@@ -92,7 +92,7 @@ def test_code_and_pickles_are_never_downloaded(hub, policy_folder):
         ("a/b/c", "no model folder a/b/c"),
     ],
 )
-def test_what_cannot_be_had_says_why(policies, name, message):
+def test_the_error_says_why_a_model_cannot_be_loaded(policies, name, message):
     with pytest.raises(ModelNotFoundError, match=message):
         load_policy(name)
 
@@ -106,7 +106,7 @@ def test_private_repositories_need_the_token(hub, policy_folder, monkeypatch):
     load_policy("me/secret")
 
 
-def test_without_a_network_the_cache_serves(policies, monkeypatch):
+def test_the_cache_is_used_offline(policies, monkeypatch):
     from huggingface_hub import constants
 
     load_policy("me/policy")
@@ -117,7 +117,7 @@ def test_without_a_network_the_cache_serves(policies, monkeypatch):
         load_policy("me/other")
 
 
-def test_a_folder_has_no_revision_and_two_revisions_are_one_too_many(policy_folder):
+def test_contradicting_revisions_raise_an_error(policy_folder):
     with pytest.raises(UsageError, match="is a local folder and has no revision"):
         load_policy(str(policy_folder), revision="v1")
     with pytest.raises(UsageError, match="names one revision and 'v2' is another"):
@@ -149,7 +149,7 @@ def test_a_lora_base_on_the_hub_is_found_again(policies, tmp_path):
     assert [path for _, path in policies[0].requests if "/revision/v1" in path]
 
 
-def test_the_command_line_and_the_client_s_own_settings(policies, tmp_path):
+def test_the_command_line_uses_the_hub_clients_environment_variables(policies, tmp_path):
     """In a process of its own: HF_ENDPOINT, HF_HOME and HF_TOKEN as a user sets them."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": policies[0].url, "HF_HOME": str(tmp_path / "home")}

@@ -1,4 +1,4 @@
-"""Models that two processes split between them give what one process gives, and errors say why not."""
+"""Models that two processes shard between them give the results of one process; wrong settings raise errors."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def write_world(folder):
 
 
 def start(folder, *arguments):
-    """Two processes on the CPU, which talk through gloo."""
+    """Run a script in two processes on the CPU, which communicate through gloo."""
     paths = [*sys.path, str(TESTS)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
@@ -94,8 +94,8 @@ SAID = {
 }
 
 
-def test_two_processes_that_split_models_give_what_one_gives(tmp_path, monkeypatch):
-    """In one test, since starting two processes takes longer than all they do."""
+def test_two_processes_give_the_results_of_one(tmp_path, monkeypatch):
+    """One test, because starting two processes takes longer than what they do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_world(tmp_path)
@@ -105,7 +105,7 @@ def test_two_processes_that_split_models_give_what_one_gives(tmp_path, monkeypat
         require_same_tokens(*(part["drawn"] for part in both), name)
     expected = load_scorer("scorer", device="cpu").score(PROMPTS, ["ab", "c."])
     assert both[0]["scored"] == both[1]["scored"] == pytest.approx(expected, abs=1e-5)
-    # the second one's scorer says the opposite
+    # the second process has the opposite scorer
     assert both[0]["disagreeing"] == both[1]["disagreeing"] == tokens(models({"device": "cpu"}), {})
     require_one_printed(*(part["said"] for part in both))
     require_one_wrote()
@@ -146,7 +146,7 @@ def require_one_wrote():
 
 
 def require_resumed(first, second):
-    """A stopped file goes on in both from what the first one wrote, whose refusal leaves the other nothing to do."""
+    """Both processes continue a stopped file from what the first one wrote; if the first one fails, the other stops."""
     assert [code for code, _, _ in first] == [75, 0, 0, 2, 0]
     assert [code for code, _, _ in second] == [75, 0, 0, 0, 0]
     assert [len(run) for _, _, run in first] == [2, 3, 0, 0, 5]
@@ -156,7 +156,7 @@ def require_resumed(first, second):
 
 
 def require_refused(first, second):
-    """In one line, and in the same words by both."""
+    """Both processes raise the same error, of one line."""
     assert first == second
     assert set(first) == set(REFUSED) == set(SAID)
     for name, said in SAID.items():
@@ -164,7 +164,7 @@ def require_refused(first, second):
         assert "\n" not in first[name]
 
 
-def test_a_plan_outside_torchrun_says_what_to_start(policy_folder, scorer_folder):
+def test_a_plan_outside_torchrun_says_how_to_start_it(policy_folder, scorer_folder):
     for plan in ({"tp_plan": "auto"}, {"scorer_tp_plan": "auto"}):
         with pytest.raises(UsageError, match="there is only this one: start it with torchrun"):
             GuidedPolicy.from_pretrained(str(policy_folder), str(scorer_folder), **plan)
@@ -172,14 +172,14 @@ def test_a_plan_outside_torchrun_says_what_to_start(policy_folder, scorer_folder
     assert (done.exit_code, "torchrun" in done.stderr) == (2, True)
 
 
-def test_a_plan_is_auto_or_styles(policy_folder):
+def test_a_plan_must_be_auto_or_styles(policy_folder):
     with pytest.raises(UsageError, match="expected auto"):
         load_policy(str(policy_folder), tp_plan="all")
     done = verb("generate")("--policy", policy_folder, "--prompt", "so ", "--method", "policy", "--tp-plan", "all")
     assert (done.exit_code, "tp_plan" in done.stderr) == (2, True)
 
 
-def test_a_plan_is_of_models_loaded_by_name_and_of_their_own(policy_folder, scorer_folder):
+def test_a_plan_for_a_loaded_model_raises_an_error(policy_folder, scorer_folder):
     loaded, pair = Policy(tiny_policy(), tiny_tokenizer()), (tiny_reward_model(), tiny_tokenizer())
     with pytest.raises(UsageError, match="tp_plan applies to a policy loaded by name"):
         GuidedPolicy.from_pretrained(loaded, str(scorer_folder), tp_plan="auto")
@@ -190,7 +190,7 @@ def test_a_plan_is_of_models_loaded_by_name_and_of_their_own(policy_folder, scor
             GuidedPolicy.from_pretrained(str(policy_folder), scorer, scorer_tp_plan="auto")
 
 
-def test_heads_that_divide_are_no_obstacle(monkeypatch):
+def test_attention_heads_must_be_divisible(monkeypatch):
     config = CONFIGS["llama"]()  # 4 heads, of which 2 hold keys and values
     for processes in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -201,7 +201,7 @@ def test_heads_that_divide_are_no_obstacle(monkeypatch):
     require_divisible(config, {"layers.*.mlp.up_proj": "colwise"}, "it")
 
 
-def test_models_that_are_whole_are_not_bound():
+def test_models_on_one_device_are_not_broadcast():
     model, values = tiny_policy(), torch.ones(2)
     assert not register_parallel_models([model])
     assert not is_tensor_parallel(model)

@@ -1,4 +1,4 @@
-"""A reward model that reads text: its frame, its chat template, its context, and what it refuses."""
+"""A reward model with its own tokenizer: special tokens, chat template, context, and errors."""
 
 import pytest
 import torch
@@ -30,14 +30,14 @@ def scorer_of(kind="byte-level", template=None, trained=None, **more):
     ("kind", "before", "after"),
     [("byte-level", [], []), ("llama", [0], []), ("unigram", [], [1]), ("word-piece", [2], [3])],
 )
-def test_the_special_tokens_that_a_tokenizer_adds(kind, before, after):
+def test_special_tokens_around_a_text(kind, before, after):
     scorer = scorer_of(kind)
     assert (scorer.before, scorer.after) == (before, after)
     (ids,) = scorer.encode([scorer.render("the dog")], [" was old"], [True])
     assert ids == scorer.tokenizer("the dog was old").input_ids
 
 
-def test_a_tokenizer_that_is_inconsistent_is_refused():
+def test_a_tokenizer_that_changes_the_text_raises_an_error():
     class Odd:
         def __call__(self, text, add_special_tokens=True):
             return type("E", (), {"input_ids": [len(text), *[7] * len(text)] if add_special_tokens else [8]})()
@@ -46,7 +46,7 @@ def test_a_tokenizer_that_is_inconsistent_is_refused():
         CrossTokenizerScorer(PrefixScorer(reward_model_with(tokenizer_of("llama")), Odd()))
 
 
-def test_scores_of_texts_together_are_those_of_each_alone():
+def test_scores_do_not_depend_on_the_batch():
     scorer = scorer_of("llama")
     assert scorer.tokenizer.pad_token_id is not None
     scorer.tokenizer.pad_token_id = None  # hidden by the mask: none is needed
@@ -65,14 +65,14 @@ def test_an_encoder_without_a_padding_token():
     assert scorer.score(["the dog", "a"], [" was", ""]) == pytest.approx(alone, abs=1e-5)
 
 
-def test_unfinished_texts_have_no_half_characters_and_finished_ones_stand_as_they_are():
+def test_incomplete_characters_are_removed_from_unfinished_texts_only():
     scorer = scorer_of()
     going, done = scorer.score(["a", "a"], [" dog\ufffd", " dog\ufffd"], finished=[False, True])
     assert going == pytest.approx(reward(scorer.model, scorer.tokenizer("a dog").input_ids), abs=1e-4)
     assert done == pytest.approx(reward(scorer.model, scorer.tokenizer("a dog\ufffd").input_ids), abs=1e-4)
 
 
-def test_the_completion_is_the_assistant_turn_of_the_scorers_own_template():
+def test_the_completion_is_the_reply_in_the_scorers_chat_template():
     scorer = scorer_of(template=TEMPLATE)
     turn = scorer.render(CHAT)
     assert (turn.text, turn.closing) == ("<user>Who is Max?<assistant>", "</s>\n")
@@ -92,18 +92,18 @@ def test_the_completion_is_the_assistant_turn_of_the_scorers_own_template():
         (TEMPLATE.replace("{{ eos_token }}\n", "{{ '\\n' }}"), None, "\n"),
     ],
 )
-def test_a_turn_is_closed_as_the_pairs_of_training_were(template, trained, closing):
+def test_a_reply_is_closed_as_in_training(template, trained, closing):
     assert scorer_of(template=template, trained=trained).render(CHAT).closing == closing
 
 
-def test_chats_that_cannot_be_read_are_refused():
+def test_chats_that_the_template_cannot_render_raise_an_error():
     with pytest.raises(UsageError, match=r"the scorer mine cannot read a chat: .*no chat template"):
         scorer_of().render(CHAT)
     with pytest.raises(UsageError, match="leaves the assistant's reply out"):
         scorer_of(template="{{ messages[0].content }}").render(CHAT)
 
 
-def test_room():
+def test_texts_that_exceed_the_context():
     scorer = scorer_of("llama", positions=8)
     scorer.require_room("the dog")
     with pytest.raises(PromptTooLongError, match=r"is \d+ tokens to the scorer mine, whose context of 8"):
@@ -113,14 +113,14 @@ def test_room():
     assert scorer.rewards(["a", "a"], [" dog", " dog" * 8])[1] is None
 
 
-def test_a_prompt_that_is_nothing_to_the_scorer():
+def test_a_prompt_without_any_token_raises_an_error():
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(DataError, match="no token at all"):
         CrossTokenizerScorer(PrefixScorer(reward_model_with(tokenizer), tokenizer)).require_room("  ")
 
 
-def test_a_vocabulary_that_the_model_does_not_have():
+def test_a_token_without_an_embedding_raises_an_error():
     tokenizer = byte_level()
     scorer = CrossTokenizerScorer(
         PrefixScorer(reward_model_with(tokenizer_of("byte-level-bos")), tokenizer, name="mine")
@@ -129,12 +129,12 @@ def test_a_vocabulary_that_the_model_does_not_have():
         scorer.score([tokenizer.decode([len(tokenizer) - 1])], [" old"])
 
 
-def test_another_number_of_endings():
-    with pytest.raises(UsageError, match="of 1 completions whether they ended, and there are 2"):
+def test_another_number_of_finished_flags_raises_an_error():
+    with pytest.raises(UsageError, match="finished has 1 values for 2 completions"):
         scorer_of().score(["a", "b"], ["c", "d"], finished=[True])
 
 
-def test_equal_texts_tie_whatever_stands_beside_them():
+def test_equal_texts_have_equal_scores_in_any_batch():
     scorer = scorer_of("llama")
     texts = [" was old", " was", " was old", " was old and slow in the woods"]
     scores = scorer.score(["the dog"] * 4, texts, batch_size=2)

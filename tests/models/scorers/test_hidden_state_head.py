@@ -1,4 +1,4 @@
-"""Heads on the policy's own states: by hand, against transformers' hidden states, from memory and from folders."""
+"""Heads on the policy's own hidden states: values by hand, the definition, and loading from folders."""
 
 import json
 
@@ -70,7 +70,7 @@ def definition(scorer, prompt, completion):
     return torch.stack(scores)
 
 
-def test_state_head_by_hand():
+def test_state_head_computed_by_hand():
     head = StateHead(2, 1)
     with torch.no_grad():
         head.mlp.mean.copy_(torch.tensor([1.0, 0.0]))
@@ -85,7 +85,7 @@ def test_state_head_by_hand():
     assert head(torch.zeros(5, 7, 2, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_vocabulary_head_by_hand():
+def test_vocabulary_head_computed_by_hand():
     head = VocabularyHead(1, 1, 2, 3)
     with torch.no_grad():
         head.mlp.first.weight.fill_(1.0)
@@ -108,7 +108,7 @@ def test_candidates_equal_the_product_over_the_whole_vocabulary():
     torch.testing.assert_close(at, everything[torch.arange(3), candidates[:, 0]][None])
 
 
-def test_only_the_rows_asked_for_get_a_gradient():
+def test_only_the_rows_of_the_candidates_get_a_gradient():
     head = make_head("vocab").requires_grad_(True)
     head(torch.randn(1, 32), torch.tensor([[7, 9]])).sum().backward()
     assert head.table.weight.grad.abs().sum(-1).nonzero().flatten().tolist() == [7, 9]
@@ -124,34 +124,7 @@ def test_every_prefix_equals_the_definition(family, kind):
             torch.testing.assert_close(found, definition(scorer, prompt, completion), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["state", "vocab"])
-def test_score_reads_the_end_of_each_text(kind):
-    scorer = make_scorer(kind, append_eos=True)
-    ids = tiny_tokenizer()("Hi you").input_ids
-    cut = scorer.score(["Hi"], [" you"], finished=False)[0]
-    closed = scorer.score(["Hi"], [" you"])[0]
-    assert cut == pytest.approx(definition(scorer, ids[:2], ids[2:])[-1].item(), abs=1e-4)
-    assert closed == pytest.approx(definition(scorer, ids[:2], [*ids[2:], 2])[-1].item(), abs=1e-4)
-    both = scorer.score(["Hi", "Hi"], [" you", " you"], finished=[False, True])
-    assert both == pytest.approx([cut, closed], abs=1e-5)
-    # an empty text that no EOS closes is worth what its prompt is
-    empty = scorer.score(["Hi"], [""], finished=False)[0]
-    assert empty == pytest.approx(definition(scorer, ids[:1], ids[1:2])[-1].item(), abs=1e-4)
-    with pytest.raises(UsageError, match="1 completions"):
-        scorer.score(["Hi", "Hi"], ["a", "b"], finished=[True])
-
-
-def test_unfit_texts():
-    scorer = make_scorer("vocab")
-    with pytest.raises(DataError, match="at least one token"):
-        scorer.score_prefixes([[0]], [[]])
-    with pytest.raises(DataError, match="the prompt must have one"):
-        scorer.score_prefixes([[]], [[5]])
-    with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
-        scorer.score(["x"], ["y" * 200])
-
-
-def test_round_trip(head_folder, policy_folder):
+def test_a_saved_head_is_loaded_as_it_was(head_folder, policy_folder):
     policy = load_policy(str(policy_folder))
     scorer = load_scorer(str(head_folder), policy=policy)
     assert isinstance(scorer, OwnStateScorer)
@@ -171,20 +144,20 @@ def test_round_trip(head_folder, policy_folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_same_policy_in_16_bits_is_recognised(head_folder, policy_folder, dtype):
+def test_the_same_policy_in_16_bits_is_recognized(head_folder, policy_folder, dtype):
     policy = load_policy(str(policy_folder), dtype=dtype)
     assert load_scorer(str(head_folder), policy=policy, dtype=dtype).model is policy.model
     with pytest.raises(UsageError, match="is loaded in"):
         load_scorer(str(head_folder), policy=policy, dtype="float32")
 
 
-def test_another_policy_is_refused(head_folder):
+def test_another_policy_raises_an_error(head_folder):
     stranger = Policy(tiny_policy(seed=5), tiny_tokenizer())
     with pytest.raises(UsageError, match=r"was trained on the states of .*policy .*train one for this policy"):
         load_scorer(str(head_folder), policy=stranger)
 
 
-def test_another_tokenizer_is_refused(head_folder, policy_folder):
+def test_another_tokenizer_raises_an_error(head_folder, policy_folder):
     policy = load_policy(str(policy_folder))
     policy.tokenizer.add_tokens(["new"])
     with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
@@ -197,7 +170,7 @@ def test_a_packed_policy_keeps_its_fingerprint():
     assert fingerprint_weights(model) == "kept"
 
 
-def test_damaged_and_unfit_folders(head_folder, policy_folder, scorer_folder, tmp_path):
+def test_damaged_folders_and_those_of_other_models_raise_an_error(head_folder, policy_folder, scorer_folder, tmp_path):
     policy = load_policy(str(policy_folder))
     with pytest.raises(UsageError, match="a head on its policy's own states"):
         PrefixScorer.from_pretrained(str(head_folder))
@@ -222,13 +195,13 @@ def test_damaged_and_unfit_folders(head_folder, policy_folder, scorer_folder, tm
             load(str(head_folder))
 
 
-def test_a_policy_that_has_moved_is_named(head_folder):
+def test_the_error_says_how_to_name_a_policy_that_has_moved(head_folder):
     write_info(head_folder, read_info(head_folder).model_copy(update={"base_model": "./gone/policy"}))
     with pytest.raises(ModelNotFoundError, match="--policy"):
         load_scorer(str(head_folder))
 
 
-def test_a_description_from_before_heads_still_reads(scorer_folder):
+def test_a_description_without_the_newer_fields_is_read(scorer_folder):
     old = info().model_dump(exclude={"trunk", "head", "layer", "width", "rank", "base_casts"})
     (scorer_folder / "rgtg.json").write_text(json.dumps(old))
     assert read_info(scorer_folder).trunk == "separate"

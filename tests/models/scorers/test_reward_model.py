@@ -1,4 +1,4 @@
-"""PrefixScorer against plain transformers, from memory and from folders."""
+"""PrefixScorer equals plain transformers; loading from folders."""
 
 import json
 
@@ -40,22 +40,6 @@ def test_score_equals_plain_transformers(scorer_folder, append_eos):
     assert scorer.score(PROMPTS, COMPLETIONS, batch_size=1) == pytest.approx(plain, abs=1e-5)
 
 
-def test_an_empty_completion_is_worth_its_prompt():
-    scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer())
-    ids = tiny_tokenizer()("Hi").input_ids
-    assert scorer.score(["Hi"], [""]) == pytest.approx([reward(scorer.model, ids)], abs=1e-5)
-
-
-def test_each_completion_says_for_itself_whether_it_ended():
-    scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=info(append_eos=True))
-    ended, cut = (scorer.score(PROMPTS, COMPLETIONS, finished=finished) for finished in (True, False))
-    assert ended[0] != pytest.approx(cut[0], abs=1e-4)
-    assert scorer.score(PROMPTS, COMPLETIONS, finished=[True, False]) == pytest.approx([ended[0], cut[1]], abs=1e-5)
-    assert scorer.score(PROMPTS, COMPLETIONS, finished=(False, True)) == pytest.approx([cut[0], ended[1]], abs=1e-5)
-    with pytest.raises(UsageError, match="1 completions whether they ended, and there are 2"):
-        scorer.score(PROMPTS, COMPLETIONS, finished=[True])
-
-
 def test_padding_on_the_left_changes_nothing():
     model, ids = tiny_reward_model("gpt2"), torch.tensor([[0, 9, 4, 7]])
     right = position_scores(model, ids, torch.ones_like(ids))
@@ -63,19 +47,14 @@ def test_padding_on_the_left_changes_nothing():
     torch.testing.assert_close(left[:, 2:], right, atol=1e-5, rtol=1e-5)
 
 
-def test_unfit_texts_and_models():
-    scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer())
-    with pytest.raises(DataError, match="at least one token"):
-        scorer.score_prefixes([[0]], [[]])
-    with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
-        scorer.score(["x"], ["y" * 200])
+def test_a_classifier_with_several_labels_raises_an_error():
     config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     config.num_labels = 3
     with pytest.raises(UsageError, match="3 labels"):
         PrefixScorer(LlamaForSequenceClassification(config), tiny_tokenizer())
 
 
-def test_unfit_folders(policy_folder, scorer_folder, tmp_path):
+def test_folders_of_other_models_raise_an_error(policy_folder, scorer_folder, tmp_path):
     with pytest.raises(UsageError, match="no trained reward head"):
         PrefixScorer.from_pretrained(str(policy_folder))
     with pytest.raises(ModelNotFoundError, match="no model folder"):
@@ -86,7 +65,7 @@ def test_unfit_folders(policy_folder, scorer_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_whose_base_has_moved_names_the_folder_and_the_remedy(policy_folder, tmp_path):
+def test_the_error_says_what_to_do_about_an_adapter_whose_base_has_moved(policy_folder, tmp_path):
     peft = pytest.importorskip("peft")
     base = AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1)
     adapter = tmp_path / "adapter"
@@ -105,7 +84,7 @@ def test_an_adapter_whose_base_has_moved_names_the_folder_and_the_remedy(policy_
     assert PrefixScorer.from_pretrained(str(adapter), device="cpu").score(PROMPTS, COMPLETIONS) == expected
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_raise_an_error(tmp_path):
     tiny_policy().config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UsageError, match="pickled weights"):

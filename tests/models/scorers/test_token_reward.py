@@ -1,4 +1,4 @@
-"""A language model read as a scorer of next tokens: against the stock model, prefix by prefix."""
+"""A language model as a scorer of next tokens equals the stock model on each prefix."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from helpers.naive import info
 from helpers.tiny_models import CONFIGS, VOCAB, tiny_policy, tiny_tokenizer
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import UsageError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import read_info, write_info
 from rgtg.models.scorers.base import load_named_scorer, load_scorer
@@ -17,7 +17,7 @@ COMPLETIONS = [[20, 21, 2], [30, 2, 31, 32, 8]]
 
 
 def capped():
-    """A family whose logits are more than the output layer's product."""
+    """A family that soft-caps its logits."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = Gemma2Config(**sizes, vocab_size=VOCAB, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0)
@@ -34,7 +34,7 @@ def saved(folder, objective=None, family="llama"):
 
 @torch.no_grad()
 def naive(model, prompt, completion, objective):
-    """One forward per prefix, which stops before the token that is scored."""
+    """Scores by one forward pass per prefix, without the token that is scored."""
     scores, total = [], 0.0
     for i, token in enumerate(completion):
         logits = model(input_ids=torch.tensor([prompt + completion[:i]])).logits[0, -1].double()
@@ -45,7 +45,7 @@ def naive(model, prompt, completion, objective):
 
 @pytest.mark.parametrize("objective", ["farma", "autoregressive"])
 @pytest.mark.parametrize("model", [*sorted(CONFIGS), capped])
-def test_one_pass_equals_one_per_prefix(model, objective):
+def test_one_pass_equals_one_pass_per_prefix(model, objective):
     model = model() if callable(model) else tiny_policy(model)
     scorer = VocabularyScorer(Policy(model, tiny_tokenizer()), objective=objective)
     for scores, prompt, completion in zip(
@@ -64,7 +64,7 @@ def test_candidates_get_the_models_own_logits(model):
     torch.testing.assert_close(scores, out.logits[:, -1].gather(-1, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_finished_texts_are_closed_and_unfinished_ones_are_not():
+def test_a_finished_text_ends_with_eos_also_without_a_description():
     scorer = VocabularyScorer(Policy(tiny_policy(), tiny_tokenizer()))
     prompt, text = tiny_tokenizer()("so ").input_ids, tiny_tokenizer()("ab").input_ids
     whole, cut = scorer.score(["so ", "so "], ["ab", "ab"], finished=[True, False])
@@ -72,7 +72,7 @@ def test_finished_texts_are_closed_and_unfinished_ones_are_not():
     assert (cut, whole) == pytest.approx((float(closed[1]), float(closed[2])), abs=1e-4)
 
 
-def test_a_trained_folder_says_what_it_is(tmp_path):
+def test_a_trained_folder_is_loaded_by_its_description(tmp_path):
     folder = str(saved(tmp_path / "farma", "farma"))
     scorer = load_scorer(folder, device="cpu")
     assert isinstance(scorer, VocabularyScorer)
@@ -94,8 +94,3 @@ def test_any_language_model_is_an_autoregressive_scorer(tmp_path, scorer_folder)
     write_info(scorer_folder, info("full-bt"))
     with pytest.raises(UsageError, match="trained with full-bt"):
         load_scorer(str(scorer_folder), kind="autoregressive", device="cpu")
-
-
-def test_an_empty_prompt_has_no_state_to_read():
-    with pytest.raises(DataError, match="state before a token"):
-        VocabularyScorer(Policy(tiny_policy(), tiny_tokenizer())).score_prefixes([[]], [[5]])

@@ -48,7 +48,7 @@ def final_states(
 def policy_logits(model: Any, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocabulary"]:
     """Next-token logits of final hidden states, exactly as the model's own forward computes them.
 
-    Decoding can so run the trunk on a token tree first, and the product with the vocabulary on the chosen node alone.
+    This lets decoding run the trunk on a whole token tree, and the product with the vocabulary on the chosen node only.
     """
     logits = model.get_output_embeddings()(states) if head_is_linear(model) else _logits_by_forward(model, states)
     return broadcast_from_rank0(model, logits)

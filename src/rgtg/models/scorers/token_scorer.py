@@ -143,5 +143,5 @@ def finished_flags(finished: bool | Sequence[bool], count: int) -> list[bool]:
     """
     flags = [finished] * count if isinstance(finished, bool) else list(finished)
     if len(flags) != count:
-        raise UsageError(f"finished says of {len(flags)} completions whether they ended, and there are {count}")
+        raise UsageError(f"finished has {len(flags)} values for {count} completions")
     return flags
