@@ -14,7 +14,7 @@ from rgtg.cli import audit
 from rgtg.evaluation.audit import candidate_rollouts as rollouts
 
 app = typer.Typer()
-app.command()(audit.command)
+app.command()(audit.run)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on(tmp_path, rolling, m
     monkeypatch.setattr(rollouts, "roll_out", stop_at_the_third)
     stopped = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)])
     assert stopped.exit_code == 75, stopped.output
-    assert f"the roll-outs are kept in {file}; the same command goes on" in stopped.stderr
+    assert f"the roll-outs are kept in {file}; the same command resumes" in stopped.stderr
     assert len(file.read_text().splitlines()) == 3
     for path, count in ((file, 2), (whole, 4)):
         calls[:] = [1] * 3

@@ -75,7 +75,7 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, mo
     monkeypatch.setattr(generate, "complete", stop_at_the_second)
     stopped = run("--config", config, "--output", out, "--set", "seeds=[0,1]")
     assert stopped.exit_code == 75, stopped.output
-    assert "goes on" in stopped.stderr
+    assert "resumes" in stopped.stderr
     assert not (out / "results.json").exists()
     assert len(list((out / "parts").glob("*.json"))) == 1
     monkeypatch.setattr(generate, "complete", make)

@@ -10,7 +10,7 @@ import rgtg
 from rgtg.cli import doctor
 
 app = typer.Typer()
-app.command()(doctor.command)
+app.command()(doctor.run)
 
 
 def test_reports_versions_devices_and_the_trial():

@@ -91,7 +91,7 @@ def test_saved_settings_are_those_that_were_used_and_read_back(models, prompts, 
 
 def test_what_only_files_use_is_refused_for_one_prompt(models):
     refused(
-        run("generate", *models, "--prompt", "Hi", "--batch-size", 3, "--force"), 2, "batch_size, force: only a file"
+        run("generate", *models, "--prompt", "Hi", "--batch-size", 3, "--force"), 2, "batch_size, force: needs a file"
     )
 
 
@@ -129,7 +129,7 @@ def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp
     result = run("generate", *models, "--prompts", prompts, "--output", output)
     assert result.exit_code == 1
     assert "1 of 3 rows have none" in result.stdout
-    assert "1 of 3 rows failed while they were decoded" in result.stderr
+    assert "1 of 3 rows failed during decoding" in result.stderr
     assert len(output.read_text().splitlines()) == 2
     monkeypatch.undo()
     again = run("generate", *models, "--prompts", prompts, "--output", output, "--quiet")

@@ -45,11 +45,11 @@ def test_a_target_out_of_reach_is_told_with_what_was_tried(base, tmp_path):
 
 
 def test_scorers_are_paired_with_betas():
-    assert sweep._steering(["a"], None) == {"scorer": "a"}
-    assert sweep._steering(["a", "b"], [2, 0.5]) == {
+    assert sweep._pair_scorers({"scorer": ["a"], "limit": 3}) == {"scorer": "a", "limit": 3}
+    assert sweep._pair_scorers({"scorer": ["a", "b"], "beta": [2, 0.5]}) == {
         "scorers": [{"scorer": "a", "beta": 2}, {"scorer": "b", "beta": 0.5}]
     }
-    assert sweep._steering(None, None) == {}
+    assert sweep._pair_scorers({}) == {}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_sigterm_ends_with_75_and_the_job_goes_on_without_ray(ray_cluster, job, 
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert not output.exists()
     done = generate(*arguments(given, output))
     assert done.exit_code == 0, done.output

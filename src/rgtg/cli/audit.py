@@ -1,94 +1,38 @@
-"""``rgtg audit``: is a scorer fit for token-wise guidance?"""
+"""``rgtg audit``: is a scorer suitable for token-wise guidance?"""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from rgtg.cli.common import (
-    AsJson,
-    Config,
-    Overrides,
-    Quiet,
-    Seed,
-    atomic_write,
-    emit,
-    hush_libraries,
-    make_folder,
-    refuse_overwriting,
-    resumable,
-    save_settings,
-    verb,
-    write_json,
-)
+from rgtg.cli.common import Invocation, command, hush_libraries, resumable, save_settings, write_json
 from rgtg.config import AuditSettings
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
 from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
+from rgtg.utils.files import atomic_write, make_folder, refuse_overwriting
 
 if TYPE_CHECKING:
     from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts
     from rgtg.models.loading.policy import Policy
 
-_ROLL = "Audit of candidates"
 _WRITTEN = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png", "settings.json")
 
 
-@verb
-def command(
-    scorer: Annotated[str | None, typer.Option(help="Scorer to audit: folder or hub id.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Held-out preference pairs.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Whose roll-outs are made; of a head, where it has moved.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json, rollout-audit.json, figures, settings.json, rejects.")
-    ] = None,
-    rollouts: Annotated[
-        bool, typer.Option("--rollouts", help="Audit the order of candidates, by roll-outs.", rich_help_panel=_ROLL)
-    ] = False,
-    prompts: Annotated[
-        Path | None, typer.Option(help='JSONL of {"prompt": ...}: where roll-outs begin.', rich_help_panel=_ROLL)
-    ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Held-out reward model of finished texts.", rich_help_panel=_ROLL)
-    ] = None,
-    rollouts_file: Annotated[
-        Path | None,
-        typer.Option(help="Keeps the roll-outs: continued, or read as it is.", rich_help_panel=_ROLL),
-    ] = None,
-    prefixes: Annotated[int | None, typer.Option(help="Prefixes. Default 400.", rich_help_panel=_ROLL)] = None,
-    candidates: Annotated[
-        int | None, typer.Option(help="Next tokens at each. Default 10.", rich_help_panel=_ROLL)
-    ] = None,
-    per_candidate: Annotated[
-        int | None, typer.Option(help="Roll-outs of each candidate. Default 4.", rich_help_panel=_ROLL)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of a whole completion. Default 64.", rich_help_panel=_ROLL)
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="At which guidance is judged.", rich_help_panel=_ROLL)] = None,
-    kl_nats: Annotated[
-        float | None, typer.Option(help="KL per token that chooses beta. Default 0.1.", rich_help_panel=_ROLL)
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Completions per forward. Default 8.")] = None,
-    bootstrap: Annotated[int | None, typer.Option(help="Resamples for the intervals. Default 1000.")] = None,
-    on_bad: Annotated[str | None, typer.Option(help="error or skip: what to do with bad rows.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(
+    AuditSettings,
+    "scorer pairs policy output batch_size bootstrap on_bad dtype device",
+    panels={
+        "Audit of candidates": "rollouts prompts reward rollouts_file prefixes candidates per_candidate max_new_tokens "
+        "beta kl_nats"
+    },
+)
+def run(settings: AuditSettings, invocation: Invocation) -> None:
     """Measure a scorer on partial sequences: on pairs by prefix length, or on the candidates of one prefix."""
-    flags = {k: v for k, v in locals().items() if k in AuditSettings.model_fields and v is not False}
-    settings = AuditSettings.resolve(config, overrides, flags)
     hush_libraries()
     from rgtg.evaluation.plots import new_figure
 
     if settings.output:
-        new_figure()  # a missing extra is told before the work, and so is a folder that cannot be written
+        new_figure()  # a missing extra, and a folder that cannot be written, are errors before the work
         make_folder(settings.output)
         read = [
             (f"--{name.replace('_', '-')}", getattr(settings, name)) for name in ("pairs", "prompts", "rollouts_file")
@@ -98,8 +42,8 @@ def command(
     by_pairs = _audit_pairs(model, settings) if settings.pairs else None
     by_rollouts = None
     if settings.rollouts:
-        with resumable(f"the roll-outs are kept in {_rollouts_path(settings)}; the same command goes on from there"):
-            by_rollouts = _audit_rollouts(model, loaded, settings, quiet=quiet or as_json)
+        with resumable(f"the roll-outs are kept in {_rollouts_path(settings)}; the same command resumes from them"):
+            by_rollouts = _audit_rollouts(model, loaded, settings, quiet=invocation.silent)
     if settings.output:
         save_settings(settings.output, settings)
     results = [result for result in (by_pairs, by_rollouts) if result is not None]
@@ -107,11 +51,11 @@ def command(
     if by_pairs and by_rollouts:
         both = {"pairs": by_pairs, "rollouts": by_rollouts}
         printed = {name: json.loads(result.model_dump_json()) for name, result in both.items()}  # NaN as text
-    emit(printed, as_json=as_json, quiet=quiet, show=lambda: show(*results))
+    invocation.emit(printed, lambda: show(*results))
 
 
 def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
-    """The scorer, and the policy where one is needed; a head shares it."""
+    """Load the scorer, and the policy if it is needed; a head on its hidden states shares it."""
     from rgtg.models.loading.policy import load_policy
     from rgtg.models.scorers.base import load_named_scorer, load_scorer, trunk_of
 
@@ -165,7 +109,7 @@ def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings
 
 
 def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> "CandidateRollouts":
-    """Made, continued, or read as they are."""
+    """Make, continue or read the roll-outs."""
     from rich.console import Console
     from rich.progress import Progress
 

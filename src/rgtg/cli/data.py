@@ -1,21 +1,11 @@
 """``rgtg data``: check preference data before training on it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from rgtg.cli.common import (
-    AsJson,
-    Config,
-    Overrides,
-    Quiet,
-    Seed,
-    emit,
-    hush_libraries,
-    save_settings,
-    verb,
-)
+from rgtg.cli.common import Invocation, command, hush_libraries, save_settings
 from rgtg.cli.progress import reading_bar
 from rgtg.config import DataCheckSettings
 from rgtg.errors import UsageError
@@ -32,37 +22,18 @@ def _group() -> None:
 
 
 @app.command("check")
-@verb
-def check(
-    file: Annotated[str, typer.Argument(help=".jsonl, .gz/.xz/.zst of it, .parquet, or hub id owner/name[:split].")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub id: renders chat messages, counts lengths in tokens.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
-    on_bad: Annotated[
-        str | None, typer.Option(metavar="error|skip", help="Refuse bad rows, or leave them out.")
-    ] = None,
-    rejects: Annotated[
-        Path | None, typer.Option(help="Where skipped rows go. [default: rejects.jsonl in the current folder]")
-    ] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
-    """Validate preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
-    flags = {"file": file, "tokenizer": tokenizer, "max_length": max_length, "on_bad": on_bad, "rejects": rejects}
-    settings = DataCheckSettings.resolve(config, overrides, {**flags, "seed": seed})
+@command(DataCheckSettings, "file tokenizer max_length on_bad rejects")
+def check(settings: DataCheckSettings, invocation: Invocation) -> None:
+    """Check preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
     if settings.on_bad == "error" and settings.rejects is not None:
         raise UsageError("--rejects is the file for --on-bad skip; it has no use with --on-bad error")
     target = settings.rejects or Path("rejects.jsonl") if settings.on_bad == "skip" else None
-    pairs = _read(settings, target, quiet=quiet or as_json)
+    pairs = _read(settings, target, quiet=invocation.silent)
     if target is not None:
         save_settings(target, settings)
     plain = {"file": settings.file, "fingerprint": pairs.fingerprint, **pairs.summary.model_dump()}
     plain["rejects"] = None if target is None else str(target)
-    emit(plain, as_json=as_json, quiet=quiet, show=lambda: _show(settings.file, pairs, target))
+    invocation.emit(plain, lambda: _show(settings.file, pairs, target))
 
 
 def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> "PairReader":

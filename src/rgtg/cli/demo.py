@@ -1,23 +1,12 @@
-"""``rgtg demo``: a small world in which everything is trained, compared and reported, in about two minutes."""
+"""``rgtg demo``: train, compare and report everything in a small world, in about two minutes."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from rgtg.cli.common import (
-    AsJson,
-    Config,
-    Overrides,
-    Quiet,
-    Seed,
-    emit,
-    hush_libraries,
-    verb,
-)
+from rgtg.cli.common import Invocation, command, hush_libraries
 from rgtg.config import DemoSettings
 from rgtg.errors import MissingExtraError
 
@@ -36,34 +25,24 @@ Everything was trained and drawn by this run. Intervals (95 %) cover the choice 
 training: run other seeds for that."""
 
 
-@verb
-def command(
-    output: Annotated[Path | None, typer.Option(help="Folder for models, replies and report.html.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Unseen messages that every method answers.")] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(DemoSettings, "output prompts")
+def run(settings: DemoSettings, invocation: Invocation) -> None:
     """Train a policy and two scorers in a small world, compare all methods, write a report; about two minutes."""
-    settings = DemoSettings.resolve(config, overrides, {"output": output, "prompts": prompts, "seed": seed})
     start = time.perf_counter()
     hush_libraries()
     _require_extras()
     from rgtg.demo.run import run_demo
 
-    show = not (quiet or as_json)
-    demo = run_demo(settings, _stages(show))
+    demo = run_demo(settings, _stages(not invocation.silent))
     report = _write_report(settings, demo)
     seconds = time.perf_counter() - start
     plain = {"report": str(report), "seconds": seconds, "result": demo.result.model_dump(mode="json")}
     plain["audits"] = {name: audit.verdict for name, audit in demo.audits.items()}
-    emit(plain, as_json=as_json, quiet=quiet, show=lambda: _show(demo, report, seconds))
+    invocation.emit(plain, lambda: _show(demo, report, seconds))
 
 
 def _require_extras() -> None:
-    """Find out now what would otherwise be missing after two minutes."""
+    """Raise an error for a missing extra now rather than after two minutes."""
     import importlib.util
 
     for module in ("trl", "datasets", "matplotlib"):
@@ -80,7 +59,7 @@ def _write_report(settings: DemoSettings, demo: "DemoOutput") -> Path:
 
 
 def _stages(show: bool) -> Callable[[str, int], AbstractContextManager[Callable[[], None]]]:
-    """Stages with a bar and the time each took, on stderr."""
+    """Stages with a progress bar and the time of each, on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -4,11 +4,9 @@ import importlib.metadata
 import importlib.util
 import platform
 import warnings
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_libraries, verb
+from rgtg.cli.common import Invocation, command, hush_libraries
 from rgtg.config import DoctorSettings
 from rgtg.errors import UsageError
 
@@ -16,41 +14,24 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 _EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "accelerate": "train", "matplotlib": "report"}
 
 
-@verb
-def command(
-    speed: Annotated[bool, typer.Option("--speed", help="Time a policy and its scorer; see below.")] = False,
-    policy: Annotated[str | None, typer.Option(help="With --speed: folder or hub id.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="With --speed: folder or hub id.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="With --speed: candidates per step. Default 10.")] = None,
-    prompt_length: Annotated[int | None, typer.Option(help="With --speed: tokens. Default 128.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="With --speed: steps timed. Default 32.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="With --speed: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="With --speed: cpu, cuda, cuda:1 …")] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(DoctorSettings, "speed", panels={"With --speed": "policy scorer top_k prompt_length tokens dtype device"})
+def run(settings: DoctorSettings, invocation: Invocation) -> None:
     """Report versions, devices and missing extras, and run a tiny guided generation.
 
-    With --speed, also time unguided and guided decoding in turn, and show beside them how long reading the weights
-    alone would take at this machine's memory bandwidth. Let the machine be idle.
+    With --speed, also time unguided and guided decoding in turn, and show how long reading the weights alone would
+    take at this machine's memory bandwidth. Run nothing else meanwhile.
 
     [bold]Example[/bold]: rgtg doctor --speed --policy POLICY --scorer SCORER --dtype bfloat16
     """
-    given = locals()
-    flags = {k: v for k, v in given.items() if k in DoctorSettings.model_fields and v is not False}
-    settings = DoctorSettings.resolve(config, overrides, flags)
-    _require_use(settings)
+    _check_use(settings)
     hush_libraries()
     report: dict[str, Any] = {"versions": _versions(), "devices": _devices(), "trial": _trial(settings.seed)}
     if settings.speed:
-        report["speed"] = _speed(settings, show=not (quiet or as_json))
-    emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
+        report["speed"] = _speed(settings, show=not invocation.silent)
+    invocation.emit(report, lambda: _show(report))
 
 
-def _require_use(settings: DoctorSettings) -> None:
+def _check_use(settings: DoctorSettings) -> None:
     if settings.speed and settings.policy is None:
         raise UsageError("--speed needs --policy (and --scorer, to time guidance)")
     extra = settings.model_fields_set - {"seed", "speed"}
@@ -59,7 +40,7 @@ def _require_use(settings: DoctorSettings) -> None:
 
 
 def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
-    """Rows of the speed table."""
+    """Measure the rows of the speed table."""
     from rich.console import Console
 
     from rgtg.decoding.guided_policy import GuidedPolicy
@@ -68,7 +49,7 @@ def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
     assert settings.policy is not None, "checked before anything is loaded"
     method = "pargs" if settings.scorer else "policy"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what the scorer was trained for does not matter here
+        warnings.simplefilter("ignore", UserWarning)  # the scorer's objective does not matter here
         guided = GuidedPolicy.from_pretrained(
             settings.policy, settings.scorer, method=method, dtype=settings.dtype, device=settings.device
         )
@@ -106,7 +87,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _trial(seed: int) -> str:
-    """Guided against recomputed scores on a tiny random model: the core promise, checked where the user stands."""
+    """Compare one-pass scores of candidates with recomputed ones on a tiny random model."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

@@ -1,29 +1,16 @@
-"""``rgtg judge``: win rates by a language model behind any OpenAI-compatible endpoint."""
+"""``rgtg judge``: win rates by a language model behind an OpenAI-compatible endpoint."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from rgtg.cli.common import (
-    AsJson,
-    Config,
-    Overrides,
-    Quiet,
-    Seed,
-    emit,
-    make_folder,
-    refuse_overwriting,
-    resumable,
-    save_settings,
-    verb,
-    write_json,
-    write_text,
-)
+from rgtg.cli.common import Invocation, command, resumable, save_settings, write_json
 from rgtg.config import JudgeSettings
 from rgtg.types.base import Interval
 from rgtg.types.judge import JudgeMatch, JudgeResult, JudgeUsage
+from rgtg.utils.files import make_folder, refuse_overwriting, write_text
 
 if TYPE_CHECKING:
     from rgtg.evaluation.judge.run import CallEstimate, Judgement
@@ -31,59 +18,35 @@ if TYPE_CHECKING:
 _SHOWN_FAILURES = 5
 
 
-@verb
-def command(
-    model: Annotated[str | None, typer.Option(help="Name of the judge at the endpoint.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Endpoint. Default: OPENAI_BASE_URL, else OpenAI's.")] = None,
-    a: Annotated[str | None, typer.Option("--a", help="Completions: FILE or NAME=FILE.")] = None,
-    b: Annotated[str | None, typer.Option("--b", help="Completions of the same prompts.")] = None,
-    completions: Annotated[
-        list[str] | None, typer.Option(help="Several: FILE, NAME=FILE, or a folder of rgtg compare; every two meet.")
-    ] = None,
-    pairs: Annotated[str | None, typer.Option(help="Preference pairs: how often does the judge agree?")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for judge.json, verdicts.jsonl, answers.jsonl, settings.json.")
-    ] = None,
-    baseline: Annotated[str | None, typer.Option(help="Judge the others against this one only.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Your own prompt, with {prompt}, {first}, {second}.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Calls under way at once. Default 8.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="File of paid answers. Default: OUTPUT/answers.jsonl.")] = None,
-    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read.")] = None,
-    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.")] = None,
-    on_bad: Annotated[str | None, typer.Option(help="error or skip: what to do with bad rows of --pairs.")] = None,
-    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Count the calls and tokens; make none.")] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(
+    JudgeSettings,
+    "model base_url a b completions pairs output baseline limit prompt_file concurrency cache price_in price_out "
+    "on_bad dry_run",
+)
+def run(settings: JudgeSettings, invocation: Invocation) -> None:
     """Win rates by a judge, each pair in both orders; the key comes from OPENAI_API_KEY and is never written."""
-    flags = {k: v or None if k == "completions" else v for k, v in locals().items() if k in JudgeSettings.model_fields}
-    settings = JudgeSettings.resolve(config, overrides, flags)
     from rgtg.evaluation.judge.run import estimate_calls, judge
 
     if settings.dry_run:
         planned = estimate_calls(settings)
-        emit(vars(planned), as_json=as_json, quiet=quiet, show=lambda: _show_plan(planned))
+        invocation.emit(vars(planned), lambda: _show_plan(planned))
         return
-    _keep_inputs(settings)
+    _check_outputs(settings)
     make_folder(settings.output)
     save_settings(settings.output, settings)
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True, quiet=quiet or as_json)
-    kept = f"the answers are kept in {settings.answers}; the same command goes on from there"
-    with resumable(kept), Progress(console=console, disable=not console.is_terminal or quiet or as_json) as bar:
+    console = Console(stderr=True, quiet=invocation.silent)
+    kept = f"the answers are kept in {settings.answers}; the same command resumes from them"
+    with resumable(kept), Progress(console=console, disable=not console.is_terminal or invocation.silent) as bar:
         task = bar.add_task(f"asking {settings.model}", total=None)
         found = judge(settings, lambda done, total: bar.update(task, completed=done, total=total))
     _write(found, settings.output)
-    emit(found.result, as_json=as_json, quiet=quiet, show=lambda: show(found.result, settings.output))
+    invocation.emit(found.result, lambda: show(found.result, settings.output))
 
 
-def _keep_inputs(settings: JudgeSettings) -> None:
+def _check_outputs(settings: JudgeSettings) -> None:
     from rgtg.data.sources import named_path
 
     named = [("--a", settings.a), ("--b", settings.b), *(("--completions", each) for each in settings.completions)]
@@ -111,7 +74,7 @@ def _show_plan(planned: "CallEstimate") -> None:
 
 
 def show(result: JudgeResult, output: Path | None = None) -> None:
-    """Print the matches as a table, then what failed and what it cost."""
+    """Print the matches as a table, then failures and costs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""The verbs, assembled; ``rgtg.__main__`` runs them."""
+"""All commands in one app, which ``rgtg.__main__`` runs."""
 
 import typer
 
@@ -34,4 +34,4 @@ app.add_typer(data.app, name="data")
 for _module in (
     train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, doctor,
 ):  # fmt: skip
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+    app.command(_module.__name__.rpartition(".")[2])(_module.run)

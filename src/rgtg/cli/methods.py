@@ -1,16 +1,16 @@
-"""``rgtg methods``: every decoding method, what it reads, how it decides, and who proposed it."""
+"""``rgtg methods``: every decoding method, its scorer, candidates, rule and paper."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rgtg.cli.common import AsJson, Quiet, emit, verb
+from rgtg.cli.common import AsJson, Invocation, Quiet, verb
 
 if TYPE_CHECKING:
     from rgtg.decoding.methods import Method
 
 
 @verb
-def command(as_json: AsJson = False, quiet: Quiet = False) -> None:
+def run(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the methods of rgtg generate; docs/methods.md has an entry for each.
 
     [bold]Example[/bold]: rgtg methods --json
@@ -18,7 +18,7 @@ def command(as_json: AsJson = False, quiet: Quiet = False) -> None:
     from rgtg.decoding.methods import METHODS
 
     rows = {"methods": [asdict(method) for method in METHODS.values()]}
-    emit(rows, as_json=as_json, quiet=quiet, show=lambda: _show(list(METHODS.values())))
+    Invocation(None, as_json, quiet).emit(rows, lambda: _show(list(METHODS.values())))
 
 
 def _show(methods: "list[Method]") -> None:
@@ -34,14 +34,14 @@ def _show(methods: "list[Method]") -> None:
     console = Console()
     console.print(table)
     console.print(
-        "scorer: the objective of rgtg train that it was proposed with; candidates: the policy's likeliest tokens, or "
-        "the largest sums of log-probability and beta times score; source: arXiv.",
+        "scorer: the objective of rgtg train that it was proposed with; candidates: the policy's most likely tokens, "
+        "or the largest sums of log-probability and beta times score; source: arXiv.",
         style="dim",
     )
 
 
 def _reads(row: "Method") -> str:
-    """What the scorer is asked about."""
+    """What the scorer scores."""
     if row.scorer is None:
         return "–"
     return "prefix" if row.vocabulary else {"token": "candidate"}.get(row.unit, row.unit)

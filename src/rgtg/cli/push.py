@@ -1,46 +1,29 @@
-"""``rgtg push``: publish a scorer."""
+"""``rgtg push``: publish a scorer on the hub."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, emit, hush_libraries, verb
+from rgtg.cli.common import Invocation, command, hush_libraries
 from rgtg.config import PushSettings
 
 if TYPE_CHECKING:
     from rgtg.publishing.push import PushReport
 
 
-@verb
-def command(
-    folder: Annotated[Path | None, typer.Argument(help="A scorer that rgtg train wrote.")] = None,
-    repo: Annotated[str | None, typer.Argument(help="owner/name on the hub.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, made where it is missing. Default main.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make it private; refuse a public one.")] = False,
-    audit: Annotated[Path | None, typer.Option(help="Output of rgtg audit. Default: in the folder.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of what a head or adapter reads.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="File or pattern that stays here; repeatable.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@command(PushSettings, "folder repo revision private audit base_model exclude message dry_run")
+def run(settings: PushSettings, invocation: Invocation) -> None:
     """Publish a scorer as one commit: weights, tokenizer, rgtg.json, and a card with its audit.
 
     The token is the one of hf auth login, or HF_TOKEN; HF_ENDPOINT names another hub.
 
     [bold]Example[/bold]: rgtg push scorer owner/name --private --audit audit --dry-run
     """
-    given = {k: v for k, v in locals().items() if k in PushSettings.model_fields and v is not False}
-    settings = PushSettings.resolve(config, overrides, given)
     hush_libraries()
     from rgtg.publishing.push import push_scorer
 
     report = push_scorer(settings)
-    emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
+    invocation.emit(report, lambda: _show(report))
 
 
 def _show(report: "PushReport") -> None:

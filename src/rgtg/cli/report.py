@@ -1,27 +1,30 @@
-"""``rgtg report``: what the other commands wrote, as one page."""
+"""``rgtg report``: the results of other commands as one page."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rgtg.cli.common import AsJson, Quiet, emit, refuse_overwriting, verb
+from rgtg.cli.common import AsJson, Invocation, Quiet, verb
 from rgtg.errors import UsageError
+from rgtg.utils.files import refuse_overwriting
 
 
 @verb
-def command(
-    source: Annotated[Path, typer.Argument(help="Output folder of rgtg compare, or its results.json.")],
+def run(
+    source: Annotated[Path, typer.Argument(help="output folder of rgtg compare, or its results.json")],
     audit: Annotated[
-        list[str] | None, typer.Option(help="audit.json or rollout-audit.json, as FILE or NAME=FILE; repeatable.")
+        list[str] | None, typer.Option(help="audit.json or rollout-audit.json, as FILE or NAME=FILE; repeatable")
     ] = None,
-    judge: Annotated[Path | None, typer.Option(help="judge.json of the same rows, or its folder.")] = None,
-    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html beside the results.")] = None,
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Comparison",
+    judge: Annotated[Path | None, typer.Option(help="judge.json of the same runs, or its folder")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="file of the page; default: report.html beside the results")
+    ] = None,
+    title: Annotated[str, typer.Option(help="heading of the page")] = "Comparison",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a self-contained page, and the same in Markdown beside it, from files alone: no model is loaded."""
+    """Write a self-contained page, and the same in Markdown beside it. No model is loaded."""
     from rgtg.data.sources import named_path
     from rgtg.report import write_report
     from rgtg.report.read import read_audits, read_comparison, read_judged
@@ -36,4 +39,4 @@ def command(
     judged = read_judged(judge) if judge else None
     written = write_report(result, page, audits=audits, rollouts=rollouts, judged=judged, title=title)
     names = [str(path) for path in written]
-    emit({"written": names}, as_json=as_json, quiet=quiet, show=lambda: typer.echo(f"written: {', '.join(names)}"))
+    Invocation(None, as_json, quiet).emit({"written": names}, lambda: typer.echo(f"written: {', '.join(names)}"))

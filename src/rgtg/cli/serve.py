@@ -1,4 +1,4 @@
-"""``rgtg serve``: an OpenAI-compatible server with guidance per request, and a page to watch it."""
+"""``rgtg serve``: an OpenAI-compatible server with guidance per request, and a page to try it."""
 
 import json
 import sys
@@ -13,50 +13,58 @@ if TYPE_CHECKING:
     from rgtg.serving.engine.models import ServedModels
 
 _LIMITS = "Limits"
-_ACCESS = "Who may call"
+_ACCESS = "Access"
 
 
 @verb
-def command(
-    policy: Annotated[str | None, typer.Option(help="Frozen language model: folder or hub id.")] = None,
+def run(
+    policy: Annotated[str | None, typer.Option(help="frozen language model: folder or hub id")] = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A scorer that requests may name; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="a scorer that requests can name; repeatable")
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="The policy's name to clients. Default: the folder's last part.")
+        str | None, typer.Option(help="name of the policy in requests; default: its folder's name")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="Default 8000; 0 takes a free one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on; default: 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="0 picks a free port; default: 8000")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    scorer_device: Annotated[str | None, typer.Option(help="Of separate scorers; default the policy's.")] = None,
+    scorer_device: Annotated[str | None, typer.Option(help="device of separate scorers; default: the policy's")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(help="Clients must send it. Better in the environment: RGTG_API_KEY.", rich_help_panel=_ACCESS),
+        typer.Option(
+            help="key that clients must send; safer in the environment: RGTG_API_KEY", rich_help_panel=_ACCESS
+        ),
     ] = None,
     allow_public: Annotated[
-        bool, typer.Option("--allow-public", help="Listen beyond loopback without a key.", rich_help_panel=_ACCESS)
+        bool,
+        typer.Option(
+            "--allow-public", help="allow an address other than loopback without a key", rich_help_panel=_ACCESS
+        ),
     ] = False,
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Another Host header to take; repeatable.", rich_help_panel=_ACCESS)
+        list[str] | None, typer.Option(help="another accepted Host header; repeatable", rich_help_panel=_ACCESS)
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Web origin whose pages may call; repeatable.", rich_help_panel=_ACCESS)
+        list[str] | None,
+        typer.Option(help="web origin whose pages may call the server; repeatable", rich_help_panel=_ACCESS),
     ] = None,
     max_queue: Annotated[
-        int | None, typer.Option(help="Requests that may wait. Default 64.", rich_help_panel=_LIMITS)
+        int | None, typer.Option(help="requests that can wait; default: 64", rich_help_panel=_LIMITS)
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(help="Completions decoded at once. Default 16.", rich_help_panel=_LIMITS)
+        int | None, typer.Option(help="sequences decoded together; default: 16", rich_help_panel=_LIMITS)
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Most new tokens of a completion. Default 4096.", rich_help_panel=_LIMITS)
+        int | None, typer.Option(help="largest max_tokens of a request; default: 4096", rich_help_panel=_LIMITS)
     ] = None,
     request_seconds: Annotated[
-        float | None, typer.Option(help="Time for a request, queue included. Default 600.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(help="time limit of a request, queue included; default: 600", rich_help_panel=_LIMITS),
     ] = None,
     drain_seconds: Annotated[
-        float | None, typer.Option(help="Time for accepted requests on SIGTERM. Default 30.", rich_help_panel=_LIMITS)
+        float | None,
+        typer.Option(help="time limit of accepted requests after SIGTERM; default: 30", rich_help_panel=_LIMITS),
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -66,7 +74,7 @@ def command(
 ) -> None:
     """Serve a policy and scorers behind OpenAI's API, with guidance per request and a page at /.
 
-    Every setting of docs/http-api.md can also be in the environment (RGTG_PORT), a YAML file, or --set.
+    Settings can also come from the environment (RGTG_PORT), a YAML file, or --set; see docs/http-api.md.
 
     [bold]Example[/bold]: rgtg serve --policy POLICY --scorer helpful=SCORER --port 8000
     """
@@ -75,7 +83,7 @@ def command(
         from rgtg.serving.settings import ServeSettings
     except ImportError as error:
         raise MissingExtraError("rgtg serve needs its extra: pip install 'rgtg[serve]'") from error
-    # 0 is a value (port, max_queue); an absent list or switch is not
+    # 0 is a value (port, max_queue); an empty list and False are options that were not given
     flags = {k: v for k, v in given.items() if k in ServeSettings.model_fields and v != [] and v is not False}
     settings = ServeSettings.resolve(config, overrides, flags)
     hush_libraries()

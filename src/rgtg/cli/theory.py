@@ -1,10 +1,8 @@
 """``rgtg theory``: what token-wise guidance does, by exact enumeration."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, verb
+from rgtg.cli.common import Invocation, command
 from rgtg.config import TheorySettings
 
 if TYPE_CHECKING:
@@ -13,24 +11,13 @@ if TYPE_CHECKING:
     from rgtg.evaluation.theory import TheoryResult
 
 
-@verb
-def command(
-    vocabulary: Annotated[int | None, typer.Option(help="Tokens of the tiny world. Default 3.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a completion. Default 3.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Guidance strength. Default 2.")] = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(TheorySettings, "vocabulary length beta")
+def run(settings: TheorySettings, invocation: Invocation) -> None:
     """Enumerate a tiny random world: why scorers must be trained on prefixes, and what guidance then samples from."""
-    flags = {"vocabulary": vocabulary, "length": length, "beta": beta, "seed": seed}
-    settings = TheorySettings.resolve(config, overrides, flags)
     from rgtg.evaluation.theory import exhibits
 
     result = exhibits(**settings.model_dump())
-    emit(result, as_json=as_json, quiet=quiet, show=lambda: _show(result))
+    invocation.emit(result, lambda: _show(result))
 
 
 def _show(result: "TheoryResult") -> None:

@@ -1,11 +1,8 @@
-"""``rgtg train``: preference pairs in, a scorer out."""
+"""``rgtg train``: train a scorer on preference pairs or rollouts."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from rgtg.cli.common import AsJson, Config, Overrides, Quiet, Seed, emit, hush_libraries, verb
+from rgtg.cli.common import Invocation, command, hush_libraries
 from rgtg.config import TrainSettings
 
 if TYPE_CHECKING:
@@ -14,50 +11,13 @@ if TYPE_CHECKING:
     from rgtg.training.report import TrainReport
 
 
-@verb
-def command(
-    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a file or a hub id.")] = None,
-    rollouts: Annotated[
-        str | None, typer.Option(help="Completions with rewards, of rgtg generate and score: value, cumulative-mse.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Model to start from: usually the policy itself.")] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(
-            help="prefix-bt (token-wise guidance), full-bt, farma, autoregressive, value, cumulative-mse or tcrm."
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="New folder for the scorer.")] = None,
-    trunk: Annotated[
-        str | None,
-        typer.Option(help="separate, shared (an adapter on the policy) or own (a head on the policy's states)."),
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="With --trunk own: state or vocab.")] = None,
-    eval_pairs: Annotated[str | None, typer.Option(help="Held-out pairs; default: a part of --pairs.")] = None,
-    eval_rollouts: Annotated[str | None, typer.Option(help="Held-out rollouts; default: a part of --rollouts.")] = None,
-    reference_scorer: Annotated[
-        str | None, typer.Option(help="With prefix-bt: trust pairs as far as this full-sequence scorer agrees.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest prompt + completion, in tokens.")] = None,
-    on_bad: Annotated[str | None, typer.Option(help="error or skip unusable rows.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Save checkpoints, and go on from the newest.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --resume: although data or settings have changed.")
-    ] = False,
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = None,
-) -> None:
+@command(
+    TrainSettings,
+    "pairs rollouts base objective output trunk head eval_pairs eval_rollouts reference_scorer max_length on_bad "
+    "resume force",
+)
+def run(settings: TrainSettings, invocation: Invocation) -> None:
     """Train a scorer on pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""
-    flags = {
-        "pairs": pairs, "base": base, "objective": objective, "output": output, "eval_pairs": eval_pairs,
-        "max_length": max_length, "on_bad": on_bad, "resume": resume or None, "force": force or None, "seed": seed,
-        "trunk": trunk, "head": head, "rollouts": rollouts, "eval_rollouts": eval_rollouts,
-        "reference_scorer": reference_scorer,
-    }  # fmt: skip
-    settings = TrainSettings.resolve(config, overrides, flags)
     hush_libraries()
     try:
         from rgtg.models.loading.tensor_parallel import is_main_process
@@ -66,9 +26,9 @@ def command(
         from rgtg.errors import MissingExtraError
 
         raise MissingExtraError(f"training needs {error.name}: pip install 'rgtg[train]'") from error
-    report = train_scorer(settings, show=not (quiet or as_json))
+    report = train_scorer(settings, show=not invocation.silent)
     if is_main_process():
-        emit(report, as_json=as_json, quiet=quiet, show=lambda: _show(report))
+        invocation.emit(report, lambda: _show(report))
 
 
 def _show(report: "TrainReport") -> None:
@@ -96,7 +56,7 @@ def _show(report: "TrainReport") -> None:
 
 
 def _choices(report: "TrainReport") -> "Table":
-    """Heads that were tried, by what decides between them."""
+    """Table of the heads that were tried, with the number that decides between them."""
     from rich.table import Table
 
     figure = "explained_50" if report.rollouts else "prefix_accuracy"

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,6 +39,7 @@ class Settings(BaseModel):
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 200, 200
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
+OnBad = Annotated[Literal["error", "skip"], Field(description="stop at bad rows, or leave them out")]
 
 
 def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:

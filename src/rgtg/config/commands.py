@@ -5,24 +5,26 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from rgtg.config.base import Settings
+from rgtg.config.base import OnBad, Settings
 from rgtg.config.decoding import ModelSettings
 
 
 class DataCheckSettings(Settings):
     """``rgtg data check``."""
 
-    file: str
+    positional: ClassVar[tuple[str, ...]] = ("file",)
+
+    file: str = Field(description=".jsonl, .gz/.xz/.zst of it, .parquet, or a hub id owner/name:split")
     tokenizer: str | None = Field(None, description="folder or hub id; needed for chat messages and lengths in tokens")
     max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
-    on_bad: Literal["error", "skip"] = "error"
+    on_bad: OnBad = "error"
     rejects: Path | None = Field(None, description="file of skipped rows; default: rejects.jsonl in the current folder")
 
 
 class DemoSettings(Settings):
     """``rgtg demo``."""
 
-    output: Path = Path("demo-output")
+    output: Path = Field(Path("demo-output"), description="folder for models, replies and report.html")
     prompts: int = Field(100, ge=4, description="unseen prompts that every method answers")
     corpus: int = Field(10_000, ge=16, description="past replies that the policy is trained on")
     pairs: int = Field(2_000, ge=16, description="labelled pairs that both scorers are trained on")
@@ -34,7 +36,7 @@ class DemoSettings(Settings):
 class DoctorSettings(ModelSettings):
     """``rgtg doctor``. All settings but the seed belong to ``--speed``."""
 
-    speed: bool = False
+    speed: bool = Field(False, description="time a policy and its scorer")
     top_k: int = Field(10, ge=1, description="candidates per step")
     prompt_length: int = Field(128, ge=1, description="tokens of the random prompt")
     tokens: int = Field(32, ge=2, description="steps timed")
@@ -49,12 +51,14 @@ class JudgeSettings(Settings):
     api_key: SecretStr | None = Field(None, exclude=True, description="default: OPENAI_API_KEY; never saved")
     a: str | None = Field(None, description="completions: FILE or NAME=FILE")
     b: str | None = Field(None, description="completions of the same prompts: FILE or NAME=FILE")
-    completions: list[str] = Field(default_factory=list, description="FILE, NAME=FILE or an output folder of compare")
+    completions: list[str] = Field(
+        default_factory=list, description="FILE, NAME=FILE or an output folder of compare; repeatable"
+    )
     pairs: str | None = Field(None, description="preference pairs, to measure how often the judge agrees with them")
-    on_bad: Literal["error", "skip"] = "error"
+    on_bad: OnBad = "error"
     baseline: str | None = Field(None, description="judge the others against this one only; default: every two")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
-    output: Path
+    output: Path = Field(description="folder for judge.json, verdicts.jsonl, answers.jsonl and settings.json")
     cache: Path | None = Field(None, description="file of paid answers; default: answers.jsonl in the output folder")
     prompt_file: Path | None = Field(None, description="a prompt of your own with {prompt}, {first} and {second}")
     temperature: float | None = Field(0.0, ge=0, description="none: not sent")
@@ -67,7 +71,7 @@ class JudgeSettings(Settings):
     price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens")
     price_out: float | None = Field(None, ge=0, description="price of a million completion tokens")
     bootstrap: int = Field(1000, ge=100)
-    dry_run: bool = False
+    dry_run: bool = Field(False, description="count calls and tokens; make no call")
 
     @property
     def answers(self) -> Path:
@@ -82,17 +86,21 @@ class PlanSettings(Settings):
     scorer: str | None = Field(None, description="size, folder or hub id; none: only methods without a second model")
     hardware: str = Field("cpu", description="h200x8; cpu or cuda measures this machine; or a file of measurements")
     save_hardware: Path | None = Field(None, description="file for the measured rates")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    prompts: int = Field(1000, ge=1)
-    prompt_tokens: int = Field(256, ge=1, description="of a prompt, on average")
-    new_tokens: int = Field(256, ge=1, description="of a completion, on average")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the weights")
+    prompts: int = Field(1000, ge=1, description="number of prompts, for example 1e6")
+    prompt_tokens: int = Field(256, ge=1, description="mean tokens of a prompt")
+    new_tokens: int = Field(256, ge=1, description="mean tokens of a completion")
     k: int = Field(10, ge=1, description="candidates per step; default: the method's own")
-    n: int = Field(10, ge=1, description="of best-of-n and cd-blockwise")
+    n: int = Field(10, ge=1, description="samples of best-of-n and cd-blockwise")
     segment_tokens: int = Field(16, ge=1, description="of a segment of cd-blockwise")
     cards_drawn: float = Field(2.6, ge=1, description="tokens that cards draws for each one it keeps; from the stories")
     cards_scored: float = Field(0.16, gt=0, le=1, description="segments that cards scores per token; on stories too")
-    batch_size: int | None = Field(None, ge=1, description="prompts decoded together; default: at most 64 that fit")
-    tensor_parallel: int | None = Field(None, ge=1, description="devices that share one copy; default: as few as fit")
+    batch_size: int | None = Field(
+        None, ge=1, description="prompts decoded together; default: what costs least, up to 64"
+    )
+    tensor_parallel: int | None = Field(
+        None, ge=1, description="devices that share one copy; default: what costs least"
+    )
 
     @field_validator("prompts", "prompt_tokens", "new_tokens", mode="before")
     @classmethod
@@ -121,14 +129,14 @@ class PushSettings(Settings):
     private: bool = Field(False, description="create a private repository; an existing public one is an error")
     audit: Path | None = Field(None, description="output of rgtg audit; default: in the folder, or its audit/")
     base_model: str | None = Field(None, description="hub id of the model that a head or adapter belongs to")
-    exclude: list[str] = Field(default_factory=list, description="files that are not uploaded")
-    message: str = Field("Publish a scorer with rgtg", min_length=1)
-    dry_run: bool = False
+    exclude: list[str] = Field(default_factory=list, description="file or pattern that is not uploaded; repeatable")
+    message: str = Field("Publish a scorer with rgtg", min_length=1, description="message of the commit")
+    dry_run: bool = Field(False, description="list the files; upload nothing")
 
 
 class TheorySettings(Settings):
     """``rgtg theory``; the enumerated world has vocabulary^length completions."""
 
-    vocabulary: int = Field(3, ge=2)
-    length: int = Field(3, ge=2)
-    beta: float = Field(2.0, gt=0)
+    vocabulary: int = Field(3, ge=2, description="tokens of the vocabulary")
+    length: int = Field(3, ge=2, description="tokens of a completion")
+    beta: float = Field(2.0, gt=0, description="guidance strength")

@@ -6,23 +6,25 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rgtg.config.base import Settings
+from rgtg.config.base import OnBad, Settings
 
 
 class DecodingSettings(Settings):
     """How completions are sampled. Names are those of Hugging Face and OpenAI where they exist."""
 
-    method: str = Field("pargs", description="a method of docs/methods.md")
+    method: str = Field("pargs", description="decoding method; rgtg methods lists them")
     beta: float | list[float] = Field(
-        1.0, description="guidance strength, multiplies the score; 0 is the unguided policy. One per scorer"
+        1.0, description="guidance strength, multiplies the score; 0 is the unguided policy; repeatable, one per scorer"
     )
-    top_k: int | None = Field(10, description="candidates per step; none: the whole vocabulary")
+    top_k: int | None = Field(10, description="candidates per step; default: the method's (10 for most)")
     entropy_gate: float | None = Field(None, ge=0, description="guide only if the policy's entropy (nats) exceeds this")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely candidates up to this total probability")
-    temperature: float = Field(1.0, ge=0, description="of the guided distribution; 0 is greedy")
-    max_new_tokens: int = Field(64, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
-    stop: list[str] = Field(default_factory=list, description="texts that end a completion and are not part of it")
+    temperature: float = Field(1.0, ge=0, description="temperature of the guided distribution; 0 is greedy")
+    max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")
+    min_new_tokens: int = Field(0, ge=0, description="fewest tokens of a completion")
+    stop: list[str] = Field(
+        default_factory=list, description="text that ends a completion, without being part of it; repeatable"
+    )
     repetition_penalty: float = Field(1.0, gt=0)
     no_repeat_ngram_size: int = Field(0, ge=0)
     n: int = Field(10, ge=1, description="completions that best-of-n samples, segments that cd-blockwise samples")
@@ -36,7 +38,7 @@ class DecodingSettings(Settings):
         0.5, ge=0, le=1, description="cards: first threshold, from the prompt's reward (0) to reward_threshold (1)"
     )
     retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best of them")
-    draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; none: adapts")
+    draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; default: adapts")
 
     @field_validator("beta")
     @classmethod
@@ -61,13 +63,18 @@ class DecodingSettings(Settings):
         return stop
 
 
-class ModelSettings(Settings):
-    """Which models, in which precision and on which device."""
+class DeviceSettings(Settings):
+    """Precision and device of the models."""
 
-    policy: str | None = None
-    scorer: str | None = None
     dtype: str | None = Field(None, description="float32, bfloat16, float16; default: the checkpoint's own")
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; default: the first GPU, else the CPU")
+
+
+class ModelSettings(DeviceSettings):
+    """Which models, in which precision and on which device."""
+
+    policy: str | None = Field(None, description="frozen language model: folder or hub id")
+    scorer: str | None = Field(None, description="scorer that guides it: folder or hub id")
 
 
 class GenerateSettings(DecodingSettings, ModelSettings):
@@ -77,13 +84,15 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     a file of prompts that is completed on Ray.
     """
 
-    scorer: str | list[str] | None = None  # type: ignore[assignment]
-    prompt: str | None = None
-    prompts: Path | None = None
-    output: Path | None = None
+    scorer: str | list[str] | None = Field(  # type: ignore[assignment]
+        None, description="scorer that guides it: folder or hub id; repeatable, with a --beta each"
+    )
+    prompt: str | None = Field(None, description="one prompt; its completion is streamed to the terminal")
+    prompts: Path | None = Field(None, description="JSONL, an OpenAI batch or Parquet; needs --output")
+    output: Path | None = Field(None, description="JSONL of completions; the same command resumes a stopped job")
     batch_size: int | None = Field(None, ge=1, description="most prompts decoded together")
     batch_tokens: int = Field(8192, ge=1, description="most tokens decoded together, prompts and completions")
-    on_bad: Literal["error", "skip"] = Field("error", description="stop at bad rows, or leave them out")
+    on_bad: OnBad = "error"
     output_format: Literal["auto", "records", "openai"] = Field(
         "auto", description="lines of the output: rgtg records or OpenAI batch results; auto: as the prompts"
     )
@@ -98,21 +107,30 @@ class GenerateSettings(DecodingSettings, ModelSettings):
         ge=1,
         description="workers, each with its own models; default: as many as the GPUs allow, else one per node",
     )
-    gpus_per_actor: float | None = Field(None, ge=0, description="default: 1 where the cluster has GPUs, else 0")
-    cpus_per_actor: int | None = Field(
-        None, ge=1, description="also its threads; default: 1 with a GPU, else an equal share"
+    gpus_per_actor: float | None = Field(
+        None, ge=0, description="GPUs of each worker; default: 1 if the cluster has GPUs, else 0"
     )
-    trace: bool = False
+    cpus_per_actor: int | None = Field(
+        None, ge=1, description="CPUs and threads of each worker; default: 1 with a GPU, else an equal share"
+    )
+    trace: bool = Field(False, description="keep scores and probabilities of every candidate at every step")
     device_map: str | dict[str, int | str] | None = Field(
-        None, description="of the policy, instead of device: auto, or a device for each module"
+        None,
+        description="instead of device: auto spreads the policy over GPUs, memory and disk; or one for each module",
     )
     tp_plan: Literal["auto"] | dict[str, str] | None = Field(
-        None, description="of the policy, instead of both: auto splits its layers among torchrun's processes"
+        None, description="instead of device: auto splits the policy's layers among torchrun's processes"
     )
-    scorer_device: str | None = Field(None, description="of a separate scorer; default: the policy's")
-    scorer_device_map: str | dict[str, int | str] | None = Field(None, description="as device_map")
-    scorer_tp_plan: Literal["auto"] | dict[str, str] | None = Field(None, description="as tp_plan")
-    draft: str | None = Field(None, description="policy, prompt-lookup, or a small model with the policy's tokenizer")
+    scorer_device: str | None = Field(None, description="device of a separate scorer; default: the policy's")
+    scorer_device_map: str | dict[str, int | str] | None = Field(
+        None, description="of a separate scorer, as device_map"
+    )
+    scorer_tp_plan: Literal["auto"] | dict[str, str] | None = Field(
+        None, description="of a separate scorer, as tp_plan"
+    )
+    draft: str | None = Field(
+        None, description="speculate, exactly: policy, prompt-lookup, or a small model with the policy's tokenizer"
+    )
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -122,13 +140,11 @@ class GenerateSettings(DecodingSettings, ModelSettings):
         return gpus
 
 
-class ScoreSettings(Settings):
+class ScoreSettings(DeviceSettings):
     """``rgtg score``."""
 
-    scorer: str
-    policy: str | None = Field(None, description="of a head on its hidden states, if it has moved since training")
-    input: Path
-    output: Path
-    batch_size: int = Field(8, ge=1)
-    dtype: str | None = None
-    device: str | None = None
+    scorer: str = Field(description="reward model: folder or hub id")
+    policy: str | None = Field(None, description="policy of a head on its hidden states, if it has moved")
+    input: Path = Field(description="JSONL of prompt and text or completion")
+    output: Path = Field(description="the same lines, with a reward each")
+    batch_size: int = Field(8, ge=1, description="completions per forward pass")

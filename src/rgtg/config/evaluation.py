@@ -6,40 +6,40 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rgtg.config.base import Settings
-from rgtg.config.decoding import DecodingSettings, ModelSettings
+from rgtg.config.base import OnBad
+from rgtg.config.decoding import DecodingSettings, DeviceSettings, ModelSettings
 
 _OF_MAKING = ("prefixes", "candidates", "per_candidate", "max_new_tokens", "rollouts_batch_size")
 _OF_ROLLOUTS = ("prompts", "reward", "rollouts_file", "beta", "kl_nats", *_OF_MAKING)
 
 
-class AuditSettings(Settings):
+class AuditSettings(DeviceSettings):
     """``rgtg audit``: on preference pairs, on the candidates of prefixes (``rollouts``), or both.
 
     The fields from ``rollouts`` to ``kl_nats`` belong to the audit of candidates. With ``prompts`` and ``reward``,
     roll-outs are made or continued; without them, ``rollouts_file`` is read.
     """
 
-    scorer: str
-    policy: str | None = Field(None, description="of the roll-outs, and of a head on its hidden states")
-    pairs: str | None = None
-    output: Path | None = None
-    rollouts: bool = False
-    prompts: Path | None = None
-    reward: str | None = Field(None, description="held-out reward model of finished texts: a folder or hub id")
-    rollouts_file: Path | None = Field(None, description="file of roll-outs; default: rollouts.jsonl in output")
+    scorer: str = Field(description="scorer to audit: folder or hub id")
+    policy: str | None = Field(None, description="policy of the roll-outs, and of a head on its hidden states")
+    pairs: str | None = Field(None, description="held-out preference pairs")
+    output: Path | None = Field(None, description="folder for results, figures, settings and rejects")
+    rollouts: bool = Field(False, description="audit the ranking of candidates by roll-outs")
+    prompts: Path | None = Field(None, description='JSONL of {"prompt": ...} from which roll-outs start')
+    reward: str | None = Field(None, description="held-out reward model of finished texts: folder or hub id")
+    rollouts_file: Path | None = Field(
+        None, description="file of roll-outs, made, continued or read; default: rollouts.jsonl in output"
+    )
     prefixes: int = Field(400, ge=1, description="prefixes whose candidates are compared")
     candidates: int = Field(10, ge=2, description="most likely next tokens at each prefix")
     per_candidate: int = Field(4, ge=1, description="roll-outs of each candidate")
-    max_new_tokens: int = Field(64, ge=1, description="of a whole completion")
+    max_new_tokens: int = Field(64, ge=1, description="most tokens of a whole completion")
     rollouts_batch_size: int = Field(128, ge=1, description="roll-outs sampled together")
-    beta: float | None = Field(None, description="of the guided policy; default: the beta that costs kl_nats")
-    kl_nats: float | None = Field(None, gt=0, description="KL per token of the guided policy; default 0.1")
-    batch_size: int = Field(8, ge=1)
-    bootstrap: int = Field(1000, ge=100)
-    on_bad: Literal["error", "skip"] = "error"
-    dtype: str | None = None
-    device: str | None = None
+    beta: float | None = Field(None, description="guidance strength; default: the one that costs kl_nats")
+    kl_nats: float | None = Field(None, gt=0, description="KL per token of the guided policy, in nats; default: 0.1")
+    batch_size: int = Field(8, ge=1, description="completions per forward pass")
+    bootstrap: int = Field(1000, ge=100, description="resamples for the intervals")
+    on_bad: OnBad = "error"
 
     @property
     def makes_rollouts(self) -> bool:
@@ -134,14 +134,14 @@ def require_decoding(values: dict[str, Any]) -> dict[str, Any]:
 class EvaluationSettings(ModelSettings):
     """What ``rgtg compare`` and ``rgtg sweep`` share: prompts, rewards, seeds, decoding settings, output."""
 
-    prompts: Path
-    output: Path
-    reward: str | None = Field(None, description="held-out reward model: a folder or hub id")
+    prompts: Path = Field(description='JSONL of {"prompt": ...}')
+    output: Path = Field(description="folder for results and settings")
+    reward: str | None = Field(None, description="held-out reward model: folder or hub id")
     proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that runs may optimise")
     seeds: list[int] | None = Field(None, min_length=1, description="one completion of each prompt per seed")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
-    top_k: int | None = Field(10, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
+    top_k: int | None = Field(10, ge=1, description="candidates per step")
+    max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")
     temperature: float = Field(1.0, ge=0)
     decoding: dict[str, Any] = Field(default_factory=dict, description="more decoding settings of every run")
     batch_size: int = Field(8, ge=1)
@@ -180,12 +180,14 @@ class CompareSettings(EvaluationSettings):
 class SweepSettings(EvaluationSettings):
     """``rgtg sweep``: find the beta that meets a KL or reward target."""
 
-    method: str = "pargs"
+    method: str = Field("pargs", description="a method with a beta")
     scorers: list[GuidingScorer] = Field(default_factory=list, description="several; the sweep multiplies their betas")
-    target_kl: float | None = Field(None, gt=0, description="nats")
-    target_reward: float | None = Field(None, description="of the held-out reward, on these prompts")
-    kl_to: Literal["policy", "candidates"] = Field("policy", description="the whole policy, or its candidates only")
-    tolerance: float | None = Field(None, gt=0, description="in the target's unit; default: 5 % of it, at least 0.01")
+    target_kl: float | None = Field(None, gt=0, description="KL to reach, in nats")
+    target_reward: float | None = Field(None, description="mean held-out reward to reach, on these prompts")
+    kl_to: Literal["policy", "candidates"] = Field("policy", description="KL to the whole policy, or to its candidates")
+    tolerance: float | None = Field(
+        None, gt=0, description="in the unit of the target; default: 5 % of it, at least 0.01"
+    )
     min_beta: float = Field(0.01, gt=0)
     max_beta: float = Field(100.0, gt=0)
     tries: int = Field(12, ge=2, description="most betas tried")

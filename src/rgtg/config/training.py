@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rgtg.config.base import Settings
+from rgtg.config.base import OnBad, Settings
 
 
 class _Group(BaseModel):
@@ -95,18 +95,18 @@ class TrainSettings(Settings):
     objective's own options are under its name, with _ for -.
     """
 
-    pairs: str | None = None
+    pairs: str | None = Field(None, description="preference pairs: a file or hub id")
     rollouts: str | None = Field(None, description="completions with rewards, for value and cumulative-mse")
-    base: str
+    base: str = Field(description="model to start from, usually the policy itself")
     trunk: Literal["separate", "shared", "own"] = Field(
         "separate",
-        description="a separate model, a LoRA adapter on the policy, or a head on the policy's hidden states",
+        description="a separate model, an adapter on the policy, or a head on the policy's own hidden states",
     )
-    head: Literal["state", "vocab"] | None = Field(None, description="per candidate, or once for all tokens")
+    head: Literal["state", "vocab"] | None = Field(None, description="with own: per candidate, or once for all tokens")
     layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")
     width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")
-    objective: Objective = "prefix-bt"
+    objective: Objective = Field("prefix-bt", description="prefix-bt suits token-wise guidance")
     prefix_bt: PrefixBtSettings | None = None
     farma: FarmaSettings | None = None
     autoregressive: AutoregressiveSettings | None = None
@@ -114,15 +114,15 @@ class TrainSettings(Settings):
     cumulative_mse: CumulativeMseSettings | None = None
     tcrm: TcrmSettings | None = None
     reference_scorer: str | None = Field(None, description="full-sequence scorer that weights the pairs of prefix-bt")
-    output: Path
-    eval_pairs: str | None = None
-    eval_rollouts: str | None = None
+    output: Path = Field(description="new folder for the scorer")
+    eval_pairs: str | None = Field(None, description="held-out pairs; default: a part of pairs")
+    eval_rollouts: str | None = Field(None, description="held-out rollouts; default: a part of rollouts")
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="part of the prompts held out if there is no eval data")
-    max_length: int | None = Field(None, ge=2)
-    on_bad: Literal["error", "skip"] = "error"
+    max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
+    on_bad: OnBad = "error"
     lora: LoraSettings | None = None
-    resume: bool = False
-    force: bool = Field(False, description="resume although data or settings have changed")
+    resume: bool = Field(False, description="save checkpoints, and resume from the newest")
+    force: bool = Field(False, description="with --resume: although data or settings have changed")
     train: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
