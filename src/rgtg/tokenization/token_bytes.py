@@ -32,16 +32,13 @@ class TokenBytes:
 
     def _lookup(self, token_id: int) -> tuple[bytes, str]:
         if token_id not in self._cache:
-            self._cache[token_id] = self._compute(token_id)
+            name, added = self.tokenizer.convert_ids_to_tokens(token_id), self._added.get(token_id)
+            if token_id in self._special or name is None:
+                self._cache[token_id] = b"", name or ""
+            else:
+                raw = self._bytes_of(token_id, str(name)) if added is None else added.encode()
+                self._cache[token_id] = raw, raw.decode(errors="replace")
         return self._cache[token_id]
-
-    def _compute(self, token_id: int) -> tuple[bytes, str]:
-        name = self.tokenizer.convert_ids_to_tokens(token_id)
-        if token_id in self._special or name is None:
-            return b"", name or ""
-        added = self._added.get(token_id)
-        raw = self._bytes_of(token_id, str(name)) if added is None else added.encode()
-        return raw, raw.decode(errors="replace")
 
     def _bytes_of(self, token_id: int, name: str) -> bytes:
         if "ByteLevel" in self._decoders:

@@ -110,7 +110,7 @@ def test_texts_that_exceed_the_context():
         scorer.require_room("the dog " * 4)
     with pytest.raises(DataError, match=r"completion 2 of 2 exceeds, .* context of 8 tokens"):
         scorer.score(["a", "a"], [" dog", " dog" * 8])
-    assert scorer.rewards(["a", "a"], [" dog", " dog" * 8])[1] is None
+    assert scorer.rewards(["a", "a"], [" dog", " dog" * 8], finished=True)[1] is None
 
 
 def test_a_prompt_without_any_token_raises_an_error():

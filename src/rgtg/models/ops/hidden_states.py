@@ -6,6 +6,7 @@ after the final norm.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +49,10 @@ def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[in
     captured: dict[int, Tensor] = {}
     device = model.device  # with a device map, a layer may be on another one
 
-    def hook_of(layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states = output if isinstance(output, Tensor) else output[0]
-            captured[layer] = states.to(device)
+    def capture(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        captured[layer] = (output if isinstance(output, Tensor) else output[0]).to(device)
 
-        return hook
-
-    hooks = [hidden_state_module(model, i).register_forward_hook(hook_of(i)) for i in dict.fromkeys(layers)]
+    hooks = [hidden_state_module(model, i).register_forward_hook(partial(capture, i)) for i in dict.fromkeys(layers)]
     try:
         yield captured
     finally:
@@ -90,13 +87,10 @@ def require_hidden_states(model: Any, layers: Sequence[int]) -> None:
     stack = _decoder_layers(model)[1]
     expected: dict[int, Tensor] = {}
 
-    def hook_of(layer: int) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            expected[layer] = inputs[0] if inputs else named["hidden_states"]
+    def record(layer: int, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        expected[layer] = inputs[0] if inputs else named["hidden_states"]
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(hook_of(i), with_kwargs=True) for i, module in enumerate(stack)]
+    hooks = [module.register_forward_pre_hook(partial(record, i), with_kwargs=True) for i, module in enumerate(stack)]
     try:
         with capture_hidden_states(model, layers) as captured:
             expected[len(stack)] = model.base_model(ids, use_cache=False)[0]

@@ -134,22 +134,11 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, group: LinearGroup, index: int) -> None:
         super().__init__()
-        self._shared = (group, index)  # in a tuple, so that the shared group is not a submodule
-
-    @property
-    def group(self) -> LinearGroup:
-        """The group this layer belongs to."""
-        return self._shared[0]
-
-    @property
-    def index(self) -> int:
-        """This layer's index in its group."""
-        return self._shared[1]
+        self.group, self.index = group, index
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """x·Wᵀ + b."""
-        group, index = self._shared
-        return group.output(index, x)
+        return self.group.output(self.index, x)
 
 
 def can_pack(model: Any) -> bool:

@@ -12,7 +12,7 @@ from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
-from rgtg.models.scorers.token_scorer import finished_flags
+from rgtg.models.scorers.token_scorer import Flags, finished_flags
 from rgtg.tokenization.conversation import render_chat
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
@@ -151,12 +151,7 @@ class CrossTokenizerScorer:
         return encoded
 
     def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        *,
-        finished: bool | Sequence[bool] = True,
-        batch_size: int = 8,
+        self, prompts: Sequence[Prompt], completions: Sequence[str], *, finished: Flags = True, batch_size: int = 8
     ) -> list[float]:
         """Score each completion after its prompt.
 
@@ -170,7 +165,7 @@ class CrossTokenizerScorer:
             DataError: a text that exceeds the scorer's context.
             UsageError: the number of ``finished`` differs from the number of completions.
         """
-        rewards = self.rewards(prompts, completions, finished=finished, batch_size=batch_size)
+        rewards = self.rewards(prompts, completions, finished, batch_size)
         if None in rewards:
             index = rewards.index(None)
             raise DataError(
@@ -180,12 +175,7 @@ class CrossTokenizerScorer:
         return [reward for reward in rewards if reward is not None]
 
     def rewards(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        *,
-        finished: bool | Sequence[bool] = True,
-        batch_size: int = 8,
+        self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Flags, batch_size: int = 8
     ) -> list[float | None]:
         """Like ``score``, but None for a text that exceeds the scorer's context."""
         ended = finished_flags(finished, len(completions))

@@ -14,7 +14,7 @@ from rgtg.models.loading.policy import context_length, load_pretrained, load_tok
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, is_head_weight, scalar_head, scorer_scores
-from rgtg.models.scorers.token_scorer import TokenScorer, encode_for_scoring, require_within_context
+from rgtg.models.scorers.token_scorer import Flags, TokenScorer, encode_for_scoring, require_within_context
 
 
 class PrefixScorer(TokenScorer):
@@ -90,7 +90,7 @@ class PrefixScorer(TokenScorer):
         prompts: Sequence[str],
         completions: Sequence[str],
         *,
-        finished: bool | Sequence[bool] = True,
+        finished: Flags = True,
         templated: bool = False,
         batch_size: int = 8,
     ) -> list[float]:

@@ -75,7 +75,14 @@ class VocabularyScorer(TokenScorer):
                 f"{source} was trained with {info.objective} and has a {info.head} head (trunk {info.trunk}), not the "
                 "output layer of a language model; load it with load_scorer and without a kind"
             )
-        return cls(load_language_model(source, Placement(dtype, device, device_map, tp_plan)), info=info, name=source)
+        placement = Placement(dtype, device, device_map, tp_plan)
+        if not is_adapter(source):
+            return cls(load_policy(source, **vars(placement)), info=info, name=source)
+        from transformers import AutoModelForCausalLM
+
+        kwargs = {"dtype": resolve_dtype(dtype), **placement.load_kwargs()}
+        model = finish_loading(load_merged(AutoModelForCausalLM, source, "scorer", **kwargs), placement)
+        return cls(Policy(model, load_tokenizer(source, "scorer")), info=info, name=source)
 
     def head(
         self, states: Float[Tensor, "batch hidden"], candidate_ids: Int[Tensor, "batch candidates"]
@@ -113,18 +120,3 @@ class VocabularyScorer(TokenScorer):
             log_probs = policy_logits(self.model, some).float().log_softmax(-1)  # (T, V)
             parts.append(log_probs.gather(-1, tokens[:, None])[:, 0])
         return torch.cat(parts).double().cumsum(0).float().cpu()
-
-
-def load_language_model(source: str, placement: Placement) -> Policy:
-    """A causal language model with its tokenizer. A LoRA adapter is merged into its base.
-
-    Raises:
-        ModelNotFoundError: nothing loadable at ``source``.
-    """
-    if not is_adapter(source):
-        return load_policy(source, **vars(placement))
-    from transformers import AutoModelForCausalLM
-
-    kwargs = placement.load_kwargs()
-    model = load_merged(AutoModelForCausalLM, source, "scorer", dtype=resolve_dtype(placement.dtype), **kwargs)
-    return Policy(finish_loading(model, placement), load_tokenizer(source, "scorer"))

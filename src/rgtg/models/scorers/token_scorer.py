@@ -12,6 +12,9 @@ from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
 from rgtg.tokenization.padding import batches_by_length
 
+# Of completions: one value for all, or one each.
+Flags = bool | Sequence[bool]
+
 
 class TokenScorer:
     """Base class of scorers that read the policy's tokens.
@@ -66,7 +69,7 @@ class TokenScorer:
         prompts: Sequence[str],
         completions: Sequence[str],
         *,
-        finished: bool | Sequence[bool] = True,
+        finished: Flags = True,
         templated: bool = False,
         batch_size: int = 8,
     ) -> list[float]:
@@ -110,7 +113,7 @@ def encode_for_scoring(
     tokenizer: Any,
     prompts: Sequence[str],
     completions: Sequence[str],
-    finished: bool | Sequence[bool],
+    finished: Flags,
     *,
     append_eos: bool,
     templated: bool,
@@ -135,7 +138,7 @@ def encode_for_scoring(
     return prompt_ids, completion_ids
 
 
-def finished_flags(finished: bool | Sequence[bool], count: int) -> list[bool]:
+def finished_flags(finished: Flags, count: int) -> list[bool]:
     """One flag per completion, from one flag for all or a sequence.
 
     Raises:
