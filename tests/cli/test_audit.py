@@ -46,7 +46,7 @@ def test_audit_writes_json_figure_and_settings(tmp_path, scorer_folder, pairs):
         (None, '{"prompt": "a", "chosen": "b", "rejected": "b"}', 3, "bad.jsonl:1"),
     ],
 )
-def test_wrong_input_is_one_message(tmp_path, scorer_folder, scorer, pairs_text, code, message):
+def test_invalid_input_prints_one_message(tmp_path, scorer_folder, scorer, pairs_text, code, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(pairs_text + "\n")
     out = tmp_path / "audit"
@@ -58,7 +58,7 @@ def test_wrong_input_is_one_message(tmp_path, scorer_folder, scorer, pairs_text,
 
 
 @pytest.mark.filterwarnings("always:.*left out 3 of 9 rows")
-def test_rows_left_out_are_counted_and_listed_beside_the_audit(tmp_path, scorer_folder, pairs):
+def test_skipped_rows_are_counted_and_written_to_the_output_folder(tmp_path, scorer_folder, pairs):
     lines = pairs.read_text() + 'nonsense\n{"prompt": "a", "chosen": "b"}\n'
     pairs.write_text(lines + json.dumps({"prompt": "a", "chosen": "b" * 200, "rejected": "c"}) + "\n")
     out = tmp_path / "audit"
@@ -75,28 +75,28 @@ def test_rows_left_out_are_counted_and_listed_beside_the_audit(tmp_path, scorer_
     assert "left out 3 of 9 rows" in CliRunner().invoke(app, arguments).stderr
 
 
-def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(tmp_path, scorer_folder, pairs):
+def test_an_output_that_cannot_be_a_folder_is_an_error_before_the_work(tmp_path, scorer_folder, pairs):
     ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--output", str(pairs)])
     assert ran.exit_code == 1
     assert "choose another --output" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_a_missing_extra_is_told_before_the_work(tmp_path, pairs, monkeypatch):
+def test_a_missing_extra_is_an_error_before_the_work(tmp_path, pairs, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     ran = CliRunner().invoke(app, ["--scorer", "/nowhere", "--pairs", str(pairs), "--output", str(tmp_path / "out")])
     assert ran.exit_code == 2
     assert "pip install 'rgtg[report]'" in ran.stderr
 
 
-def test_the_table_ends_in_the_verdict(scorer_folder, pairs):
+def test_the_verdict_follows_the_table(scorer_folder, pairs):
     ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), "--pairs", str(pairs), "--set", "bootstrap=100"])
     assert ran.exit_code == 0, ran.output
     for expected in ("1 tokens", "100%", "calibration error", "completions"):
         assert expected in ran.stdout
 
 
-def test_a_head_is_audited_with_the_policy_it_names_or_one_that_is_given(tmp_path, policy_folder, scorer_folder, pairs):
+def test_a_head_is_audited_with_its_policy_or_a_given_one(tmp_path, policy_folder, scorer_folder, pairs):
     head = write_head(tmp_path / "head", policy_folder)
     flags = ["--pairs", str(pairs), "--json", "--set", "bootstrap=100"]
     named = CliRunner().invoke(app, ["--scorer", str(head), *flags])
@@ -133,12 +133,12 @@ SMALL = ["--prefixes", "4", "--candidates", "3", "--per-candidate", "2", "--max-
 
 @pytest.fixture
 def rolling(policy_folder, scorer_folder, prompts, reward_folder):
-    """Flags that make roll-outs."""
+    """Options that make roll-outs."""
     named = {"scorer": scorer_folder, "policy": policy_folder, "prompts": prompts, "reward": reward_folder}
     return ["--rollouts", *SMALL, *(part for name, value in named.items() for part in (f"--{name}", str(value)))]
 
 
-def test_rollouts_are_made_kept_and_written_beside_the_pairs(tmp_path, rolling, pairs):
+def test_roll_outs_and_their_audit_are_written(tmp_path, rolling, pairs):
     out = tmp_path / "audit"
     ran = CliRunner().invoke(app, [*rolling, "--pairs", str(pairs), "--output", str(out), "--json"])
     assert ran.exit_code == 0, ran.stderr
@@ -153,7 +153,7 @@ def test_rollouts_are_made_kept_and_written_beside_the_pairs(tmp_path, rolling, 
         assert str(tmp_path) not in (out / name).read_text()
 
 
-def test_sigterm_stops_with_75_and_the_same_command_goes_on(tmp_path, rolling, monkeypatch):
+def test_sigterm_exits_with_75_and_the_same_command_resumes(tmp_path, rolling, monkeypatch):
     file, whole, made = tmp_path / "kept.jsonl", tmp_path / "whole.jsonl", rollouts.roll_out
     calls = []
 
@@ -175,7 +175,7 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on(tmp_path, rolling, m
     assert file.read_bytes() == whole.read_bytes()
 
 
-def test_a_file_of_rollouts_serves_every_further_scorer(tmp_path, rolling, policy_folder):
+def test_a_file_of_roll_outs_is_read_for_other_scorers(tmp_path, rolling, policy_folder):
     file = tmp_path / "kept.jsonl"
     made = CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file), "--json"])
     assert made.exit_code == 0, made.stderr
@@ -193,7 +193,7 @@ def test_a_file_of_rollouts_serves_every_further_scorer(tmp_path, rolling, polic
     assert file.read_bytes() == before
 
 
-def test_a_head_shares_the_policy_that_rolls_out(tmp_path, rolling, policy_folder):
+def test_a_head_shares_the_policy_of_the_roll_outs(tmp_path, rolling, policy_folder):
     head = write_head(tmp_path / "head", policy_folder)
     ran = CliRunner().invoke(app, [*rolling, "--scorer", str(head), "--output", str(tmp_path / "out"), "--beta", "2"])
     assert ran.exit_code == 0, ran.stderr
@@ -216,14 +216,14 @@ def test_a_head_shares_the_policy_that_rolls_out(tmp_path, rolling, policy_folde
         (["--rollouts", "--rollouts-file", "/nowhere/F"], 2, "cannot read the roll-outs"),
     ],
 )
-def test_what_does_not_go_together_is_one_message(scorer_folder, flags, code, message):
+def test_options_that_contradict_print_one_message(scorer_folder, flags, code, message):
     ran = CliRunner().invoke(app, ["--scorer", str(scorer_folder), *flags])
     assert ran.exit_code == code, ran.output
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_another_file_of_rollouts_is_refused_and_left_alone(tmp_path, rolling):
+def test_a_file_of_other_roll_outs_is_an_error_and_unchanged(tmp_path, rolling):
     file = tmp_path / "kept.jsonl"
     assert CliRunner().invoke(app, [*rolling, "--rollouts-file", str(file)]).exit_code == 0
     before = file.read_bytes()
@@ -236,7 +236,7 @@ def test_another_file_of_rollouts_is_refused_and_left_alone(tmp_path, rolling):
     assert file.read_text() == "nonsense\n"
 
 
-def test_the_scorer_as_its_own_reward_is_refused(tmp_path, rolling, scorer_folder):
+def test_the_scorer_as_its_own_reward_is_an_error(tmp_path, rolling, scorer_folder):
     flags = [*rolling, "--reward", str(scorer_folder), "--output", str(tmp_path / "out")]
     ran = CliRunner().invoke(app, flags)
     assert ran.exit_code == 2

@@ -35,7 +35,7 @@ def config(tmp_path, policy_folder, scorer_folder):
     return path
 
 
-def test_results_settings_and_report(config, tmp_path):
+def test_results_settings_and_report_are_written(config, tmp_path):
     out = tmp_path / "out"
     ran = run("--config", config, "--output", out, "--json")
     assert ran.exit_code == 0, ran.stderr
@@ -62,7 +62,7 @@ def test_results_settings_and_report(config, tmp_path):
         assert text in table.stdout
 
 
-def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+def test_sigterm_exits_with_75_and_the_same_command_resumes(config, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     make, made = generate.complete, []
 
@@ -91,7 +91,7 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on(config, tmp_path, mo
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_zero_on_the_command_line_beats_the_config(config, tmp_path):
+def test_a_zero_on_the_command_line_overrides_the_config(config, tmp_path):
     out = tmp_path / "out"
     ran = run("--config", config, "--output", out, "--seed", 0, "--set", "temperature=0", "--quiet")
     assert ran.exit_code == 0, ran.stderr
@@ -109,7 +109,7 @@ def test_a_zero_on_the_command_line_beats_the_config(config, tmp_path):
         (["--prompts", "absent.jsonl"], 2, "absent.jsonl: no such file"),
     ],
 )
-def test_wrong_use(config, tmp_path, arguments, code, message):
+def test_invalid_use_prints_one_message(config, tmp_path, arguments, code, message):
     ran = run("--config", config, "--output", tmp_path / "out", *arguments)
     assert ran.exit_code == code, ran.output
     assert message in ran.stderr
@@ -117,7 +117,7 @@ def test_wrong_use(config, tmp_path, arguments, code, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_what_cannot_be_written_is_told_before_the_work(config, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_an_error_before_the_work(config, tmp_path, monkeypatch):
     absent = ["--config", config, "--policy", "./absent"]
     ran = run(*absent, "--output", config)
     assert ran.exit_code == 1

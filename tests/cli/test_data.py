@@ -1,4 +1,4 @@
-"""``rgtg data check``: what it prints, what it writes, how it exits."""
+"""``rgtg data check``: its output, files and exit codes."""
 
 import json
 
@@ -35,13 +35,13 @@ def test_a_good_file_is_summarised(pairs):
     assert check(pairs, "--quiet").stdout == ""
 
 
-def test_json_output(pairs):
+def test_json_has_counts_and_the_fingerprint(pairs):
     plain = json.loads(check(pairs, "--json").stdout)
     assert (plain["rows"], plain["kept"], plain["rejects_by_reason"], plain["unit"]) == (3, 3, {}, "characters")
     assert len(plain["fingerprint"]) == 16
 
 
-def test_bad_rows_end_in_exit_3_with_the_reasons(bad_pairs):
+def test_bad_rows_exit_with_3_and_the_reasons(bad_pairs):
     result = check(bad_pairs)
     assert result.exit_code == 3
     assert "cannot use 2 of 5 rows (not JSON: 1, null field: 1)" in result.stderr
@@ -62,7 +62,7 @@ def test_skip_writes_rejects_to_the_current_folder_and_nothing_beside_the_data(b
     assert sorted(path.name for path in bad_pairs.parent.iterdir()) == ["here", "pairs.jsonl"]
 
 
-def test_lengths_in_tokens_and_the_limit(pairs, policy_folder):
+def test_lengths_and_the_limit_are_in_tokens(pairs, policy_folder):
     plain = json.loads(check(pairs, "--tokenizer", policy_folder, "--json").stdout)
     assert (plain["unit"], plain["chosen"]["median"]) == ("tokens", 13)
     result = check(pairs, "--tokenizer", policy_folder, "--max-length", 10)
@@ -82,14 +82,14 @@ def test_lengths_in_tokens_and_the_limit(pairs, policy_folder):
         (["FILE", "--tokenizer", "./absent"], "no model folder ./absent"),
     ],
 )
-def test_wrong_use_is_exit_2_with_one_message(pairs, arguments, message):
+def test_invalid_use_exits_with_2_and_one_message(pairs, arguments, message):
     result = check(*(pairs if argument == "FILE" else argument for argument in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_config_file(bad_pairs, tmp_path):
+def test_settings_are_read_from_a_config_file(bad_pairs, tmp_path):
     config = tmp_path / "check.yaml"
     config.write_text("on_bad: skip\nrejects: " + str(tmp_path / "out" / "bad.jsonl") + "\n")
     assert check(bad_pairs, "--config", config).exit_code == 0

@@ -19,7 +19,7 @@ def _demo(*arguments: str):
     return CliRunner().invoke(app, ["demo", *sizes, "--prompts", "4", *arguments])
 
 
-def test_a_tiny_demo_writes_everything_and_its_report_last(tmp_path):
+def test_a_tiny_demo_writes_all_files_and_the_report_last(tmp_path):
     folder = tmp_path / "out"
     done = _demo("--output", str(folder), "--seed", "3", "--json")
     assert done.exit_code == 0, done.output
@@ -63,7 +63,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
     assert "args-sample β=4" in shown
 
 
-def test_wrong_input_is_one_message(tmp_path):
+def test_invalid_settings_print_one_message(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     done = _demo("--output", str(tmp_path), "--quiet")
     assert done.exit_code == 2
@@ -72,7 +72,7 @@ def test_wrong_input_is_one_message(tmp_path):
     assert _demo("--prompts", "0").exit_code == 2
 
 
-def test_a_missing_extra_is_named_before_any_work(tmp_path, monkeypatch):
+def test_a_missing_extra_is_an_error_before_the_work(tmp_path, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -83,7 +83,7 @@ def test_a_missing_extra_is_named_before_any_work(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_dies_leaves_no_report_of_an_earlier_one(tmp_path, monkeypatch):
+def test_a_run_that_fails_removes_the_report_of_an_earlier_run(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     folder.mkdir()
     for name in ("settings.json", "report.html", "results.json"):

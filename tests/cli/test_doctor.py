@@ -13,7 +13,7 @@ app = typer.Typer()
 app.command()(doctor.run)
 
 
-def test_reports_versions_devices_and_the_trial():
+def test_versions_devices_and_the_trial_are_reported():
     result = CliRunner().invoke(app, ["--json"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -23,7 +23,7 @@ def test_reports_versions_devices_and_the_trial():
     assert CliRunner().invoke(app, ["--quiet"]).stdout == ""
 
 
-def test_speed_of_a_policy_and_its_scorer(policy_folder, scorer_folder):
+def test_speed_times_a_policy_and_its_scorer(policy_folder, scorer_folder):
     timed = ["--speed", "--policy", str(policy_folder), "--prompt-length", "8", "--tokens", "4", "--set", "repeats=1"]
     result = CliRunner().invoke(app, [*timed, "--scorer", str(scorer_folder), "--json"])
     assert result.exit_code == 0, result.stderr
@@ -45,7 +45,7 @@ def test_speed_of_a_policy_and_its_scorer(policy_folder, scorer_folder):
         (["--speed", "--policy", "POLICY", "--prompt-length", "1000"], "exceed the policy's context of 128"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(flags, message, policy_folder):
+def test_invalid_speed_options_are_errors(flags, message, policy_folder):
     flags = [str(policy_folder) if flag == "POLICY" else flag for flag in flags]
     result = CliRunner().invoke(app, flags)
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""No room left for an output: one message, exit code 1, and nothing that looks complete."""
+"""A full disk: one message, exit code 1, and no output that looks complete."""
 
 import json
 import os
@@ -23,7 +23,7 @@ run = verb()
 
 @pytest.fixture
 def no_room():
-    """Files end at 8 KiB: writing further fails as on a full disk (Python ignores the signal that comes with it)."""
+    """Limit files to 8 KiB: writing more fails as on a full disk (Python ignores SIGXFSZ)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def refused(ran, message="File too large"):
 
 
 @pytest.mark.parametrize("before", ["", "an earlier output\n"])
-def test_generate(policy_folder, scorer_folder, tmp_path, no_room, before):
+def test_generate_prints_one_message(policy_folder, scorer_folder, tmp_path, no_room, before):
     write_info(scorer_folder, info())
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "done.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": c}) + "\n" for c in "abcdefgh"))
@@ -57,7 +57,7 @@ def test_generate(policy_folder, scorer_folder, tmp_path, no_room, before):
     assert left == ({"done.jsonl": before} if before else {})
 
 
-def test_generate_keeps_what_is_finished(policy_folder, scorer_folder, tmp_path, no_room):
+def test_generate_keeps_the_finished_rows(policy_folder, scorer_folder, tmp_path, no_room):
     write_info(scorer_folder, info())
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "done.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": c}) + "\n" for c in "abcdefghijklmnopqrst"))
@@ -74,7 +74,7 @@ def test_generate_keeps_what_is_finished(policy_folder, scorer_folder, tmp_path,
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_generate_says_how_to_go_on_when_only_the_finished_output_finds_no_room(
+def test_generate_says_how_to_resume_if_only_the_final_output_does_not_fit(
     policy_folder, scorer_folder, tmp_path, no_room, monkeypatch
 ):
     write_info(scorer_folder, info())
@@ -102,7 +102,7 @@ def test_generate_says_how_to_go_on_when_only_the_finished_output_finds_no_room(
     assert not output.with_name("done.jsonl.partial").exists()
 
 
-def test_audit(scorer_folder, tmp_path, no_room):
+def test_audit_prints_one_message(scorer_folder, tmp_path, no_room):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
     pytest.importorskip("matplotlib.font_manager")  # it keeps a large file of its own, made on the first import
     no_room()
@@ -110,7 +110,7 @@ def test_audit(scorer_folder, tmp_path, no_room):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_train(policy_folder, tmp_path, no_room):
+def test_train_prints_one_message(policy_folder, tmp_path, no_room):
     pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
     arguments = ["--pairs", pairs, "--base", policy_folder, "--output", output, "--set", "train.max_steps=1", "--quiet"]
     no_room()
@@ -121,8 +121,8 @@ def test_train(policy_folder, tmp_path, no_room):
         PrefixScorer.from_pretrained(str(output))
 
 
-def test_a_checkpoint(policy_folder, tmp_path, no_room):
-    """First its weights do not fit; then they do, and what torch writes itself does not."""
+def test_an_unwritable_checkpoint_prints_one_message(policy_folder, tmp_path, no_room):
+    """First the weights do not fit; then they do, and the files that torch writes do not."""
     pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
     arguments = ["--pairs", pairs, "--base", policy_folder, "--output", output, "--resume", "--quiet"]
     arguments += ["--set", "train.max_steps=2", "--set", "train.save_steps=1"]
@@ -138,7 +138,7 @@ def test_a_checkpoint(policy_folder, tmp_path, no_room):
 def test_an_earlier_checkpoint_survives_a_full_disk_and_a_read_only_folder(
     policy_folder, tmp_path, no_room, unprivileged
 ):
-    """The first checkpoint has room, the second has none; then nothing may be written; then the run goes on."""
+    """The first checkpoint fits, the second does not; then the folder is read-only; then the run resumes."""
     pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(20)), tmp_path / "out"
     arguments = ["--pairs", pairs, "--base", policy_folder, "--quiet", "--resume", "--set", "train.save_steps=1"]
     arguments += ["--set", "train.per_device_train_batch_size=4", "--set", "train.max_steps=3"]
@@ -167,8 +167,8 @@ def test_an_earlier_checkpoint_survives_a_full_disk_and_a_read_only_folder(
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_stdout(tmp_path, unbuffered):
-    """Buffered output fails when the interpreter ends, too late for an exit code unless it is asked for before."""
+def test_a_full_stdout_exits_with_1(tmp_path, unbuffered):
+    """Buffered output would fail only when the interpreter exits, too late for an exit code."""
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
     code = "from rgtg.__main__ import main; main()"
     with open("/dev/full", "w") as full:
@@ -180,7 +180,7 @@ def test_stdout(tmp_path, unbuffered):
     assert (ran.returncode, ran.stderr) == (1, "error: cannot write: No space left on device\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+def test_a_closed_pipe_prints_no_error(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(6))
     code = "from rgtg.__main__ import main; main()"
     reading, writing = os.pipe()

@@ -1,4 +1,4 @@
-"""``rgtg generate`` and ``rgtg score`` on what it writes."""
+"""``rgtg generate``, and ``rgtg score`` of its output."""
 
 import json
 
@@ -36,7 +36,7 @@ def refused(result, code, message):
     assert result.stdout == ""
 
 
-def test_one_prompt_on_the_terminal(models):
+def test_one_prompt_is_completed_on_the_terminal(models):
     result = run("generate", *models, "--prompt", "Once", "--seed", 3)
     assert result.exit_code == 0, result.stderr
     (plain,) = run("generate", *models, "--prompt", "Once", "--seed", 3, "--json").stdout.splitlines()
@@ -49,7 +49,7 @@ def test_one_prompt_on_the_terminal(models):
     assert len(traced.trace) == len(done.token_ids)
 
 
-def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_path):
+def test_a_file_of_prompts_is_completed_and_scored(models, prompts, scorer_folder, tmp_path):
     output, scored = tmp_path / "out" / "done.jsonl", tmp_path / "scored.jsonl"
     result = run("generate", *models, "--prompts", prompts, "--output", output, "--set", "batch_size=2")
     assert result.exit_code == 0, result.stderr
@@ -74,7 +74,7 @@ def test_a_file_of_prompts_then_its_scores(models, prompts, scorer_folder, tmp_p
 
 
 @pytest.mark.parametrize("method", ["pargs", "policy", "best-of-n", "pargs-greedy"])
-def test_saved_settings_are_those_that_were_used_and_read_back(models, prompts, tmp_path, method):
+def test_the_saved_settings_repeat_the_run(models, prompts, tmp_path, method):
     output = tmp_path / "out.jsonl"
     flags = ["generate", *models[: 2 if method == "policy" else 4], "--method", method, "--max-new-tokens", 4]
     first = run(*flags, "--prompts", prompts, "--output", output, "--quiet")
@@ -89,14 +89,14 @@ def test_saved_settings_are_those_that_were_used_and_read_back(models, prompts, 
     assert "top_k" in json.loads(saved.read_text())
 
 
-def test_what_only_files_use_is_refused_for_one_prompt(models):
+def test_options_of_files_are_errors_for_one_prompt(models):
     refused(
         run("generate", *models, "--prompt", "Hi", "--batch-size", 3, "--force"), 2, "batch_size, force: needs a file"
     )
 
 
 @pytest.mark.filterwarnings("default:.*the model")
-def test_an_openai_batch_is_answered_in_kind(models, tmp_path):
+def test_an_openai_batch_gives_an_openai_batch_output(models, tmp_path):
     prompts, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
     body = {"model": "policy", "prompt": "Once", "max_tokens": 3}
     rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(2)]
@@ -153,11 +153,11 @@ def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp
         (["--prompts", "absent.jsonl"], 2, "--prompts and --output go together"),
     ],
 )
-def test_wrong_use(models, arguments, code, message):
+def test_invalid_use_prints_one_message(models, arguments, code, message):
     refused(run("generate", *models, *arguments), code, message)
 
 
-def test_wrong_prompt_files_leave_no_output(models, prompts, tmp_path):
+def test_invalid_prompt_files_leave_no_output(models, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     target = ["--prompts", prompts, "--output", output, "--quiet"]
     prompts.write_text('{"prompt": "Hi"}\nnonsense\n')
@@ -168,7 +168,7 @@ def test_wrong_prompt_files_leave_no_output(models, prompts, tmp_path):
     assert not [p for p in tmp_path.iterdir() if "out.jsonl" in p.name]
 
 
-def test_unwritable_outputs(models, prompts, scorer_folder, tmp_path):
+def test_unwritable_outputs_are_errors(models, prompts, scorer_folder, tmp_path):
     under = prompts / "out.jsonl"
     refused(run("generate", *models, "--prompts", prompts, "--output", under), 1, "cannot write")
     refused(run("generate", *models, "--prompts", prompts, "--output", tmp_path), 1, "it is a folder")
@@ -187,7 +187,7 @@ def test_speculation_is_counted_in_the_completion(models):
 
 
 @pytest.mark.filterwarnings("default:.*is not steered")
-def test_another_tokenizer_is_counted_and_shown(policy_folder, prompts, tmp_path):
+def test_a_scorer_with_another_tokenizer_shows_its_counts(policy_folder, prompts, tmp_path):
     other, output = tmp_path / "other", tmp_path / "out.jsonl"
     reward_model_with(tokenizer_of("llama"), positions=20).save_pretrained(other)
     tokenizer_of("llama").save_pretrained(other)

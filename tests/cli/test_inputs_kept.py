@@ -1,4 +1,4 @@
-"""No verb writes over a file that it reads, by whatever name, with --force or without."""
+"""No command overwrites a file that it reads, under any name, with or without --force."""
 
 import os
 
@@ -36,7 +36,7 @@ TEXT = "all that there is\n"
         ("page.md", "--audit", ("report", "c.yaml", "--output", "page.html", "--audit")),
     ],
 )
-def test_a_file_that_is_read_is_not_written_over(tmp_path, monkeypatch, kept, option, arguments):
+def test_an_input_is_not_overwritten(tmp_path, monkeypatch, kept, option, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("policy: p\nreward: r\nmethods: [{method: policy}]\n")
     path = tmp_path / kept

@@ -36,7 +36,7 @@ def prefers_good(shown, _number):
     return f"[[{'A' if shown[0].startswith('good') else 'B'}]]"
 
 
-def test_files_table_and_json(tmp_path, sides):
+def test_files_table_and_json_are_written(tmp_path, sides):
     out = tmp_path / "out"
     with serve(prefers_good) as server:
         common = ["--model", "m", "--base-url", server.url, "--output", out, "--limit", 3, "--price-in", 1]
@@ -97,7 +97,7 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, sides):
         (["--base-url", "nowhere"], 2, "http://localhost:8000/v1"),
     ],
 )
-def test_wrong_use(tmp_path, arguments, code, message):
+def test_invalid_use_prints_one_message(tmp_path, arguments, code, message):
     if "--base-url" in arguments:
         (tmp_path / "a.jsonl").write_text('{"prompt": "p", "text": "x"}\n')
         arguments = [*arguments, "--a", tmp_path / "a.jsonl", "--b", f"b={tmp_path / 'a.jsonl'}"]
@@ -107,14 +107,14 @@ def test_wrong_use(tmp_path, arguments, code, message):
     assert "Traceback" not in ran.stderr
 
 
-def test_bad_rows_are_bad_data(tmp_path):
+def test_bad_rows_exit_with_3(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p"}\n')
     ran = run("--model", "m", "--output", tmp_path / "out", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "a.jsonl")
     assert ran.exit_code == 3
     assert "a.jsonl:1:" in ran.stderr
 
 
-def test_an_endpoint_that_is_down_is_one_line_with_its_url(tmp_path, sides):
+def test_an_unreachable_endpoint_prints_one_line_with_its_url(tmp_path, sides):
     with serve(prefers_good) as server:
         pass
     ran = run("--model", "m", "--base-url", server.url, "--output", tmp_path / "out", "--set", "retries=0", *sides)
@@ -124,7 +124,7 @@ def test_an_endpoint_that_is_down_is_one_line_with_its_url(tmp_path, sides):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_and_pays_for_nothing_twice(tmp_path, sides, how):
+def test_a_stopped_run_resumes_and_repeats_no_call(tmp_path, sides, how):
     def slow(shown, number):
         time.sleep(0.1)
         return prefers_good(shown, number)

@@ -1,4 +1,4 @@
-"""A job of 500 prompts, killed at any moment: the same bytes as a job that was not, none missing, none twice."""
+"""A job of 500 prompts killed at random moments gives the same bytes as one that was not killed."""
 
 import json
 import random
@@ -17,7 +17,7 @@ ROWS = 500
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Arguments of the job, and the bytes of its output and the seconds it takes where nothing disturbs it."""
+    """Arguments of the job, and its output and duration without kills."""
     folder = tmp_path_factory.mktemp("killed")
     tiny_policy().save_pretrained(folder / "policy")
     tiny_reward_model().save_pretrained(folder / "scorer")
@@ -40,13 +40,13 @@ def job(tmp_path_factory):
 
 
 def held(output):
-    """Rows that the working file of an output holds."""
+    """Number of rows in the journal of an output."""
     path = output.with_name(output.name + ".partial")
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
 
 
 def survives(job, output, kills, draw):
-    """Kill the job up to so many times while it has work left, then let it finish; the kills that hit it at work."""
+    """Kill the job up to ``kills`` times while it works, then let it finish; return how many kills hit it at work."""
     arguments, whole, seconds = job
     killed = progressed = 0
     for _ in range(kills):
@@ -69,7 +69,7 @@ def survives(job, output, kills, draw):
 
 
 def killed_until(job, folder, kills, draw):
-    """Outputs are begun anew until so many kills have hit a job that was not done, and some left rows to keep."""
+    """Start new outputs until enough kills have hit a running job and some of them left finished rows."""
     killed = progressed = 0
     for round_ in range(10 * kills):  # a job may be done before its kill comes: that is no failure, but no kill either
         hit = survives(job, folder / f"out{round_}.jsonl", max(kills - killed, 1), draw)
@@ -79,17 +79,17 @@ def killed_until(job, folder, kills, draw):
     pytest.fail(f"{killed} kills came in time, {progressed} of them after rows were added")
 
 
-def test_a_few_kills(job, tmp_path):
+def test_a_few_kills_leave_the_output_unchanged(job, tmp_path):
     killed_until(job, tmp_path, 4, random.Random(1))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills(job, tmp_path):
+def test_twenty_kills_leave_the_output_unchanged(job, tmp_path):
     killed_until(job, tmp_path, 20, random.Random(2))
 
 
-def test_sigterm_ends_with_75_and_the_same_command_goes_on(job, tmp_path):
+def test_sigterm_exits_with_75_and_the_same_command_resumes(job, tmp_path):
     arguments, whole, _ = job
     output = tmp_path / "out.jsonl"
     process = in_process(*arguments, "--output", output)

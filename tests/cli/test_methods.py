@@ -1,4 +1,4 @@
-"""rgtg methods: the table, on a terminal and as JSON."""
+"""``rgtg methods``: the table, on a terminal and as JSON."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_every_method_is_listed_on_one_line():
         assert method.paper.split()[-1] in line
 
 
-def test_json_holds_every_field():
+def test_json_has_every_field():
     rows = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)["methods"]
     assert [row["name"] for row in rows] == list(METHODS)
     assert rows[7]["clip"] is True

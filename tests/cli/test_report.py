@@ -1,4 +1,4 @@
-"""``rgtg report``: from files to a page."""
+"""``rgtg report``."""
 
 import json
 
@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_becomes_a_page_and_markdown(folder):
+def test_a_folder_gives_a_page_and_markdown(folder):
     ran = run(folder, "--audit", f"mine={folder / 'audit.json'}", "--judge", folder, "--title", "Mine",
               "--audit", f"mine={folder / 'rollout-audit.json'}")  # fmt: skip
     assert ran.exit_code == 0, ran.stderr
@@ -32,7 +32,7 @@ def test_a_folder_becomes_a_page_and_markdown(folder):
     assert (folder / "report-figures" / "frontier.png").exists()
 
 
-def test_a_file_and_another_output(folder):
+def test_a_file_and_another_output_can_be_given(folder):
     out = folder / "elsewhere" / "page.html"
     ran = run(folder / "results.json", "--output", out, "--audit", folder / "audit.json", "--json")
     assert json.loads(ran.stdout) == {"written": [str(out), str(out.with_suffix(".md"))]}
@@ -40,7 +40,7 @@ def test_a_file_and_another_output(folder):
     assert not (folder / "report.html").exists()
 
 
-def test_wrong_files_are_told_and_nothing_is_written(folder):
+def test_invalid_files_are_errors_and_nothing_is_written(folder):
     (folder / "bad.json").write_text('{"version": 1}')
     (folder / "human.json").write_text(judged(("chosen", "rejected", 0.6), kind="agreement").model_dump_json())
     two = ["--audit", folder / "audit.json", "--audit", folder / "audit.json"]
@@ -57,7 +57,7 @@ def test_wrong_files_are_told_and_nothing_is_written(folder):
     assert not (folder / "report.html").exists()
 
 
-def test_the_page_and_its_markdown_are_two_files(folder):
+def test_a_page_with_the_name_of_its_markdown_is_an_error(folder):
     ran = run(folder, "--output", folder / "page.md")
     assert ran.exit_code == 2
     assert "name the page (.html)" in ran.stderr

@@ -1,4 +1,4 @@
-"""``rgtg score`` on rows of its own."""
+"""``rgtg score``."""
 
 import json
 
@@ -10,7 +10,7 @@ from helpers.tiny_models import tiny_reward_model
 run = verb("score")
 
 
-def test_both_names_of_the_completion_and_an_empty_one(scorer_folder, tmp_path):
+def test_both_names_of_the_completion_and_an_empty_one_are_scored(scorer_folder, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a", "text": "b"}\n{"prompt": "a", "completion": "b"}\n{"prompt": "a", "text": ""}\n')
     result = run("--scorer", scorer_folder, "--input", rows, "--output", output)
@@ -31,7 +31,7 @@ def test_both_names_of_the_completion_and_an_empty_one(scorer_folder, tmp_path):
         ('{"prompt": "a", "text": "' + "b" * 200 + '"}', "exceeds the scorer's context"),
     ],
 )
-def test_bad_rows(scorer_folder, tmp_path, line, message):
+def test_a_bad_row_is_an_error_with_its_line(scorer_folder, tmp_path, line, message):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text(line + "\n")
     result = run("--scorer", scorer_folder, "--input", rows, "--output", output)
@@ -41,7 +41,7 @@ def test_bad_rows(scorer_folder, tmp_path, line, message):
     assert not [p for p in tmp_path.iterdir() if "out.jsonl" in p.name]
 
 
-def test_a_scorer_that_is_not_there_is_not_blamed_on_the_output(tmp_path):
+def test_a_missing_scorer_is_not_reported_as_an_output_error(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "text": "b"}\n')
     result = run("--scorer", "./absent", "--input", rows, "--output", tmp_path / "out.jsonl")
@@ -50,7 +50,7 @@ def test_a_scorer_that_is_not_there_is_not_blamed_on_the_output(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_nan_rewards_and_missing_settings(scorer_folder, tmp_path):
+def test_nan_rewards_and_missing_settings_are_errors(scorer_folder, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a", "text": "b"}\n')
     assert "input is required (--input)" in run("--scorer", scorer_folder, "--output", output).stderr

@@ -1,4 +1,4 @@
-"""``rgtg serve``: what it refuses before and while it starts."""
+"""``rgtg serve``: errors before and during its start."""
 
 import socket
 
@@ -7,13 +7,13 @@ from helpers.command import verb
 serve = verb("serve")
 
 
-def test_without_a_policy():
+def test_a_missing_policy_is_an_error():
     ran = serve()
     assert ran.exit_code == 2
     assert "policy is required (--policy)" in ran.stderr
 
 
-def test_options_that_cannot_be(policy_folder):
+def test_invalid_options_are_errors(policy_folder):
     for options, says in (
         (["--scorer", "x"], "NAME=FOLDER"),
         (["--host", "0.0.0.0"], "--allow-public"),
@@ -25,7 +25,7 @@ def test_options_that_cannot_be(policy_folder):
         assert says in ran.stderr
 
 
-def test_an_address_that_is_taken(policy_folder):
+def test_an_address_in_use_is_an_error(policy_folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -35,7 +35,7 @@ def test_an_address_that_is_taken(policy_folder):
     assert "choose another" in ran.stderr
 
 
-def test_models_that_cannot_be_loaded(policy_folder, tmp_path):
+def test_models_that_cannot_be_loaded_are_errors(policy_folder, tmp_path):
     for options in (["--policy", tmp_path / "nothing"], ["--policy", policy_folder, "--scorer", f"x={tmp_path}/no"]):
         ran = serve(*options, "--port", 0, "--quiet")
         assert ran.exit_code == 2

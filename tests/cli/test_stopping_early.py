@@ -1,4 +1,4 @@
-"""Signals that come before there is anything to resume: while the command line or the libraries are imported."""
+"""Signals during the import of the command line or the libraries, before there is anything to resume."""
 
 import subprocess
 import sys
@@ -22,14 +22,14 @@ main()
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("module", ["rgtg.cli.main", "rgtg.cli.generate", "transformers"])
-def test_a_signal_while_things_are_imported_ends_in_a_line(tmp_path, module, how):
+def test_a_signal_during_imports_prints_one_line(tmp_path, module, how):
     code = SIGNALLED.format(module=module, how=how)
     asked = ["generate", "--policy", tmp_path / "policy", "--method", "policy", "--prompt", "Hi"]
     ended = subprocess.run([sys.executable, "-c", code, *map(str, asked)], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr, ended.stdout) == (75, "error: stopped\n", "")
 
 
-def test_the_package_runs_as_a_module():
+def test_python_m_rgtg_runs_the_command():
     ran = subprocess.run([sys.executable, "-m", "rgtg", "--help"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0
     assert "Reward-guided text generation" in ran.stdout

@@ -24,7 +24,7 @@ def base(tmp_path, policy_folder, scorer_folder):
     ]  # fmt: skip
 
 
-def test_a_target_is_met_and_every_try_is_kept(base, tmp_path):
+def test_the_target_is_met_and_every_try_is_kept(base, tmp_path):
     ran = run(*base, "--target-kl", 1, "--tolerance", 0.4, "--json")
     assert ran.exit_code == 0, ran.output
     result = SweepResult.model_validate_json((tmp_path / "sweep" / "sweep.json").read_bytes())
@@ -36,7 +36,7 @@ def test_a_target_is_met_and_every_try_is_kept(base, tmp_path):
     assert "within the tolerance" in shown.stdout
 
 
-def test_a_target_out_of_reach_is_told_with_what_was_tried(base, tmp_path):
+def test_an_unreachable_target_is_reported_with_all_tries(base, tmp_path):
     ran = run(*base, "--target-kl", 900, "--set", "max_beta=8")
     assert ran.exit_code == 1, ran.output
     assert "not reached at the largest beta allowed" in ran.stdout
@@ -63,7 +63,7 @@ def test_scorers_are_paired_with_betas():
         (["--target-reward", "1"], "reward is required"),
     ],
 )
-def test_wrong_use(base, arguments, message):
+def test_invalid_use_prints_one_message(base, arguments, message):
     ran = run(*base, *arguments)
     assert ran.exit_code == 2, ran.output
     assert message in ran.stderr

@@ -1,4 +1,4 @@
-"""``rgtg theory``: what it prints, and what it refuses."""
+"""``rgtg theory``."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_the_table_shows_the_four_exhibits():
     assert run("--quiet").stdout == ""
 
 
-def test_json_is_the_result_and_the_seed_changes_the_world():
+def test_json_is_the_result_and_depends_on_the_seed():
     plain = TheoryResult.model_validate_json(run("--json", "--seed", 1, "--set", "length=2").stdout)
     assert plain == exhibits(seed=1, length=2)
     assert plain.guidance != TheoryResult.model_validate_json(run("--json", "--seed", 2, "--set", "length=2").stdout)
@@ -39,12 +39,12 @@ def test_json_is_the_result_and_the_seed_changes_the_world():
         (["--set", "lenght=2"], "did you mean length?"),
     ],
 )
-def test_unusable_settings_end_in_exit_2(arguments, message):
+def test_invalid_settings_exit_with_2(arguments, message):
     ran = run(*arguments)
     assert ran.exit_code == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_json_is_plain():
+def test_json_has_the_version():
     assert json.loads(run("--json", "--length", 2).stdout)["version"] == 1

@@ -15,7 +15,7 @@ RGTG = Path(sys.executable).with_name("rgtg")
 
 
 def torchrun(*arguments):
-    """Both processes on the CPU, which talk through gloo."""
+    """Run both processes on the CPU, with gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     return subprocess.run(
         [*command, str(RGTG), *map(str, arguments)], capture_output=True, text=True, timeout=240,
@@ -24,7 +24,7 @@ def torchrun(*arguments):
 
 
 @pytest.mark.skipif(not RGTG.is_file(), reason="rgtg is not installed beside this Python")
-def test_two_processes_train_one_scorer_and_one_of_them_speaks(policy_folder, tmp_path):
+def test_two_processes_train_one_scorer_and_rank_0_prints(policy_folder, tmp_path):
     pairs, output = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(40)), tmp_path / "scorer"
     settings = ["--set", "train.max_steps=2", "--set", "train.per_device_train_batch_size=2"]
     ran = torchrun("train", "--base", policy_folder, "--pairs", pairs, "--output", output, *settings, "--json")

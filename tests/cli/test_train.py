@@ -1,4 +1,4 @@
-"""``rgtg train`` as a person runs it."""
+"""``rgtg train`` on the command line."""
 
 import json
 
@@ -21,7 +21,7 @@ def pairs(tmp_path):
     return write_rows(tmp_path / "pairs.jsonl", synthetic_rows(40))
 
 
-def test_pairs_in_scorer_out(policy_folder, pairs, tmp_path):
+def test_pairs_give_a_scorer(policy_folder, pairs, tmp_path):
     output = tmp_path / "scorer"
     result = run("--pairs", pairs, "--base", policy_folder, "--objective", "prefix-bt", "--output", output, *SETTINGS)
     assert result.exit_code == 0, result.stderr
@@ -36,7 +36,7 @@ def test_pairs_in_scorer_out(policy_folder, pairs, tmp_path):
     torch.testing.assert_close(ours, torch.tensor(naive), atol=1e-5, rtol=1e-5)
 
 
-def test_json_is_all_that_is_on_stdout(policy_folder, pairs, tmp_path):
+def test_json_prints_nothing_else_on_stdout(policy_folder, pairs, tmp_path):
     result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", "--json", *SETTINGS)
     report = json.loads(result.stdout)
     assert result.exit_code == 0
@@ -56,7 +56,7 @@ def test_json_is_all_that_is_on_stdout(policy_folder, pairs, tmp_path):
         (["--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0"], 1, "at step"),
     ],
 )
-def test_wrong_input_is_one_message(policy_folder, pairs, tmp_path, change, code, message):
+def test_invalid_input_prints_one_message(policy_folder, pairs, tmp_path, change, code, message):
     given = ["--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", "--set", "train.max_steps=4"]
     result = run(*given, *change)
     assert result.exit_code == code, result.output
@@ -65,14 +65,14 @@ def test_wrong_input_is_one_message(policy_folder, pairs, tmp_path, change, code
     assert not (tmp_path / "s" / "rgtg.json").exists()
 
 
-def test_output_that_is_a_file_is_refused_before_training(policy_folder, pairs, tmp_path):
+def test_an_output_that_is_a_file_is_an_error_before_training(policy_folder, pairs, tmp_path):
     result = run("--pairs", pairs, "--base", policy_folder, "--output", pairs)
     assert result.exit_code == 2
     assert "is a file" in result.stderr
 
 
 @pytest.mark.parametrize("head", ["state", "vocab"])
-def test_a_head_on_the_policys_own_states(policy_folder, tmp_path, head):
+def test_a_head_on_the_policys_hidden_states_is_trained(policy_folder, tmp_path, head):
     pairs, output = write_rows(tmp_path / "many.jsonl", synthetic_rows(64)), tmp_path / "head"
     given = ["--pairs", pairs, "--base", policy_folder, "--trunk", "own", "--head", head, "--output", output]
     result = run(*given, "--set", "train.per_device_train_batch_size=8", "--set", "eval_fraction=0.25")
@@ -94,7 +94,7 @@ def test_a_head_on_the_policys_own_states(policy_folder, tmp_path, head):
     assert scorer.score(["mnop? "], ["so abc"]) == same.score(["mnop? "], ["so abc"])
 
 
-def test_layer_and_width_can_be_said(policy_folder, pairs, tmp_path):
+def test_layer_and_width_can_be_set(policy_folder, pairs, tmp_path):
     given = ["--pairs", pairs, "--base", policy_folder, "--trunk", "own", "--head", "state", "--output", tmp_path / "h"]
     result = run(*given, "--set", "layer=1", "--set", "width=8", "--set", "eval_fraction=0.25")
     assert result.exit_code == 0, result.stderr
@@ -114,14 +114,14 @@ def test_layer_and_width_can_be_said(policy_folder, pairs, tmp_path):
         (["--trunk", "mine"], "trunk"),
     ],
 )
-def test_unfit_heads_are_one_message(policy_folder, pairs, tmp_path, change, message):
+def test_invalid_head_options_print_one_message(policy_folder, pairs, tmp_path, change, message):
     result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", *change)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_rollouts_in_value_function_out(policy_folder, tmp_path):
+def test_rollouts_give_a_value_function(policy_folder, tmp_path):
     rows = [
         {"prompt": row["prompt"], "text": row[side], "reward": reward, "finish_reason": "stop"}
         for row in synthetic_rows(40)
@@ -143,7 +143,7 @@ def test_rollouts_in_value_function_out(policy_folder, tmp_path):
     assert report["evaluation"]["explained_100"] > 0
 
 
-def test_options_of_objectives_by_name(policy_folder, pairs, tmp_path):
+def test_an_objectives_options_are_set_by_name(policy_folder, pairs, tmp_path):
     given = ["--pairs", pairs, "--base", policy_folder, "--set", "train.max_steps=2"]
     first = run(*given, "--output", tmp_path / "full", "--objective", "full-bt")
     assert first.exit_code == 0, first.stderr
@@ -166,7 +166,7 @@ def test_options_of_objectives_by_name(policy_folder, pairs, tmp_path):
         (["--objective", "cumulative-mse", "--set", "cumulative_mse.reward_range=[1, 1]"], "must not be empty"),
     ],
 )
-def test_unfit_objectives_are_one_message(policy_folder, pairs, tmp_path, change, message):
+def test_invalid_objective_options_print_one_message(policy_folder, pairs, tmp_path, change, message):
     result = run("--pairs", pairs, "--base", policy_folder, "--output", tmp_path / "s", *change)
     assert result.exit_code == 2, result.output
     assert message in result.stderr

@@ -1,4 +1,4 @@
-"""``model.generate(custom_generate=...)`` against GuidedPolicy, and the settings it refuses."""
+"""``model.generate(custom_generate=...)`` against GuidedPolicy, and unsupported settings."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def call(model, scorer, method="pargs", beta=2.0, **settings):
         ),
     ],
 )
-def test_equals_guided_policy(model, scorer, theirs, ours):
+def test_custom_generate_equals_guided_policy(model, scorer, theirs, ours):
     out = call(model, scorer, **theirs)
     guided = GuidedPolicy.from_pretrained((model, tiny_tokenizer()), scorer, beta=2.0, top_k=5)
     done = guided.generate_ids(PROMPTS, seed=3, max_new_tokens=7, **ours)
@@ -52,7 +52,7 @@ def test_equals_guided_policy(model, scorer, theirs, ours):
         assert row == completion.token_ids + [1] * (len(row) - len(completion.token_ids))
 
 
-def test_a_greedy_method(model, scorer):
+def test_a_greedy_method_decodes_greedily(model, scorer):
     out = call(model, scorer, "pargs-greedy", do_sample=False)
     assert torch.equal(out, call(model, scorer, "pargs-greedy", do_sample=True))
 
@@ -76,11 +76,11 @@ class Ban(LogitsProcessor):
         ({"logits_processor": LogitsProcessorList([Ban()])}, "does not run the logits_processor Ban"),
     ],
 )
-def test_what_would_be_ignored_is_refused(model, scorer, settings, message):
+def test_unsupported_settings_are_errors(model, scorer, settings, message):
     with pytest.raises(UsageError, match=message):
         call(model, scorer, **settings)
 
 
-def test_a_greedy_method_refuses_a_temperature(model, scorer):
+def test_a_greedy_method_with_a_temperature_is_an_error(model, scorer):
     with pytest.raises(UsageError, match="has no temperature"):
         call(model, scorer, "pargs-greedy", do_sample=True, temperature=0.5)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from rgtg.cli.common import Invocation, command, hush_libraries, resumable, save_settings, write_json
 from rgtg.config import AuditSettings
-from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
-from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
 from rgtg.utils.files import atomic_write, make_folder, refuse_overwriting
 
 if TYPE_CHECKING:
     from rgtg.evaluation.audit.candidate_rollouts import CandidateRollouts
     from rgtg.models.loading.policy import Policy
+    from rgtg.types.audit import AuditPoint, AuditResult
+    from rgtg.types.rollouts import CandidateFigures, RolloutAuditResult
 
 _WRITTEN = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png", "settings.json")
 
@@ -67,7 +67,7 @@ def _load(settings: AuditSettings) -> "tuple[Any, Policy | None]":
     return load_scorer(settings.scorer, policy=mine, dtype=settings.dtype, device=settings.device), policy
 
 
-def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
+def _audit_pairs(model: Any, settings: AuditSettings) -> "AuditResult":
     from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
     from rgtg.evaluation.plots import plot_audit
 
@@ -88,7 +88,9 @@ def _audit_pairs(model: Any, settings: AuditSettings) -> AuditResult:
     return result
 
 
-def _audit_rollouts(model: Any, policy: "Policy | None", settings: AuditSettings, *, quiet: bool) -> RolloutAuditResult:
+def _audit_rollouts(
+    model: Any, policy: "Policy | None", settings: AuditSettings, *, quiet: bool
+) -> "RolloutAuditResult":
     from rgtg.evaluation.audit.candidate_ranking import audit_rollouts
     from rgtg.evaluation.plots import plot_rollout_audit
 
@@ -143,9 +145,11 @@ def _rollouts_path(settings: AuditSettings) -> Path:
     return settings.rollouts_file or (settings.output or Path()) / "rollouts.jsonl"
 
 
-def show(*results: AuditResult | RolloutAuditResult) -> None:
+def show(*results: "AuditResult | RolloutAuditResult") -> None:
     """Print each audit as a table and its verdict."""
     from rich.console import Console
+
+    from rgtg.types.audit import AuditResult
 
     console = Console()
     for result in results:
@@ -162,7 +166,7 @@ def show(*results: AuditResult | RolloutAuditResult) -> None:
         console.print(result.verdict)
 
 
-def _pairs_table(result: AuditResult) -> Any:
+def _pairs_table(result: "AuditResult") -> Any:
     from rich.table import Table
 
     table = Table("prefix", "accuracy", "95 % interval", "margin", "ties", "pairs", title=f"audit of {result.scorer}")
@@ -174,12 +178,12 @@ def _pairs_table(result: AuditResult) -> Any:
     return table
 
 
-def _cells(point: AuditPoint) -> list[str]:
+def _cells(point: "AuditPoint") -> list[str]:
     a, m = point.accuracy, point.margin
     return [f"{a.mean:.3f}", f"{a.low:.3f}–{a.high:.3f}", f"{m.mean:+.3f}", str(point.ties), str(point.pairs)]
 
 
-def _candidates_table(result: RolloutAuditResult) -> Any:
+def _candidates_table(result: "RolloutAuditResult") -> Any:
     from rich.table import Table
 
     title = f"candidates of one prefix, chosen by {result.scorer}"
@@ -191,7 +195,7 @@ def _candidates_table(result: RolloutAuditResult) -> Any:
     return table
 
 
-def _candidate_cells(figures: CandidateFigures) -> list[str]:
+def _candidate_cells(figures: "CandidateFigures") -> list[str]:
     def cell(value: Interval, form: str = ".2f") -> str:
         return f"{value.mean:+{form}} ± {(value.high - value.low) / 2:{form}}"
 

@@ -1,11 +1,14 @@
 """``rgtg compare``: methods on the same prompts, measured by a reward that none of them used."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rgtg.cli.common import Invocation, command, hush_libraries, resumable, save_settings, write_json
 from rgtg.config import CompareSettings
-from rgtg.types.comparison import ComparisonResult
 from rgtg.utils.files import make_folder, refuse_overwriting
+
+if TYPE_CHECKING:
+    from rgtg.types.comparison import ComparisonResult
 
 _WRITTEN = ("completions.jsonl", "results.json", "settings.json", "report.html", "report.md")
 
@@ -35,7 +38,7 @@ def run(settings: CompareSettings, invocation: Invocation) -> None:
     invocation.emit(result, lambda: show(result, settings.output))
 
 
-def show(result: ComparisonResult, output: Path | None = None) -> None:
+def show(result: "ComparisonResult", output: Path | None = None) -> None:
     """Print the comparison as a table, best reward first, then the results of tests and checks."""
     from rich.console import Console
     from rich.table import Table

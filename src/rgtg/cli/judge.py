@@ -9,11 +9,11 @@ import typer
 from rgtg.cli.common import Invocation, command, resumable, save_settings, write_json
 from rgtg.config import JudgeSettings
 from rgtg.types.base import Interval
-from rgtg.types.judge import JudgeMatch, JudgeResult, JudgeUsage
 from rgtg.utils.files import make_folder, refuse_overwriting, write_text
 
 if TYPE_CHECKING:
     from rgtg.evaluation.judge.run import CallEstimate, Judgement
+    from rgtg.types.judge import JudgeMatch, JudgeResult, JudgeUsage
 
 _SHOWN_FAILURES = 5
 
@@ -73,7 +73,7 @@ def _show_plan(planned: "CallEstimate") -> None:
     )
 
 
-def show(result: JudgeResult, output: Path | None = None) -> None:
+def show(result: "JudgeResult", output: Path | None = None) -> None:
     """Print the matches as a table, then failures and costs."""
     from rich.console import Console
     from rich.table import Table
@@ -98,7 +98,7 @@ def show(result: JudgeResult, output: Path | None = None) -> None:
         console.print(f"written to {output}", markup=False)
 
 
-def _cells(match: JudgeMatch) -> list[str]:
+def _cells(match: "JudgeMatch") -> list[str]:
     return [
         _percent(match.win_rate, interval=True),
         _percent(match.length_controlled, interval=True),
@@ -114,7 +114,7 @@ def _percent(value: Interval, *, interval: bool = False) -> str:
     return f"{value.mean:.1%}" + (f" ({value.low:.1%} to {value.high:.1%})" if interval else "")
 
 
-def _usage(usage: JudgeUsage) -> str:
+def _usage(usage: "JudgeUsage") -> str:
     text = (
         f"{usage.calls} calls ({usage.cached} answers from the cache, {usage.retries} calls repeated): "
         f"{usage.prompt_tokens:,} tokens read, {usage.completion_tokens:,} written"

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing where it is not wanted."""
+"""Progress on stderr: a bar on a terminal, a line every half minute elsewhere, nothing with --quiet."""
 
 import sys
 import time
@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rgtg.batch.run import JobProgress
 
-_EVERY = 30.0  # seconds between two lines where there is no terminal
+_EVERY = 30.0  # seconds between two lines without a terminal
 
 
 @contextmanager
 def reading_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """While a source is read: yields what its reader tells how much is read, and how much there is."""
+    """Show how much of a source is read; yields the reader's progress function."""
     with _bar(what, quiet=quiet) as show:
         yield lambda done, total: show(done, total, "")
 
 
 @contextmanager
 def job_bar(what: str, *, quiet: bool) -> Iterator[Callable[["JobProgress"], None]]:
-    """While a job works: rows, tokens per second, and the time that is left by the tokens that rows may take."""
-    speed = Speed()
+    """Show rows, tokens per second and remaining time of a job; yields its progress function."""
+    speed = JobSpeed()
     with _bar(what, quiet=quiet) as show:
         yield lambda state: show(state.cost, max(state.total_cost, 1), speed.text(state))
 
 
 @dataclass
-class Speed:
-    """What a job's rows and tokens come to per second.
+class JobSpeed:
+    """Rows and tokens per second of a job.
 
     >>> from rgtg.batch.run import JobProgress
-    >>> Speed(clock=iter([0.0, 2.0]).__next__).text(JobProgress(rows=9, before=4, done=5, failed=1, tokens=30))
+    >>> JobSpeed(clock=iter([0.0, 2.0]).__next__).text(JobProgress(rows=9, before=4, done=5, failed=1, tokens=30))
     '5/9 rows, 1 failed, 15 tokens/s, 0.5 rows/s'
     """
 
@@ -44,23 +44,23 @@ class Speed:
         self.start = self.clock()
 
     def text(self, state: "JobProgress") -> str:
-        """One line, without the time that is left."""
-        passed = max(self.clock() - self.start, 1e-3)
+        """One line, without the remaining time."""
+        elapsed = max(self.clock() - self.start, 1e-3)
         failed = [f"{state.failed} failed"] if state.failed else []
-        speed = [f"{state.tokens / passed:.0f} tokens/s", f"{(state.done - state.before) / passed:.3g} rows/s"]
+        speed = [f"{state.tokens / elapsed:.0f} tokens/s", f"{(state.done - state.before) / elapsed:.3g} rows/s"]
         return ", ".join([f"{state.done}/{state.rows} rows", *failed, *(speed if state.tokens else [])])
 
 
 @contextmanager
 def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[float, float, str], None]]:
-    """Yields what is told how much is done, of how much, and a text."""
+    """Yield a function of how much is done, of how much, and a text."""
     from rich.console import Console
 
     console = Console(stderr=True)  # stdout is for results
     if quiet:
         yield lambda done, total, text: None
     elif not console.is_terminal:
-        yield Lines(what).tell
+        yield LogLines(what).update
     else:
         yield from _rich(what, console)
 
@@ -78,13 +78,13 @@ def _rich(what: str, console: Any) -> Iterator[Callable[[float, float, str], Non
 
 
 @dataclass
-class Lines:
+class LogLines:
     """A line every half minute, for logs.
 
     >>> import sys; from unittest.mock import patch
     >>> with patch("sys.stderr", sys.stdout):
-    ...     Lines("checking", clock=iter([0.0, 10.0, 40.0]).__next__).tell(1, 4, "")
-    ...     Lines("checking", clock=iter([0.0, 40.0]).__next__).tell(1, 4, "so far so good")
+    ...     LogLines("checking", clock=iter([0.0, 10.0, 40.0]).__next__).update(1, 4, "")
+    ...     LogLines("checking", clock=iter([0.0, 40.0]).__next__).update(1, 4, "so far so good")
     checking: 25 %, about 2 min left, so far so good
     """
 
@@ -96,8 +96,8 @@ class Lines:
     def __post_init__(self) -> None:
         self.start = self.last = self.clock()
 
-    def tell(self, done: float, total: float, text: str) -> None:
-        """Print where half a minute has passed."""
+    def update(self, done: float, total: float, text: str) -> None:
+        """Print a line if half a minute has passed."""
         now = self.clock()
         if now - self.last < _EVERY or not done or not total:
             return
@@ -108,7 +108,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words.
+    """Format seconds.
 
     >>> duration(12), duration(120), duration(4000), duration(200_000)
     ('12 s', '2 min', '1 h 7 min', '55 h 33 min')

@@ -1,14 +1,16 @@
 """``rgtg sweep``: find the beta that meets a KL or reward target."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from rgtg.cli.common import Invocation, command, hush_libraries, resumable, save_settings, write_json
 from rgtg.config import SweepSettings
 from rgtg.errors import UsageError
-from rgtg.types.comparison import SweepResult
 from rgtg.utils.files import make_folder, refuse_overwriting
+
+if TYPE_CHECKING:
+    from rgtg.types.comparison import SweepResult
 
 
 def _pair_scorers(flags: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run(settings: SweepSettings, invocation: Invocation) -> None:
         raise typer.Exit(1)
 
 
-def show(result: SweepResult) -> None:
+def show(result: "SweepResult") -> None:
     """Print every try, and the beta that was found."""
     from rich.console import Console
     from rich.table import Table
