@@ -6,14 +6,14 @@ import pytest
 
 from helpers.other_tokenizers import CORPUS, tokenizer_of
 from helpers.tiny_models import tiny_tokenizer
-from rgtg.decoding.detokenizer import TextStream
+from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.tokenization.encoding import decode_completion, encode_completion, encode_prompt
 
 PROMPT = "Once upon a time"
 
 
 def pieces_of(tokenizer, prompt_ids, ids, stop=(), text=None):
-    stream = TextStream(tokenizer, prompt_ids, stop)
+    stream = IncrementalDetokenizer(tokenizer, prompt_ids, stop)
     pieces = [stream.add(i) for i in ids]
     whole = decode_completion(tokenizer, prompt_ids, ids) if text is None else text
     return [*pieces, stream.end(whole)], whole
@@ -51,7 +51,7 @@ def test_old_tokens_are_not_decoded_again():
             return self.tokenizer.decode(ids, **options)
 
     counting = Counting(tokenizer_of("byte-level"))
-    stream = TextStream(counting, [5, 6, 7])
+    stream = IncrementalDetokenizer(counting, [5, 6, 7])
     for i in range(1000):
         stream.add(4 + i % 90)
     assert counting.longest < 120
@@ -60,9 +60,9 @@ def test_old_tokens_are_not_decoded_again():
 def test_stop_texts_and_what_may_become_one_are_held_back():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("abcdeXYZ").input_ids
-    stream = TextStream(tokenizer, [5], ["deX", "cdq"])
+    stream = IncrementalDetokenizer(tokenizer, [5], ["deX", "cdq"])
     assert [stream.add(i) for i in ids[:6]] == ["a", "b", "", "", "c", ""]
     assert stream.end("abc") == ""
-    stream = TextStream(tokenizer, [5], ["deX"])
+    stream = IncrementalDetokenizer(tokenizer, [5], ["deX"])
     assert [stream.add(i) for i in tokenizer("dead").input_ids] == ["", "", "dea", ""]
     assert stream.end("dead") == "d"

@@ -241,7 +241,9 @@ def _split(group: list[Task], rows: int | None, tokens: int) -> Iterator[TaskBat
 def complete_batch(
     guided: GuidedPolicy, batch: TaskBatch, settings: dict[str, Any], *, trace: bool = False
 ) -> list[TaskOutcome]:
-    """Complete a batch. If a row makes it fail, the batch is halved until that row is alone.
+    """Complete a batch. A row that fails has no completion, and the others go on.
+
+    A batch that is too large for the memory is halved.
 
     Args:
         guided: policy and scorers.
@@ -252,41 +254,59 @@ def complete_batch(
     Raises:
         RgtgError: out of memory while processes share the models: one process cannot halve what all of them decode.
     """
-    tasks = batch.tasks
-    try:
-        done = guided.generate(
-            [task.row.prompt for task in tasks], seed=[task.seed for task in tasks], trace=trace,
-            batch_size=len(tasks), **settings | batch.settings,
-        )  # fmt: skip
-    except (DataError, NonFiniteError, RuntimeError) as error:
-        if (reason := _row_failure(error)) is None:
-            raise
-        if reason == _MEMORY and is_tensor_parallel(guided.policy.model):
+    merged = settings | batch.settings
+    # 1. a request for each row
+    outcomes: dict[int, TaskOutcome] = {}
+    requests: dict[int, Request] = {}
+    for task in batch.tasks:
+        try:
+            (requests[task.index],) = guided.prepare([task.row.prompt], seed=[task.seed], trace=trace, **merged)
+        except DataError as error:
+            outcomes[task.index] = _failed(task, error)
+    # 2. completed together
+    guided.complete(list(requests.values()), merged)
+    # 3. what became of each
+    too_much = []
+    for task in batch.tasks:
+        if (request := requests.pop(task.index, None)) is None:
+            continue
+        if request.error is None:
+            completion = request.to_completion().model_copy(update={"id": task.row.id})
+            outcomes[task.index] = CompletedTask(task, completion)
+        elif _is_out_of_memory(request.error) and len(batch.tasks) > 1:
+            too_much.append(task)
+        else:
+            outcomes[task.index] = _failed(task, request.error)
+        if request.error is not None and _is_out_of_memory(request.error) and is_tensor_parallel(guided.policy.model):
             raise RgtgError(
                 "one of the processes that split the models is out of memory, and the others cannot go on without it: "
                 "decode less at once (--batch-tokens)"
-            ) from error
-        if len(tasks) == 1:
-            return [FailedTask(tasks[0], reason, one_line(error))]
-        half = (len(tasks) + 1) // 2
-    else:
-        return [
-            CompletedTask(task, completion.model_copy(update={"id": task.row.id}))
-            for task, completion in zip(tasks, done, strict=True)
-        ]
-    # Outside the except block, which keeps the failed batch's tensors alive.
-    halves = (TaskBatch(tasks[:half], batch.settings), TaskBatch(tasks[half:], batch.settings))
-    return [outcome for part in halves for outcome in complete_batch(guided, part, settings, trace=trace)]
+            ) from request.error
+    del request
+    # 4. halves of what was too large; the tensors of the failed attempt are free by now
+    half = (len(too_much) + 1) // 2
+    for part in (too_much[:half], too_much[half:]):
+        if part:
+            for outcome in complete_batch(guided, TaskBatch(tuple(part), batch.settings), settings, trace=trace):
+                outcomes[outcome.task.index] = outcome
+    return [outcomes[task.index] for task in batch.tasks]
 
 
-def _row_failure(error: Exception) -> str | None:
-    """Why a row has no completion, if the row or the size of the batch is the cause; None for any other error."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, or the CPU, had not enough memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _failed(task: Task, error: Exception) -> FailedTask:
+    """A row without a completion, and why."""
     if isinstance(error, NonFiniteError):
-        return "not a finite number"
-    if isinstance(error, DataError):
-        return "bad prompt"
-    gpu_or_cpu = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-    return _MEMORY if gpu_or_cpu else None
+        reason = "not a finite number"
+    elif isinstance(error, DataError):
+        reason = "bad prompt"
+    else:
+        reason = _MEMORY if _is_out_of_memory(error) else "error"
+    text = str(error) if isinstance(error, RgtgError) or reason == _MEMORY else f"{type(error).__name__}: {error}"
+    return FailedTask(task, reason, one_line(text))
 
 
 def complete_batches(

@@ -1,10 +1,10 @@
-"""Text of a completion while its tokens come: pieces that later tokens cannot change."""
+"""Incremental detokenization: text of a completion while its tokens come, in parts that later tokens cannot change."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from rgtg.decoding.request import settled
+from rgtg.decoding.request import final_text
 from rgtg.tokenization.encoding import decode_after, decoding_context
 
 # Tokens that are decoded anew with each one that comes; more context than any tokenizer's spacing rules look back.
@@ -13,14 +13,14 @@ _WINDOW = 16
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-class TextStream:
-    """Turns tokens into pieces of text; the pieces joined, and the rest at the end, are the completion's text.
+class IncrementalDetokenizer:
+    """Turns tokens into text; the parts joined, and the rest at the end, are the completion's text.
 
-    Only the last tokens are decoded again with each that comes; where a tokenizer's text is not the sum of its parts,
-    all are.
+    Each new token decodes only the last tokens again; all of them, where a tokenizer's text is not the sum of its
+    parts.
 
     Example:
-        >>> stream = TextStream(tokenizer, prompt_ids, stop=["."])  # doctest: +SKIP
+        >>> stream = IncrementalDetokenizer(tokenizer, prompt_ids, stop=["."])  # doctest: +SKIP
         >>> "".join(stream.add(i) for i in done.token_ids) + stream.end(done.text) == done.text  # doctest: +SKIP
         True
     """
@@ -28,22 +28,22 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, list(stop)
         self._special = set(tokenizer.all_special_ids)
-        self._before = list(prompt_ids[-_WINDOW:])  # tokens that are decoded no more
+        self._before = list(prompt_ids[-_WINDOW:])  # tokens that are not decoded again
         self._context = decoding_context(tokenizer, self._before)
-        self._tokens: list[int] = []  # those that are
+        self._tokens: list[int] = []  # tokens that are
         self._done = ""  # text of the completion's tokens in _before
         self._shown = ""
 
     def add(self, token_id: int) -> str:
-        """Text that is certain since this token came; empty where a character or a stop text may be under way."""
+        """Text that is final since this token came; empty while a character or a stop text may be incomplete."""
         self._tokens.append(token_id)
         if token_id in self._special or _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token_id))):
             return ""  # a special token adds nothing, and does not end a run of bytes
         tail = decode_after(self.tokenizer, self._context, self._tokens)
-        piece = self._show(self._certain(self._done + tail))
+        new = self._show(self._certain(self._done + tail))
         if len(self._tokens) > 2 * _WINDOW and not tail.endswith("�"):
             self._move_on(tail)
-        return piece
+        return new
 
     def end(self, text: str) -> str:
         """The rest, once the whole text is known."""
@@ -53,16 +53,16 @@ class TextStream:
         """The part before a stop text, or before what may become one."""
         found = (text.find(s, max(len(self._shown) - len(s) + 1, 0)) for s in self.stop)
         cuts = [at for at in found if at >= 0]
-        return text[: min(cuts)] if cuts else settled(text, self.stop)
+        return text[: min(cuts)] if cuts else final_text(text, self.stop)
 
     def _show(self, safe: str) -> str:
         """What ``safe`` adds; nothing where it takes back what was shown (it may hold back a stop text)."""
-        piece = safe[len(self._shown) :] if safe.startswith(self._shown) else ""
-        self._shown += piece
-        return piece
+        new = safe[len(self._shown) :] if safe.startswith(self._shown) else ""
+        self._shown += new
+        return new
 
     def _move_on(self, tail: str) -> None:
-        """Decode older tokens no more, if the text stays the same."""
+        """Stop decoding older tokens again, if the text stays the same."""
         before, rest = [*self._before, *self._tokens[:_WINDOW]], self._tokens[_WINDOW:]
         head = decode_after(self.tokenizer, self._context, self._tokens[:_WINDOW])
         context = decoding_context(self.tokenizer, before)

@@ -1,24 +1,96 @@
-"""GuidedPolicy: a frozen policy, a scorer and a method, behind one ``generate``."""
+"""GuidedPolicy: a frozen policy, its scorers and a method, behind one ``generate``."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
 
 import torch
 
-from rgtg.decoding.decoder import Decoder, Prompt, naming_prompt
-from rgtg.decoding.loading import Source, load_models
-from rgtg.decoding.methods import find_method
-from rgtg.decoding.request import row_seeds, settled, to_completion
-from rgtg.errors import UsageError
+from rgtg.config import DecodingSettings, validate
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.engine.best_of_n import best_of_n
+from rgtg.decoding.engine.chunked_prefill import ChunkedPrefill, PrefillTask
+from rgtg.decoding.engine.drafters import DRAFTS
+from rgtg.decoding.engine.segments import SegmentParams, SegmentStopping, decode_segments
+from rgtg.decoding.engine.speculative import SpeculativeBatch, check_draft
+from rgtg.decoding.loading import ScorerSource, load_models
+from rgtg.decoding.methods import (
+    Method,
+    betas_of,
+    branch_columns,
+    check_scorers,
+    check_settings,
+    find_method,
+    require_complete,
+    segments_of,
+)
+from rgtg.decoding.request import (
+    Prompt,
+    Request,
+    StoppingCriteria,
+    end_tokens,
+    final_text,
+    make_processors,
+    prompt_source,
+    require_room,
+    row_seeds,
+)
+from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer, require_embeddings, tree_columns
+from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
+from rgtg.decoding.runners.policy_runner import MAX_WIDTH, TorchPolicyRunner
+from rgtg.decoding.runners.segment_scorer import ChunkedRewards
+from rgtg.decoding.sampling import SamplingParams
+from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement
-from rgtg.models.loading.policy import Policy
-from rgtg.models.loading.tensor_parallel import TpPlan
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.tensor_parallel import TpPlan, is_tensor_parallel, register_parallel_models
+from rgtg.models.ops.lm_head import policy_logits
+from rgtg.models.scorers.base import AnyScorer, Scorer
+from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.conversation import encode_source
-from rgtg.tokenization.encoding import decode_completion
+from rgtg.tokenization.encoding import decode_completion, encode_prompt, require_same_tokenizer
 from rgtg.types.generation import Completion
 
+_MAX_CACHED_SETTINGS = 256
 
-class GuidedPolicy(Decoder):
+
+@dataclass(frozen=True)
+class _Resolved:
+    """Settings of a call, and what all its requests share."""
+
+    settings: DecodingSettings
+    params: SamplingParams
+    stopping: StoppingCriteria
+    betas: tuple[float, ...]
+    width: int
+    overlap: bool
+    processed: bool
+
+
+@dataclass(frozen=True)
+class _TokenRunners:
+    """Runners without rows for the requests of a token-wise method, and the arguments of their batches."""
+
+    policy: TorchPolicyRunner
+    scorers: dict[str, Any]
+    batch: dict[str, Any]
+
+
+@dataclass
+class SegmentRun:
+    """Requests of a method that draws segments or whole completions: they have caches of their own.
+
+    Attributes:
+        prefill: what must be read before the first step; the first step reads what is left.
+        steps: the active requests after each step.
+    """
+
+    prefill: ChunkedPrefill
+    steps: Iterator[list[Request]]
+
+
+class GuidedPolicy:
     """Steers a frozen causal language model token by token with a scorer (or takes the best of n).
 
     Example:
@@ -26,11 +98,50 @@ class GuidedPolicy(Decoder):
         >>> guided.generate(["Once upon a time"], max_new_tokens=64, seed=0)[0].text  # doctest: +SKIP
     """
 
+    def __init__(
+        self,
+        policy: Policy,
+        scorer: AnyScorer | Sequence[AnyScorer] | Mapping[str, AnyScorer] | None = None,
+        *,
+        method: str = "pargs",
+        beta: float | Sequence[float] | None = None,
+        top_k: int | Literal["default"] | None = "default",
+        n: int | None = None,
+        token_tree: bool | None = None,
+        overlap: bool | None = None,
+        draft: str | Policy | None = None,
+    ) -> None:
+        """As ``from_pretrained``, of loaded models; scorers may have names of their own (a mapping)."""
+        self.policy = policy
+        self.method: Method = find_method(method)
+        given = {"method": method, "beta": list(beta) if isinstance(beta, Sequence) else beta, "n": n}
+        top = self.method.top_k if top_k == "default" else top_k
+        self.defaults = {k: v for k, v in given.items() if v is not None} | {"top_k": top}
+        self.token_tree, self.overlap = token_tree, overlap
+        self.draft = load_policy(draft) if isinstance(draft, str) and draft not in DRAFTS else draft
+        named = _named(scorer)
+        check_scorers(self.method, list(named.values()))
+        if self.method.scorer:
+            named = {name: fit_scorer(policy, one) for name, one in named.items()}
+        self.scorers: list[AnyScorer] = list(named.values())
+        self.names: tuple[str, ...] = tuple(named) if self.method.scorer else ()
+        self.factory = RunnerFactory(policy, named if self.method.scorer else {}, token_tree)
+        self.end_tokens = end_tokens(policy)
+        self._resolved: dict[str, _Resolved] = {}
+        self._limits = self._context_limits()
+        self._runners: _TokenRunners | None = None
+        self.resolve({})
+        read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
+        if register_parallel_models(one.model for one in read) and overlap:
+            raise UsageError("overlap reads in two threads, and processes that split a model must read in one order")
+        if isinstance(self.draft, Policy):
+            require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
+
     @classmethod
     def from_pretrained(
         cls,
         policy: "str | Policy | tuple[Any, Any]",
-        scorer: "Source | Sequence[Source] | None" = None,
+        scorer: "ScorerSource | Sequence[ScorerSource] | None" = None,
         *,
         method: str = "pargs",
         beta: float | Sequence[float] | None = None,
@@ -48,7 +159,7 @@ class GuidedPolicy(Decoder):
         draft: str | Policy | None = None,
         pack: bool = True,
     ) -> Self:
-        """Load policy and scorer, and join them.
+        """Load policy and scorer, and put them together.
 
         Args:
             policy: folder, hub id, or a loaded (model, tokenizer) pair.
@@ -92,6 +203,156 @@ class GuidedPolicy(Decoder):
             draft=drafter,
         )  # fmt: skip
 
+    @property
+    def scorer(self) -> AnyScorer | None:
+        """The scorer, the first of several; None without one."""
+        return self.scorers[0] if self.scorers else None
+
+    @property
+    def used(self) -> list[AnyScorer]:
+        """The scorers, where the method reads any."""
+        return self.scorers if self.method.scorer else []
+
+    # -- settings --------------------------------------------------------------------------------------------------
+
+    def resolve(self, given: dict[str, Any], *, complete: bool = False) -> DecodingSettings:
+        """Settings of one call over the defaults; ``complete``: enough to decode with.
+
+        Raises:
+            UsageError: unusable settings, or some that the method or the scorers do not take.
+        """
+        if complete:
+            return self._resolve(given).settings
+        settings = validate(DecodingSettings, self.defaults | given)
+        self._check(settings)
+        return settings
+
+    def _resolve(self, given: dict[str, Any]) -> _Resolved:
+        """Complete settings of a call, made once for all calls that give the same."""
+        key = repr(given)
+        if key not in self._resolved:
+            settings = self.resolve(given)
+            require_complete(self.method, settings)
+            betas = tuple(betas_of(settings))
+            params = SamplingParams(
+                beta=1.0 if len(self.used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
+                temperature=settings.temperature, greedy=self.method.rule == "greedy", clip=self.method.clip,
+                top_k_of_sums=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
+            )  # fmt: skip
+            stopping = StoppingCriteria(self.policy.tokenizer, self.end_tokens, settings)
+            if len(self._resolved) >= _MAX_CACHED_SETTINGS:
+                self._resolved.clear()
+            self._resolved[key] = _Resolved(
+                settings, params, stopping, betas if self.names else (),
+                width=tree_columns(None if params.top_k_of_sums else settings.top_k),
+                overlap=self._overlaps(settings),
+                processed=bool(make_processors(settings, 1, self.end_tokens, None)),
+            )  # fmt: skip
+        return self._resolved[key]
+
+    def _check(self, settings: DecodingSettings) -> None:
+        """Refuse settings that the method, the scorers or the draft do not take."""
+        if settings.method != self.method.name:
+            raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
+        check_settings(self.method, settings)
+        if settings.top_k is None and self.method.scorer and self.method.unit == "token":
+            for one in self.scorers:
+                require_embeddings(self.policy, one, whole=True)
+        if self.used and len(betas_of(settings)) != len(self.used):
+            raise UsageError(
+                f"{len(betas_of(settings))} betas for {len(self.used)} scorers: give each scorer one, in their order",
+                setting="beta",
+            )
+        token_scorer = self.scorer if self.method.scorer else None
+        if self.draft is not None:
+            if self.method.unit != "token":
+                raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
+            self._require_one_scorer("speculative decoding", settings)
+            check_draft(self.draft, token_scorer, settings)
+        elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
+            raise UsageError("draft_length applies to speculative decoding: say where drafts come from (draft)")
+        if self.overlap:
+            self._require_one_scorer("overlap", settings)
+            if not isinstance(token_scorer, PrefixScorer | CrossTokenizerScorer) or self.draft is not None:
+                raise UsageError("overlap runs the policy beside a scorer that is a model of its own, without a draft")
+            if settings.top_k is None or settings.top_k > MAX_WIDTH:
+                raise UsageError(
+                    f"overlap reads at most {MAX_WIDTH} candidates with the policy: set top_k (10 is usual)"
+                )
+
+    def _require_one_scorer(self, what: str, settings: DecodingSettings) -> None:
+        if len(self.used) > 1:
+            raise UsageError(f"{what} takes one scorer, and {len(self.used)} were given")
+        if settings.entropy_gate is not None:
+            raise UsageError(f"{what} scores every token; leave entropy_gate out")
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def make_requests(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        sources: Sequence[Prompt | None],
+        seed: int | Sequence[int],
+        settings: dict[str, Any],
+        *,
+        trace: bool = False,
+    ) -> list[Request]:
+        """A request for each prompt, checked against the models' contexts.
+
+        Args:
+            prompt_ids: tokens of the prompts.
+            texts: their texts.
+            sources: what a scorer that reads text takes for them; None for what the tokens say.
+            seed: one for all, or one each.
+            settings: of this call, over the defaults.
+            trace: record every candidate's figures of every step.
+
+        Raises:
+            DataError: a prompt that is empty, or does not fit a context.
+            UsageError: unusable settings, or another number of seeds than of prompts.
+        """
+        found = self._resolve(settings)
+        device, requests = self.policy.model.device, []
+        seeds = row_seeds(seed, prompt_ids)
+        for i, (ids, text, source) in enumerate(zip(prompt_ids, texts, sources, strict=True)):
+            processors: Any = ()
+            if found.processed:
+                processors = make_processors(found.settings, len(ids), self.end_tokens, device)
+            request = Request(
+                text, list(ids), seeds[i], processors, found.params, found.stopping, self.method.name, self.names,
+                found.betas, source, trace,
+            )  # fmt: skip
+            try:
+                self.require_room(request, found.settings)
+            except DataError as error:
+                raise _of_prompt(error, i, len(prompt_ids)) from error
+            requests.append(request)
+        return requests
+
+    def require_room(self, request: Request, settings: DecodingSettings) -> None:
+        """Refuse a prompt that does not fit the context of every model that reads it.
+
+        Raises:
+            DataError: saying whose.
+        """
+        for role, limit in self._limits:
+            require_room(request.prompt_ids, settings.max_new_tokens, limit, role)
+        for scorer in self.scorers:
+            if isinstance(scorer, CrossTokenizerScorer) and self.names:
+                # how many of its tokens the completion takes is not known yet
+                scorer.require_room(prompt_source(request, self.policy.tokenizer))
+
+    def _context_limits(self) -> list[tuple[str, int | None]]:
+        """Contexts, in the policy's tokens, of all models that read them."""
+        limits = [("policy", self.policy.max_length)]
+        limits += [("scorer", one.max_length) for one in self.used if not isinstance(one, CrossTokenizerScorer)]
+        if isinstance(self.draft, Policy):
+            limits.append(("drafting model", self.draft.max_length))
+        return limits
+
+    # -- generate --------------------------------------------------------------------------------------------------
+
     def generate(
         self,
         prompts: "Prompt | Sequence[Prompt]",
@@ -119,14 +380,30 @@ class GuidedPolicy(Decoder):
             UsageError: unusable settings.
             NonFiniteError: NaN from the policy or the scorer.
         """
+        return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), settings, batch_size)
+
+    def prepare(
+        self,
+        prompts: "Prompt | Sequence[Prompt]",
+        *,
+        seed: int | Sequence[int] = 0,
+        trace: bool = False,
+        **settings: Any,
+    ) -> list[Request]:
+        """Requests for ``complete``: prompts encoded and checked; arguments and errors are those of ``generate``."""
         many = _as_list(prompts)
         ids, texts = [], []
-        for index, prompt in enumerate(many):
-            with naming_prompt(index, len(many)):
-                text, prompt_ids = encode_source(self.policy.tokenizer, prompt)
+        for i, prompt in enumerate(many):
+            try:
+                if isinstance(prompt, str):
+                    text, prompt_ids = prompt, encode_prompt(self.policy.tokenizer, prompt)
+                else:
+                    text, prompt_ids = encode_source(self.policy.tokenizer, prompt)
+            except DataError as error:
+                raise _of_prompt(error, i, len(many)) from error
             ids.append(prompt_ids)
             texts.append(text)
-        return self._generate(ids, texts, many, seed, trace, batch_size, settings)
+        return self.make_requests(ids, texts, many, seed, settings, trace=trace)
 
     def row_seeds(self, prompts: Sequence[Prompt], seed: int) -> list[int]:
         """The seeds that ``generate(prompts, seed=seed)`` gives its rows, for callers who feed the prompts in parts."""
@@ -143,46 +420,211 @@ class GuidedPolicy(Decoder):
     ) -> list[Completion]:
         """``generate`` for prompts that are token ids already."""
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
-        return self._generate(prompt_ids, texts, [None] * len(texts), seed, trace, batch_size, settings)
+        requests = self.make_requests(prompt_ids, texts, [None] * len(texts), seed, settings, trace=trace)
+        return self._complete_all(requests, settings, batch_size)
 
-    def _generate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        texts: Sequence[str],
-        sources: Sequence[Prompt | None],
-        seed: int | Sequence[int],
-        trace: bool,
-        batch_size: int,
-        settings: dict[str, Any],
-    ) -> list[Completion]:
-        resolved = self.resolve(settings, complete=True)
+    def _complete_all(self, requests: list[Request], settings: dict[str, Any], batch_size: int) -> list[Completion]:
+        """Complete requests, ``batch_size`` at once; the first error ends the call."""
         if batch_size < 1:
             raise UsageError(f"batch_size = {batch_size}: it must be at least 1")
-        requests = self.requests(prompt_ids, texts, sources, seed, resolved)
+        completions = []
         for start in range(0, len(requests), batch_size):
-            for _ in self.steps(requests[start : start + batch_size], resolved, trace=trace):
-                pass
-        return [to_completion(request, self.method.name, trace=trace) for request in requests]
+            part = requests[start : start + batch_size]
+            for _ in self.steps(part, settings):
+                for request in part:
+                    if request.error is not None:
+                        raise request.error
+            for request in part:
+                completions.append(request.to_completion())
+        return completions
 
     def stream(self, prompt: Prompt, *, seed: int = 0, **settings: Any) -> Iterator[str]:
-        """Complete one prompt, yielding text as it is drawn; the pieces joined equal ``generate``'s text.
+        """Complete one prompt, yielding text as it is drawn; the parts joined equal ``generate``'s text.
 
         A segment-wise method yields whole segments, best-of-n its text at the end. Arguments and errors are those of
         ``generate``.
         """
-        resolved = self.resolve(settings, complete=True)
-        text, ids = encode_source(self.policy.tokenizer, prompt)
-        (request,) = self.requests([ids], [text], [prompt], seed, resolved)
+        requests = self.prepare(prompt, seed=seed, **settings)
+        (request,) = requests
+        stop = self.resolve(settings, complete=True).stop
         shown = ""
-        steps = self.steps([request], resolved, trace=False)
-        for _ in steps:
+        for _ in self.steps(requests, settings):
+            if request.error is not None:
+                raise request.error
             if self.method.unit != "completion" and request.finish_reason is None:
                 text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
-                safe = settled(text, resolved.stop)
-                if len(safe) > len(shown) and safe.startswith(shown):
-                    yield safe[len(shown) :]
-                    shown = safe
+                final = final_text(text, stop)
+                if len(final) > len(shown) and final.startswith(shown):
+                    yield final[len(shown) :]
+                    shown = final
         yield request.text[len(shown) :]
+
+    def complete(self, requests: list[Request], settings: dict[str, Any]) -> None:
+        """Complete requests in one batch; one that fails has its ``error`` set, and the others go on.
+
+        Args:
+            requests: of ``prepare``.
+            settings: that they were made with.
+        """
+        try:
+            for _ in self.steps(requests, settings):
+                pass
+        except Exception as error:
+            # methods that draw segments or drafts complete each request alone, to find the one that fails
+            for request in requests:
+                if len(requests) == 1:
+                    request.error = error
+                else:
+                    request.restart()
+                    self.complete([request], settings)
+
+    def steps(self, requests: list[Request], settings: dict[str, Any]) -> Iterator[list[Request]]:
+        """Complete requests in one batch; yields them after each step.
+
+        A request that fails in a token-wise method has its ``error`` set, and the others go on.
+
+        Raises:
+            NonFiniteError: NaN from the policy or the scorer, in a method that draws segments or drafts.
+        """
+        found = self._resolve(settings)
+        if self.method.unit != "token":
+            yield from self.start_segments(requests, settings).steps
+            return
+        batch = self._start_drafts(requests, found) if self.draft is not None else self._start_batch(requests, found)
+        if not batch.requests:
+            yield requests  # none could be read
+        while batch.requests:
+            batch.step()
+            yield requests
+
+    def _start_batch(self, requests: list[Request], found: _Resolved) -> Batch:
+        """A batch of all these requests, with their prompts read; those that cannot be read fail."""
+        if self._runners is None:
+            self._runners = self._make_runners()
+        batch = Batch(**self._runners.batch, overlap=found.overlap)
+        try:
+            batch.add(requests, self._prefill(requests, found, self._runners))
+        except Exception as error:
+            for request in requests:
+                try:
+                    self._prefill([request], found, self._runners)
+                except Exception as own:
+                    request.error = own
+            rest = [request for request in requests if request.error is None]
+            if len(rest) == len(requests):  # all of them together are too much
+                for request in requests:
+                    request.error = error
+            elif rest:
+                batch.add(rest, self._prefill(rest, found, self._runners))
+        return batch
+
+    def _make_runners(self) -> _TokenRunners:
+        key = self.factory.key(self.names)
+        return _TokenRunners(
+            self.factory.policy_runner(key),
+            {name: self.factory.scorer_runner(name) for name in self.factory.separate(key, self.names)},
+            Batch.options(self.factory, key),
+        )
+
+    @torch.inference_mode()
+    def _prefill(self, requests: Sequence[Request], found: _Resolved, runners: _TokenRunners) -> Prefilled:
+        """Read the prompts whole, each model in one pass."""
+        prompts, longest = [], 0
+        for request in requests:
+            prompts.append(request.prompt_ids)
+            longest = max(longest, len(request.prompt_ids) + found.settings.max_new_tokens)
+        reads_candidates = found.overlap or runners.batch["fused"] is not None
+        policy = runners.policy.fresh(longest, found.width if reads_candidates else 1)
+        scorers = {}
+        for name, runner in runners.scorers.items():
+            scorers[name] = runner.fresh(longest, found.width)
+            scorers[name].prefill(requests, prompts)
+        return Prefilled(policy, policy.prefill(prompts), scorers)
+
+    def _overlaps(self, settings: DecodingSettings) -> bool:
+        """Whether the policy reads the candidates while a separate scorer scores them."""
+        if self.overlap is not None or len(self.used) != 1:
+            return bool(self.overlap)
+        scorer, policy = self.used[0], self.policy
+        if not isinstance(scorer, PrefixScorer | CrossTokenizerScorer):
+            return False
+        if scorer.model.device == policy.model.device or is_tensor_parallel(policy.model):
+            return False
+        return settings.top_k is not None and settings.top_k <= MAX_WIDTH and settings.entropy_gate is None
+
+    def _start_drafts(self, requests: list[Request], found: _Resolved) -> Batch:
+        scorer = self.scorer if self.method.scorer else None
+        assert self.draft is not None, "asked for with a draft"
+        assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
+        columns = max(len(request.prompt_ids) for request in requests) + found.settings.max_new_tokens
+        batch = SpeculativeBatch(
+            self.policy, scorer, self.draft, columns, top_k=found.params.top_k, length=found.settings.draft_length,
+            tree=self.token_tree,
+        )  # fmt: skip
+        batch.start(requests)
+        return batch
+
+    def start_segments(
+        self, requests: list[Request], settings: dict[str, Any], *, chunk: int | None = None
+    ) -> SegmentRun:
+        """Start requests of a method that draws segments or whole completions; nothing has been read yet.
+
+        Args:
+            requests: of ``make_requests``; only one, where texts are read in chunks.
+            settings: that they were made with.
+            chunk: tokens of an ended completion that its scorer reads at once; None reads it whole.
+        """
+        found = self._resolve(settings)
+        longest = max(len(request.prompt_ids) for request in requests) + found.settings.max_new_tokens
+        reward = cast(Scorer | CrossTokenizerScorer, self.scorer)
+        n, length = segments_of(self.method, found.settings)
+        whole = self.method.unit == "completion"
+        # 1. the policy, with a branch of its cache for each segment or completion
+        branches = branch_columns(self.method, found.settings)
+        policy = make_runner(self.policy.model, policy_logits, longest + branches + 1, tree=self.token_tree)
+        prompts = [request.prompt_ids for request in requests]
+        tasks = [PrefillTask(("policy", None), policy, prompts)]
+        # 2. the scorer's cache: of segments, or of completions that are read in chunks
+        width = max(1 if whole else min(length, found.settings.max_new_tokens), MAX_WIDTH)
+        scores = self.factory.segment_scorer(reward, longest + width)
+        if scores.runner is not None and (chunk or not whole):
+            tasks.append(PrefillTask(("scorer", self.names[0]), scores.runner, prompts))
+        chunked = None
+        if chunk and isinstance(scores.runner, TreeRunner):
+            chunked = ChunkedRewards(cast(PrefixScorer, reward), scores.runner, chunk)
+
+        def steps() -> Iterator[list[Request]]:
+            with torch.inference_mode():
+                states = [task.states if task.states is not None else task.read_all() for task in tasks]
+            if whole:
+                yield from best_of_n(requests, policy, states[0], reward, found.settings.n, found.stopping, chunked)
+                return
+            accepts = self.method.rule == "accept"
+            params = SegmentParams(
+                "accept" if accepts else "best", n, betas_of(found.settings)[0], found.settings.reward_threshold or 0.0,
+                found.settings.threshold_start, found.settings.retries,
+            )  # fmt: skip
+            stopping = SegmentStopping(
+                self.policy.tokenizer, self.end_tokens, found.settings, length=length,
+                max_entropy=found.settings.entropy_threshold if accepts else None,
+            )  # fmt: skip
+            of_scorer = states[1] if len(states) > 1 else None
+            yield from decode_segments(
+                requests, policy, states[0], scores, of_scorer, reward, params, stopping, chunked
+            )
+
+        return SegmentRun(ChunkedPrefill(tasks), steps())
+
+
+def _named(scorer: Any) -> dict[str, AnyScorer]:
+    """None, one scorer, several, or several by name, as a mapping; equal names are numbered."""
+    if isinstance(scorer, Mapping):
+        return dict(scorer)
+    listed = [] if scorer is None else list(scorer) if isinstance(scorer, list | tuple) else [scorer]
+    found: dict[str, AnyScorer] = {}
+    for i, one in enumerate(listed):
+        found[one.name if one.name not in found else f"{one.name} ({i + 1})"] = one
+    return found
 
 
 def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
@@ -191,3 +633,8 @@ def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
         return [prompts]
     many: list[Any] = list(prompts)
     return [many] if many and isinstance(many[0], dict) else many
+
+
+def _of_prompt(error: DataError, index: int, total: int) -> DataError:
+    """The same error, saying which of several prompts it is about."""
+    return type(error)(f"prompt {index + 1} of {total}: {error}") if total > 1 else error

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from rgtg.decoding.engine.drafters import DRAFTS
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.runners.factory import DRAFTS
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import Placement
 from rgtg.models.loading.policy import Policy, load_policy
@@ -17,13 +17,13 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 
 # A scorer: a folder or hub id, a loaded one, or a loaded (reward model, tokenizer) pair.
-Source = str | AnyScorer | tuple[Any, Any]
+ScorerSource = str | AnyScorer | tuple[Any, Any]
 _PLACES = "scorer_device, scorer_device_map and scorer_tp_plan"
 
 
 def load_models(
     policy: "str | Policy | tuple[Any, Any]",
-    scorer: "Source | Sequence[Source] | None",
+    scorer: "ScorerSource | Sequence[ScorerSource] | None",
     draft: "str | Policy | None",
     method: str,
     *,
@@ -76,7 +76,7 @@ def listed(scorer: Any) -> list[Any]:
     return list(scorer) if isinstance(scorer, list) else [scorer]
 
 
-def load_for_method(source: Source, policy: Policy, method: str, where: Placement, *, pack: bool) -> AnyScorer:
+def load_for_method(source: ScorerSource, policy: Policy, method: str, where: Placement, *, pack: bool) -> AnyScorer:
     """A scorer by name, as a method reads it; one that is not part of the policy is packed as the policy is.
 
     Where a method reads a language model's log-probabilities (GenARM), a folder without rgtg.json holds one.

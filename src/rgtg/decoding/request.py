@@ -1,32 +1,64 @@
-"""One prompt being completed: its ids, its own random generator, its processors, and when it ends."""
+"""One completion to make: its prompt, parameters and random generator, when it ends, and how far it is."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
+from rgtg.decoding.sampling import Draws, SamplingParams
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.tokenization.encoding import decode_completion
 from rgtg.types.generation import Completion, StepTrace
 
+# Fields of a request that its caller gives; the others are its state.
+_GIVEN = 11
+# One text, or a conversation.
+Prompt = str | list[dict[str, Any]]
 
-@dataclass
+
+@dataclass(eq=False)
 class Request:
-    """State of one row while it is decoded; nothing of it depends on its neighbours.
+    """One completion from the caller to the loop; nothing in it depends on its neighbours.
 
-    ``source`` is the prompt for scorers with a tokenizer of their own: chat messages, text, or None for what its tokens
-    say.
+    Attributes:
+        prompt: its text, with the chat template applied.
+        prompt_ids: its tokens.
+        seed: of the request's own random generator.
+        processors: transformers' logits processors; they see this request's tokens.
+        params: how its tokens are chosen. With several scorers, their weighted sum is the score.
+        stopping: when it ends.
+        method: row of the methods table.
+        scorers: names of the scorers that steer it.
+        betas: one for each scorer.
+        source: the prompt for scorers with a tokenizer of their own: chat messages, text, or None for what the tokens
+            say.
+        keep_trace: record every candidate's figures of every step.
+
+        token_ids: drawn so far.
+        finish_reason: ``stop`` or ``length``, once it has ended.
+        text: of the ended completion.
+        error: why it failed; its neighbours go on.
+        scores_not_finite: tokens that were left to the policy because a scorer returned NaN.
+        cached_tokens: prompt tokens that the prefix cache held.
     """
 
     prompt: str
     prompt_ids: list[int]
     seed: int
-    processors: Any
+    processors: Any = ()
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stopping: "StoppingCriteria | None" = None
+    method: str = "policy"
+    scorers: tuple[str, ...] = ()
+    betas: tuple[float, ...] = ()
+    source: Prompt | None = None
+    keep_trace: bool = False
+
     token_ids: list[int] = field(default_factory=list)
     policy_log_prob: float = 0.0
     guided_log_prob: float = 0.0
@@ -40,72 +72,156 @@ class Request:
     candidates: int = 0
     retokenised: int = 0
     unscored: int = 0
-    source: str | list[dict[str, Any]] | None = None
     finish_reason: str | None = None
     text: str = ""
     trace: list[StepTrace] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+    error: Exception | None = None
+    scores_not_finite: int = 0
+    cached_tokens: int = 0
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
 
     def uniform(self) -> float:
-        """The next number in [0, 1) of this row's own stream; one is drawn per token whatever the rule."""
+        """The next number in [0, 1) of this request's own stream; each token takes one, whatever the parameters."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
-    def process(self, logits: Tensor, ahead: Sequence[int] = ()) -> Tensor:
-        """Policy logits (V,) through transformers' processors, which see this row's tokens (and drafted ones ahead)."""
-        ids = torch.tensor([[*self.prompt_ids, *self.token_ids, *ahead]], device=logits.device)
+    @property
+    def ended(self) -> bool:
+        """Whether it takes no more tokens."""
+        return self.finish_reason is not None or self.error is not None
+
+    def process(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """Policy logits (V,) through the processors, which see this request's tokens (and drafted ones after them)."""
+        ids = torch.tensor([[*self.prompt_ids, *self.token_ids, *drafted]], device=logits.device)
         processed: Tensor = self.processors(ids, logits[None])
         return processed[0]
 
+    def record(self, draws: Draws, row: int) -> None:
+        """Take over the token that was drawn for it, with its figures.
 
-def source_of(request: Request, tokenizer: Any) -> str | list[dict[str, Any]]:
+        Args:
+            draws: of the rows that were drawn together.
+            row: this request's place among them.
+        """
+        figures = draws.figures[row]
+        self.token_ids.append(int(figures[0]))
+        self.policy_log_prob += figures[1]
+        self.guided_log_prob += figures[2]
+        self.candidates_log_prob += figures[3]
+        self.policy_calls += 1
+        scored = draws.scores is not None and bool(figures[7])
+        if scored:
+            self.score = figures[5]
+            self.scorer_calls += 1
+        if self.keep_trace:
+            scores = draws.scores[row] if scored and draws.scores is not None else None
+            self.trace.append(step_trace(self.token_ids[-1], draws.ids[row], draws.log_probs[row], scores,
+                                         draws.guided[row]))  # fmt: skip
+            if scored and draws.scores_each is not None:
+                self.trace[-1].scores_of_each = draws.scores_each[:, row].tolist()
+
+    def restart(self) -> None:
+        """Forget everything that was drawn, as if the request had just been made."""
+        given = [getattr(self, f.name) for f in fields(Request)[:_GIVEN]]
+        vars(self).update(vars(Request(*given)))
+
+    def to_completion(self) -> Completion:
+        """The public record, once it has ended."""
+        assert self.finish_reason in ("stop", "length"), "only ended requests are published"
+        return Completion(
+            prompt=self.prompt,
+            text=self.text,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            method=self.method,
+            seed=self.seed,
+            policy_log_prob=self.policy_log_prob,
+            guided_log_prob=self.guided_log_prob,
+            candidates_log_prob=self.candidates_log_prob,
+            score=self.score,
+            policy_calls=self.policy_calls,
+            scorer_calls=self.scorer_calls,
+            selection_nats=self.selection_nats,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            candidates=self.candidates,
+            retokenised=self.retokenised,
+            unscored=self.unscored,
+            trace=self.trace if self.keep_trace else None,
+        )
+
+
+def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None, guided: Tensor) -> StepTrace:
+    """The public record of one row's step; tensors (K,)."""
+    return StepTrace(
+        token_id=token,
+        candidate_ids=ids.tolist(),
+        policy_log_probs=log_probs.tolist(),
+        scores=scores.tolist() if scores is not None else None,
+        guided_log_probs=guided.tolist(),
+    )
+
+
+class StoppingCriteria:
+    """When a request ends: an EOS token, a stop text, or its last allowed token."""
+
+    def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.stop, self.limit, self.minimum = settings.stop, settings.max_new_tokens, settings.min_new_tokens
+
+    def update(self, request: Request) -> None:
+        """Set ``finish_reason`` and ``text`` if the newest token ends the request."""
+        at_eos = request.token_ids[-1] in self.eos_ids
+        full = len(request.token_ids) >= self.limit
+        if not (at_eos or full or self.stop):
+            return
+        text = decode_completion(self.tokenizer, request.prompt_ids, request.token_ids)
+        cut = self._first_stop(request, text) if self.stop else None
+        if cut is not None:
+            request.text, request.finish_reason = text[:cut], "stop"
+        elif at_eos or full:
+            request.text, request.finish_reason = text, "stop" if at_eos else "length"
+
+    def _first_stop(self, request: Request, text: str) -> int | None:
+        """Where the first stop text begins; those that end within the least number of tokens do not count."""
+        if len(request.token_ids) < self.minimum:
+            return None
+        early = request.token_ids[: max(self.minimum - 1, 0)]
+        held = len(decode_completion(self.tokenizer, request.prompt_ids, early)) if early else 0
+        found = [at for at in (text.find(s, max(held - len(s) + 1, 0)) for s in self.stop) if at >= 0]
+        return min(found) if found else None
+
+
+def process(
+    requests: Sequence[Request], logits: Tensor, log_probs: Tensor, drafted: list[list[int]] | None = None
+) -> Tensor:
+    """Policy log-probabilities (B, V) after each request's own processors, which also see its ``drafted`` tokens.
+
+    Args:
+        requests: B of them.
+        logits: (B, V) the policy's.
+        log_probs: (B, V) their log-softmax, returned as it is where no request has processors.
+        drafted: tokens after those of each request.
+    """
+    for request in requests:
+        if request.processors:
+            break
+    else:
+        return log_probs
+    more = drafted or [[]] * len(requests)
+    processed = [
+        request.process(logits[i].float(), more[i]) if request.processors else logits[i].float()
+        for i, request in enumerate(requests)
+    ]
+    return torch.log_softmax(torch.stack(processed), -1)
+
+
+def prompt_source(request: Request, tokenizer: Any) -> Prompt:
     """What a scorer with a tokenizer of its own takes for the prompt: chat messages, text, or what the tokens say."""
     if request.source is not None:
         return request.source
     return str(tokenizer.decode(request.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def process(rows: Sequence[Request], logits: Tensor, whole: Tensor, ahead: list[list[int]] | None = None) -> Tensor:
-    """Policy log-probabilities (B, V) after each row's own processors, which also see its tokens ``ahead``."""
-    if not any(row.processors for row in rows):
-        return whole
-    more = ahead or [[]] * len(rows)
-    processed = [row.process(logits[i].float(), more[i]) for i, row in enumerate(rows)]
-    return torch.log_softmax(torch.stack(processed), -1)
-
-
-class Stopping:
-    """When a row ends: an EOS token, a stop text, or its last allowed token."""
-
-    def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.stop, self.limit, self.least = settings.stop, settings.max_new_tokens, settings.min_new_tokens
-
-    def staying(self, rows: Sequence[Request], logits: Tensor, whole: Tensor) -> Sequence[int]:
-        """Rows that take a next token, by what the policy expects there (B, V); others have got a ``finish_reason``."""
-        return range(len(rows))
-
-    def update(self, request: Request) -> None:
-        """Set ``finish_reason`` and ``text`` where the row's newest token ends it."""
-        ended = request.token_ids[-1] in self.eos_ids
-        full = len(request.token_ids) >= self.limit
-        if not (ended or full or self.stop):
-            return
-        text = decode_completion(self.tokenizer, request.prompt_ids, request.token_ids)
-        cuts = self._cuts(request, text)
-        if cuts:
-            request.text, request.finish_reason = text[: min(cuts)], "stop"
-        elif ended or full:
-            request.text, request.finish_reason = text, "stop" if ended else "length"
-
-    def _cuts(self, request: Request, text: str) -> list[int]:
-        """Where stop texts begin that the least number of tokens does not already hold (those do not count)."""
-        if not self.stop or len(request.token_ids) < self.least:
-            return []
-        early = request.token_ids[: max(self.least - 1, 0)]
-        held = len(decode_completion(self.tokenizer, request.prompt_ids, early)) if early else 0
-        return [at for at in (text.find(s, max(held - len(s) + 1, 0)) for s in self.stop) if at >= 0]
 
 
 def end_tokens(policy: Any) -> set[int]:
@@ -116,36 +232,35 @@ def end_tokens(policy: Any) -> set[int]:
     return {int(i) for i in ids | {policy.tokenizer.eos_token_id} if i is not None}
 
 
-def row_seeds(seed: "int | Sequence[int]", prompts: Sequence[Sequence[int]]) -> list[int]:
-    """A seed for each row: the given ones, or one derived from the seed, the prompt, and how often it came before.
+@dataclass
+class RowSeeds:
+    """Seeds of requests in their order, for callers who do not hold all prompts: see ``row_seeds``."""
 
-    So a row's text depends on neither its neighbours nor its place, and a prompt given twice is sampled twice.
+    seed: int
+    _drawn: Counter[int] = field(default_factory=Counter)
+
+    def next(self, prompt_ids: Iterable[int]) -> int:
+        """The seed of the next request."""
+        prompt = tuple(prompt_ids)
+        first = derive_seed(self.seed, prompt, 0)
+        count = self._drawn[first]
+        self._drawn[first] += 1
+        return derive_seed(self.seed, prompt, count) if count else first
+
+
+def row_seeds(seed: "int | Sequence[int]", prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each request: the given ones, or one derived from the seed, the prompt, and how often it came before.
+
+    A request's text then depends on neither its neighbours nor its place, and a prompt given twice is sampled twice.
 
     Raises:
-        UsageError: a list of seeds of another length than the prompts.
+        UsageError: the list of seeds is not as long as the list of prompts.
     """
-    if not isinstance(seed, int):
-        if len(seed) != len(prompts):
-            raise UsageError(f"{len(seed)} seeds for {len(prompts)} prompts; give one number, or one seed per prompt")
-        return list(seed)
-    seeds = RowSeeds(seed)
-    return [seeds.next(prompt) for prompt in prompts]
-
-
-class RowSeeds:
-    """The same, row by row, for callers who do not hold all prompts."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._seen: Counter[int] = Counter()
-
-    def next(self, prompt_ids: Sequence[int]) -> int:
-        """The seed of the next row."""
-        prompt = tuple(prompt_ids)
-        first = derive_seed(self._seed, prompt, 0)
-        count = self._seen[first]
-        self._seen[first] += 1
-        return derive_seed(self._seed, prompt, count) if count else first
+    if isinstance(seed, int):
+        return list(map(RowSeeds(seed).next, prompts))
+    if len(seed) != len(prompts):
+        raise UsageError(f"{len(seed)} seeds for {len(prompts)} prompts; give one number, or one seed per prompt")
+    return list(seed)
 
 
 def derive_seed(*parts: Any) -> int:
@@ -153,7 +268,7 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
-def settled(text: str, stop: Sequence[str]) -> str:
+def final_text(text: str, stop: Sequence[str]) -> str:
     """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
     text = text.rstrip("�")
     held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
@@ -161,7 +276,9 @@ def settled(text: str, stop: Sequence[str]) -> str:
 
 
 def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:
-    """Transformers' own processors for one row; an empty list where nothing is asked for."""
+    """Transformers' own logits processors for one request; empty where nothing is asked for."""
+    if settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size and not settings.min_new_tokens:
+        return ()
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         MinNewTokensLengthLogitsProcessor,
@@ -195,29 +312,3 @@ def require_room(prompt_ids: Sequence[int], max_new_tokens: int, limit: int | No
             f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the {role}'s context of "
             f"{limit} tokens; shorten the prompt or lower max_new_tokens"
         )
-
-
-def to_completion(request: Request, method: str, *, trace: bool) -> Completion:
-    """The public record of a finished row."""
-    assert request.finish_reason in ("stop", "length"), "only finished rows are published"
-    return Completion(
-        prompt=request.prompt,
-        text=request.text,
-        token_ids=request.token_ids,
-        finish_reason=request.finish_reason,
-        method=method,
-        seed=request.seed,
-        policy_log_prob=request.policy_log_prob,
-        guided_log_prob=request.guided_log_prob,
-        candidates_log_prob=request.candidates_log_prob,
-        score=request.score,
-        policy_calls=request.policy_calls,
-        scorer_calls=request.scorer_calls,
-        selection_nats=request.selection_nats,
-        drafted=request.drafted,
-        accepted=request.accepted,
-        candidates=request.candidates,
-        retokenised=request.retokenised,
-        unscored=request.unscored,
-        trace=request.trace if trace else None,
-    )

@@ -1,10 +1,139 @@
-"""How a token or a segment is chosen: guided log-probabilities, greedy, sample, accept. Pure and short."""
+"""How a token or a segment is chosen: propose candidates, guide them, draw one. Tensors in, tensors out."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen: π(v)·exp(β·r(prefix⊕v)) over the candidates, sampled or maximised.
+
+    Attributes:
+        beta: multiplies the score.
+        top_k: number of candidates; None is the whole vocabulary.
+        top_p: nucleus of the candidates.
+        temperature: of the guided distribution.
+        greedy: take the maximum.
+        clip: clip scores to [0, 1] (RAD).
+        top_k_of_sums: ``top_k`` counts the largest log π + β·r instead of the policy's most likely tokens (FaRMA).
+        entropy_gate: steer a row only where the policy's entropy exceeds this many nats.
+    """
+
+    beta: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    temperature: float = 1.0
+    greedy: bool = False
+    clip: bool = False
+    top_k_of_sums: bool = False
+    entropy_gate: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of the next token, for rows that share their sampling parameters.
+
+    Attributes:
+        policy_log_probs: (B, V) the policy's log-probabilities, in nats.
+        ids: (B, K) candidate tokens.
+        log_probs: (B, K) their log-probabilities after the row's processors; -inf excludes a token from a row.
+        steered: (B,) whether a row is steered in this step; None steers all rows.
+    """
+
+    policy_log_probs: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    steered: Tensor | None
+
+    def any_steered(self) -> bool:
+        """Whether any row needs scores."""
+        return self.steered is None or bool(self.steered.any())
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The tokens that were drawn, and the figures of the draw.
+
+    Attributes:
+        tokens: (B, 1).
+        choice: (B,) column of each drawn token among the candidates that were proposed.
+        ids: (B, K) candidates that were drawn from: the proposed ones, or of them those with the largest sums.
+        log_probs: (B, K) their policy log-probabilities.
+        guided: (B, K) their guided log-probabilities.
+        scores: (B, K) their scores; None where nothing was scored.
+        scores_each: (S, B, K) scores of each of several scorers.
+        figures: for each row, on the host: token, policy log-probability (over the whole vocabulary), guided
+            log-probability, policy log-probability among the candidates, whether the policy is finite, and, where
+            scores were given: the score, whether all scores are finite, whether the row was steered.
+        finite: whether all rows' policies and scores are finite.
+    """
+
+    tokens: Tensor
+    choice: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    guided: Tensor
+    scores: Tensor | None
+    scores_each: Tensor | None
+    figures: list[list[float]]
+    finite: bool
+
+
+def propose_candidates(
+    log_probs: Float[Tensor, "batch vocab"], allowed: Float[Tensor, "batch vocab"], params: SamplingParams
+) -> Candidates:
+    """Candidates of rows that share their sampling parameters.
+
+    Args:
+        log_probs: (B, V) the policy's log-probabilities, in nats.
+        allowed: (B, V) the same after each row's processors.
+        params: say which tokens are candidates, and which rows are steered.
+    """
+    ids, candidate_log_probs = propose(
+        allowed, top_k=None if params.top_k_of_sums else params.top_k, top_p=params.top_p
+    )
+    steered = None if params.entropy_gate is None else entropy(log_probs) > params.entropy_gate
+    return Candidates(log_probs, ids, candidate_log_probs, steered)
+
+
+def propose(
+    policy_log_probs: Float[Tensor, "batch vocab"], *, top_k: int | None, top_p: float = 1.0
+) -> tuple[Int[Tensor, "batch candidates"], Float[Tensor, "batch candidates"]]:
+    """The k most likely next tokens V_k, cut to their nucleus.
+
+    Of the top k, the smallest leading set whose probability, renormalised over the k, reaches ``top_p`` is kept (always
+    the first); the others get a log-probability of -inf, so that rows stay rectangular.
+
+    Args:
+        policy_log_probs: (B, V) in nats; -inf for banned tokens.
+        top_k: candidates per row; None, or at least V, takes all V, unsorted where nothing is cut.
+        top_p: in (0, 1]; 1 keeps all k.
+
+    Returns:
+        Token ids and policy log-probabilities (nats, over the whole vocabulary), both (B, K), likeliest first (all V
+        without a nucleus: in the order of their ids).
+
+    >>> ids, log_probs = propose(torch.tensor([[0.1, 0.6, 0.3]]).log(), top_k=2)
+    >>> ids.tolist()
+    [[1, 2]]
+    """
+    k = policy_log_probs.shape[-1] if top_k is None else min(top_k, policy_log_probs.shape[-1])
+    if k == policy_log_probs.shape[-1] and top_p == 1:
+        ids = torch.arange(k, device=policy_log_probs.device).expand_as(policy_log_probs)
+        return ids, policy_log_probs
+    log_probs, ids = policy_log_probs.topk(k, dim=-1)
+    if top_p < 1:
+        probabilities = torch.softmax(log_probs.float(), -1)
+        before = probabilities.cumsum(-1) - probabilities
+        outside = before >= top_p
+        outside[..., 0] = False
+        log_probs = log_probs.masked_fill(outside, -torch.inf)
+    return ids, log_probs
 
 
 def guided_log_probs(
@@ -31,7 +160,8 @@ def guided_log_probs(
     tensor([[0.2689, 0.7311]])
     """
     # float64, and the maximum at 0 before dividing: a huge beta or a tiny temperature must not overflow to NaN
-    combined = _sums(candidate_log_probs, scores, beta)
+    excluded = candidate_log_probs == -torch.inf
+    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(excluded, 0.0)
     if temperature == 0:
         best = combined.argmax(-1, keepdim=True)
         return torch.full_like(combined, -torch.inf, dtype=torch.float32).scatter(-1, best, 0.0)
@@ -50,14 +180,9 @@ def best_sums(
     >>> best_sums(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 0.0, 2.0]]), beta=1.0, k=2)
     tensor([[2, 0]])
     """
-    combined = _sums(candidate_log_probs, scores, beta)
-    return combined.topk(min(k, combined.shape[-1]), -1).indices
-
-
-def _sums(candidate_log_probs: Tensor, scores: Tensor, beta: float | Tensor) -> Tensor:
-    """Log π(v) + β·r(v) in float64; what is excluded stays so whatever its score."""
     excluded = candidate_log_probs == -torch.inf
-    return candidate_log_probs.double() + beta * scores.double().masked_fill(excluded, 0.0)
+    combined = candidate_log_probs.double() + beta * scores.double().masked_fill(excluded, 0.0)
+    return combined.topk(min(k, combined.shape[-1]), -1).indices
 
 
 def entropy(log_probs: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
@@ -90,6 +215,66 @@ def sample(log_probs: Float[Tensor, "batch candidates"], uniforms: Float[Tensor,
     # u·F(K) can round up to F(K) itself: take the last candidate that has any probability.
     last = (log_probs > -torch.inf).long().cumsum(-1).argmax(-1)
     return torch.minimum(drawn, last)
+
+
+def draw(
+    candidates: Candidates,
+    scores: Float[Tensor, "batch candidates"] | None,
+    uniforms: Sequence[float],
+    params: SamplingParams,
+    scores_each: Float[Tensor, "scorers batch candidates"] | None = None,
+) -> Draws:
+    """Draw one token per row from the guided distribution.
+
+    All figures are copied to the host in one transfer, which is the step's only synchronisation with a device.
+
+    Args:
+        candidates: of B rows.
+        scores: (B, K) what steers; None leaves the policy as it is.
+        uniforms: one number in [0, 1) per row, each from its row's own generator.
+        params: shared by the rows.
+        scores_each: (S, B, K) of several scorers, for the trace.
+    """
+    ids, log_probs = candidates.ids, candidates.log_probs
+    # 1. what multiplies the scores: β, or 0 in rows whose entropy gate is closed
+    beta: float | Tensor = params.beta
+    if scores is not None and candidates.steered is not None:
+        beta = params.beta * candidates.steered[:, None]
+    used = torch.zeros_like(log_probs) if scores is None else scores
+    if params.clip and scores is not None:
+        used = scores.clamp(0, 1)
+    # 2. FaRMA: the k largest sums are the candidates
+    best = None
+    if params.top_k_of_sums:
+        best = best_sums(log_probs, used, beta, params.top_k or log_probs.shape[-1])
+        ids, log_probs, used = ids.gather(1, best), log_probs.gather(1, best), used.gather(1, best)
+        scores = None if scores is None else scores.gather(1, best)
+        if scores_each is not None:
+            scores_each = scores_each.gather(2, best.expand(len(scores_each), -1, -1))
+    # 3. the guided distribution, and one draw from it
+    temperature = 0.0 if params.greedy else params.temperature
+    guided = guided_log_probs(log_probs, used, beta, temperature)
+    if temperature == 0:
+        choice = greedy(guided)
+    else:
+        choice = sample(guided, torch.tensor(uniforms, dtype=torch.float64, device=guided.device))
+    # 4. its figures
+    at = choice[:, None]
+    tokens = ids.gather(1, at)
+    among = log_probs.gather(1, at) - log_probs.logsumexp(-1, keepdim=True)
+    finite = log_probs.max(-1, keepdim=True).values.isfinite()
+    columns = [tokens.double(), candidates.policy_log_probs.gather(1, tokens).double(), guided.gather(1, at).double()]
+    columns += [among.double(), finite.double()]
+    if scores is not None:
+        steered = torch.ones_like(choice) if candidates.steered is None else candidates.steered
+        columns += [scores.gather(1, at).double(), scores.isfinite().all(-1, keepdim=True).double()]
+        columns.append(steered[:, None].double())
+    figures = torch.cat(columns, 1).tolist()
+    all_finite = True
+    for row in figures:
+        all_finite = all_finite and bool(row[4]) and (scores is None or bool(row[6]))
+    proposed = choice if best is None else best.gather(1, at)[:, 0]
+    return Draws(tokens, proposed, ids, log_probs, guided, scores, scores_each, figures, all_finite)
 
 
 def accept_draft(

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
-from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners.factory import make_stepper
-from rgtg.decoding.runners.policy_runner import Stepper
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.request import Request, StoppingCriteria
+from rgtg.decoding.runners.factory import RunnerFactory, tree_columns
+from rgtg.decoding.sampling import SamplingParams
 from rgtg.models.loading.device_map import synchronize
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.packed_linear import decode_bytes
@@ -34,22 +34,58 @@ class DecodingSpeed(Record):
     limit_of_unguided: float
 
 
-def seconds_per_token(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], *, top_k: int | None, tokens: int, beta: float = 1.0
-) -> float:
-    """Time of one step of all rows: the prompts and the first step, which warms up, are left out.
+def start_batch(
+    policy: Policy,
+    scorer: AnyScorer | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    top_k: int | None,
+    tokens: int,
+    beta: float = 1.0,
+    tree: bool | None = None,
+    overlap: bool = False,
+) -> Batch:
+    """A batch that has read these prompts, and has room for ``tokens`` new ones; no token ends a request.
 
-    Divide by the number of prompts for the time per token of a batch.
+    Args:
+        policy: the frozen policy.
+        scorer: steers every request; None for the policy alone.
+        prompts: token ids.
+        top_k: candidates per step; None for the whole vocabulary.
+        tokens: steps that will be taken.
+        beta: guidance strength.
+        tree: force token trees (True) or the whole-text fallback (False); None finds out what the models can do.
+        overlap: let the policy read the candidates while a separate scorer scores them.
     """
-    requests = [Request("", list(prompt), seed, []) for seed, prompt in enumerate(prompts)]
-    rule = TokenRule(beta=beta, top_k=top_k, top_p=1.0, temperature=1.0, greedy=False)
-    # one more than is timed, so that the last step is like the others; no token ends a row
-    steps = decode(requests, stepper, rule, Stopping(None, set(), DecodingSettings(max_new_tokens=tokens + 2)))
-    next(steps)
+    scorers = {} if scorer is None else {"scorer": scorer}
+    names, factory = tuple(scorers), RunnerFactory(policy, scorers, tree)
+    stopping = StoppingCriteria(None, set(), DecodingSettings(max_new_tokens=tokens + 2))
+    params = SamplingParams(beta=beta, top_k=top_k)
+    requests = [
+        Request("", list(prompt), seed, params=params, stopping=stopping, scorers=names, betas=(beta,) * len(names))
+        for seed, prompt in enumerate(prompts)
+    ]
+    key, longest, width = factory.key(names), max(map(len, prompts)) + tokens + 2, tree_columns(top_k)
+    with torch.inference_mode():
+        policy_runner = factory.policy_runner(key).fresh(longest, width)
+        runners = {name: factory.scorer_runner(name).fresh(longest, width) for name in factory.separate(key, names)}
+        for runner in runners.values():
+            runner.prefill(requests, prompts)
+        batch = Batch(**Batch.options(factory, key), overlap=overlap)
+        batch.add(requests, Prefilled(policy_runner, policy_runner.prefill(prompts), runners))
+    return batch
+
+
+def seconds_per_token(batch: Batch, tokens: int) -> float:
+    """Seconds of one step of all requests; the first step, which warms up, is left out.
+
+    Divide by the number of requests for the time per token.
+    """
+    batch.step()
     synchronize()
     start = time.perf_counter()
     for _ in range(tokens):
-        next(steps)
+        batch.step()
     synchronize()
     return (time.perf_counter() - start) / tokens
 
@@ -111,8 +147,7 @@ def measure_speed(
         for name, steering in setups.items():
             if progress:
                 progress(f"{name}, {'warming up' if repeat == 0 else f'repeat {repeat} of {repeats}'}")
-            stepper = make_stepper(policy, steering, prompt_length + tokens + 2, top_k=top_k)
-            took = seconds_per_token(stepper, [prompt], top_k=top_k, tokens=tokens)
+            took = seconds_per_token(start_batch(policy, steering, [prompt], top_k=top_k, tokens=tokens), tokens)
             if repeat:
                 seconds[name].append(took)
     bandwidth = memory_bandwidth(policy.model.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.loading import Source
+from rgtg.decoding.loading import ScorerSource
 from rgtg.errors import UsageError
 from rgtg.tokenization.padding import pad_right
 
@@ -31,7 +31,7 @@ _CARRIED_OUT = {
 
 
 def custom_generate(
-    scorer: "Source | Sequence[Source] | None" = None,
+    scorer: "ScorerSource | Sequence[ScorerSource] | None" = None,
     *,
     tokenizer: Any,
     method: str = "pargs",

@@ -5,7 +5,7 @@ Every rate is the best of several tries, to reduce the effect of other programs.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
-from rgtg.decoding.request import Request, Stopping
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.request import Request, StoppingCriteria
+from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.sampling import SamplingParams
 from rgtg.models.loading.device_map import synchronize
 from rgtg.models.loading.policy import DTYPES
 from rgtg.models.ops.attention import single_query_attention
@@ -136,11 +138,11 @@ def _passes(
 
 
 def _read(runner: TreeRunner, tokens: Tensor) -> Tensor:
-    """A pass over candidate tokens; the first is committed and rolled back."""
-    states = runner.states(TokenTree.leaves(tokens))
-    runner.keep(torch.zeros(1, 1, dtype=torch.long))
-    runner.forget([1])
-    return states
+    """A pass over leaves, of which the first is committed and rolled back; final states (1, N, H)."""
+    final = runner.read(TokenTree.leaves(tokens)).final
+    runner.commit(torch.zeros(1, 1, dtype=torch.long))
+    runner.rollback([1])
+    return final
 
 
 def _runner(device: torch.device, dtype: str, layers: int, width: int) -> TreeRunner:
@@ -157,28 +159,22 @@ def _runner(device: torch.device, dtype: str, layers: int, width: int) -> TreeRu
 
 
 class _NoModel:
-    """A stepper whose policy says the same of every token: what is left is the loop."""
+    """A policy, and a scorer, that say the same of every token without a model: what is left is the loop."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    scores_any_rows = False
+    record = None
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return self.logits
+    def __init__(self, state: PolicyState) -> None:
+        self.state = state
 
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
+    def step(self, tokens: Tensor) -> PolicyState:
+        return self.state
+
+    def score(self, candidate_ids: Tensor) -> Tensor:
         return torch.zeros(candidate_ids.shape, device=candidate_ids.device)
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
         pass
-
-    def skip(self, tokens: Tensor) -> None:
-        pass
-
-    def select_rows(self, rows: Tensor) -> None:
-        pass
-
-    def advance(self) -> Tensor:
-        return self.logits
 
 
 def _steps(device: torch.device, best: Best) -> tuple[float, float]:
@@ -188,12 +184,17 @@ def _steps(device: torch.device, best: Best) -> tuple[float, float]:
     return max(small - 32_000 * each, 0.0), each
 
 
-def _next_token(device: torch.device, batch: int, vocabulary: int) -> Callable[[], Any]:
-    requests = [Request("", [5], seed, []) for seed in range(batch)]
-    rule = TokenRule(beta=1.0, top_k=10, top_p=1.0, temperature=1.0, greedy=False)
-    stopping = Stopping(None, set(), DecodingSettings(max_new_tokens=10**6))
-    steps: Iterator[Any] = decode(requests, _NoModel(torch.randn(batch, vocabulary, device=device)), rule, stopping)
-    return lambda: next(steps)
+def _next_token(device: torch.device, requests: int, vocabulary: int) -> Callable[[], Any]:
+    """A step of the loop without models, for so many requests."""
+    model: Any = _NoModel(PolicyState(torch.randn(requests, vocabulary, device=device), None))
+    stopping = StoppingCriteria(None, set(), DecodingSettings(max_new_tokens=10**6))
+    batch = Batch()
+    rows = [
+        Request("", [5], seed, params=SamplingParams(top_k=10), stopping=stopping, scorers=("none",), betas=(1.0,))
+        for seed in range(requests)
+    ]
+    batch.add(rows, Prefilled(model, model.state, {"none": model}))
+    return batch.step
 
 
 def _kind(dtype: str) -> torch.dtype:

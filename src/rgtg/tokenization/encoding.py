@@ -99,14 +99,12 @@ def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> li
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, templated: bool = False) -> list[list[int]]:
     """Token ids of several prompts in one call, which is faster; a prompt without any token gives an empty list."""
     rows: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not templated).input_ids
-    return [_without_eos(tokenizer, prompt, ids) for prompt, ids in zip(prompts, rows, strict=True)]
-
-
-def _without_eos(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
-    """Remove the EOS that BERT- and T5-like tokenizers add to every text: the prompt is going to be continued."""
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token or "\0"):
-        ids = ids[:-1]
-    return ids
+    # BERT- and T5-like tokenizers add EOS to every text; it is removed, since the prompt is going to be continued
+    eos_id, eos = tokenizer.eos_token_id, tokenizer.eos_token or "\0"
+    for prompt, ids in zip(prompts, rows, strict=True):
+        while len(ids) > 1 and ids[-1] == eos_id and not prompt.endswith(eos):
+            ids.pop()
+    return rows
 
 
 def encode_completion(

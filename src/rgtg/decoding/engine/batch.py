@@ -1,356 +1,627 @@
-"""Rows that come and go: the loop's four words for requests that share the policy's pass, each with its own rule.
+"""THE loop: requests join and leave a running batch at any step; each step draws one token for every request.
 
-Where ``tokenwise.decode`` completes one batch under one rule, a lane takes rows in at any step and lets them out at any
-step. What a row draws depends on neither its neighbours nor the moment it came.
+``GuidedPolicy.generate`` adds all rows and steps until none is left; a job adds fixed batches; the server adds and
+removes requests at any step. What a request draws depends on neither its neighbours nor the moment it came. An
+exception belongs to the request that caused it: the others go on.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rgtg.decoding.engine.prefix_cache import PrefixStore, policy_key
-from rgtg.decoding.engine.tokenwise import Drawn, Proposal, TokenRule, draw, propose_next
-from rgtg.decoding.request import Request, Stopping, process
-from rgtg.decoding.runners.kv_cache import TreeCache
+from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.request import Request, process
+from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner, States
+from rgtg.decoding.runners.factory import BatchKey, RunnerFactory
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.policy_runner import JoiningStepper
-from rgtg.decoding.runners.scorer_runner import JoiningReader, PrefixReader, score_at
-from rgtg.decoding.runners.text_scorer_runner import BranchReader
+from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, join_states, select_state
+from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
+from rgtg.errors import NonFiniteError
+
+
+@dataclass
+class Prefilled:
+    """Prompts that have been read: the policy, what it says after them, and the scorers that make passes of their own.
+
+    Attributes:
+        policy: its rows have read the prompts.
+        state: of the policy at the prompts' ends.
+        scorers: by name.
+        shared: whether a prefix cache holds the same keys and values, so that they must be copied.
+    """
+
+    policy: PolicyRunner
+    state: PolicyState
+    scorers: dict[str, Any] = field(default_factory=dict)
+    shared: bool = False
 
 
 @dataclass(eq=False)
-class Member:
-    """One row of a lane.
+class ScorerRows:
+    """A scorer that makes passes of its own, and the requests that it scores, in the order of its rows."""
 
-    Attributes:
-        request: what is completed.
-        rule: how its tokens are drawn; of several scorers, their sum is weighted before the rule sees it.
-        stopping: when it ends.
-        scorers: names of those that steer it, in the order of its betas.
-        betas: one for each scorer.
-        unsound: what returned NaN in the last step: the policy, or the name of a scorer.
-        fallback: tokens that were left to the policy, since a scorer returned NaN.
-    """
-
-    request: Request
-    rule: TokenRule
-    stopping: Stopping
-    scorers: tuple[str, ...] = ()
-    betas: tuple[float, ...] = ()
-    unsound: str | None = None
-    fallback: int = 0
-
-
-@dataclass
-class Beside:
-    """A scorer that is a model of its own, and the members that it scores, in the order of its rows."""
-
-    reader: JoiningReader
-    members: list[Member] = field(default_factory=list)
+    runner: ScorerRunner
+    requests: list[Request] = field(default_factory=list)
     scored: Tensor | None = None  # (rows, K) candidates of this step
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
-    """Members with one rule and as many scorers each: their places in the lane, and this step's candidates."""
+    """Requests with the same sampling parameters and as many scorers.
 
-    rule: TokenRule
-    places: list[int]
-    proposal: Proposal
-    scores: dict[str, Tensor] = field(default_factory=dict)  # name of a scorer → (b, K), zero for rows without it
+    Attributes:
+        params: shared by them.
+        rows: b rows of the batch.
+        candidates: of this step.
+        scores: (b, K) by scorer name; zero in rows without it.
+        draws: of this step.
+    """
+
+    params: SamplingParams
+    rows: list[int]
+    candidates: Candidates
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    draws: Draws | None = None
+
+    def set_scores(self, name: str, mine: list[int], scores: Tensor) -> None:
+        """Scores (m, K) of m of its rows."""
+        if len(mine) < len(self.rows):
+            whole = torch.zeros(self.candidates.ids.shape, device=scores.device)
+            whole[mine] = scores
+            scores = whole
+        self.scores[name] = scores
 
 
-class Lane:
-    """Members over one cache of the policy; scorers beside it hold only the rows that they score.
+class Batch:
+    """Running requests over one cache of the policy; scorers of their own hold only the rows that they score.
 
-    ``lead`` is the one scorer whose pass is the policy's own (a state head, an adapter): every member has it. ``heads``
-    read the policy's state at the prefix, those members that name them.
+    Attributes:
+        requests: that are running, in the order of the policy's rows.
+        policy: reads the policy; None while there are no requests.
+        state: what the policy says after each request's newest token.
+        separate: scorers that make passes of their own, by name.
+        seconds: spent by each scorer.
     """
 
     def __init__(
         self,
-        stepper: JoiningStepper,
-        new_reader: Callable[[str], JoiningReader],
         *,
-        lead: str | None = None,
-        heads: dict[str, Any] | None = None,
+        fused: tuple[str, StateHeadRunner] | None = None,
+        heads: dict[str, VocabHeadRunner] | None = None,
+        overlap: bool = False,
         on_nan: Literal["fail", "unguided"] = "fail",
-        store: PrefixStore | None = None,
+        prefix_cache: PrefixCache | None = None,
+        keep_order: bool = True,
+        ends_early: Callable[[list[Request], Tensor, Tensor], list[Request]] | None = None,
     ) -> None:
-        """Set up.
+        """Start without requests; the first ones bring the runners.
 
         Args:
-            stepper: of the policy, without rows.
-            new_reader: one without rows, for a scorer's name.
-            lead: name of the scorer that is part of ``stepper``.
-            heads: on the policy's state at the prefix, by name.
-            on_nan: whether a scorer's NaN ends the row, or leaves the token to the policy.
-            store: where texts that have been read are kept for others that begin alike.
+            fused: name and head of the scorer that reads the policy's states at the candidates; all requests have it.
+            heads: vocabulary heads on the policy's state at the prefix, by name.
+            overlap: let the policy read the candidates while the one separate scorer scores them, in two threads.
+            on_nan: whether a scorer's NaN fails the request, or leaves the token to the policy.
+            prefix_cache: where texts that have been read are kept for others that begin alike.
+            keep_order: whether rows keep their order when one leaves, so that a batch gives the same bits whenever it is
+                repeated; else the last row takes the free place, and only that one is copied.
+            ends_early: called before each draw with the requests, the policy's logits and log-probabilities (B, V);
+                returns those that it has ended.
         """
-        self.stepper, self.lead, self.heads, self.on_nan = stepper, lead, heads or {}, on_nan
-        self.new_reader, self.store = new_reader, store
-        self.members: list[Member] = []
-        self.beside: dict[str, Beside] = {}
-        self.logits = torch.zeros(0)
-        self._lead_ids: Tensor | None = None
-        self.seconds: dict[str, float] = defaultdict(float)  # spent by each scorer
+        self.fused, self.heads, self.on_nan, self.ends_early = fused, heads or {}, on_nan, ends_early
+        self.prefix_cache, self.keep_order = prefix_cache, keep_order
+        self.requests: list[Request] = []
+        self.policy: PolicyRunner | None = None
+        self.state: PolicyState | None = None
+        self.separate: dict[str, ScorerRows] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._tree: tuple[Tensor, States] | None = None  # this step's candidates (B, K), which the policy has read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rgtg-scorer") if overlap else None
+
+    @staticmethod
+    def options(factory: RunnerFactory, key: BatchKey) -> dict[str, Any]:
+        """The scorers on the policy's states, as arguments of a batch for requests of this key."""
+        fused = factory.fused(key)
+        return {"fused": None if fused is None else (key.fused, fused), "heads": factory.heads(key)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(cache.nbytes for cache in self._caches())
+        runners = [self.policy, *(entry.runner for entry in list(self.separate.values()))]
+        return sum(found.cache.nbytes for runner in runners if (found := _tree_runner(runner)) is not None)
+
+    # -- add and remove --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def join(self, member: Member, stepper: JoiningStepper, readers: dict[str, JoiningReader], logits: Tensor) -> None:
-        """Take a row in whose prompt has been read: its policy's logits (1, V), and each reader of one row."""
-        self.stepper.join(stepper)
-        for name, reader in readers.items():
-            if name not in self.beside:
-                self.beside[name] = Beside(self.new_reader(name))
-            self.beside[name].reader.join(reader)
-            self.beside[name].members.append(member)
-        self.logits = torch.cat([self.logits, logits]) if self.members else logits
-        self.members.append(member)
-
-    @torch.inference_mode()
-    def leave(self, leaving: Iterable[Member]) -> None:
-        """Let rows go, between two steps."""
-        gone = set(leaving)
-        order = self._drop(gone)
-        if order is not None and self.members:
-            self.logits = self.logits[torch.tensor(order, device=self.logits.device)]
-
-    @torch.inference_mode()
-    def step(self, told: Callable[[list[Member]], None] = lambda members: None) -> None:
-        """Draw one token for every member.
+    def add(self, requests: Sequence[Request], prefilled: Prefilled) -> None:
+        """Add requests whose prompts have been read, between two steps.
 
         Args:
-            told: called with those that stepped, finished ones and unsound ones included, as soon as their tokens are
-                drawn: before the models read these.
+            requests: one for each row that was prefilled, with the same scorers; or several that share one row.
+            prefilled: its runners are taken over where the batch is empty and nothing else uses them, else copied.
         """
-        stepped = list(self.members)
-        # 1. propose
+        if self.policy is None and not prefilled.shared and len(prefilled.state.logits) == len(requests):
+            self.requests, self.policy, self.state = list(requests), prefilled.policy, prefilled.state
+            for name, runner in prefilled.scorers.items():
+                if name in requests[0].scorers:
+                    self.separate[name] = ScorerRows(runner, list(requests))
+            return
+        assert len(prefilled.state.logits) == 1, "rows join a running batch one by one"
+        for i, request in enumerate(requests):
+            # 1. the policy's row, and what it says after it
+            if self.policy is None:
+                self.policy = prefilled.policy.copy_rows([0])
+            else:
+                self.policy.add(prefilled.policy)
+            self.state = join_states(self.state, prefilled.state)
+            # 2. those of the scorers that steer it
+            for name, runner in prefilled.scorers.items():
+                if name not in request.scorers:
+                    continue
+                mine = runner.fork(request) if i else runner
+                if name in self.separate:
+                    self.separate[name].runner.add(mine)
+                else:
+                    self.separate[name] = ScorerRows(mine.copy_rows([0]))
+                self.separate[name].requests.append(request)
+            self.requests.append(request)
+
+    @torch.inference_mode()
+    def remove(self, requests: Iterable[Request]) -> None:
+        """Remove requests, between two steps."""
+        kept = self._drop(requests)
+        if self.state is not None:
+            self.state = select_state(self.state, kept)
+
+    def _drop(self, leaving: Iterable[Request]) -> list[int] | None:
+        """Remove requests everywhere but in ``state``; rows of those that stay in their new order, None if all stay."""
+        gone = set(leaving)
+        if not gone:
+            return None
+        if self.prefix_cache is not None:
+            self._keep_texts(gone, self.prefix_cache)
+        if len(gone) == len(self.requests):
+            self.requests, self.policy, self.state, self.separate = [], None, None, {}
+            return []
+        # 1. the policy's rows
+        kept = _rows_without(self.requests, gone, self.keep_order)
+        self.requests = [self.requests[row] for row in kept]
+        self._policy.select_rows(kept)
+        # 2. those of the scorers
+        for name, entry in list(self.separate.items()):
+            if not gone.isdisjoint(entry.requests):
+                rows = _rows_without(entry.requests, gone, self.keep_order)
+                entry.requests = [entry.requests[row] for row in rows]
+                if rows:
+                    entry.runner.select_rows(rows)
+                else:
+                    del self.separate[name]
+        return kept
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, on_draw: Callable[[list[Request]], None] | None = None) -> list[Request]:
+        """Draw one token for every request.
+
+        Args:
+            on_draw: called with the requests as soon as their tokens are drawn, before the models read these.
+
+        Returns:
+            The requests that have left the batch: ended, or failed (``Request.error``).
+        """
+        before = list(self.requests)
+        # 1. propose the policy's likely next tokens, and
+        # 2. score them; a request that cannot be scored leaves, and the others start over
         groups = self._propose()
-        # 2. score
-        self._score(groups)
-        # 3. rule
-        drawn = [self._draw(group) for group in groups]
-        # 4. commit
-        for member in stepped:
-            member.stopping.update(member.request)
-        told(stepped)
-        staying = [m for m in stepped if m.request.finish_reason is None and m.unsound is None]
-        if staying:
-            self._commit(groups, drawn)
-        self._drop(set(stepped) - set(staying))
-        if staying:
-            self.logits = self.stepper.advance()
+        while failed := self._score(groups):
+            self.remove(failed)
+            groups = self._propose()
+        # 3. draw from π·exp(β·r)
+        for group in groups:
+            self._draw(group)
+        # 4. end what is complete
+        going = 0
+        for request in self.requests:
+            try:
+                if request.error is None and request.stopping is not None:
+                    request.stopping.update(request)
+            except Exception as error:
+                request.error = error
+            going += request.finish_reason is None and request.error is None
+        if on_draw is not None and self.requests:
+            on_draw(list(self.requests))
+        # 5. commit the tokens everywhere; the policy reads those of the requests that go on
+        if going:
+            self._commit(groups)
+        else:
+            self._drop(self.requests)
+        left = []
+        for request in before:
+            if request.finish_reason is not None or request.error is not None:
+                left.append(request)
+        return left
+
+    # -- 1. propose ------------------------------------------------------------------------------------------------
 
     def _propose(self) -> list[Group]:
-        whole = torch.log_softmax(self.logits.float(), -1)
-        allowed = process([member.request for member in self.members], self.logits, whole)
-        by_rule: dict[tuple[TokenRule, int], list[int]] = defaultdict(list)
-        for place, member in enumerate(self.members):
-            by_rule[member.rule, len(member.scorers)].append(place)
+        """Candidates of all requests, in groups that share their sampling parameters."""
+        if self.ends_early is not None and self.state is not None:
+            logits = self.state.logits
+            self.remove(self.ends_early(self.requests, logits, torch.log_softmax(logits.float(), -1)))
+        if self.state is None:
+            return []
+        log_probs = torch.log_softmax(self.state.logits.float(), -1)
+        # 1. requests by their parameters
+        by_params: dict[tuple[SamplingParams, int], list[int]] = {}
+        processed = False
+        for row, request in enumerate(self.requests):
+            by_params.setdefault((request.params, len(request.scorers)), []).append(row)
+            processed = processed or bool(request.processors)
+        # 2. their candidates
+        allowed = self._process(log_probs) if processed else log_probs
         groups = []
-        for (rule, _), places in by_rule.items():
-            at = slice(None) if len(by_rule) == 1 else torch.tensor(places, device=whole.device)
-            groups.append(Group(rule, places, propose_next(whole[at], allowed[at], rule)))
+        for (params, _), rows in by_params.items():
+            if len(by_params) == 1:
+                mine = propose_candidates(log_probs, allowed, params)
+            else:
+                at = torch.tensor(rows, device=log_probs.device)
+                mine = propose_candidates(log_probs[at], allowed[at], params)
+            groups.append(Group(params, rows, mine))
         return groups
 
-    # -- scores ----------------------------------------------------------------------------------------------------
+    def _process(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities (B, V) after each request's processors; a processor that raises fails its request."""
+        logits = self._state.logits
+        try:
+            return process(self.requests, logits, log_probs)
+        except Exception:
+            allowed = log_probs.clone()
+            for row, request in enumerate(self.requests):
+                try:
+                    allowed[row] = process([request], logits[row : row + 1], log_probs[row : row + 1])[0]
+                except Exception as error:
+                    request.error = error
+            return allowed
 
-    def _score(self, groups: list[Group]) -> None:
-        if self.lead is not None:
-            with self._timing(self.lead):
-                self._score_by_lead(self.lead, groups)
-        for name, head in self.heads.items():
-            with self._timing(name):
-                self._score_by_head(name, head, groups)
-        for name, beside in self.beside.items():
-            with self._timing(name):
-                self._score_beside(name, beside, groups)
+    # -- 2. score --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _timing(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
-
-    def _score_by_lead(self, name: str, groups: list[Group]) -> None:
-        """All members' candidates in the policy's own pass; nothing where no member is steered."""
-        self._lead_ids = None
-        if any(group.proposal.is_steered for group in groups):
-            self._lead_ids = _rectangle([(group.places, group.proposal.ids) for group in groups])
-            scores = self.stepper.score(self._lead_ids)
-            assert scores is not None, "the lead has a scorer"
+    def _score(self, groups: list[Group]) -> list[Request]:
+        """Set the scores of each group; returns requests that failed."""
+        self._tree = None
+        # 1. the policy's pass over the candidates: a fused scorer reads its states, or it runs beside another's pass
+        reads = self.fused is not None or self._thread is not None
+        if reads and any(g.candidates.any_steered() for g in groups) and (failed := self._read_candidates(groups)):
+            return failed
+        if self.fused is not None and self._tree is not None:
+            name, state_head = self.fused
+            start = time.perf_counter()
+            scores = state_head.score(self._tree[1])
             for group in groups:
-                if group.proposal.is_steered:
-                    group.scores[name] = scores[group.places, : group.proposal.ids.shape[1]]
+                if group.candidates.any_steered():
+                    group.scores[name] = scores[group.rows, : group.candidates.ids.shape[1]]
+            self.seconds[name] += time.perf_counter() - start
+        # 2. heads that read the policy's state at the prefix
+        for name, head in self.heads.items():
+            start = time.perf_counter()
+            for group in groups:
+                mine = [i for i, row in enumerate(group.rows) if name in self.requests[row].scorers]
+                if mine and group.candidates.any_steered():
+                    states = self._hidden[[group.rows[i] for i in mine]]
+                    group.set_scores(name, mine, head.score(states, group.candidates.ids[mine]))
+            self.seconds[name] += time.perf_counter() - start
+        # 3. scorers that make passes of their own
+        if self._thread is None:
+            for name, entry in self.separate.items():
+                if failed := self._score_separate(name, entry, groups):
+                    return failed
+        for entry in self.separate.values():
+            if entry.scored is not None and entry.runner.record is not None:
+                entry.runner.record()  # only now: a step that starts over counts nothing twice
+        return []
 
-    def _score_by_head(self, name: str, head: Any, groups: list[Group]) -> None:
-        """Candidates of the members that name a head, at the policy's state."""
-        seen = self.stepper.policy.seen
-        for group in groups:
-            mine = [i for i, place in enumerate(group.places) if name in self.members[place].scorers]
-            if mine and group.proposal.is_steered:
-                assert seen is not None, "a head reads an observed layer"
-                states = seen[torch.tensor([group.places[i] for i in mine]), -1]
-                self._give(group, name, mine, score_at(head, states, group.proposal.ids[mine]))
+    def _read_candidates(self, groups: list[Group]) -> list[Request]:
+        """Let the policy read all candidates, beside the separate scorer's pass where passes overlap."""
+        ids = rectangle([(group.rows, group.candidates.ids) for group in groups])
+        other = self._score_in_thread(groups) if self._thread is not None else None
+        failed: list[Request] = []
+        try:
+            self._tree = ids, self._policy.tree(ids)
+        except Exception as error:
+            failed = self._find_failed(
+                error, lambda row: self._policy.copy_rows([row]).tree(ids[row : row + 1]), self.requests
+            )
+            if not failed:  # it was not a row's fault
+                self._tree = ids, self._policy.tree(ids)
+        return [*failed, *other()] if other is not None else failed
 
-    def _score_beside(self, name: str, beside: Beside, groups: list[Group]) -> None:
-        """One pass of a scorer beside the policy over the candidates of its members, if any of them is steered."""
-        beside.scored = None
-        row_of = {member: row for row, member in enumerate(beside.members)}
-        blocks = []  # (group, places in the group, rows of the reader)
-        for group in groups:
-            members = [self.members[place] for place in group.places]
-            if mine := [i for i, member in enumerate(members) if member in row_of]:
-                blocks.append((group, mine, [row_of[members[i]] for i in mine]))
-        steered = [block for block in blocks if block[0].proposal.is_steered]  # the others ask nothing, as when alone
+    def _score_separate(self, name: str, entry: ScorerRows, groups: list[Group]) -> list[Request]:
+        """Scores of a scorer of its own, if any of its requests is steered; returns requests that failed."""
+        start = time.perf_counter()
+        entry.scored = None
+        # 1. all requests are one group: its candidates are the scorer's rows as they stand
+        whole = groups[0].candidates.ids if len(groups) == 1 and entry.requests == self.requests else None
+        if whole is not None and groups[0].candidates.steered is None:
+            try:
+                groups[0].scores[name] = entry.runner.score(whole)
+            except Exception as error:
+                return self._score_again(name, entry, groups, error)
+            entry.scored = whole
+            self.seconds[name] += time.perf_counter() - start
+            return []
+        # 2. else: each block is (group, places in the group, rows of the scorer)
+        blocks = self._blocks(entry, groups)
+        steered = [block for block in blocks if block[0].candidates.any_steered()]
         if not steered:
-            return
-        if isinstance(beside.reader, PrefixReader):  # any number of candidates, block by block
-            beside.reader.catch_up()
+            return []
+        try:
+            self._score_blocks(name, entry, blocks, steered)
+        except Exception as error:
+            return self._score_again(name, entry, groups, error)
+        self.seconds[name] += time.perf_counter() - start
+        return []
+
+    def _blocks(self, entry: ScorerRows, groups: list[Group]) -> list[tuple[Group, list[int], list[int]]]:
+        row_of = {request: row for row, request in enumerate(entry.requests)}
+        blocks = []
+        for group in groups:
+            mine = [i for i, row in enumerate(group.rows) if self.requests[row] in row_of]
+            if mine:
+                blocks.append((group, mine, [row_of[self.requests[group.rows[i]]] for i in mine]))
+        return blocks
+
+    def _score_blocks(
+        self,
+        name: str,
+        entry: ScorerRows,
+        blocks: list[tuple[Group, list[int], list[int]]],
+        steered: list[tuple[Group, list[int], list[int]]],
+    ) -> None:
+        if entry.runner.scores_any_rows:  # each group for itself, since one may have all tokens as candidates
             for group, mine, rows in steered:
-                self._give(group, name, mine, beside.reader.score_rows(torch.tensor(rows), group.proposal.ids[mine]))
+                group.set_scores(name, mine, entry.runner.score(group.candidates.ids[mine], rows))
             return
-        beside.scored = _rectangle([(rows, group.proposal.ids[mine]) for group, mine, rows in blocks])
-        scores = beside.reader.score(beside.scored)
+        ids = rectangle([(rows, group.candidates.ids[mine]) for group, mine, rows in blocks])
+        scores = entry.runner.score(ids)
+        entry.scored = ids
         for group, mine, rows in steered:
-            self._give(group, name, mine, scores[rows, : group.proposal.ids.shape[1]])
+            group.set_scores(name, mine, scores[rows, : group.candidates.ids.shape[1]])
 
-    def _give(self, group: Group, name: str, mine: list[int], scores: Tensor) -> None:
-        given = torch.zeros(group.proposal.ids.shape, device=scores.device)
-        given[mine] = scores
-        group.scores[name] = given
+    def _score_again(self, name: str, entry: ScorerRows, groups: list[Group], error: Exception) -> list[Request]:
+        """Find out which requests a scorer cannot score; if none alone, try once more, then all of them fail."""
+        blocks = self._blocks(entry, groups)
 
-    # -- rule ------------------------------------------------------------------------------------------------------
+        def probe(row: int) -> None:
+            group, place = next((group, mine[rows.index(row)]) for group, mine, rows in blocks if row in rows)
+            entry.runner.copy_rows([row]).score(group.candidates.ids[place : place + 1])
 
-    def _draw(self, group: Group) -> Drawn:
-        """Draw for one group; what is not finite is noted in its member alone."""
-        members = [self.members[place] for place in group.places]
-        steered = self._sound(group, members)
-        proposal = Proposal(group.proposal.whole, group.proposal.ids, group.proposal.log_probs, steered)
-        scores, each = self._sums(group, members)
-        drawn = draw([member.request for member in members], proposal, scores, each, group.rule)
-        for member, finite in zip(members, drawn.finite_policy, strict=True):
-            member.unsound = member.unsound if finite else "policy"
-        return drawn
+        if failed := self._find_failed(error, probe, entry.requests):
+            return failed
+        try:
+            self._score_blocks(name, entry, blocks, [b for b in blocks if b[0].candidates.any_steered()])
+        except Exception as again:
+            return _fail_all(entry.requests, again)
+        return []
 
-    def _sound(self, group: Group, members: list[Member]) -> Tensor | None:
-        """Which rows are steered (b,), None for all: those whose scores are finite; the others' become zero."""
-        steered = group.proposal.steered
+    def _score_in_thread(self, groups: list[Group]) -> Callable[[], list[Request]]:
+        """Start the only scorer's pass in the other thread; the result waits for it."""
+        assert self._thread is not None
+        (name,) = self.separate
+
+        def score() -> list[Request]:
+            with torch.inference_mode():  # the caller's does not hold in this thread
+                return self._score_separate(name, self.separate[name], groups)
+
+        return self._thread.submit(score).result
+
+    # -- 3. draw ---------------------------------------------------------------------------------------------------
+
+    def _draw(self, group: Group) -> None:
+        """Draw for one group; what is not finite fails its own request."""
+        requests, uniforms = [], []
+        for row in group.rows:
+            requests.append(self.requests[row])
+            uniforms.append(self.requests[row].uniform())
+        # 1. the score: of the only scorer, or a weighted sum
+        scores, each = next(iter(group.scores.values()), None), None
+        if len(group.scores) > 1:
+            scores, each = self._weighted(group, requests)
+        # 2. the draw, and again without scores that are not finite
+        draws = draw(group.candidates, scores, uniforms, group.params, each)
+        if not draws.finite:
+            candidates = self._without_nan(group, requests)
+            if scores is not None:
+                scores, each = self._weighted(group, requests)
+            draws = draw(candidates, scores, uniforms, group.params, each)
+            for row, request in enumerate(requests):
+                if not draws.figures[row][4] and request.error is None:
+                    request.error = NonFiniteError(
+                        "the policy gives no finite probability to any next token: its logits are NaN or infinite, or "
+                        "every token is banned. Try dtype=float32, or relax the bans"
+                    )
+        # 3. to the requests
+        group.draws = draws
+        for row, request in enumerate(requests):
+            request.record(draws, row)
+
+    def _weighted(self, group: Group, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
+        """Scores (b, K), and those of each scorer (S, b, K) where requests have several: then a weighted sum."""
+        if len(requests[0].scorers) == 1:  # every scorer has scored its own rows, and is zero in the others
+            scores = list(group.scores.values())
+            return (scores[0] if len(scores) == 1 else torch.stack(scores).sum(0)), None
+        each = torch.stack([
+            torch.stack([group.scores[request.scorers[j]][i] for i, request in enumerate(requests)])
+            for j in range(len(requests[0].scorers))
+        ])  # fmt: skip
+        betas = torch.tensor([request.betas for request in requests]).to(each)
+        return torch.einsum("bs,sbk->bk", betas, each), each
+
+    def _without_nan(self, group: Group, requests: list[Request]) -> Candidates:
+        """Set scores that are not finite to zero, and leave their rows to the policy; requests that need them fail."""
+        given = group.candidates
+        steered = given.steered
         for name, scores in group.scores.items():
             finite = scores.isfinite().all(-1)
             if bool(finite.all()):
                 continue
-            scores[~finite] = 0
-            hit = ~finite if group.proposal.steered is None else ~finite & group.proposal.steered
+            group.scores[name] = scores.masked_fill(~finite[:, None], 0.0)
+            needed = ~finite if given.steered is None else ~finite & given.steered
             steered = finite if steered is None else steered & finite
-            for i in hit.nonzero()[:, 0].tolist():
+            for i in needed.nonzero()[:, 0].tolist():
                 if self.on_nan == "unguided":
-                    members[i].fallback += 1
-                else:
-                    members[i].unsound = name
-        return steered
+                    requests[i].scores_not_finite += 1
+                elif requests[i].error is None:
+                    requests[i].error = NonFiniteError(
+                        f"the scorer {name} returned NaN or infinite scores for this text; try dtype=float32, or check "
+                        "its training"
+                    )
+        return Candidates(given.policy_log_probs, given.ids, given.log_probs, steered)
 
-    def _sums(self, group: Group, members: list[Member]) -> tuple[Tensor | None, Tensor | None]:
-        """Scores (b, K) that the rule weighs, and those of each scorer (S, b, K) where members have several."""
-        if not group.scores:
-            return None, None
-        if len(members[0].scorers) == 1:  # every scorer has given its own members' scores, and zeros to the others
-            return torch.stack(list(group.scores.values())).sum(0), None
-        each = torch.stack([torch.stack([group.scores[m.scorers[j]][i] for i, m in enumerate(members)])
-                            for j in range(len(members[0].scorers))])  # fmt: skip
-        betas = torch.tensor([member.betas for member in members]).to(each)
-        return torch.einsum("bs,sbk->bk", betas, each), each
+    # -- 5. commit -------------------------------------------------------------------------------------------------
 
-    # -- commit ----------------------------------------------------------------------------------------------------
-
-    def _commit(self, groups: list[Group], drawn: list[Drawn]) -> None:
-        """Tell the policy and every reader what was chosen."""
-        pairs = list(zip(groups, drawn, strict=True))
-        tokens = _rectangle([(group.places, d.tokens) for group, d in pairs])
-        choice = _rectangle([(group.places, d.choice[:, None]) for group, d in pairs])[:, 0]
-        if self._lead_ids is not None:
-            self.stepper.keep(self._lead_ids, choice)
+    def _commit(self, groups: list[Group]) -> None:
+        """Commit what was drawn in every cache, let ended requests go, and let the policy read the new tokens."""
+        drawn = [(group.rows, group.draws) for group in groups if group.draws is not None]
+        tokens = rectangle([(rows, draws.tokens) for rows, draws in drawn])
+        choice = rectangle([(rows, draws.choice[:, None]) for rows, draws in drawn])[:, 0]
+        # 1. the scorers' caches
+        row_of = {request: row for row, request in enumerate(self.requests)}
+        for entry in self.separate.values():
+            self._commit_scorer(entry, tokens, choice, row_of)
+        # 2. the policy's cache, where it has read the candidates, and its states at the chosen ones
+        chosen = None
+        if self._tree is not None:
+            ids, tree = self._tree
+            self._policy.commit(ids, choice)
+            at = torch.arange(len(choice), device=tree.final.device), choice.to(tree.final.device)
+            chosen = States(tree.final[at], None if tree.hooked is None else tree.hooked[at])
+        # 3. ended requests leave
+        kept = self._drop([request for request in self.requests if request.ended])
+        if kept is not None:
+            tokens = tokens[kept]
+            if chosen is not None:
+                chosen = States(chosen.final[kept], None if chosen.hooked is None else chosen.hooked[kept])
+        # 4. what the policy says next: of states that are there, or of a pass over the new tokens
+        if chosen is not None:
+            self.state = self._policy.predict(chosen)
         else:
-            self.stepper.skip(tokens)
-        place_of = {member: place for place, member in enumerate(self.members)}
-        for beside in self.beside.values():
-            places = [place_of[member] for member in beside.members]
-            if beside.scored is None:
-                beside.reader.skip(tokens[places])
+            self._advance(tokens)
+
+    def _commit_scorer(self, entry: ScorerRows, tokens: Tensor, choice: Tensor, row_of: dict[Request, int]) -> None:
+        """Commit the drawn tokens with a scorer of its own: candidates that it has read, or tokens to read later."""
+
+        def commit(runner: ScorerRunner, requests: list[Request], ids: Tensor | None) -> None:
+            rows = [row_of[request] for request in requests]
+            if ids is None:
+                runner.append(tokens[rows])
             else:
-                beside.reader.keep(beside.scored, choice[places])
+                runner.commit(ids, choice[rows])
 
-    def _drop(self, gone: set[Member]) -> list[int] | None:
-        """Let rows go everywhere; the order of those that stay, None where nobody left."""
-        if not gone:
-            return None
-        self._store(gone)
-        order = _order_without(self.members, gone)
-        self.stepper.select_rows(torch.tensor(order, dtype=torch.long))
-        self.members = [self.members[i] for i in order]
-        for name in list(self.beside):
-            beside = self.beside[name]
-            if gone.isdisjoint(beside.members):
+        def probe(row: int) -> None:
+            ids = None if entry.scored is None else entry.scored[row : row + 1]
+            commit(entry.runner.copy_rows([row]), [entry.requests[row]], ids)
+
+        for attempt in range(2):
+            try:
+                return commit(entry.runner, entry.requests, entry.scored)
+            except Exception as error:
+                failed = self._find_failed(error, probe, entry.requests)
+                if attempt and not failed:
+                    failed = _fail_all(entry.requests, error)
+            rows = [row for row, request in enumerate(entry.requests) if request not in failed]
+            entry.runner.select_rows(rows)
+            entry.scored = None if entry.scored is None else entry.scored[rows]
+            entry.requests = [entry.requests[row] for row in rows]
+            if not rows:
+                return
+
+    def _advance(self, tokens: Tensor) -> None:
+        """Let the policy read one token (B, 1) of each request; requests that it cannot read leave."""
+        for attempt in range(2):
+            try:
+                self.state = self._policy.step(tokens)
+                return
+            except Exception as error:
+                failed = self._find_failed(error, self._probe_step(tokens), self.requests)
+                if attempt and not failed:
+                    failed = _fail_all(self.requests, error)
+            if (kept := self._drop(failed)) is not None:
+                tokens = tokens[kept]
+            if not self.requests:
+                return
+
+    def _probe_step(self, tokens: Tensor) -> Callable[[int], Any]:
+        return lambda row: self._policy.copy_rows([row]).step(tokens[row : row + 1])
+
+    # -- whose error it is -----------------------------------------------------------------------------------------
+
+    def _find_failed(self, error: Exception, probe: Callable[[int], Any], requests: Sequence[Request]) -> list[Request]:
+        """Requests whose row raises alone, with their own error; none if it was not a row's fault.
+
+        Args:
+            error: what all rows together raised.
+            probe: does the same for a copy of one row.
+            requests: of the rows. If there is only one, it fails with ``error``.
+        """
+        if len(requests) == 1:
+            return _fail_all(requests, error)
+        failed = []
+        for row, request in enumerate(requests):
+            try:
+                probe(row)
+            except NotImplementedError:  # this runner's rows cannot be copied
+                return []
+            except Exception as own:
+                request.error = own
+                failed.append(request)
+        return failed
+
+    # -- the prefix cache ------------------------------------------------------------------------------------------
+
+    def _keep_texts(self, leaving: set[Request], cache: PrefixCache) -> None:
+        """Keep what was read of texts that are complete."""
+        for request in leaving:
+            if request.finish_reason is None or request.error is not None or request.scores_not_finite:
                 continue
-            mine = _order_without(beside.members, gone)
-            if not mine:
-                del self.beside[name]
-                continue
-            beside.reader.select_rows(torch.tensor(mine, dtype=torch.long))
-            beside.members = [beside.members[i] for i in mine]
-        return order
+            text = [*request.prompt_ids, *request.token_ids]
+            row, batch = self.requests.index(request), len(self.requests)
+            if (runner := _tree_runner(self.policy)) is not None:
+                rows = list(range(row, batch * self._policy.copies, batch))
+                cache.add_rows(("policy", self.fused[0] if self.fused else None), runner, text, rows)
+            for name, entry in self.separate.items():
+                if request in entry.requests and (runner := _tree_runner(entry.runner)) is not None:
+                    row = entry.requests.index(request)
+                    held = entry.runner.cached_text(row, text)
+                    cache.add_rows(("scorer", name), runner, held, [row])
 
-    def _store(self, gone: set[Member]) -> None:
-        """Keep what was read of the texts that finished."""
-        if self.store is None:
-            return
-        for member in gone:
-            if member.request.finish_reason is None or member.unsound or member.fallback:
-                continue
-            text = [*member.request.prompt_ids, *member.request.token_ids]
-            for name, runner, rows in self._rows_of(member):
-                reader = self.beside[name].reader if name in self.beside else None
-                read = reader.rows[rows[0]].held if isinstance(reader, BranchReader) else text
-                self.store.keep_rows(name, runner, read, rows)
+    @property
+    def _policy(self) -> Any:
+        assert self.policy is not None, "a batch with requests has a policy runner"
+        return self.policy
 
-    def _rows_of(self, member: Member) -> Iterator[tuple[str, TreeRunner, list[int]]]:
-        """Every cache that holds a member: the model's name in the store, its runner, and the member's rows there."""
-        policy, batch = self.stepper.policy, len(self.members)
-        if isinstance(policy, TreeRunner):
-            first = self.members.index(member)
-            yield policy_key(self.lead), policy, list(range(first, batch * self.stepper.copies, batch))
-        for name, beside in self.beside.items():
-            runner = getattr(beside.reader, "runner", None)
-            if member in beside.members and isinstance(runner, TreeRunner):
-                yield name, runner, [beside.members.index(member)]
+    @property
+    def _state(self) -> PolicyState:
+        assert self.state is not None, "a batch with requests has the policy's state"
+        return self.state
 
-    def _caches(self) -> list[TreeCache]:
-        readers = (getattr(beside.reader, "runner", None) for beside in list(self.beside.values()))
-        return [runner.cache for runner in (self.stepper.policy, *readers) if isinstance(runner, TreeRunner)]
+    @property
+    def _hidden(self) -> Tensor:
+        assert self._state.hidden is not None, "the policy's pass gives the states that heads read"
+        return self._state.hidden
 
 
-def _order_without(members: Sequence[Member], gone: set[Member]) -> list[int]:
-    """Places of those that stay: each keeps its own but the last ones, which fill the gaps."""
-    staying = [i for i, member in enumerate(members) if member not in gone]
-    order, last = list(range(len(staying))), [i for i in staying if i >= len(staying)]
-    for place in range(len(staying)):
-        if members[place] in gone:
-            order[place] = last.pop()
-    return order
+def _fail_all(requests: Sequence[Request], error: Exception) -> list[Request]:
+    for request in requests:
+        request.error = error
+    return list(requests)
 
 
-def _rectangle(blocks: list[tuple[list[int], Tensor]]) -> Tensor:
+def rectangle(blocks: list[tuple[list[int], Tensor]]) -> Tensor:
     """Blocks (b, K) of some rows each, as one tensor (B, K); narrower ones repeat their last column."""
     if len(blocks) == 1 and blocks[0][0] == list(range(len(blocks[0][0]))):
         return blocks[0][1]
@@ -361,3 +632,21 @@ def _rectangle(blocks: list[tuple[list[int], Tensor]]) -> Tensor:
         out[rows, : block.shape[1]] = block
         out[rows, block.shape[1] :] = block[:, -1:]
     return out
+
+
+def _rows_without(requests: Sequence[Request], gone: set[Request], keep_order: bool) -> list[int]:
+    """Rows of those that stay: in their order, or in their places but for the last ones, which fill the gaps."""
+    staying = [row for row, request in enumerate(requests) if request not in gone]
+    if keep_order:
+        return staying
+    order, last = list(range(len(staying))), [row for row in staying if row >= len(staying)]
+    for row in range(len(staying)):
+        if requests[row] in gone:
+            order[row] = last.pop()
+    return order
+
+
+def _tree_runner(runner: Any) -> TreeRunner | None:
+    """The model runner with a cache that a policy or scorer runner reads with, if it has one."""
+    found = getattr(runner, "runner", None)
+    return found if isinstance(found, TreeRunner) else None

@@ -1,142 +1,136 @@
-"""A prompt read in parts by every model that needs it, between the steps of those who are decoding already."""
+"""Prefill: every model reads its prompts, whole or in chunks between the steps of requests that are decoding."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from rgtg.decoding.engine.prefix_cache import PrefixStore
-from rgtg.decoding.runners.mixture import Mixture, OwnPass
-from rgtg.decoding.runners.model_runner import Runner, TreeRunner
-from rgtg.decoding.runners.policy_runner import Alone, Apart, JoiningStepper
-from rgtg.decoding.runners.scorer_runner import CachedReader, JoiningReader, read_chain
-from rgtg.decoding.runners.segment_scorer import CachedSegments
-from rgtg.decoding.runners.text_scorer_runner import TextReader
+from rgtg.decoding.engine.batch import Prefilled
+from rgtg.decoding.engine.prefix_cache import CacheKey, PrefixCache
+from rgtg.decoding.request import Request
+from rgtg.decoding.runners.base import States
+from rgtg.decoding.runners.factory import BatchKey, RunnerFactory
+from rgtg.decoding.runners.model_runner import Runner, TreeRunner, append_tokens
 
 
 @dataclass
-class Feed:
-    """What one model has to read of one text, in ``copies`` equal rows.
+class PrefillTask:
+    """What one model has to read.
 
     Attributes:
-        key: of the model in the store.
+        key: of the model in the prefix cache.
         runner: without rows yet.
-        tokens: the text.
-        copies: rows.
-        place: tokens read so far; negative before anything was looked up or read.
-        states: final states (copies, H) at the last token that was read.
+        texts: one for each row; equal ones where the prompt is read in chunks.
+        position: tokens read so far, the same in all rows; negative before anything was looked up or read.
+        states: (rows, H) at the last tokens that were read.
     """
 
-    key: str
+    key: CacheKey
     runner: Runner
-    tokens: Sequence[int]
-    copies: int = 1
-    place: int = -1
-    states: Tensor | None = None
+    texts: Sequence[Sequence[int]]
+    position: int = -1
+    states: States | None = None
 
     @property
     def left(self) -> int:
         """Tokens that are still to be read."""
-        return len(self.tokens) - max(self.place, 0)
+        return len(self.texts[0]) - max(self.position, 0)
 
-    def start(self, store: PrefixStore | None) -> int:
-        """Look up what others have read; how many tokens that saves."""
-        self.place = 0
-        self.runner.start(self.copies)
-        if store is not None and isinstance(self.runner, TreeRunner) and (hit := store.find(self.key, self.tokens)):
-            cache, self.place = hit
-            self.runner.cache.take_first(cache, self.place)
-        return self.place
+    def read_all(self) -> States:
+        """Read the texts whole, in one pass."""
+        self.states = self.runner.prefill(self.texts)
+        self.position = len(self.texts[0])
+        return self.states
+
+    def start(self, cache: PrefixCache | None) -> int:
+        """Look up what has been read before; the number of tokens that this saves."""
+        self.position = 0
+        self.runner.reset(len(self.texts))
+        if cache is not None and isinstance(self.runner, TreeRunner) and (hit := cache.find(self.key, self.texts[0])):
+            held, self.position = hit
+            self.runner.cache.copy_prefix(held, self.position)
+        return self.position
 
     def read(self, chunk: int) -> None:
-        """Read so many tokens more; a model without a cache reads them all."""
+        """Read so many more tokens; a model without a cache reads all of them."""
         if not isinstance(self.runner, TreeRunner):
-            self.states = self.runner.prefill([self.tokens] * self.copies)
-            self.place = len(self.tokens)
+            self.read_all()
             return
-        part = torch.tensor([list(self.tokens[self.place : self.place + chunk])] * self.copies)
-        self.states = read_chain(self.runner, part)[:, -1]
-        self.place += part.shape[1]
+        part = torch.tensor([list(text[self.position : self.position + chunk]) for text in self.texts])
+        self.states = append_tokens(self.runner, part)
+        self.position += part.shape[1]
 
 
-@dataclass
-class Reading:
-    """One prompt, and what reads it in parts.
+class ChunkedPrefill:
+    """One prompt that several models read in chunks.
 
     Attributes:
-        feeds: of the policy first, then of the scorers that have a cache.
-        cached: tokens of the prompt that the policy need not read.
+        tasks: of the policy first, then of the scorers that have a cache.
+        cached_tokens: tokens of the prompt that the policy need not read.
     """
 
-    feeds: list[Feed]
-    cached: int = field(default=0, init=False)
+    def __init__(self, tasks: list[PrefillTask]) -> None:
+        self.tasks = tasks
+        self.cached_tokens = 0
 
     @property
     def left(self) -> int:
         """Tokens that are still to be read, by all models together."""
-        return sum(feed.left for feed in self.feeds)
+        return sum(task.left for task in self.tasks)
 
     @torch.inference_mode()
-    def advance(self, chunk: int, store: PrefixStore | None) -> None:
-        """One model reads one chunk."""
-        feed = next(feed for feed in self.feeds if feed.left)
-        if feed.place < 0:
-            saved = feed.start(store)
-            self.cached = saved if feed is self.feeds[0] else self.cached
-        feed.read(chunk)
-        if not feed.left:
-            self._end(feed, store)
+    def advance(self, chunk: int, cache: PrefixCache | None) -> None:
+        """One model reads one chunk; a prompt that has been read goes into the prefix cache."""
+        task = next(task for task in self.tasks if task.left)
+        if task.position < 0:
+            saved = task.start(cache)
+            self.cached_tokens = saved if task is self.tasks[0] else self.cached_tokens
+        task.read(chunk)
+        if cache is not None and not task.left and isinstance(task.runner, TreeRunner):
+            self._keep(task, task.runner, cache)
 
-    def _end(self, feed: Feed, store: PrefixStore | None) -> None:
-        """Leave it to ``prefill``, which then has nothing to read; the store gets a copy, since decoding writes on."""
-        assert isinstance(feed.runner, TreeRunner), "others read whole prompts themselves"
-        assert feed.states is not None, "it has just been read"
-        feed.runner.read_ahead = [list(feed.tokens)] * feed.copies, feed.states
-        if store is not None:
-            store.keep_rows(feed.key, feed.runner, feed.tokens, range(feed.copies))
+    def _keep(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
+        """Give the prefix cache a copy, since decoding goes on in the runner's own."""
+        cache.add_rows(task.key, runner, task.texts[0], range(len(task.texts)))
 
 
-@dataclass
-class Prefill(Reading):
-    """One prompt on its way into a lane: a stepper and readers of one row, and what they still have to read.
+class BatchPrefill(ChunkedPrefill):
+    """A prompt on its way into a batch: the policy, and the scorers that make passes of their own."""
 
-    Attributes:
-        stepper: the policy, and what scores in its pass.
-        readers: scorers beside it, by name.
-        logits: (1, V) the policy's, once it has read the prompt.
-    """
+    def __init__(self, factory: RunnerFactory, key: BatchKey, names: Sequence[str], request: Request) -> None:
+        """Make the runners; nothing is read.
 
-    stepper: JoiningStepper
-    readers: dict[str, JoiningReader]
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0), init=False)
+        Args:
+            factory: makes them.
+            key: of the batch.
+            names: of the scorers that will steer.
+            request: whose prompt is read.
+        """
+        length = len(request.prompt_ids)
+        self.policy = factory.policy_runner(key).fresh(length, 1)
+        prompts = [request.prompt_ids] * self.policy.copies
+        super().__init__([PrefillTask(("policy", key.fused), self.policy.runner, prompts)])
+        self.scorers: dict[str, Any] = {}
+        self._of_scorer: dict[str, PrefillTask] = {}
+        for name in factory.separate(key, names):
+            self.scorers[name] = runner = factory.scorer_runner(name).fresh(length, 1)
+            if (texts := runner.begin([request])) is not None:
+                self._of_scorer[name] = PrefillTask(("scorer", name), runner.runner, texts)
+        self.tasks += self._of_scorer.values()
+        self._shared = False
 
-    def _end(self, feed: Feed, store: PrefixStore | None) -> None:
-        """The policy's logits; the store gets the cache itself, which a lane copies from."""
-        if feed is self.feeds[0]:
-            policy = self.stepper.policy
-            assert feed.states is not None, "it has just been read"
-            self.logits = policy.readout(policy.model, feed.states[:1])
-        if store is not None and isinstance(feed.runner, TreeRunner):
-            store.add(feed.key, feed.tokens, feed.runner.cache)
+    @torch.inference_mode()
+    def result(self) -> Prefilled:
+        """What was read, once nothing is left."""
+        for name, task in self._of_scorer.items():
+            assert task.states is not None, "the prompt has been read"
+            self.scorers[name].prefilled(task.states)
+        assert self.tasks[0].states is not None, "the prompt has been read"
+        state = self.policy.predict(self.policy.split(self.tasks[0].states))
+        return Prefilled(self.policy, state, self.scorers, self._shared)
 
-
-def unread(part: object, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[TreeRunner, list[list[int]]]]:
-    """What in a runner, stepper or reader has a cache, and the texts that its ``prefill`` will ask for."""
-    match part:
-        case TreeRunner():
-            yield part, [list(prompt) for prompt in prompts]
-        case Alone():
-            yield from unread(part.policy, [*prompts] * part.copies)
-            if isinstance(part, Apart):
-                yield from unread(part.reader, prompts)
-        case Mixture():
-            yield from unread(part.lead, prompts)
-            for reader in part.readers:
-                yield from unread(reader, prompts)
-        case OwnPass():
-            yield from unread(part.stepper, prompts)
-        case CachedSegments():
-            yield from unread(part.runner, prompts)
-        case CachedReader() | TextReader() if (begun := part.begin(prompts)) is not None:
-            yield from unread(*begun)
+    def _keep(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
+        """Give the prefix cache the runner's own keys and values: the batch copies them."""
+        cache.add(task.key, task.texts[0], runner.cache)
+        self._shared = True

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rgtg.decoding.candidates import propose
 from rgtg.decoding.request import Request, process
-from rgtg.decoding.runners.model_runner import Runner, read_next
-from rgtg.decoding.sampling import guided_log_probs, sample
+from rgtg.decoding.runners.model_runner import Runner, append_tokens
+from rgtg.decoding.sampling import guided_log_probs, propose, sample
 
+# Drafts that need no model of their own.
+DRAFTS = ("policy", "prompt-lookup")
 MAX_DRAFT = 8
 _LOOKUP_NGRAM = 3
 # Rounds without a draft after which one token is drafted to see whether it has become worth it.
@@ -20,11 +21,11 @@ _PROBE_EVERY = 16
 
 @dataclass
 class Draft:
-    """Drafted tokens of a batch, and the distribution each was drawn from.
+    """Drafted tokens of a batch, and the distribution that each was drawn from.
 
     Attributes:
         tokens: (B, n).
-        counts: how many of them each row has; the rest is padding.
+        counts: drafted tokens of each row; the rest is padding.
         ids: (B, n, Q) support of the draft distributions q.
         log_probs: (B, n, Q) of q, in nats, normalised.
         logits: (B, n + 1, V) the policy's, where drafting read it all along; else None.
@@ -37,7 +38,7 @@ class Draft:
     logits: Tensor | None = None
 
     def policy_passes(self, row: int) -> int:
-        """Passes of the policy that a row's round took: one for all places, or one for each."""
+        """Policy passes that a row's round took: one for all places, or one for each."""
         return 1 if self.logits is None else self.counts[row] + 1
 
 
@@ -45,18 +46,18 @@ class Drafter(Protocol):
     """Proposes the next few tokens of every row."""
 
     def prefill(self, rows: Sequence[Request]) -> None:
-        """Begin with these prompts."""
+        """Start with these prompts."""
         ...
 
-    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], choose: "Choice") -> Draft:
-        """Draft ``counts[b]`` tokens behind each row, whose ``newest`` token (B, 1) nobody has read yet."""
+    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], sampler: "DraftSampler") -> Draft:
+        """Draft ``counts[b]`` tokens after each row's ``newest`` token (B, 1), which no model has read yet."""
         ...
 
-    def keep(self, counts: Sequence[int]) -> None:
+    def commit(self, counts: Sequence[int]) -> None:
         """``counts[b]`` of row b's drafted tokens were accepted."""
         ...
 
-    def select_rows(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         ...
 
@@ -66,25 +67,32 @@ class Drafter(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class DraftSampler:
     """How drafts are drawn: from the same candidates and at the same temperature as the guided distribution."""
 
     top_k: int | None
     top_p: float
     temperature: float
 
-    def distribution(self, logits: Tensor, rows: Sequence[Request], ahead: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def distribution(self, logits: Tensor, rows: Sequence[Request], drafted: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Candidates and their unguided log-probabilities (B, K), each row's processors applied."""
-        log_probs = process(rows, logits, torch.log_softmax(logits.float(), -1), ahead)
+        log_probs = process(rows, logits, torch.log_softmax(logits.float(), -1), drafted)
         ids, candidate_log_probs = propose(log_probs, top_k=self.top_k, top_p=self.top_p)
         return ids, guided_log_probs(candidate_log_probs, torch.zeros_like(candidate_log_probs), 0.0, self.temperature)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of one pass, by a model of it that no clock enters: drafts must not depend on a machine's mood.
+    """Cost of one forward pass. The draft length comes from this model, not from timings, so outputs are reproducible.
 
-    A pass over R rows takes ``weight bytes · max(1, 0.6 + R / ridge)``: reading the weights, or the arithmetic.
+    A pass over R rows costs ``weight bytes · max(1, 0.6 + R / ridge)``, as in the roofline model: it reads the weights,
+    or it is bound by arithmetic.
+
+    Attributes:
+        policy: bytes of the policy's weights.
+        scorer: bytes of the scorer's weights; 0 without one.
+        ridge: rows from which on a pass is bound by arithmetic.
+        candidates: per step.
     """
 
     policy: float
@@ -103,7 +111,7 @@ class Costs:
 
 @dataclass
 class Acceptance:
-    """How often a row's drafts were accepted, of late; chooses how many to draft next."""
+    """How often a request's recent drafts were accepted; chooses how many tokens to draft next."""
 
     accepted: float = 4.0
     tried: float = 5.0
@@ -125,7 +133,7 @@ class Acceptance:
         return max(range(len(cost)), key=gain.__getitem__)
 
 
-class FromPolicy:
+class PolicyDrafter:
     """Drafts with the policy itself, unguided: worth it where the scorer is the dearer model.
 
     The passes that draft are those the policy has to make anyway, so only the scorer's are saved.
@@ -135,24 +143,24 @@ class FromPolicy:
         self.policy, self.costs = policy, costs
 
     def prefill(self, rows: Sequence[Request]) -> None:
-        """Nothing: the policy has read the prompts."""
+        """Does nothing: the policy has read the prompts."""
 
-    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], choose: Choice) -> Draft:
+    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], sampler: DraftSampler) -> Draft:
         """One policy pass for the newest token and one for each drafted token."""
-        return draft_with(self.policy, rows, newest, counts, choose)
+        return draft_with(self.policy, rows, newest, counts, sampler)
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """The loop rolls the policy's cache back."""
+    def commit(self, counts: Sequence[int]) -> None:
+        """Does nothing: the loop rolls the policy's cache back."""
 
-    def select_rows(self, rows: Tensor) -> None:
-        """The loop selects the policy's rows."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Does nothing: the loop selects the policy's rows."""
 
     def cost(self, n: int) -> float:
         """N + 1 passes of one row."""
         return (n + 1) * self.costs.policy
 
 
-class FromModel:
+class ModelDrafter:
     """Drafts with a small causal model that has the policy's tokenizer."""
 
     def __init__(self, runner: Runner, size: float, costs: Costs) -> None:
@@ -164,18 +172,18 @@ class FromModel:
         self.runner.prefill([row.prompt_ids for row in rows])
         self._read = [0] * len(rows)
 
-    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], choose: Choice) -> Draft:
+    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], sampler: DraftSampler) -> Draft:
         """One pass of the small model for the newest token and one for each drafted token."""
-        draft = draft_with(self.runner, rows, newest, counts, choose)
+        draft = draft_with(self.runner, rows, newest, counts, sampler)
         self._read = [draft.tokens.shape[1]] * len(rows)
         draft.logits = None  # they are not the policy's
         return draft
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """Forget what was rejected."""
-        self.runner.forget([read - kept for read, kept in zip(self._read, counts, strict=True)])
+    def commit(self, counts: Sequence[int]) -> None:
+        """Roll back what was rejected."""
+        self.runner.rollback([read - kept for read, kept in zip(self._read, counts, strict=True)])
 
-    def select_rows(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self.runner.select_rows(rows)
 
@@ -184,7 +192,7 @@ class FromModel:
         return (n + 1) * self.size + self.costs.one(self.costs.policy, n + 1)
 
 
-class FromText:
+class PromptLookupDrafter:
     """Prompt look-up: what followed the last occurrence of the newest few tokens in the text so far.
 
     Source: Saxena 2023 (prompt lookup decoding). Costs nothing; good where completions quote their prompt.
@@ -194,9 +202,9 @@ class FromText:
         self.costs = costs
 
     def prefill(self, rows: Sequence[Request]) -> None:
-        """Nothing to read."""
+        """Does nothing: there is no cache."""
 
-    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], choose: Choice) -> Draft:
+    def draft(self, rows: Sequence[Request], newest: Tensor, counts: list[int], sampler: DraftSampler) -> Draft:
         """Rows whose newest tokens have not occurred before draft none."""
         found = [look_up([*row.prompt_ids, *row.token_ids], n) for row, n in zip(rows, counts, strict=True)]
         width = max(map(len, found))
@@ -205,33 +213,35 @@ class FromText:
         certain = torch.zeros(tokens.shape, device=newest.device)[..., None]
         return Draft(tokens, [len(tokens) for tokens in found], tokens[..., None], certain)
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """Nothing is kept."""
+    def commit(self, counts: Sequence[int]) -> None:
+        """Does nothing: there is no cache."""
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Nothing is kept."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Does nothing: there is no cache."""
 
     def cost(self, n: int) -> float:
         """One pass of the policy over n + 1 rows."""
         return self.costs.one(self.costs.policy, n + 1)
 
 
-def draft_with(runner: Runner, rows: Sequence[Request], newest: Tensor, counts: list[int], choose: Choice) -> Draft:
+def draft_with(
+    runner: Runner, rows: Sequence[Request], newest: Tensor, counts: list[int], sampler: DraftSampler
+) -> Draft:
     """Draw tokens one by one from a model, unguided; it reads the newest token and every drafted one."""
     width = max(counts)
     token = newest
-    ahead: list[list[int]] = [[] for _ in rows]
+    drafted: list[list[int]] = [[] for _ in rows]
     every, tokens, ids, log_probs = [], [], [], []
     for step in range(width + 1):
-        logits = runner.readout(runner.model, read_next(runner, token))
+        logits = runner.head(append_tokens(runner, token).final)
         every.append(logits)
         if step == width:
             break
-        q_ids, q = choose.distribution(logits, rows, ahead)
+        q_ids, q = sampler.distribution(logits, rows, drafted)
         uniforms = [row.uniform() if step < n else 0.0 for row, n in zip(rows, counts, strict=True)]
         drawn = sample(q, torch.tensor(uniforms, dtype=torch.float64, device=q.device))
         token = q_ids.gather(1, drawn[:, None])
-        for mine, t in zip(ahead, token[:, 0].tolist(), strict=True):
+        for mine, t in zip(drafted, token[:, 0].tolist(), strict=True):
             mine.append(t)
         tokens.append(token)
         ids.append(q_ids)

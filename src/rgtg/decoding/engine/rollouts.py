@@ -3,19 +3,16 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.candidates import propose
-from rgtg.decoding.engine.tokenwise import TokenRule, decode, require_finite
-from rgtg.decoding.request import Request, Stopping, derive_seed, end_tokens
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.request import Request, StoppingCriteria, derive_seed, end_tokens
 from rgtg.decoding.runners.model_runner import make_runner
-from rgtg.decoding.runners.policy_runner import Alone
+from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
+from rgtg.decoding.sampling import propose
+from rgtg.errors import NonFiniteError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits
-
-# Ordinary sampling: every token of the vocabulary, at temperature 1.
-_POLICY = TokenRule(beta=0.0, top_k=None, top_p=1.0, temperature=1.0, greedy=False)
 
 
 @torch.inference_mode()
@@ -26,9 +23,10 @@ def next_candidates(policy: Policy, prefix_ids: Sequence[int], top_k: int) -> tu
         NonFiniteError: the policy's logits are NaN or infinite.
     """
     runner = make_runner(policy.model, policy_logits, len(prefix_ids) + 1)
-    logits = policy_logits(policy.model, runner.prefill([prefix_ids]))
+    logits = policy_logits(policy.model, runner.prefill([prefix_ids]).final)
     ids, log_probs = propose(torch.log_softmax(logits.float(), -1), top_k=top_k)
-    require_finite(bool(log_probs.isfinite().all()), scores=True)
+    if not bool(log_probs.isfinite().all()):
+        raise NonFiniteError("the policy's logits are NaN or infinite; try dtype=float32")
     return ids[0].tolist(), log_probs[0].tolist()
 
 
@@ -63,32 +61,33 @@ def roll_out(
     Returns:
         Finished requests, ``n`` for each candidate; their ``token_ids`` begin with the written ones.
     """
-    stopping = Stopping(policy.tokenizer, end_tokens(policy), DecodingSettings(max_new_tokens=max_new_tokens))
-    drawn = [
-        [
-            Request(prompt, list(prompt_ids), derive_seed(seed, token, i), [], token_ids=[*written_ids, token])
-            for i in range(n)
-        ]
-        for token in candidate_ids
-    ]
+    stopping = StoppingCriteria(policy.tokenizer, end_tokens(policy), DecodingSettings(max_new_tokens=max_new_tokens))
+    drawn = []
+    for token in candidate_ids:
+        written = [*written_ids, token]
+        seeds = [derive_seed(seed, token, i) for i in range(n)]
+        drawn.append([Request(prompt, list(prompt_ids), s, stopping=stopping, token_ids=list(written)) for s in seeds])
     rows = [request for group in drawn for request in group]
     for request in rows:
         stopping.update(request)
     going = [request for request in rows if request.finish_reason is None]
     for start in range(0, len(going), batch_size):
-        _finish(policy, going[start : start + batch_size], stopping)
+        _complete(policy, going[start : start + batch_size], max_new_tokens)
     return drawn
 
 
 @torch.inference_mode()
-def _finish(policy: Policy, rows: list[Request], stopping: Stopping) -> None:
+def _complete(policy: Policy, rows: list[Request], max_new_tokens: int) -> None:
     """Sample these requests of one prefix, whose newest token is still to be read, to their ends."""
     prompt_ids, written = rows[0].prompt_ids, rows[0].token_ids[:-1]
-    runner = make_runner(policy.model, policy_logits, len(prompt_ids) + stopping.limit + 1)
+    runner = make_runner(policy.model, policy_logits, len(prompt_ids) + max_new_tokens + 1)
     runner.prefill([[*prompt_ids, *written]])
-    runner.select_rows(torch.zeros(len(rows), dtype=torch.long))
-    stepper = Alone(runner)
-    stepper.token = torch.tensor([[row.token_ids[-1]] for row in rows], device=policy.model.device)
-    logits: Tensor = stepper.advance()
-    for _ in decode(rows, stepper, _POLICY, stopping, logits):
-        pass
+    runner.select_rows([0] * len(rows))
+    reader = TorchPolicyRunner(runner)
+    newest = torch.tensor([[row.token_ids[-1]] for row in rows], device=policy.model.device)
+    batch = Batch()
+    batch.add(rows, Prefilled(reader, reader.step(newest)))
+    while batch.requests:
+        for request in batch.step():
+            if request.error is not None:
+                raise request.error

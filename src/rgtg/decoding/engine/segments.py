@@ -1,4 +1,4 @@
-"""CARDS and blockwise CD: the same four words with the segment as unit."""
+"""CARDS and blockwise CD: draw whole segments, and accept or choose them by their reward."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.best_of_n import adopt
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
-from rgtg.decoding.request import Request, Stopping, derive_seed
-from rgtg.decoding.runners.ended import InParts, read_ended, require_finite_rewards
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.engine.best_of_n import adopt, draw_all
+from rgtg.decoding.request import Request, StoppingCriteria, derive_seed
+from rgtg.decoding.runners.base import PolicyState, States
 from rgtg.decoding.runners.model_runner import Runner
-from rgtg.decoding.runners.policy_runner import Alone
-from rgtg.decoding.runners.segment_scorer import SegmentReader, read_ragged
-from rgtg.decoding.runners.shared_prefix_runner import SharedPromptRunner, fork
+from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
+from rgtg.decoding.runners.segment_scorer import (
+    ChunkedRewards,
+    SegmentScorer,
+    append_ragged,
+    require_finite_rewards,
+    rewards_of,
+)
+from rgtg.decoding.runners.shared_prefix_runner import SharedPrefixRunner, fork
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.decoding.sampling import accept_segment, best_of_n_kl, entropy, segment_threshold
 from rgtg.models.scorers.base import Scorer
@@ -26,15 +32,15 @@ PAUSED = "segment"
 
 
 @dataclass(frozen=True)
-class SegmentRule:
+class SegmentParams:
     """How a segment is chosen.
 
     Attributes:
         choice: ``best`` of n drawn at once, or one at a time until one is accepted.
         n: segments drawn at once.
-        beta: multiplies the reward's lead over the threshold.
+        beta: multiplies the difference of reward and threshold.
         target: reward that a finished completion should reach.
-        start: first threshold, as a share of the way from the prompt's reward to the target.
+        start: first threshold, as a fraction of the way from the prompt's reward to the target.
         retries: segments rejected before the best of those seen is taken.
     """
 
@@ -46,29 +52,31 @@ class SegmentRule:
     retries: int = 20
 
 
-@dataclass
+@dataclass(eq=False)
 class Segment(Request):
-    """A row with one more segment, drawn with a seed of its own.
+    """A request with one more segment, drawn with a seed of its own.
 
-    ``begun`` tokens were there before it; ``ahead`` are the policy's logits behind it, where a pass has read its end.
+    Attributes:
+        start: tokens that were there before it.
+        next_logits: (V,) the policy's after it, where a pass has read its end.
     """
 
-    begun: int = 0
-    ahead: Tensor | None = None
+    start: int = 0
+    next_logits: Tensor | None = None
 
     @property
     def new(self) -> list[int]:
         """The segment's tokens."""
-        return self.token_ids[self.begun :]
+        return self.token_ids[self.start :]
 
     @property
     def open(self) -> bool:
-        """Whether the completion goes on behind it."""
+        """Whether the completion goes on after it."""
         return self.finish_reason == PAUSED
 
 
-class SegmentStopping(Stopping):
-    """Ends rows as ``Stopping`` does, and segments at their length, or before a token that the policy is unsure of."""
+class SegmentStopping(StoppingCriteria):
+    """Ends requests as ``StoppingCriteria`` does, and segments at their length, or where the policy is uncertain."""
 
     def __init__(
         self,
@@ -77,69 +85,70 @@ class SegmentStopping(Stopping):
         settings: DecodingSettings,
         *,
         length: int,
-        unsure: float | None = None,
+        max_entropy: float | None = None,
     ) -> None:
-        """As ``Stopping``.
+        """As ``StoppingCriteria``.
 
         Args:
             tokenizer: the policy's.
             eos_ids: tokens that end a completion.
             settings: of decoding.
             length: tokens of a segment, at most.
-            unsure: entropy in nats that ends a segment of at least ``settings.min_segment`` tokens.
+            max_entropy: entropy in nats that ends a segment of at least ``settings.min_segment`` tokens.
         """
         super().__init__(tokenizer, eos_ids, settings)
-        self.length, self.unsure, self.shortest = length, unsure, settings.min_segment
+        self.length, self.max_entropy, self.shortest = length, max_entropy, settings.min_segment
 
-    def staying(self, rows: Sequence[Request], logits: Tensor, whole: Tensor) -> Sequence[int]:
-        """Rows whose segment takes another token; others end here, and keep what the policy says behind them."""
-        if self.unsure is None:
-            return range(len(rows))
-        doubt = (entropy(whole) >= self.unsure).tolist()
-        for i, row in enumerate(rows):
-            assert isinstance(row, Segment), "segments are drawn"
-            if doubt[i] and len(row.new) >= self.shortest:
-                row.finish_reason, row.ahead = PAUSED, logits[i].clone()
-        return [i for i, row in enumerate(rows) if row.finish_reason is None]
+    def end_uncertain(self, requests: list[Request], logits: Tensor, log_probs: Tensor) -> list[Request]:
+        """End segments before a token that the policy is uncertain of; they keep its logits, a row of (B, V)."""
+        if self.max_entropy is None:
+            return []
+        uncertain = (entropy(log_probs) >= self.max_entropy).tolist()
+        for i, request in enumerate(requests):
+            assert isinstance(request, Segment), "segments are drawn"
+            if uncertain[i] and len(request.new) >= self.shortest:
+                request.finish_reason, request.next_logits = PAUSED, logits[i].clone()
+        return [request for request in requests if request.finish_reason is not None]
 
     def update(self, request: Request) -> None:
-        """End the row, or else its segment where it is full."""
+        """End the request, or else its segment where it is full."""
         super().update(request)
         assert isinstance(request, Segment), "segments are drawn"
         if request.finish_reason is None and len(request.new) >= self.length:
             request.finish_reason = PAUSED
 
 
-class Tracks(Alone):
-    """Rows that stop one by one without leaving the cache: a track that has stopped reads a token nobody looks at."""
+class MaskedRowsRunner(TorchPolicyRunner):
+    """A policy whose rows stop one by one without leaving the cache: stopped rows read a token that is not committed.
 
-    def __init__(self, policy: Runner, tracks: int) -> None:
-        super().__init__(policy)
-        self.read = [0] * tracks
-        self._living = torch.arange(tracks)
+    Attributes:
+        read: tokens that each row has committed.
+    """
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Only these tracks go on."""
-        self._living = self._living[rows.cpu()]
-        if len(self.token):
-            self.token = self.token[rows.to(self.token.device)]
+    def __init__(self, runner: Any, rows: int) -> None:
+        super().__init__(runner)
+        self.read = [0] * rows
+        self._active = list(range(rows))
 
-    def advance(self) -> Tensor:
-        """One token through every track; the logits of those that go on."""
-        living = self._living.tolist()
-        tokens = torch.zeros(len(self.read), 1, dtype=torch.long, device=self.token.device)
-        tokens[self._living] = self.token
-        states = self.policy.states(TokenTree.chain(tokens))[:, 0]
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
+        self._active = [self._active[row] for row in rows]
+
+    def step(self, tokens: Tensor) -> PolicyState:
+        """One token (A, 1) of each of the A rows that go on."""
+        every = torch.zeros(len(self.read), 1, dtype=torch.long, device=tokens.device)
+        every[self._active] = tokens
+        final = self.runner.read(TokenTree.chain(every)).final[:, 0]
         counts = [0] * len(self.read)
-        for track in living:
-            self.read[track] += 1
-            counts[track] = 1
-        self.policy.keep(torch.zeros(len(tokens), 1, dtype=torch.long), counts)
-        return self.policy.readout(self.policy.model, states[living])
+        for row in self._active:
+            self.read[row] += 1
+            counts[row] = 1
+        self.runner.commit(torch.zeros(len(every), 1, dtype=torch.long), counts)
+        return PolicyState(self.runner.head(final[self._active]), None)
 
 
 @dataclass
-class _Row:
+class _Growing:
     """A request, and the segments rejected since it last grew."""
 
     request: Request
@@ -151,143 +160,149 @@ class _Row:
 def decode_segments(
     requests: Sequence[Request],
     policy: Runner,
-    reader: SegmentReader,
+    states: States,
+    scores: SegmentScorer,
+    scorer_states: States | None,
     scorer: Scorer | CrossTokenizerScorer,
-    rule: TokenRule,
-    segments: SegmentRule,
+    params: SegmentParams,
     stopping: SegmentStopping,
-    parts: InParts | None = None,
+    chunked: ChunkedRewards | None = None,
 ) -> Iterator[list[Request]]:
-    """Complete all requests segment by segment; every row accepts, rejects and draws for itself.
+    """Complete all requests segment by segment; every request accepts, rejects and draws for itself.
 
     Args:
-        requests: the rows.
-        policy: the policy's runner.
-        reader: rewards of what is not ended yet, over a cache where there is one.
+        requests: the prompts.
+        policy: has read the prompts.
+        states: (B, H) the policy's at the prompts' last tokens.
+        scores: rewards of what has not ended yet, over a cache where there is one.
+        scorer_states: (B, H) of that cache at the prompts' last tokens.
         scorer: the same scorer, for the texts of ended completions.
-        rule: of the policy's tokens.
-        segments: how segments are chosen.
-        stopping: when segments and rows end.
-        parts: how ended completions of the only row are read, part by part, over the reader's cache; None reads all at
+        params: how segments are chosen.
+        stopping: when segments and completions end.
+        chunked: reads ended completions of the only request in chunks, over the cache of ``scores``; None reads all at
             once.
 
     Yields:
-        The rows still active, after each token of the segments, each part of what has ended, and each round; only a
+        The active requests, after each token of the segments, each chunk of what has ended, and each round; only a
         round adds to them.
     """
-    prompts = [request.prompt_ids for request in requests]
-    logits = policy.readout(policy.model, policy.prefill(prompts))
-    rows = [_Row(request, reward) for request, reward in zip(requests, reader.prefill(prompts).tolist(), strict=True)]
+    logits = policy.head(states.final)
+    rewards = scores.start(requests, scorer_states).tolist()
+    rows = [_Growing(request, reward) for request, reward in zip(requests, rewards, strict=True)]
     while rows:
-        # 1. propose: n segments behind each row, drawn as any text is
-        drawn, read = yield from _draw(rows, policy, segments.n, rule, stopping, logits)
+        # 1. propose: n segments after each completion, drawn as any text is
+        drawn, read = yield from _draw(rows, policy, params.n, stopping, logits)
         # 2. score
-        rewards = yield from _score(rows, drawn, reader, scorer, stopping, parts)
-        # 3. rule: a segment for each row, or none yet
-        choose = _best if segments.choice == "best" else _accepted
-        chosen = choose(rows, drawn, rewards, segments, stopping.limit)
+        values = yield from _score(rows, drawn, scores, scorer, stopping, chunked)
+        # 3. choose: a segment for each request, or none yet
+        choose = _best if params.choice == "best" else _accepted
+        chosen = choose(rows, drawn, values, params, stopping.limit)
         # 4. commit
         for row, segment in zip(rows, chosen, strict=True):
             if segment is not None:
                 row.request.accepted += len(segment.new)
         yield [row.request for row in rows]
-        kept = [segment.new if segment is not None and segment.open else [] for segment in chosen]
-        reader.keep(kept)
-        logits = _settle(policy, drawn, read, chosen, logits, segments.n)
+        scores.append([segment.new if segment is not None and segment.open else [] for segment in chosen])
+        logits = _commit_to_policy(policy, drawn, read, chosen, logits, params.n)
         going = [i for i, row in enumerate(rows) if row.request.finish_reason is None]
         if len(going) < len(rows):
-            index = torch.tensor(going, dtype=torch.long)
             rows = [rows[i] for i in going]
             if rows:
-                policy.select_rows(index)
-                reader.select_rows(index)
-                logits = logits[index.to(logits.device)]
+                policy.select_rows(going)
+                scores.select_rows(going)
+                logits = logits[going]
 
 
 def _draw(
-    rows: Sequence[_Row], policy: Runner, n: int, rule: TokenRule, stopping: SegmentStopping, logits: Tensor
+    rows: Sequence[_Growing], policy: Runner, n: int, stopping: SegmentStopping, logits: Tensor
 ) -> Generator[list[Request], None, tuple[list[Segment], list[int]]]:
-    """N segments of each row, side by side, and how many tokens of each lie in the policy's cache now."""
-    drawn = [_branch(row.request, len(row.tried) + j) for row in rows for j in range(n)]
+    """N segments of each request, side by side, and how many tokens of each lie in the policy's cache now."""
+    drawn = [_branch(row.request, len(row.tried) + j, stopping) for row in rows for j in range(n)]
     branches = policy if n == 1 else fork(policy, n)
-    tracks = Tracks(branches, len(drawn))
-    starts = logits.repeat_interleave(n, 0)
-    for _ in decode(drawn, tracks, rule, stopping, starts):
-        yield [row.request for row in rows]
-    if isinstance(branches, SharedPromptRunner):
+    runner = MaskedRowsRunner(branches, len(drawn))
+    batch = Batch(ends_early=stopping.end_uncertain if stopping.max_entropy is not None else None)
+    batch.add(drawn, Prefilled(runner, PolicyState(logits.repeat_interleave(n, 0), None)))
+    yield from draw_all(batch, [row.request for row in rows])
+    if isinstance(branches, SharedPrefixRunner):
         branches.drop_branches()
     for i, row in enumerate(rows):
         mine = drawn[i * n : i * n + n]
         row.request.policy_calls += sum(segment.policy_calls for segment in mine)
         row.request.scorer_calls += n
         row.request.drafted += sum(len(segment.new) for segment in mine)
-    return drawn, tracks.read
+    return drawn, runner.read
 
 
-def _branch(request: Request, j: int) -> Segment:
-    """A row's j-th next segment, with a generator and records of its own."""
+def _branch(request: Request, j: int, stopping: SegmentStopping) -> Segment:
+    """A request's j-th next segment, with a generator and records of its own."""
     copied = {f.name: getattr(request, f.name) for f in fields(Request) if f.init}
-    begun = len(request.token_ids)
+    start = len(request.token_ids)
     copied |= {"token_ids": list(request.token_ids), "trace": list(request.trace), "policy_calls": 0}
-    return Segment(**copied | {"seed": derive_seed(request.seed, begun, j)}, begun=begun)
+    copied |= {"stopping": stopping, "scorers": (), "betas": (), "seed": derive_seed(request.seed, start, j)}
+    return Segment(**copied, start=start)
 
 
 def _score(
-    rows: Sequence[_Row],
+    rows: Sequence[_Growing],
     drawn: Sequence[Segment],
-    reader: SegmentReader,
+    scores: SegmentScorer,
     scorer: Scorer | CrossTokenizerScorer,
-    stopping: Stopping,
-    parts: InParts | None,
+    stopping: StoppingCriteria,
+    chunked: ChunkedRewards | None,
 ) -> Generator[list[Request], None, list[list[float]]]:
     """Reward of every segment: of the text so far, or of the completion that it ends."""
     n = len(drawn) // len(rows)
     lines = [[segment.new for segment in drawn[i : i + n]] for i in range(0, len(drawn), n)]
     rewards = torch.zeros(len(lines), n)
     if any(segment.open for segment in drawn):
-        rewards = reader.score(lines)
+        rewards = scores.score(lines)
     ended = [i for i, segment in enumerate(drawn) if not segment.open]
     if ended:
-        active = [row.request for row in rows]
-        values = yield from read_ended(scorer, [drawn[i] for i in ended], stopping, active, parts)
+        texts = [drawn[i] for i in ended]
+        if chunked is not None:
+            for _ in chunked.read(rows[0].request, texts, stopping):
+                yield [row.request for row in rows]
+            values = chunked.rewards
+        else:
+            values = rewards_of(scorer, texts, stopping)
         rewards.view(-1)[ended] = torch.tensor(values, dtype=rewards.dtype)
     require_finite_rewards(rewards[~rewards.isneginf()].tolist())  # −∞: too long for the scorer's context
     return rewards.tolist()
 
 
 def _best(
-    rows: Sequence[_Row], drawn: Sequence[Segment], rewards: list[list[float]], rule: SegmentRule, limit: int
+    rows: Sequence[_Growing], drawn: Sequence[Segment], rewards: list[list[float]], params: SegmentParams, limit: int
 ) -> list[Segment | None]:
-    """Of each row's n segments the one of highest reward, the first of equals up to rounding."""
+    """Of each request's n segments the one of highest reward, the first of equals up to rounding."""
     chosen: list[Segment | None] = []
     for i, row in enumerate(rows):
         j = _highest(rewards[i])
-        chosen.append(_commit(row, drawn[i * rule.n + j], rewards[i][j], best_of_n_kl(rule.n)))
+        chosen.append(_commit(row, drawn[i * params.n + j], rewards[i][j], best_of_n_kl(params.n)))
     return chosen
 
 
 def _accepted(
-    rows: Sequence[_Row], drawn: Sequence[Segment], rewards: list[list[float]], rule: SegmentRule, limit: int
+    rows: Sequence[_Growing], drawn: Sequence[Segment], rewards: list[list[float]], params: SegmentParams, limit: int
 ) -> list[Segment | None]:
-    """Each row's segment if it is accepted, the best of all tried when the retries are used up, else None."""
+    """Each request's segment if it is accepted, the best of all tried when the retries are used up, else None."""
     read = torch.tensor([mine[0] for mine in rewards], dtype=torch.float64)
     shares = torch.tensor([len(segment.token_ids) / limit for segment in drawn], dtype=torch.float64)
     prompts = torch.tensor([row.prompt_reward for row in rows], dtype=torch.float64)
-    thresholds = segment_threshold(prompts, rule.target, rule.start, shares)
+    thresholds = segment_threshold(prompts, params.target, params.start, shares)
     uniforms = torch.tensor([row.request.uniform() for row in rows], dtype=torch.float64)
-    taken = accept_segment(read, thresholds, rule.beta, uniforms).tolist()
+    taken = accept_segment(read, thresholds, params.beta, uniforms).tolist()
     chosen: list[Segment | None] = []
     for i, row in enumerate(rows):
         row.tried.append((float(read[i]), drawn[i]))
         tries = len(row.tried)
-        if rewards[i][0] == -math.inf:  # no segment behind this prefix will be read either: the policy's is taken
+        if rewards[i][0] == -math.inf:  # no longer text will be read either: the policy's own segment is taken
             chosen.append(_commit(row, drawn[i], -math.inf, 0.0))
         elif taken[i]:
             # unbiased for the KL of sampling until accepted: log a + H_{tries − 1} (E of the sum is −log of the rate)
-            log_accept = min(0.0, rule.beta * float(read[i] - thresholds[i]))
+            log_accept = min(0.0, params.beta * float(read[i] - thresholds[i]))
             nats = log_accept + sum(1 / t for t in range(1, tries))
             chosen.append(_commit(row, drawn[i], float(read[i]), nats))
-        elif tries > rule.retries:
+        elif tries > params.retries:
             reward, best = row.tried[_highest([reward for reward, _ in row.tried])]
             chosen.append(_commit(row, best, reward, best_of_n_kl(tries)))
         else:
@@ -302,8 +317,8 @@ def _highest(rewards: Sequence[float]) -> int:
     return next(j for j, found in enumerate(alike) if found)
 
 
-def _commit(row: _Row, segment: Segment, reward: float, nats: float) -> Segment:
-    """Write a segment into its row."""
+def _commit(row: _Growing, segment: Segment, reward: float, nats: float) -> Segment:
+    """Write a segment into its request."""
     row.request.unscored += len(segment.new) if reward == -math.inf else 0
     adopt(row.request, segment, reward)
     row.request.selection_nats += nats
@@ -313,7 +328,7 @@ def _commit(row: _Row, segment: Segment, reward: float, nats: float) -> Segment:
     return segment
 
 
-def _settle(
+def _commit_to_policy(
     policy: Runner,
     drawn: Sequence[Segment],
     read: Sequence[int],
@@ -321,21 +336,21 @@ def _settle(
     logits: Tensor,
     n: int,
 ) -> Tensor:
-    """Leave in the policy's cache what was chosen and nothing else; its logits (B, V) behind that."""
-    behind = [segment is not None and segment.open for segment in chosen]
+    """Leave in the policy's cache what was chosen and nothing else; its logits (B, V) after that."""
+    open_ = [segment is not None and segment.open for segment in chosen]
     if n > 1:  # branches are gone already: the chosen ones are read in one pass
-        unread = [s.new if s is not None and b else [] for s, b in zip(chosen, behind, strict=True)]
-        return _logits(read_ragged(policy, unread, logits))
-    unread, forget, before = [], [], list(logits)
+        unread = [s.new if s is not None and b else [] for s, b in zip(chosen, open_, strict=True)]
+        return _logits(append_ragged(policy, unread, logits))
+    unread, dropped, before = [], [], list(logits)
     for i, segment in enumerate(chosen):
-        here = segment is drawn[i] and behind[i]
-        forget.append(0 if here else read[i])
-        unread.append(drawn[i].new[read[i] :] if here else segment.new if segment is not None and behind[i] else [])
-        ahead = drawn[i].ahead
+        here = segment is drawn[i] and open_[i]
+        dropped.append(0 if here else read[i])
+        unread.append(drawn[i].new[read[i] :] if here else segment.new if segment is not None and open_[i] else [])
+        ahead = drawn[i].next_logits
         if here and ahead is not None:
             before[i] = ahead
-    policy.forget(forget)
-    return _logits(read_ragged(policy, unread, torch.stack(before)))
+    policy.rollback(dropped)
+    return _logits(append_ragged(policy, unread, torch.stack(before)))
 
 
 def _logits(read: Tensor | None) -> Tensor:

@@ -1,144 +1,111 @@
-"""Run a causal model over its cached prefix: read a prompt, read a tree, keep one path."""
+"""Run a causal model over its cached prefix: read a prompt, read a token tree, commit one path of it."""
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from itertools import zip_longest
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
-from rgtg.models.ops.lm_head import trunk
+from rgtg.models.ops.lm_head import output_head, trunk
 from rgtg.tokenization.padding import pad_right
 
-# readout(model, states (…, H)) → one vector or scalar per state
-Readout = Callable[[Any, Tensor], Tensor]
+# head(model, states (…, H)) → logits (…, V) or scores (…)
+OutputHead = Callable[[Any, Tensor], Tensor]
 
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-# Wider trees (prompts) are read once: their mask is not kept for the next pass.
-_KEPT_PATTERN = 1024
-
-
-class Runner(Protocol):
-    """What decoding needs of a model: each row's prefix is read once, then trees over it.
-
-    ``seen`` holds the states of the observed layer at what was read last (None where no layer is observed).
-    """
-
-    model: Any
-    readout: Readout
-    seen: Tensor | None
-
-    @property
-    def calls(self) -> int:
-        """Passes of the model so far, the prompts' included."""
-        ...
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the final states at each one's last token, (B, H)."""
-        ...
-
-    def states(self, tree: TokenTree) -> Tensor:
-        """Final states at every node, (B, N, H); nothing is kept."""
-        ...
-
-    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
-        ...
-
-    def forget(self, counts: Sequence[int]) -> None:
-        """Forget the last ``counts[b]`` kept tokens of row b."""
-        ...
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Rows that it holds."""
-        ...
-
-    def start(self, rows: int) -> None:
-        """Begin anew with so many empty rows."""
-        ...
-
-    def join(self, other: Any) -> None:
-        """Append the rows of another runner of the same model and kind."""
-        ...
-
-
-def read(runner: Runner, tree: TokenTree) -> Tensor:
-    """The runner's readout at every node, (B, N, …)."""
-    return runner.readout(runner.model, runner.states(tree))
-
-
-def read_next(runner: Runner, tokens: Tensor) -> Tensor:
-    """Read one token per row, ``tokens`` (B, 1), and keep it; return the final states at it, (B, H)."""
-    states = runner.states(TokenTree.chain(tokens))[:, 0]
-    runner.keep(torch.zeros(len(states), 1, dtype=torch.long))
-    return states
+# Masks of wider trees (prompts) are used once and not cached.
+_MAX_CACHED_WIDTH = 1024
 
 
 class TreeRunner:
-    """Reads trees over one preallocated cache; the prefix is stored once whatever the number of nodes.
+    """Reads token trees over one preallocated cache; the prefix is stored once, whatever the number of nodes.
 
-    Row b's prefix lies in the first ``cache.lengths[b]`` columns, and the nodes behind it.
+    Row b's prefix lies in the first ``cache.lengths[b]`` columns, and the nodes of the last pass after it. The cache
+    grows when a pass needs more columns.
+
+    Attributes:
+        model: a causal model.
+        head: final states (…, H) → logits (…, V) or scores (…).
+        layer: whose states are read beside the final ones; None reads no others.
+        cache: keys and values of all rows.
+        calls: forward passes so far, those of the prompts included.
     """
 
-    def __init__(self, model: Any, readout: Readout, capacity: int, *, layer: int | None = None) -> None:
-        text = model.config.get_text_config()
-        self.model, self.readout = model, readout
-        self.trunk = trunk(model)
-        self.device = model.device
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.cache = TreeCache(text.num_hidden_layers, capacity, spread=has_device_map(model))
-        self.windows = mask_windows(model.config)
-        self.layer = layer
-        self.grows = False  # whether a pass that needs more columns makes room for them
-        self.read_ahead: tuple[list[list[int]], Tensor] | None = None  # prompts that `prefill` finds read, and states
-        self.seen: Tensor | None = None
-        self.calls = 0
-        self._patterns: dict[tuple[int, ...], Tensor] = {}
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the final states at each one's last token, (B, H)."""
-        ahead, self.read_ahead = self.read_ahead, None
-        if ahead is not None and ahead[0] == [list(p) for p in prompts]:
-            return ahead[1]
-        lengths = [len(p) for p in prompts]
-        ids, _ = pad_right(prompts, 0, self.device)  # what lies beyond a prompt is overwritten by its first nodes
-        self.cache.start(len(prompts))
-        states = self.states(TokenTree.chain(ids))
-        self.cache.keep_first(lengths)
-        rows, last = torch.arange(len(prompts)), torch.tensor(lengths) - 1
-        if self.seen is not None:
-            self.seen = self.seen[rows, last][:, None]
-        return states[rows, last]
-
-    def states(self, tree: TokenTree) -> Tensor:
-        """Final states at every node, (B, N, H); nothing is kept."""
-        positions = torch.tensor(self.cache.lengths)[:, None] + tree.depths  # (B, N): behind the prefix, by depth
-        return self.forward(tree.tokens, positions, lambda window: self._mask(tree, window))
-
-    def forward(self, ids: Tensor, positions: Tensor, mask: Callable[[int | None], Tensor]) -> Tensor:
-        """Final states (B, N, H) of nodes written behind the prefixes.
+    def __init__(self, model: Any, head: OutputHead, capacity: int = 0, *, layer: int | None = None) -> None:
+        """Set up, without rows.
 
         Args:
-            ids: (B, N).
+            model: a causal model.
+            head: ``policy_logits`` or ``scorer_scores``.
+            capacity: columns that the cache has room for at first.
+            layer: whose states are read too, if any.
+        """
+        self.model, self.head, self.layer = model, output_head(model, head), layer
+        self.trunk, self.windows = trunk(model), mask_windows(model.config)
+        self.device, self.dtype = model.device, model.dtype
+        self.cache = TreeCache(model.config.get_text_config().num_hidden_layers, capacity, spread=has_device_map(model))
+        self.calls = 0
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def fresh(self, capacity: int) -> "TreeRunner":
+        """A runner of the same model without rows, with room for ``capacity`` columns."""
+        other = copy.copy(self)
+        other.cache = TreeCache(len(self.cache.layers), capacity, spread=self.cache.spread)
+        other.calls, other._masks = 0, {}
+        return other
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.cache.lengths)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
+        """Start with these prompts as rows; states (B, H) at the last token of each."""
+        # columns after a shorter prompt are overwritten by its first nodes
+        ids = torch.tensor(list(zip_longest(*prompts, fillvalue=0)), device=self.device).T
+        self.cache.reset(len(prompts))
+        final, hooked = self.read(TokenTree.chain(ids))
+        lengths = list(map(len, prompts))
+        self.cache.commit_first(lengths)
+        rows, last = torch.arange(len(prompts)), torch.tensor(lengths) - 1
+        return States(final[rows, last], None if hooked is None else hooked[rows, last])
+
+    def read(self, tree: TokenTree) -> States:
+        """States (B, N, H) at every node of a tree after the prefixes; nothing is committed."""
+        positions = torch.tensor(self.cache.lengths)[:, None] + tree_depths(
+            tree.parents
+        )  # (B, N): after the prefix, by depth
+        masks = {}
+        for kind, window in self.windows.items():
+            masks[kind] = self._tree_mask(tree, window)
+        return self.forward(tree.tokens, positions, masks)
+
+    def forward(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> States:
+        """States (B, N, H) of nodes that are written after the prefixes.
+
+        Args:
+            ids: (B, N) tokens.
             positions: (B, N).
-            mask: for a sliding window (or None), the columns that each node sees: booleans (B, N, columns), or an
-                additive mask (B, 1, N, columns) that is ready.
+            masks: for each kind of attention layer (`windows`), which columns a node attends to: booleans
+                (B, N, longest prefix + N), or an additive mask (B, 1, N, longest prefix + N).
         """
         self.calls += 1
-        if self.grows:
+        if self.cache.longest + ids.shape[1] > self.cache.capacity:
             self.reserve(self.cache.longest + ids.shape[1])
-        masks = {kind: self._ready(mask(window)) for kind, window in self.windows.items()}
+        for kind, mask in masks.items():
+            if mask.dtype == torch.bool:
+                additive = torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+                masks[kind] = additive[:, None].to(self.device)
         inputs = {
             "input_ids": ids.to(self.device),
             "position_ids": positions.to(self.device, non_blocking=True),
@@ -147,79 +114,73 @@ class TreeRunner:
             "use_cache": True,
         }
         if self.layer is None:
-            return self.trunk(**inputs).last_hidden_state  # type: ignore[no-any-return]
-        with capture_hidden_states(self.model, [self.layer]) as seen:
+            return States(self.trunk(**inputs).last_hidden_state, None)
+        with capture_hidden_states(self.model, [self.layer]) as captured:
             final: Tensor = self.trunk(**inputs).last_hidden_state
-        self.seen = seen[self.layer]
-        return final
+        return States(final, captured[self.layer])
 
     def reserve(self, columns: int) -> None:
-        """Make room for prefixes and nodes of so many tokens together."""
+        """Make room for so many columns."""
         if columns > self.cache.capacity:
             self.cache.grow(columns)
-            self._patterns.clear()  # they are as wide as the cache
+            self._masks.clear()  # they are as wide as the cache
 
-    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
-        self.cache.keep_path(nodes, counts)
+    def commit(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Commit the path ``nodes[b, :counts[b]]`` (B, D) of the tree that was read last, from the prefix down."""
+        self.cache.commit_path(nodes, counts)
 
-    def forget(self, counts: Sequence[int]) -> None:
-        """Forget the last ``counts[b]`` kept tokens of row b."""
-        self.cache.forget(counts)
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop the last ``counts[b]`` committed tokens of row b."""
+        self.cache.rollback(counts)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
         self.cache.select_rows(rows)
-        if self.seen is not None:
-            self.seen = self.seen[rows.to(self.seen.device)]
 
-    @property
-    def batch(self) -> int:
-        """Rows that it holds."""
-        return len(self.cache.lengths)
+    def copy_rows(self, rows: Sequence[int]) -> "TreeRunner":
+        """A runner of its own with copies of some rows."""
+        copied = self.fresh(0)
+        copied.cache = self.cache.copy_rows(rows)
+        return copied
 
-    def start(self, rows: int) -> None:
-        """Begin anew with so many empty rows."""
-        self.cache.start(rows)
+    def reset(self, rows: int) -> None:
+        """Start again with so many empty rows."""
+        self.cache.reset(rows)
 
-    def join(self, other: "TreeRunner") -> None:
-        """Append the rows of another runner of the same model."""
-        self.seen = join_seen(self.seen if self.cache.lengths else None, other.seen)
+    def add(self, other: "TreeRunner") -> None:
+        """Append copies of the rows of another runner of the same model."""
         self.reserve(other.cache.longest)
-        self.cache.join(other.cache)
+        self.cache.add(other.cache)
 
-    def _mask(self, tree: TokenTree, window: int | None) -> Tensor:
-        start, rows = self.cache.uniform, len(self.cache.lengths)
-        if start is not None and window is None and tree.width <= _KEPT_PATTERN:
-            pattern = self._pattern(tree)  # (N, capacity + N): the last start + N columns are this pass's mask
-            return pattern[:, self.cache.capacity - start :].expand(rows, 1, -1, -1)
-        return sees(tree, self.cache.lengths, window)
-
-    def _ready(self, mask: Tensor) -> Tensor:
-        return mask if mask.is_floating_point() else self._additive(mask)[:, None].to(self.device)
-
-    def _pattern(self, tree: TokenTree) -> Tensor:
-        """Nothing hidden of the prefix, then the tree's ancestry: built once for every tree of that shape."""
-        if tree.parents not in self._patterns:
-            prefix = torch.ones(tree.width, self.cache.capacity, dtype=torch.bool)
-            self._patterns[tree.parents] = self._additive(torch.cat([prefix, tree.ancestry], 1)).to(self.device)
-        return self._patterns[tree.parents]
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        return torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+    def _tree_mask(self, tree: TokenTree, window: int | None) -> Tensor:
+        """Which columns each node attends to: additive (B, 1, N, columns), or booleans (B, N, columns)."""
+        start, nodes = self.cache.uniform, len(tree.parents)
+        if start is None or window is not None or nodes > _MAX_CACHED_WIDTH:
+            return visible_columns(tree, self.cache.lengths, window)
+        if start + nodes > self.cache.capacity:
+            self.reserve(start + nodes)
+        if tree.parents not in self._masks:
+            # the whole prefix, then the tree's ancestors; the last start + N columns are the mask of a pass
+            mask = torch.zeros(nodes, self.cache.capacity + nodes, dtype=self.dtype)
+            mask[:, self.cache.capacity :].masked_fill_(~tree_ancestry(tree.parents), torch.finfo(self.dtype).min)
+            self._masks[tree.parents] = mask.to(self.device)
+        mask = self._masks[tree.parents]
+        return mask[:, self.cache.capacity - start :].expand(len(self.cache.lengths), 1, -1, -1)
 
 
-def sees(tree: TokenTree, lengths: Sequence[int], window: int | None) -> Tensor:
+def visible_columns(tree: TokenTree, lengths: Sequence[int], window: int | None) -> Tensor:
     """Which columns each node attends to, (B, N, longest prefix + N): its own prefix, its ancestors, itself.
 
     Args:
-        tree: read behind the prefixes.
-        lengths: tokens of each row's prefix.
-        window: of sliding attention, in tokens; None sees everything.
+        tree: read after the prefixes.
+        lengths: number of prefix tokens of each row.
+        window: of sliding attention, in tokens; None attends to everything.
     """
     nodes, width = tree.width, max(lengths) + tree.width
-    behind = torch.arange(width) - torch.tensor(lengths)[:, None]  # (B, columns): < 0 prefix, then the nodes
-    node = behind.clamp(0, nodes)  # those after the last node see nobody
+    behind = (
+        torch.arange(width) - torch.tensor(lengths)[:, None]
+    )  # (B, columns): negative in the prefix, then the nodes
+    node = behind.clamp(0, nodes)  # columns after the last node are hidden
     ancestry = torch.nn.functional.pad(tree.ancestry, (0, 1))
     visible = (behind < 0)[:, None] | ancestry[:, node].transpose(0, 1)
     if window is not None:
@@ -229,117 +190,131 @@ def sees(tree: TokenTree, lengths: Sequence[int], window: int | None) -> Tensor:
 
 
 class RecomputeRunner:
-    """The fallback for models that cannot read a tree: every node's whole text is a row of its own.
+    """The fallback for models that cannot read a token tree: every node's whole text is a row of its own.
 
     Exact for any causal model (linear attention, attention biases built from 2-D masks) and slow: the prefix is read
     again for each node of each step.
     """
 
-    def __init__(self, model: Any, readout: Readout, capacity: int, *, layer: int | None = None) -> None:
-        self.model, self.readout, self.layer = model, readout, layer
-        self.rows: list[list[int]] = []
+    def __init__(self, model: Any, head: OutputHead, capacity: int = 0, *, layer: int | None = None) -> None:
+        """As ``TreeRunner``; there is no cache to have a ``capacity``."""
+        self.model, self.head, self.layer = model, output_head(model, head), layer
+        self.texts: list[list[int]] = []
         self.tree: TokenTree | None = None
-        self.seen: Tensor | None = None
         self.calls = 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the final states at each one's last token, (B, H)."""
-        self.rows = [list(prompt) for prompt in prompts]
-        states = self._read_last(self.rows)
-        if self.seen is not None:
-            self.seen = self.seen[:, None]
-        return states
+    def fresh(self, capacity: int) -> "RecomputeRunner":
+        """A runner of the same model without rows."""
+        other = copy.copy(self)
+        other.texts, other.tree, other.calls = [], None, 0
+        return other
 
-    def states(self, tree: TokenTree) -> Tensor:
-        """Final states at every node, (B, N, H); nothing is kept."""
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
+        """Start with these prompts as rows; states (B, H) at the last token of each."""
+        self.texts = [list(prompt) for prompt in prompts]
+        return self._read_last(self.texts)
+
+    def read(self, tree: TokenTree) -> States:
+        """States (B, N, H) at every node of a tree after the prefixes; nothing is committed."""
         self.tree = tree
         tokens = tree.tokens.tolist()
         paths = [tree.path(node) for node in range(tree.width)]
-        nodes = zip(self.rows, tokens, strict=True)
-        texts = [[*row, *(mine[j] for j in path)] for row, mine in nodes for path in paths]
-        states = self._read_last(texts)
-        if self.seen is not None:
-            self.seen = self.seen.reshape(len(self.rows), tree.width, -1)
-        return states.reshape(len(self.rows), tree.width, -1)
+        nodes = zip(self.texts, tokens, strict=True)
+        whole = [[*text, *(mine[j] for j in path)] for text, mine in nodes for path in paths]
+        final, hooked = self._read_last(whole)
+        shape = (len(self.texts), tree.width, -1)
+        return States(final.reshape(shape), None if hooked is None else hooked.reshape(shape))
 
-    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Keep the path ``nodes[b, :counts[b]]`` of the tree that was read last, from the prefix down; (B, D)."""
-        assert self.tree is not None, "keep() follows states()"
-        kept = counts if counts is not None else [nodes.shape[1]] * len(self.rows)
-        for row, tokens, path, n in zip(self.rows, self.tree.tokens.tolist(), nodes.tolist(), kept, strict=True):
-            row.extend(tokens[node] for node in path[:n])
+    def commit(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Commit the path ``nodes[b, :counts[b]]`` (B, D) of the tree that was read last, from the prefix down."""
+        assert self.tree is not None, "commit() follows read()"
+        kept = counts if counts is not None else [nodes.shape[1]] * len(self.texts)
+        for text, tokens, path, n in zip(self.texts, self.tree.tokens.tolist(), nodes.tolist(), kept, strict=True):
+            text.extend(tokens[node] for node in path[:n])
 
-    def forget(self, counts: Sequence[int]) -> None:
-        """Forget the last ``counts[b]`` kept tokens of row b."""
-        for row, n in zip(self.rows, counts, strict=True):
-            del row[len(row) - n :]
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop the last ``counts[b]`` committed tokens of row b."""
+        for text, n in zip(self.texts, counts, strict=True):
+            del text[len(text) - n :]
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        self.rows = [list(self.rows[i]) for i in rows.tolist()]
-        if self.seen is not None:
-            self.seen = self.seen[rows.to(self.seen.device)]
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        self.texts = [list(self.texts[i]) for i in rows]
 
-    @property
-    def batch(self) -> int:
-        """Rows that it holds."""
-        return len(self.rows)
+    def copy_rows(self, rows: Sequence[int]) -> "RecomputeRunner":
+        """A runner of its own with copies of some rows."""
+        copied = self.fresh(0)
+        copied.texts = [list(self.texts[i]) for i in rows]
+        return copied
 
-    def start(self, rows: int) -> None:
-        """Begin anew with so many empty rows."""
-        self.rows = [[] for _ in range(rows)]
+    def reset(self, rows: int) -> None:
+        """Start again with so many empty rows."""
+        self.texts = [[] for _ in range(rows)]
 
-    def join(self, other: "RecomputeRunner") -> None:
-        """Append the rows of another runner of the same model."""
-        self.seen = join_seen(self.seen if self.rows else None, other.seen)
-        self.rows += [list(row) for row in other.rows]
+    def add(self, other: "RecomputeRunner") -> None:
+        """Append copies of the rows of another runner of the same model."""
+        self.texts += [list(text) for text in other.texts]
 
-    def _read_last(self, texts: list[list[int]]) -> Tensor:
+    def _read_last(self, texts: list[list[int]]) -> States:
+        """States (R, H) at the last token of each of R texts."""
         self.calls += 1
         ids, mask = pad_right(texts, 0, self.model.device)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         rows = torch.arange(len(texts))
         last = torch.tensor([len(text) - 1 for text in texts])
         if self.layer is None:
-            return trunk(self.model)(**inputs).last_hidden_state[rows, last]  # type: ignore[no-any-return]
-        with capture_hidden_states(self.model, [self.layer]) as seen:
-            states: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
-        self.seen = seen[self.layer][rows, last]
-        return states
+            return States(trunk(self.model)(**inputs).last_hidden_state[rows, last], None)
+        with capture_hidden_states(self.model, [self.layer]) as captured:
+            final: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
+        return States(final, captured[self.layer][rows, last])
 
 
-def join_seen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-    """States of the observed layer at what two runners' rows read last, (B, 1, H)."""
-    if mine is None or theirs is None:
-        return theirs if mine is None else mine
-    return torch.cat([mine[:, -1:], theirs[:, -1:]])
+Runner = TreeRunner | RecomputeRunner
+
+
+def outputs(runner: Runner, tree: TokenTree) -> Tensor:
+    """The runner's logits (B, N, V) or scores (B, N) at every node; nothing is committed."""
+    return runner.head(runner.read(tree).final)
+
+
+def append_tokens(runner: Runner, tokens: Tensor) -> States:
+    """Read tokens (B, n), one after the other, and commit them; states (B, H) at the last ones."""
+    final, hooked = runner.read(TokenTree.chain(tokens))
+    n = tokens.shape[1]
+    runner.commit(torch.zeros(len(tokens), 1, dtype=torch.long) if n == 1 else torch.arange(n).expand(len(tokens), -1))
+    return States(final[:, -1], None if hooked is None else hooked[:, -1])
 
 
 def make_runner(
-    model: Any, readout: Readout, capacity: int, *, tree: bool | None = None, layer: int | None = None
+    model: Any, head: OutputHead, capacity: int, *, tree: bool | None = None, layer: int | None = None
 ) -> Runner:
     """The fast runner where the model can take it, else the fallback, with a warning.
 
     Args:
         model: a causal model.
-        readout: ``policy_logits`` or ``scorer_scores``.
-        capacity: longest prefix plus widest tree, in tokens.
+        head: ``policy_logits`` or ``scorer_scores``.
+        capacity: columns to make room for: the longest prefix plus the widest tree, in tokens.
         tree: force one or the other; None asks ``supports_token_tree``.
-        layer: whose states are observed (0 embeddings … the number of layers), if any.
+        layer: whose states are read too (0 embeddings … the number of layers), if any.
     """
     if tree is None:
-        tree = supports_token_tree(model, readout)
+        tree = supports_token_tree(model, head)
         if not tree:
             warnings.warn(
                 f"{type(model).__name__} cannot read a token tree (its attention takes no 4-D mask): every candidate's "
                 "whole text is read again at each step, which is slow but exact",
                 stacklevel=2,
             )
-    return (TreeRunner if tree else RecomputeRunner)(model, readout, capacity, layer=layer)
+    return (TreeRunner if tree else RecomputeRunner)(model, head, capacity, layer=layer)
 
 
 def mask_windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers, each with its sliding window in tokens (None sees everything)."""
+    """Kinds of attention layers, each with its sliding window in tokens (None attends to everything)."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None)
@@ -348,14 +323,14 @@ def mask_windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-_verdicts: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+_supported: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
-def supports_token_tree(model: Any, readout: Readout) -> bool:
-    """Whether a model reads a tree exactly: known layer kinds, and a small trial that agrees with plain passes."""
-    if model not in _verdicts:
-        _verdicts[model] = _has_known_layers(model) and _trial_agrees(model, readout)
-    return _verdicts[model]
+def supports_token_tree(model: Any, head: OutputHead) -> bool:
+    """Whether a model reads a tree exactly: known kinds of layers, and a probe that agrees with plain passes."""
+    if model not in _supported:
+        _supported[model] = _has_known_layers(model) and _probe_agrees(model, head)
+    return _supported[model]
 
 
 def _has_known_layers(model: Any) -> bool:
@@ -374,25 +349,25 @@ def _has_known_layers(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def _trial_agrees(model: Any, readout: Readout) -> bool:
-    """Compare a small ragged tree with whole texts; a model that ignores or misreads the mask shows it here."""
+def _probe_agrees(model: Any, head: OutputHead) -> bool:
+    """Compare a small ragged tree with whole texts: a model that ignores or misreads the mask differs."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + 3) % vocabulary for i in range(9)]
     prompts, leaves = [ids[:5], ids[3:6]], torch.tensor([ids[6:9], ids[5:8]])
     try:
-        fast = TreeRunner(model, readout, capacity=16)
-        slow = RecomputeRunner(model, readout, capacity=16)
+        fast = TreeRunner(model, head, capacity=16)
+        slow = RecomputeRunner(model, head, capacity=16)
         for runner in (fast, slow):
             runner.prefill(prompts)
-        outputs = []
+        found = []
         for runner in (fast, slow):
-            runner.states(TokenTree.leaves(leaves.to(model.device)))
-            runner.keep(torch.tensor([[2], [1]], device=model.device))
-            outputs.append(read(runner, TokenTree.leaves(leaves.to(model.device))).float())
+            runner.read(TokenTree.leaves(leaves.to(model.device)))
+            runner.commit(torch.tensor([[2], [1]], device=model.device))
+            found.append(outputs(runner, TokenTree.leaves(leaves.to(model.device))).float())
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
-    if not bool(outputs[1].isfinite().all()):
+    if not bool(found[1].isfinite().all()):
         return True  # a broken model is no reason to read it slowly; decoding refuses what is not finite
     tolerance = 1e-3 if fast.dtype == torch.float32 else 0.1
-    scale = outputs[1].abs().max().clamp(min=1e-3)
-    return bool((outputs[0] - outputs[1]).abs().max() <= tolerance * scale)
+    scale = found[1].abs().max().clamp(min=1e-3)
+    return bool((found[0] - found[1]).abs().max() <= tolerance * scale)

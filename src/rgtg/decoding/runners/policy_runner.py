@@ -1,299 +1,119 @@
-"""How policy and scorer take one step of the loop: apart, at once, or in one pass over shared weights.
+"""The policy in torch: what the loop needs of it, for a plain model and for one with a LoRA scorer in the same pass."""
 
-Every stepper answers the same calls in the same order, ``prefill``, then per token ``score`` and ``keep`` (or ``skip``,
-where nothing was scored), (``select_rows``,) ``advance``; the loop knows no more of models than this.
-"""
-
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runners.model_runner import Runner, read_next
-from rgtg.decoding.runners.scorer_runner import MAX_WIDTH, Reader, head_at_prefix
+from rgtg.decoding.runners.base import PolicyState, States
+from rgtg.decoding.runners.model_runner import append_tokens
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
+
+# Widest tree read in one pass; more candidates are read in several, so that memory stays bounded.
+MAX_WIDTH = 128
 
 
-class Stepper(Protocol):
-    """What the loop needs of policy and scorer together; all rows advance by one token at a time."""
+class TorchPolicyRunner:
+    """The policy over the cache of a model runner.
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; return the policy's next-token logits (B, V)."""
-        ...
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """Scores (B, K) of the candidates, fp32, on their device; None without a scorer."""
-        ...
-
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Commit candidate ``choice[b]`` of row b, after ``score``."""
-        ...
-
-    def skip(self, tokens: Tensor) -> None:
-        """Commit tokens (B, 1) without having scored them or any other."""
-        ...
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        ...
-
-    def advance(self) -> Tensor:
-        """The policy's logits (B, V) after what was kept."""
-        ...
-
-
-class JoiningStepper(Stepper, Protocol):
-    """A stepper whose rows join and leave between two steps; ``policy`` reads ``copies`` rows for each of its own."""
-
-    policy: Runner
-    copies: int
-
-    def join(self, other: Any) -> None:
-        """Append the rows of another stepper of the same kind and models."""
-        ...
-
-
-class Alone:
-    """The policy without a scorer."""
+    Attributes:
+        runner: reads the policy; its ``layer`` is the one that heads read.
+        copies: rows of the runner for each row of the policy.
+    """
 
     copies = 1
 
-    def __init__(self, policy: Runner) -> None:
-        self.policy = policy
-        self.token = torch.zeros(0, 1, dtype=torch.long)
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts."""
-        return self.policy.readout(self.policy.model, self.policy.prefill(prompts))
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same policy without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
+        other = copy.copy(self)
+        other.runner = self.runner.fresh(longest + width)
+        return other
 
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """None: nothing steers."""
-        return None
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> PolicyState:
+        """Start with these prompts as rows; what the policy says after them."""
+        states = self.runner.prefill([*prompts] * self.copies)
+        return self.predict(states if self.copies == 1 else self.split(states))
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Note the token that the policy reads next."""
-        self.token = candidate_ids.gather(1, choice[:, None])
+    def predict(self, states: States) -> PolicyState:
+        """What the policy says at states (B, H): only the output head runs."""
+        return PolicyState(self.runner.head(states.final), states.hooked)
 
-    def skip(self, tokens: Tensor) -> None:
-        """Note the token that the policy reads next."""
-        self.token = tokens
+    def split(self, states: States) -> States:
+        """States of the model runner's rows as those of the policy's rows."""
+        return states
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        self._select(rows)
-        if len(self.token):  # none is kept before the first step
-            self.token = self.token[rows.to(self.token.device)]
+    def step(self, tokens: Tensor) -> PolicyState:
+        """Append one token (B, 1) to each row: one forward pass."""
+        each = tokens if self.copies == 1 else tokens.repeat(self.copies, 1)
+        return self.predict(self.split(append_tokens(self.runner, each)))
 
-    def _select(self, rows: Tensor) -> None:
-        """Rows of the policy's cache; ``token`` still has those of before."""
-        self.policy.select_rows(rows)
+    def tree(self, candidate_ids: Tensor) -> States:
+        """States (B, K, H) at candidates (B, K), in passes of at most ``MAX_WIDTH`` of them; nothing is appended."""
+        parts = []
+        for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1):
+            each = ids if self.copies == 1 else ids.repeat(self.copies, 1)
+            parts.append(self.split(self.runner.read(TokenTree.leaves(each))))
+        if len(parts) == 1:
+            return parts[0]
+        hooked = [part.hooked for part in parts if part.hooked is not None]
+        return States(torch.cat([part.final for part in parts], 1), torch.cat(hooked, 1) if hooked else None)
 
-    def join(self, other: "Alone") -> None:
-        """Append another stepper's rows, between two steps."""
-        self.policy.join(other.policy)
-        self.token = torch.zeros(self.policy.batch // self.copies, 1, dtype=torch.long)  # none is kept between steps
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` (B,) of row b, which ``tree`` has read.
 
-    def advance(self) -> Tensor:
-        """One row of one token through the policy."""
-        return self.policy.readout(self.policy.model, read_next(self.policy, self.token))
+        Where it took several passes to read all candidates, the chosen one is read again.
+        """
+        if candidate_ids.shape[1] > MAX_WIDTH:
+            tokens = candidate_ids.gather(1, choice[:, None])
+            append_tokens(self.runner, tokens.repeat(self.copies, 1))
+        else:
+            self.runner.commit(choice.repeat(self.copies)[:, None])
 
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        self.runner.select_rows(rows)
 
-class Apart(Alone):
-    """A scorer of its own beside the policy: it scores the candidates, then the policy reads the chosen token."""
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        return type(self)(self.runner.copy_rows(rows))
 
-    def __init__(self, policy: Runner, reader: Reader) -> None:
-        super().__init__(policy)
-        self.reader = reader
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts with both models."""
-        self.reader.prefill(prompts)
-        return super().prefill(prompts)
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """What the scorer says of the candidates."""
-        return self.reader.score(candidate_ids)
-
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate with the scorer too."""
-        super().keep(candidate_ids, choice)
-        self.reader.keep(candidate_ids, choice)
-
-    def skip(self, tokens: Tensor) -> None:
-        """Commit tokens that the scorer need not read yet."""
-        super().skip(tokens)
-        self.reader.skip(tokens)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        super().select_rows(rows)
-        self.reader.select_rows(rows)
+    def add(self, other: Self) -> None:
+        """Append copies of the rows of another runner of the same policy."""
+        self.runner.add(other.runner)
 
 
-class Ahead(Alone):
-    """The policy has read the candidates: its state at the chosen one is there before the next step begins."""
+class LoraPolicyRunner(TorchPolicyRunner):
+    """The policy and a LoRA adapter on its weights in one pass: a doubled batch.
 
-    _ahead: Tensor | None = None
-
-    def skip(self, tokens: Tensor) -> None:
-        """Note the token, which no pass has read."""
-        super().skip(tokens)
-        self._ahead = None
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        super().select_rows(rows)
-        if self._ahead is not None:
-            self._ahead = self._ahead[rows.to(self._ahead.device)]
-
-    def join(self, other: Alone) -> None:
-        """Append another stepper's rows, between two steps."""
-        super().join(other)
-        self._ahead = None
-
-    def advance(self) -> Tensor:
-        """The product with the vocabulary for the chosen candidate alone; the pass has been made."""
-        if self._ahead is None:
-            return super().advance()
-        return self.policy.readout(self.policy.model, self._ahead)
-
-
-class AtOnce(Ahead, Apart):
-    """Policy and scorer on two devices: the policy reads all candidates while the scorer scores them.
-
-    A step then takes as long as the slower of the two, not their sum. Needs K ≤ ``MAX_WIDTH``.
+    The model runner holds 2B rows: the first B read the plain weights, the last B the adapted ones. The base weights
+    are read once for both. Hooked states are those of the adapted half: of the runner's ``layer``, else the final ones.
     """
-
-    def __init__(self, policy: Runner, reader: Reader) -> None:
-        super().__init__(policy, reader)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rgtg-scorer")
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """Both passes, in two threads."""
-        scores = self._worker.submit(_without_grad, self.reader.score, candidate_ids)
-        self._ahead = self.policy.states(TokenTree.leaves(candidate_ids))
-        return scores.result()
-
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate in both caches, and the policy's state at it."""
-        super().keep(candidate_ids, choice)
-        self.policy.keep(choice[:, None])
-        assert self._ahead is not None, "keep() follows score()"
-        self._ahead = take_nodes(self._ahead, choice)
-
-
-class OnCandidates(Ahead):
-    """A head on the policy's own states at the candidates: the pass that scores them gives the next logits too."""
-
-    def __init__(self, policy: Runner, head: Any) -> None:
-        super().__init__(policy)
-        self.head = head
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """One policy pass over the candidates (several where there are more than ``MAX_WIDTH``)."""
-        parts = [self.look_ahead(ids) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
-        self._ahead = torch.cat([ahead for ahead, _ in parts], 1)
-        return torch.cat([scores for _, scores in parts], 1).float()
-
-    def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy's states (B, K, H) at candidates, and the head's scores (B, K) of the observed layer there."""
-        ahead = self.policy.states(TokenTree.leaves(candidate_ids))
-        return ahead, broadcast_from_rank0(self.policy.model, self.head(self.policy.seen))
-
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate, and the policy's state at it."""
-        super().keep(candidate_ids, choice)
-        self.keep_leaf(candidate_ids, choice)
-        assert self._ahead is not None, "keep() follows score()"
-        self._ahead = take_nodes(self._ahead, choice)
-
-    def keep_leaf(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate in the policy's cache."""
-        keep_leaf(self.policy, candidate_ids, choice)
-
-
-class OnPrefix(Alone):
-    """A head that scores next tokens from the policy's state at the prefix: no pass over the candidates at all."""
-
-    def __init__(self, policy: Runner, head: Any) -> None:
-        super().__init__(policy)
-        self.head = head
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """The candidates' rows of the head, at the newest state."""
-        return head_at_prefix(self.head, self.policy, candidate_ids)
-
-
-class TwoHalves(Alone):
-    """Every row twice: the runner holds 2B rows, the policy's first, then the adapted ones."""
 
     copies = 2
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts, plain and adapted."""
-        states = self.policy.prefill([*prompts, *prompts])
-        return self.policy.readout(self.policy.model, states[: len(prompts)])
+    def split(self, states: States) -> States:
+        """Final states of the plain half, and states of the adapted half that its head reads."""
+        plain, adapted = states.final.chunk(2)
+        return States(plain, adapted if states.hooked is None else states.hooked.chunk(2)[1])
 
-    def advance(self) -> Tensor:
-        """One token of both halves; the product with the vocabulary for the policy's alone."""
-        states = read_next(self.policy, self.token.repeat(2, 1))
-        return self.policy.readout(self.policy.model, states[: len(self.token)])
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order, in both halves."""
+        half = self.runner.rows // 2
+        self.runner.select_rows([*rows, *(row + half for row in rows)])
 
-    def _select(self, rows: Tensor) -> None:
-        self.policy.select_rows(torch.cat([rows, rows + len(self.token)]))
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        half = self.runner.rows // 2
+        return type(self)(self.runner.copy_rows([*rows, *(row + half for row in rows)]))
 
-    def join(self, other: Alone) -> None:
-        """Append another stepper's rows to both halves."""
-        mine, theirs = self.policy.batch // 2, other.policy.batch // 2
-        super().join(other)
-        before, more = torch.arange(2 * mine), torch.arange(2 * theirs) + 2 * mine
-        self.policy.select_rows(torch.cat([before[:mine], more[:theirs], before[mine:], more[theirs:]]))
-
-
-class InOnePass(OnCandidates, TwoHalves):
-    """A scorer that is an adapter on the policy's own weights: one pass of two halves scores and looks ahead.
-
-    ``head`` reads the adapted half.
-    """
-
-    def look_ahead(self, candidate_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass of twice the candidates: the plain half looks ahead, the adapted half is scored."""
-        plain, adapted = self.policy.states(TokenTree.leaves(candidate_ids.repeat(2, 1))).chunk(2)
-        return plain, broadcast_from_rank0(self.policy.model, self.head(adapted))
-
-    def keep_leaf(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate in both halves."""
-        keep_leaf(self.policy, candidate_ids.repeat(2, 1), choice.repeat(2))
-
-
-class InOnePassOnPrefix(OnPrefix, TwoHalves):
-    """A vocabulary head on an adapted state of the policy's own weights: one pass of two rows of one token.
-
-    The runner observes the layer that ``head`` reads of the adapted half.
-    """
-
-    def score(self, candidate_ids: Tensor) -> Tensor | None:
-        """The candidates' rows of the head, at the newest adapted state."""
-        return head_at_prefix(self.head, self.policy, candidate_ids, len(candidate_ids))
-
-
-def take_nodes(states: Tensor, choice: Tensor) -> Tensor:
-    """State (B, H) at node ``choice[b]`` of each row of (B, K, H)."""
-    return states[torch.arange(len(choice), device=states.device), choice.to(states.device)]
-
-
-def keep_leaf(runner: Runner, candidate_ids: Tensor, choice: Tensor) -> None:
-    """Keep the chosen candidate; where it took several passes to read them all, read the chosen one again."""
-    if candidate_ids.shape[1] > MAX_WIDTH:
-        runner.states(TokenTree.leaves(candidate_ids.gather(1, choice[:, None])))
-        choice = torch.zeros_like(choice)
-    runner.keep(choice[:, None])
-
-
-def _without_grad(score: Callable[[Tensor], Tensor], candidate_ids: Tensor) -> Tensor:
-    """A read in another thread, where the caller's inference mode does not hold."""
-    with torch.inference_mode():
-        return score(candidate_ids)
+    def add(self, other: Self) -> None:
+        """Append copies of the rows of another runner to both halves."""
+        mine, theirs = self.runner.rows // 2, other.runner.rows // 2
+        super().add(other)
+        before, more = list(range(2 * mine)), list(range(2 * mine, 2 * mine + 2 * theirs))
+        self.runner.select_rows([*before[:mine], *more[:theirs], *before[mine:], *more[theirs:]])

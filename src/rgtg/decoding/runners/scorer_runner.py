@@ -1,193 +1,329 @@
-"""Scorers that are models of their own: how one reads the candidates beside the policy.
+"""How each kind of scorer scores candidates: heads on the policy's states, and models of their own over a cache."""
 
-A reader holds its own cache of every row. It reads chosen tokens late, with the next candidates, so that steps on which
-nothing is scored (an entropy gate) cost it nothing but those tokens.
-"""
-
+import copy
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from rgtg.decoding.request import Request
-from rgtg.decoding.runners.model_runner import Runner, read
+from rgtg.decoding.runners.base import PolicyState, States
+from rgtg.decoding.runners.model_runner import Runner, append_tokens, outputs
+from rgtg.decoding.runners.policy_runner import MAX_WIDTH, TorchPolicyRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
-# Widest tree read in one pass; more candidates are scored in several, and memory stays bounded.
-MAX_WIDTH = 128
+_NOTHING = torch.zeros(0, 0, dtype=torch.long)
 
 
-class Reader(Protocol):
-    """What a stepper needs of a scorer beside the policy; ``calls`` counts its passes, the prompts' included."""
+class StateHeadRunner:
+    """A head on states at the candidates: the policy's pass over them is also the scorer's.
 
-    @property
-    def calls(self) -> int:
-        """Passes so far."""
-        ...
+    Serves state heads (the policy's own states) and LoRA adapters with a scalar head (the adapted half's states).
+    """
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts (policy token ids)."""
-        ...
+    def __init__(self, model: Any, head: Any) -> None:
+        """``head``: states (…, H) → scores (…)."""
+        self.model, self.head = model, head
 
-    def score(self, candidate_ids: Tensor) -> Tensor:
-        """Scores (B, K) of the candidates, fp32, on their device."""
-        ...
-
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Commit candidate ``choice[b]`` of row b, after ``score``."""
-        ...
-
-    def skip(self, tokens: Tensor) -> None:
-        """Commit tokens (B, 1) without having scored any; they are read with the next candidates."""
-        ...
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        ...
+    def score(self, tree: States) -> Tensor:
+        """Scores (B, K), fp32, from the states of a tree of candidates."""
+        scores = [self.head(states) for states in torch.split(_required(tree.hooked), MAX_WIDTH, dim=1)]
+        return broadcast_from_rank0(self.model, scores[0] if len(scores) == 1 else torch.cat(scores, 1)).float()
 
 
-class JoiningReader(Reader, Protocol):
-    """A reader whose rows join and leave between two steps."""
+class VocabHeadRunner:
+    """A head that scores every next token from the state at the prefix: no pass over the candidates at all."""
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> "tuple[Runner, list[list[int]]] | None":
-        """Prepare rows without reading; what is to be read by whom before the first score, if anything is."""
-        ...
+    def __init__(self, model: Any, head: Any) -> None:
+        """``head``: states (B, H) and candidates (B, K) → scores (B, K)."""
+        self.model, self.head = model, head
 
-    def again(self, request: Request) -> "JoiningReader":
-        """The same read prompt for another completion of it, to join from."""
-        ...
-
-    def join(self, other: Any) -> None:
-        """Append the rows of another reader of the same scorer and kind."""
-        ...
+    def score(self, hidden: Tensor | None, candidate_ids: Tensor) -> Tensor:
+        """Scores (b, K), fp32, of candidates (b, K) at states (b, H)."""
+        states = _required(hidden)
+        scores = self.head(states, candidate_ids.to(states.device)).float().to(candidate_ids.device)
+        return broadcast_from_rank0(self.model, scores)
 
 
-class CachedReader:
-    """What readers share: a cache of every row, and committed tokens (B, n) that it has not read yet."""
+class _CachedScorer:
+    """What scorers with the policy's tokenizer and a cache share: rows, and appended tokens (B, n) not read yet."""
+
+    scores_any_rows = False
+    record = None
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._unread = torch.zeros(0, 0, dtype=torch.long)
+        self._pending = _NOTHING
 
     @property
     def calls(self) -> int:
-        """Passes so far."""
+        """Forward passes so far."""
         return self.runner.calls
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts."""
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same scorer without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
+        other = copy.copy(self)
+        other.runner, other._pending = self.runner.fresh(longest + width), _NOTHING
+        return other
+
+    def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
+        """The prompts themselves, for the cache to be prefilled with."""
+        return [request.prompt_ids for request in requests]
+
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start with these requests' prompts as rows, and read them."""
         self.runner.prefill(prompts)
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Runner, list[list[int]]] | None:
-        """The prompts themselves, to be read by the runner."""
-        return self.runner, [list(prompt) for prompt in prompts]
+    def prefilled(self, states: States) -> None:
+        """The cache has been prefilled; nothing of the states (B, H) at the ends of the prompts is needed."""
 
-    def again(self, request: Request) -> Self:
+    def append(self, tokens: Tensor) -> None:
+        """Append tokens (B, 1), to be read later."""
+        self._pending = torch.cat([self._pending, tokens], 1) if self._pending.numel() else tokens
+
+    def read_pending(self) -> None:
+        """Read the appended tokens that have not been read."""
+        if self._pending.numel():
+            append_tokens(self.runner, self._pending)
+            self._pending = self._pending[:, :0]
+
+    def cached_text(self, row: int, text: list[int]) -> list[int]:
+        """The tokens that a row's cache was filled with: those of the text itself."""
+        return text
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        if self._pending.numel():
+            self._pending = self._pending[list(rows)]
+        self.runner.select_rows(rows)
+
+    def _copy(self, rows: Sequence[int]) -> Self:
+        copied = copy.copy(self)
+        copied.runner = self.runner.copy_rows(rows)
+        copied._pending = self._pending[list(rows)] if self._pending.numel() else self._pending
+        return copied
+
+    def fork(self, request: Request) -> Self:
         """Itself: its rows hold nothing but what was read."""
         return self
 
-    def join(self, other: "CachedReader") -> None:
-        """Append another reader's rows; committed tokens that wait in either are read first."""
-        for reader in (self, other):
-            reader.catch_up()
-        self.runner.join(other.runner)
-
-    def catch_up(self) -> None:
-        """Read the committed tokens that wait."""
-        if (waiting := self._take()).numel():
-            read_chain(self.runner, waiting)
-
-    def skip(self, tokens: Tensor) -> None:
-        """Note tokens (B, 1) to read later."""
-        self._unread = torch.cat([self._unread, tokens], 1) if self._unread.numel() else tokens
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only (or repeat) these rows."""
-        if self._unread.numel():
-            self._unread = self._unread[rows.to(self._unread.device)]
-        self.runner.select_rows(rows)
-
-    def _take(self) -> Tensor:
-        """All tokens that wait; none does afterwards."""
-        tokens, self._unread = self._unread, self._unread[:, :0]
-        return tokens
+    def add(self, other: Self) -> None:
+        """Append copies of another runner's rows; tokens that wait in either are read first."""
+        for one in (self, other):
+            one.read_pending()
+        self.runner.add(other.runner)  # type: ignore[arg-type]
 
 
-class CandidateReader(CachedReader):
-    """A reward model: all candidates in one pass over a token tree, one score at each."""
+class SeparateScorerRunner(_CachedScorer):
+    """A reward model of its own: all candidates in one pass over a token tree, one score at each.
 
-    _behind = 0  # tokens read together with the last candidates, before them
+    Tokens that wait are read in the same pass, as a chain before the candidates.
+    """
 
     def score(self, candidate_ids: Tensor) -> Tensor:
-        """One tree pass (several where there are more candidates than ``MAX_WIDTH``)."""
-        waiting = self._take()
-        self._behind = n = waiting.shape[1]
+        """Scores (B, K) in one tree pass (several where there are more candidates than ``MAX_WIDTH``)."""
         if candidate_ids.shape[1] <= MAX_WIDTH:
-            tree = chain_and_leaves(waiting, candidate_ids)
-            return read(self.runner, tree)[:, n:].float().to(candidate_ids.device)
-        if n:
-            read_chain(self.runner, waiting)
-        parts = [read(self.runner, TokenTree.leaves(ids)) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
+            n = self._pending.shape[1]
+            tree = chain_and_leaves(self._pending, candidate_ids) if n else TokenTree.leaves(candidate_ids)
+            scores = self.runner.head(self.runner.read(tree).final)
+            return scores[:, n:].float().to(candidate_ids.device)
+        self.read_pending()
+        parts = [outputs(self.runner, TokenTree.leaves(ids)) for ids in torch.split(candidate_ids, MAX_WIDTH, dim=1)]
         return torch.cat(parts, 1).float().to(candidate_ids.device)
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Keep the chosen candidate, behind what was read with it; of several passes, only the token is noted."""
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` (B,) after the tokens that were read with it; after several passes, later."""
         if candidate_ids.shape[1] > MAX_WIDTH:
-            self.skip(candidate_ids.gather(1, choice[:, None]))
+            self.append(candidate_ids.gather(1, choice[:, None]))
             return
-        path = choice[:, None] + self._behind
-        if self._behind:
-            path = torch.cat([torch.arange(self._behind, device=path.device).expand(len(path), -1), path], 1)
-        self.runner.keep(path)
+        n = self._pending.shape[1]
+        path = choice[:, None] + n
+        if n:
+            path = torch.cat([torch.arange(n, device=path.device).expand(len(path), -1), path], 1)
+            self._pending = self._pending[:, :0]
+        self.runner.commit(path)
+
+    def copy_rows(self, rows: Sequence[int]) -> "SeparateScorerRunner":
+        """A runner of its own with copies of some rows."""
+        return self._copy(rows)
 
 
-class PrefixReader(CachedReader):
-    """A vocabulary scorer: its state at the prefix scores every next token; only chosen tokens are ever read."""
+class TokenRewardRunner(_CachedScorer):
+    """A model of its own whose state at the prefix scores every next token; only chosen tokens are ever read."""
+
+    scores_any_rows = True
 
     def __init__(self, runner: Runner, head: Any) -> None:
+        """``runner`` reads the layer that ``head`` scores from."""
         super().__init__(runner)
-        self.head = head
+        self.head = VocabHeadRunner(runner.model, head)
+        self.hidden: Tensor | None = None  # (B, H) at the newest token read
+
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start with these requests' prompts as rows, and read them."""
+        self.hidden = self.runner.prefill(prompts).hooked
+
+    def prefilled(self, states: States) -> None:
+        """Take over the states (B, H) at the ends of the prompts."""
+        self.hidden = states.hooked
+
+    def read_pending(self) -> None:
+        """Read the appended tokens that have not been read."""
+        if self._pending.numel():
+            self.hidden = append_tokens(self.runner, self._pending).hooked
+            self._pending = self._pending[:, :0]
+
+    def score(self, candidate_ids: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Scores (b, K) of some rows (None: all): read the tokens that wait, then apply the head to the state."""
+        self.read_pending()
+        hidden = _required(self.hidden)
+        return self.head.score(hidden if rows is None else hidden[list(rows)], candidate_ids)
+
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]``, to be read before the next score."""
+        self.append(candidate_ids.gather(1, choice[:, None]))
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        super().select_rows(rows)
+        self.hidden = None if self.hidden is None else self.hidden[list(rows)]
+
+    def copy_rows(self, rows: Sequence[int]) -> "TokenRewardRunner":
+        """A runner of its own with copies of some rows."""
+        copied = self._copy(rows)
+        copied.hidden = None if self.hidden is None else self.hidden[list(rows)]
+        return copied
+
+    def add(self, other: Self) -> None:
+        """Append copies of another runner's rows; tokens that wait in either are read first."""
+        super().add(other)
+        theirs = _required(other.hidden)
+        self.hidden = theirs if self.hidden is None else torch.cat([self.hidden, theirs])
+
+
+class SecondPassRunner:
+    """A scorer on the policy's states whose pass the policy's own cannot serve (a second LoRA, another layer).
+
+    It reads the policy again, in a pass of its own.
+    """
+
+    scores_any_rows = False
+    record = None
+
+    def __init__(self, policy: TorchPolicyRunner, head: StateHeadRunner | VocabHeadRunner) -> None:
+        self.policy, self.head = policy, head
+        self.state: PolicyState | None = None
+        self._tree: States | None = None
+        self._pending: Tensor | None = None  # (B, 1) the newest token, not read yet
+
+    @property
+    def runner(self) -> Any:
+        """The model runner that reads for it."""
+        return self.policy.runner
+
+    @property
+    def calls(self) -> int:
+        """Forward passes so far."""
+        return int(self.runner.calls)
+
+    def fresh(self, longest: int, width: int) -> "SecondPassRunner":
+        """A runner of the same scorer without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
+        return SecondPassRunner(self.policy.fresh(longest, width), self.head)
+
+    def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
+        """The prompts, once for each half of a doubled batch."""
+        return [request.prompt_ids for request in requests] * self.policy.copies
+
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start with these requests' prompts as rows, and read them."""
+        self.state = self.policy.prefill(prompts)
+
+    def prefilled(self, states: States) -> None:
+        """Take over the states (B, H) at the ends of the prompts."""
+        self.state = self.policy.predict(self.policy.split(states))
 
     def score(self, candidate_ids: Tensor) -> Tensor:
-        """Read what is unread, one row of it, then the candidates' rows of the head at the newest state."""
-        self.catch_up()
-        return head_at_prefix(self.head, self.runner, candidate_ids)
+        """Scores (B, K): read the newest token if it waits, then score the candidates."""
+        self._read_pending()
+        if isinstance(self.head, VocabHeadRunner):
+            return self.head.score(_required(self.state).hidden, candidate_ids)
+        self._tree = self.policy.tree(candidate_ids)
+        return self.head.score(self._tree)
 
-    def score_rows(self, rows: Tensor, candidate_ids: Tensor) -> Tensor:
-        """Scores (b, K) of candidates of some rows, once ``catch_up`` has read what was chosen."""
-        assert self.runner.seen is not None, "a head reads an observed layer"
-        return score_at(self.head, self.runner.seen[rows.to(self.runner.seen.device), -1], candidate_ids)
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` of row b."""
+        if self._tree is None:
+            self._pending = candidate_ids.gather(1, choice[:, None])
+            return
+        self.policy.commit(candidate_ids, choice)
+        at = torch.arange(len(choice), device=candidate_ids.device), choice
+        hooked = self._tree.hooked
+        self.state = self.policy.predict(States(self._tree.final[at], None if hooked is None else hooked[at]))
+        self._tree = None
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Note the chosen candidate, to read before the next score."""
-        self.skip(candidate_ids.gather(1, choice[:, None]))
+    def append(self, tokens: Tensor) -> None:
+        """Append tokens (B, 1) that were not scored."""
+        self._read_pending()
+        self._pending, self._tree = tokens, None
+
+    def cached_text(self, row: int, text: list[int]) -> list[int]:
+        """The tokens that a row's cache was filled with: those of the text itself."""
+        return text
+
+    def _read_pending(self) -> None:
+        if self._pending is not None:
+            self.state, self._pending = self.policy.step(self._pending), None
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        self.policy.select_rows(rows)
+        self.state = None if self.state is None else select_state(self.state, rows)
+        self._pending = None if self._pending is None else self._pending[list(rows)]
+
+    def copy_rows(self, rows: Sequence[int]) -> "SecondPassRunner":
+        """A runner of its own with copies of some rows."""
+        copied = SecondPassRunner(self.policy.copy_rows(rows), self.head)
+        copied.state = None if self.state is None else select_state(self.state, rows)
+        copied._pending = None if self._pending is None else self._pending[list(rows)]
+        return copied
+
+    def fork(self, request: Request) -> Self:
+        """Itself: its rows hold nothing but what was read."""
+        return self
+
+    def add(self, other: Self) -> None:
+        """Append copies of another runner's rows; tokens that wait in either are read first."""
+        for one in (self, other):
+            one._read_pending()
+        self.policy.add(other.policy)
+        self.state = join_states(self.state, _required(other.state))
+
+
+def select_state(state: PolicyState, rows: Sequence[int] | None) -> PolicyState:
+    """States (B, …) of some rows, in this order; None keeps all."""
+    if rows is None:
+        return state
+    index = list(rows)
+    return PolicyState(state.logits[index], None if state.hidden is None else state.hidden[index])
+
+
+def join_states(mine: PolicyState | None, theirs: PolicyState) -> PolicyState:
+    """States of more rows after those that are there (B, …); None is no rows."""
+    if mine is None:
+        return theirs
+    hidden = None if mine.hidden is None or theirs.hidden is None else torch.cat([mine.hidden, theirs.hidden])
+    return PolicyState(torch.cat([mine.logits, theirs.logits]), hidden)
 
 
 def chain_and_leaves(chain: Tensor, leaves: Tensor) -> TokenTree:
-    """A chain (B, n) of tokens, and candidates (B, K) behind its end."""
-    if not chain.numel():
-        return TokenTree.leaves(leaves)
+    """A chain (B, n) of tokens, and candidates (B, K) after its end."""
     n = chain.shape[1]
     parents = (*range(-1, n - 1), *[n - 1] * leaves.shape[1])
     return TokenTree(torch.cat([chain.to(leaves.device), leaves], 1), parents)
 
 
-def head_at_prefix(head: Any, runner: Runner, candidate_ids: Tensor, first: int = 0) -> Tensor:
-    """Scores (B, K) that a head gives next tokens at the newest observed states, of the rows from ``first``."""
-    assert runner.seen is not None, "a head reads an observed layer"
-    return broadcast_from_rank0(runner.model, score_at(head, runner.seen[first:, -1], candidate_ids))
-
-
-def score_at(head: Any, states: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Scores (B, K), fp32, that a head gives next tokens at states (B, H)."""
-    scores: Tensor = head(states, candidate_ids.to(states.device))
-    return scores.float().to(candidate_ids.device)
-
-
-def read_chain(runner: Runner, tokens: Tensor) -> Tensor:
-    """Read tokens (B, n) one behind the other and keep them; the final states (B, n, H)."""
-    states = runner.states(TokenTree.chain(tokens))
-    runner.keep(torch.arange(tokens.shape[1]).expand(len(tokens), -1))
-    return states
+def _required(value: Any) -> Any:
+    assert value is not None, "the runner reads the layer that the head scores from"
+    return value

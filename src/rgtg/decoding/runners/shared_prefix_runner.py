@@ -5,114 +5,105 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import RecomputeRunner, Runner, TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 
 
-class SharedPromptRunner:
+class SharedPrefixRunner:
     """Presents B·n rows, one per completion, over a ``TreeRunner`` of B prompts: completions are branches of a tree.
 
-    Each pass reads one node per living branch and keeps them all; a node attends to its prompt and to its own branch.
+    Each pass reads one node per active branch and commits them all; a node attends to its prompt and to its own branch.
     The cache holds L + n·T columns per prompt instead of n·(L + T).
     """
 
+    layer = None
+
     def __init__(self, runner: TreeRunner, n: int) -> None:
         """Fork every prompt that ``runner`` has read into n rows, the n of one prompt side by side."""
-        self.runner, self.model, self.readout = runner, runner.model, runner.readout
+        self.runner, self.model, self.head = runner, runner.model, runner.head
         prompts = len(runner.cache.lengths)
-        self.places = [(p, branch) for p in range(prompts) for branch in range(n)]
-        self.seen: Tensor | None = None
+        self.branches = [(p, branch) for p in range(prompts) for branch in range(n)]
         self.prompt_lengths = torch.tensor(runner.cache.lengths)
-        # branch that each column belongs to, and its position; -1 is the prompt's, seen by all
+        # branch that each column belongs to, and its position; -1 is the prompt's, which all attend to
         self.owners = torch.full((prompts, runner.cache.capacity), -1)
         self.positions = torch.arange(runner.cache.capacity).repeat(prompts, 1)
         self.steps = 0
-        self._branches = torch.zeros(prompts, 0, dtype=torch.long)
+        self._nodes = torch.zeros(prompts, 0, dtype=torch.long)  # branch of each node of the last pass
 
     @property
     def calls(self) -> int:
-        """Passes so far, the prompt's included."""
+        """Forward passes so far, the prompts' included."""
         return self.runner.calls
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Not here: the prompts are read before they are shared."""
-        raise NotImplementedError("read the prompts with the runner that is shared")
+    @property
+    def rows(self) -> int:
+        """Number of active completions."""
+        return len(self.branches)
 
-    def states(self, tree: TokenTree) -> Tensor:
-        """Final states (R, 1, H) at one new token of each row; nothing is kept."""
+    def read(self, tree: TokenTree) -> States:
+        """Final states (R, 1, H) at one new token of each row; nothing is committed."""
         if tree.width != 1:
             raise ValueError("completions of a shared prompt advance by one token")
         rows, nodes = self._grid()
-        alive = nodes.max().item() + 1
-        ids = torch.zeros(len(self.owners), int(alive), dtype=torch.long)
-        self._branches = torch.full(ids.shape, -2)  # padding: a branch that owns nothing
+        width = int(nodes.max()) + 1
+        ids = torch.zeros(len(self.owners), width, dtype=torch.long)
+        self._nodes = torch.full(ids.shape, -2)  # padding: a branch that owns no column
         ids[rows, nodes] = tree.tokens[:, 0].cpu()
-        self._branches[rows, nodes] = torch.tensor([branch for _, branch in self.places])
+        self._nodes[rows, nodes] = torch.tensor([branch for _, branch in self.branches])
         positions = (self.prompt_lengths + self.steps)[:, None].expand_as(ids)
-        states = self.runner.forward(ids, positions, self._masks)
-        return states[rows, nodes][:, None]
+        masks = {kind: self._visible(window) for kind, window in self.runner.windows.items()}
+        final = self.runner.forward(ids, positions, masks).final
+        return States(final[rows, nodes][:, None], None)
 
-    def keep(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Keep the token that each row read."""
-        width = self._branches.shape[1]
+    def commit(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Commit the token that each row has read."""
+        width = self._nodes.shape[1]
         for p, start in enumerate(self.runner.cache.lengths):
-            self.owners[p, start : start + width] = self._branches[p]
+            self.owners[p, start : start + width] = self._nodes[p]
             self.positions[p, start : start + width] = self.prompt_lengths[p] + self.steps
-        self.runner.cache.keep_first([width] * len(self.owners))
+        self.runner.cache.commit_first([width] * len(self.owners))
         self.steps += 1
 
-    def forget(self, counts: Sequence[int]) -> None:
-        """Not here: nothing is drafted."""
-        raise NotImplementedError("completions of a shared prompt are not drafted")
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows; a prompt none of whose rows is left leaves the cache."""
-        self.places = [self.places[i] for i in rows.tolist()]
-        living = sorted({p for p, _ in self.places})
-        if len(living) == len(self.owners):
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only; a prompt that has none left leaves the cache."""
+        self.branches = [self.branches[i] for i in rows]
+        active = sorted({p for p, _ in self.branches})
+        if len(active) == len(self.owners):
             return
-        self.places = [(living.index(p), branch) for p, branch in self.places]
-        chosen = torch.tensor(living)
+        self.branches = [(active.index(p), branch) for p, branch in self.branches]
+        chosen = torch.tensor(active, dtype=torch.long)
         self.owners, self.positions = self.owners[chosen], self.positions[chosen]
         self.prompt_lengths = self.prompt_lengths[chosen]
-        self.runner.select_rows(chosen)
+        self.runner.select_rows(active)
 
-    @property
-    def batch(self) -> int:
-        """Living completions."""
-        return len(self.places)
-
-    def start(self, rows: int) -> None:
-        """Not here: the prompts are read before they are shared."""
-        raise NotImplementedError("read the prompts with the runner that is shared")
-
-    def join(self, other: Runner) -> None:
-        """Not here: branches are grown from what has been read."""
-        raise NotImplementedError("completions of a shared prompt are not joined by others")
+    def copy_rows(self, rows: Sequence[int]) -> "SharedPrefixRunner":
+        """Not possible: branches share their prompt's columns."""
+        raise NotImplementedError("completions of a shared prompt are not copied")
 
     def drop_branches(self) -> None:
-        """Forget every branch; the prompts stay."""
+        """Drop every branch; the prompts stay."""
         now = torch.tensor(self.runner.cache.lengths)
-        self.runner.forget((now - self.prompt_lengths).tolist())
+        self.runner.rollback((now - self.prompt_lengths).tolist())
 
     def _grid(self) -> tuple[Tensor, Tensor]:
-        """Prompt and node of each row: the living branches of a prompt, in order."""
+        """Prompt (R,) and node (R,) of each row: the active branches of a prompt, in order."""
         counts = [0] * len(self.owners)
         nodes = []
-        for p, _ in self.places:
+        for p, _ in self.branches:
             nodes.append(counts[p])
             counts[p] += 1
-        return torch.tensor([p for p, _ in self.places]), torch.tensor(nodes)
+        return torch.tensor([p for p, _ in self.branches]), torch.tensor(nodes)
 
-    def _masks(self, window: int | None) -> Tensor:
+    def _visible(self, window: int | None) -> Tensor:
         """Which columns each node attends to, (B, N, columns): its prompt, its branch, itself."""
         lengths = torch.tensor(self.runner.cache.lengths)
-        width = self._branches.shape[1]
+        width = self._nodes.shape[1]
         end = int(lengths.max()) + width
         columns = torch.arange(end)
         kept = columns < lengths[:, None]
         owners = self.owners[:, :end].where(kept, -3)
-        mine = owners[:, None] == self._branches[:, :, None]
+        mine = owners[:, None] == self._nodes[:, :, None]
         seen = mine | (owners == -1)[:, None]
         if window is not None:
             now = (self.prompt_lengths + self.steps)[:, None]
@@ -121,14 +112,11 @@ class SharedPromptRunner:
         return seen | own
 
 
-def fork(runner: Runner, n: int) -> Runner:
-    """N rows for each one that a runner has read: branches of its cache, or copies of its texts where it has no tree.
+def fork(runner: Runner, n: int) -> "SharedPrefixRunner | RecomputeRunner":
+    """N rows for each one that a runner has read: branches of its cache, or copies of its texts where it has no cache.
 
-    The runner itself stays as it is, once the branches are dropped (``SharedPromptRunner.drop_branches``).
+    The runner itself stays as it is, once the branches are dropped (``SharedPrefixRunner.drop_branches``).
     """
     if isinstance(runner, TreeRunner):
-        return SharedPromptRunner(runner, n)
-    assert isinstance(runner, RecomputeRunner), "runners read trees or texts"
-    copies = RecomputeRunner(runner.model, runner.readout, 0)
-    copies.rows = [list(row) for row in runner.rows for _ in range(n)]
-    return copies
+        return SharedPrefixRunner(runner, n)
+    return runner.copy_rows([row for row in range(runner.rows) for _ in range(n)])

@@ -1,7 +1,8 @@
-"""A scorer with a tokenizer of its own beside the policy: candidates become text, and text the scorer's tokens.
+"""Scorers with a tokenizer of their own: candidates become text, and text becomes the scorer's tokens.
 
-Each candidate's text is tokenised as the scorer's tokenizer would write it from scratch. A causal scorer keeps in its
-cache the tokens that stay as they were; only the tail that changes is read, as a branch. An encoder reads whole texts.
+Each candidate's text gets the tokens that the scorer's tokenizer gives the whole text. A causal scorer keeps in its
+cache the tokens that do not change; only the suffix that changes is read, as a branch of a tree. An encoder reads
+whole texts.
 """
 
 import copy
@@ -13,16 +14,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rgtg.decoding.request import Request, source_of
-from rgtg.decoding.runners.branches import BranchBatch, Branches
+from rgtg.decoding.request import Request, prompt_source
+from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.scorer_runner import MAX_WIDTH
+from rgtg.decoding.runners.policy_runner import MAX_WIDTH
+from rgtg.decoding.runners.token_tree import RaggedTree, TokenTrie
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer, RenderedPrompt
 from rgtg.tokenization.retokenizer import CompletionText, Detokenizer, TokenizedText, TokenSuffix
 
-# Kept tokens that may wait to be read with the next candidates; more are read in a pass of their own.
-_MAY_WAIT = 16
+# Tokens that may wait to be read with the next candidates; if there are more, they are read in a pass of their own.
+_MAX_PENDING = 16
 
 
 @dataclass
@@ -31,127 +33,148 @@ class Candidate:
 
     token: int
     text: str
-    tail: TokenSuffix
+    suffix: TokenSuffix
     finished: bool
 
 
 @dataclass
-class Row:
+class TextRow:
     """One completion as the policy wrote it and as the scorer reads it.
 
     Attributes:
-        turn: what the scorer reads around it.
-        spoken: policy tokens and their text.
-        reading: scorer tokens of the text so far.
+        prompt: what the scorer reads around the completion.
+        completion: policy tokens and their text.
+        tokenized: scorer tokens of the text so far.
         request: whose counts are kept.
-        held: scorer tokens in the cache, special ones included.
+        cached: scorer tokens in the cache, special ones included.
         score: the last one.
         full: whether the scorer's context has no more room, so that nothing is scored.
         candidates: those scored last.
     """
 
-    turn: RenderedPrompt
-    spoken: CompletionText
-    reading: TokenizedText
+    prompt: RenderedPrompt
+    completion: CompletionText
+    tokenized: TokenizedText
     request: Request
-    held: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
     score: float = 0.0
     full: bool = False
     candidates: list[Candidate] = field(default_factory=list)
 
+    def copy(self) -> "TextRow":
+        """A copy for the same request."""
+        copied = copy.copy(self)
+        copied.completion = copy.copy(self.completion)
+        copied.completion.token_ids = list(self.completion.token_ids)
+        return copied
 
-class TextReader:
-    """Whole texts of all candidates of all rows: any reward model, encoders included, without a cache."""
 
-    def __init__(
-        self, scorer: CrossTokenizerScorer, policy: Policy, eos_ids: set[int], requests: Sequence[Request] = ()
-    ) -> None:
+class TextScorerRunner:
+    """Reads whole texts of all candidates of all rows: any reward model, encoders included, without a cache."""
+
+    scores_any_rows = False
+
+    def __init__(self, scorer: CrossTokenizerScorer, policy: Policy, eos_ids: set[int]) -> None:
         """Set up.
 
         Args:
-            scorer: what reads the texts.
+            scorer: reads the texts.
             policy: whose tokens they are made of.
             eos_ids: policy tokens that finish a completion.
-            requests: of the prompts in order, for their texts and to count in; without them, a prompt's text is what
-                its tokens say.
         """
-        self.scorer, self.eos_ids, self.requests = scorer, eos_ids, list(requests)
-        self.policy_tokenizer = policy.tokenizer
+        self.scorer, self.policy, self.eos_ids = scorer, policy, eos_ids
         self.detokenizer = Detokenizer(policy.tokenizer)
-        self.rows: list[Row] = []
+        self.rows: list[TextRow] = []
         self._calls = 0
+        self._scored = torch.zeros(0)  # (B, K) the last scores
+        self._counts: list[tuple[int, int]] = []  # of each row's last candidates
 
     @property
     def calls(self) -> int:
-        """Passes so far."""
+        """Forward passes so far."""
         return self._calls
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Note the prompts, and read them where there is a cache."""
-        if (unread := self.begin(prompts)) is not None:
-            runner, texts = unread
-            runner.prefill(texts)
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same scorer without rows."""
+        other = copy.copy(self)
+        other.rows, other._calls, other._scored, other._counts = [], 0, torch.zeros(0), []
+        return other
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[TreeRunner, list[list[int]]] | None:
-        """Note the prompts; there is nothing to read without a cache."""
-        requests = self.requests or [Request("", list(prompt), 0, []) for prompt in prompts]
-        turns = [self.scorer.render(source_of(request, self.policy_tokenizer)) for request in requests]
-        readings = self.scorer.retokenizer.tokenize([self.scorer.full_text(turn, "", finished=False) for turn in turns])
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start rows for these requests, and read their prompts where there is a cache."""
+        self.begin(requests)
+
+    def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
+        """Start rows for these requests; there is nothing to prefill without a cache."""
+        prompts = [self.scorer.render(prompt_source(request, self.policy.tokenizer)) for request in requests]
+        texts = self.scorer.retokenizer.tokenize([self.scorer.full_text(one, "", finished=False) for one in prompts])
         self.rows = [
-            Row(turn, self.detokenizer.start(prompt), reading, request)
-            for turn, prompt, reading, request in zip(turns, prompts, readings, requests, strict=True)
+            TextRow(prompt, self.detokenizer.start(request.prompt_ids), tokenized, request)
+            for prompt, request, tokenized in zip(prompts, requests, texts, strict=True)
         ]
         return None
 
-    def again(self, request: Request) -> Self:
-        """The same read prompt for another completion of it, which has a text and counts of its own."""
+    def prefilled(self, states: States) -> None:
+        """The cache, where there is one, has been prefilled."""
+
+    def fork(self, request: Request) -> Self:
+        """The same prefilled prompt for another request, which has a text and counts of its own."""
         other = copy.copy(self)
-        other.requests = [request]
-        other.begin([request.prompt_ids])
+        other.begin([request])
         return other
 
-    def join(self, other: "TextReader") -> None:
-        """Append another reader's rows."""
+    def add(self, other: Self) -> None:
+        """Append another runner's rows."""
         self.rows += other.rows
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K) of the candidates, fp32, on their device."""
-        # 1. what each candidate says, and its tokens
-        self._look_at(candidate_ids.tolist())
-        # 2. rows whose candidates no longer fit are left alone from here on
-        for row in self.rows:
-            self._count(row)
-        # 3. the scores; where there is no room, the same for all
-        scored = self._scores() if any(not row.full for row in self.rows) else torch.zeros(candidate_ids.shape)
+        # 1. each candidate's text, and its tokens
+        self._set_candidates(candidate_ids.tolist())
+        # 2. rows whose candidates no longer fit the context are not scored from here on
+        counts = [self._count(row) for row in self.rows]
+        # 3. the scores; where there is no room, the same for all candidates
+        scored = self._scores() if not all(row.full for row in self.rows) else torch.zeros(candidate_ids.shape)
         for i, row in enumerate(self.rows):
             if row.full:
                 scored[i] = row.score
-        self._scored = scored
+        self._scored, self._counts = scored, counts
         return scored.to(candidate_ids.device)
 
-    def _look_at(self, candidate_ids: list[list[int]]) -> None:
+    def record(self) -> None:
+        """Add the candidates that were scored last to their requests' counts."""
+        for row, (candidates, retokenized) in zip(self.rows, self._counts, strict=True):
+            row.request.candidates += candidates
+            row.request.retokenised += retokenized
+            row.request.unscored += row.full
+
+    def cached_text(self, row: int, text: list[int]) -> list[int]:
+        """The tokens that a row's cache was filled with: the scorer's own."""
+        return self.rows[row].cached
+
+    def _set_candidates(self, candidate_ids: list[list[int]]) -> None:
         """Set each row's candidates."""
-        texts = self.detokenizer.with_next([row.spoken for row in self.rows], candidate_ids)
+        texts = self.detokenizer.with_next([row.completion for row in self.rows], candidate_ids)
         ended = [[token in self.eos_ids for token in mine] for mine in candidate_ids]
         whole = [
-            [self.scorer.full_text(row.turn, said, finished=end) for said, end in zip(mine, ends, strict=True)]
+            [self.scorer.full_text(row.prompt, text, finished=end) for text, end in zip(mine, ends, strict=True)]
             for row, mine, ends in zip(self.rows, texts, ended, strict=True)
         ]
-        tails = self.scorer.retokenizer.encode_continuations([row.reading for row in self.rows], whole)
-        for row, *columns in zip(self.rows, candidate_ids, texts, tails, ended, strict=True):
+        suffixes = self.scorer.retokenizer.encode_continuations([row.tokenized for row in self.rows], whole)
+        for row, *columns in zip(self.rows, candidate_ids, texts, suffixes, ended, strict=True):
             row.candidates = [Candidate(*each) for each in zip(*columns, strict=True)]
 
-    def _count(self, row: Row) -> None:
-        """How many candidates are exactly one token more; whether all of them fit."""
-        lengths = []
+    def _count(self, row: TextRow) -> tuple[int, int]:
+        """Number of unfinished candidates, and of those that are not exactly one token more; checks that all fit."""
+        lengths, candidates, retokenized = [], 0, 0
         for candidate in {candidate.token: candidate for candidate in row.candidates}.values():  # padding repeats one
-            tail = candidate.tail
-            self.scorer.check_ids(tail.ids)
-            before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
-            lengths.append(len(before) + tail.kept + len(tail.ids) + len(after))
+            suffix = candidate.suffix
+            self.scorer.check_ids(suffix.ids)
+            before, after = self.scorer.special_tokens(row.prompt, finished=candidate.finished)
+            lengths.append(len(before) + suffix.kept + len(suffix.ids) + len(after))
             if not candidate.finished:
-                row.request.candidates += 1
-                row.request.retokenised += tail.ids[:-1] != row.reading.ids[tail.kept :] or not tail.ids
+                candidates += 1
+                retokenized += suffix.ids[:-1] != row.tokenized.ids[suffix.kept :] or not suffix.ids
         if not row.full and not self.scorer.fits(max(lengths)):
             row.full = True
             warnings.warn(
@@ -159,12 +182,12 @@ class TextReader:
                 "completion has filled: the rest of it is not steered (Completion.unscored counts the tokens)",
                 stacklevel=2,
             )
-        row.request.unscored += row.full
+        return candidates, retokenized
 
-    def _ids(self, row: Row, candidate: Candidate) -> list[int]:
-        """All that the scorer reads of a candidate."""
-        before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
-        return [*before, *row.reading.ids[: candidate.tail.kept], *candidate.tail.ids, *after]
+    def _ids(self, row: TextRow, candidate: Candidate) -> list[int]:
+        """All tokens that the scorer reads of a candidate."""
+        before, after = self.scorer.special_tokens(row.prompt, finished=candidate.finished)
+        return [*before, *row.tokenized.ids[: candidate.suffix.kept], *candidate.suffix.ids, *after]
 
     def _scores(self) -> Tensor:
         """Scores (B, K) of all candidates, on the CPU; those of full rows do not matter."""
@@ -175,87 +198,111 @@ class TextReader:
         scores[torch.tensor(reading)] = self.scorer.score_ids(ids).reshape(sum(reading), -1)
         return scores
 
-    def keep(self, candidate_ids: Tensor, choice: Tensor) -> None:
-        """Commit candidate ``choice[b]`` of row b, after ``score``."""
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` (B,) of row b, after ``score``."""
         chosen = choice.tolist()
-        self._keep(chosen)
+        # everything that can raise comes before the first change
+        texts = [self._appended(row, row.candidates[j]) for row, j in zip(self.rows, chosen, strict=True)]
+        self._commit_branches(chosen)
         for i, (row, j) in enumerate(zip(self.rows, chosen, strict=True)):
             row.score = float(self._scored[i, j])
-            self._grow(row, row.candidates[j])
+            self._set_text(row, row.candidates[j], texts[i])
 
-    def _keep(self, choice: list[int]) -> None:
-        """Keep what was read of the chosen candidates, where there is a cache."""
+    def _commit_branches(self, choice: list[int]) -> None:
+        """Commit what was read of the chosen candidates, where there is a cache."""
 
-    def _grow(self, row: Row, candidate: Candidate) -> None:
-        text = self.scorer.full_text(row.turn, candidate.text, finished=candidate.finished)
-        row.reading = self.scorer.retokenizer.append(row.reading, text, candidate.tail)
-        row.spoken.token_ids.append(candidate.token)
-        row.spoken.text = candidate.text
+    def append(self, tokens: Tensor) -> None:
+        """Append tokens (B, 1) that were not scored; they are read with the next candidates."""
+        self._set_candidates(tokens.tolist())
+        texts = [self._appended(row, row.candidates[0]) for row in self.rows]
+        for row, text in zip(self.rows, texts, strict=True):
+            self._set_text(row, row.candidates[0], text)
 
-    def skip(self, tokens: Tensor) -> None:
-        """Commit tokens (B, 1) without having scored any; they are read with the next candidates."""
-        self._look_at(tokens.tolist())
-        for row in self.rows:
-            self._grow(row, row.candidates[0])
+    def _appended(self, row: TextRow, candidate: Candidate) -> TokenizedText:
+        text = self.scorer.full_text(row.prompt, candidate.text, finished=candidate.finished)
+        return self.scorer.retokenizer.append(row.tokenized, text, candidate.suffix)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        self.rows = [self.rows[i] for i in rows.tolist()]
+    def _set_text(self, row: TextRow, candidate: Candidate, text: TokenizedText) -> None:
+        row.tokenized = text
+        row.completion.token_ids.append(candidate.token)
+        row.completion.text = candidate.text
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order."""
+        self.rows = [self.rows[i] for i in rows]
+        if len(self._scored):
+            self._scored, self._counts = self._scored[list(rows)], [self._counts[i] for i in rows]
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        other = copy.copy(self)
+        other.select_rows(rows)
+        other.rows = [row.copy() for row in other.rows]
+        return other
 
 
-class BranchReader(TextReader):
-    """A causal scorer with a cache: the tails of all candidates of all rows are branches, read in one pass."""
+class CachedTextScorerRunner(TextScorerRunner):
+    """A causal scorer with a cache: the suffixes of all candidates of all rows are branches, read in one pass."""
 
-    def __init__(
-        self,
-        scorer: CrossTokenizerScorer,
-        policy: Policy,
-        eos_ids: set[int],
-        requests: Sequence[Request] = (),
-        *,
-        runner: TreeRunner,
-    ) -> None:
-        """As ``TextReader``; ``runner`` reads the scorer's model."""
-        super().__init__(scorer, policy, eos_ids, requests)
+    def __init__(self, scorer: CrossTokenizerScorer, policy: Policy, eos_ids: set[int], *, runner: TreeRunner) -> None:
+        """As ``TextScorerRunner``; ``runner`` reads the scorer's model."""
+        super().__init__(scorer, policy, eos_ids)
         self.runner = runner
-        self._read: list[tuple[Branches, list[int]]] | None = None
+        self._branches: list[tuple[TokenTrie, list[int]]] | None = None  # of the last pass, and each candidate's end
 
     @property
     def calls(self) -> int:
-        """Passes so far."""
+        """Forward passes so far."""
         return self.runner.calls
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[TreeRunner, list[list[int]]] | None:
-        """Note the prompts; their texts in the scorer's tokens, to be read by the runner."""
-        super().begin(prompts)
+    def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
+        """Start rows for these requests; their prompts in the scorer's tokens, for the cache to be prefilled with."""
+        super().begin(requests)
         for row in self.rows:
-            row.held = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
-        self.runner.reserve(max(len(row.held) for row in self.rows))
-        return self.runner, [list(row.held) for row in self.rows]
+            row.cached = [*self.scorer.special_tokens(row.prompt, finished=False)[0], *row.tokenized.ids]
+        return [list(row.cached) for row in self.rows]
 
-    def join(self, other: TextReader) -> None:
-        """Append another reader's rows."""
-        super().join(other)
-        assert isinstance(other, BranchReader), "both have caches"
-        self.runner.join(other.runner)
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same scorer without rows, with room for ``longest`` tokens and the widest tree."""
+        other = super().fresh(longest, width)
+        other.runner, other._branches = self.runner.fresh(longest + MAX_WIDTH), None
+        return other
+
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start rows for these requests, and read their prompts in the scorer's tokens."""
+        self.runner.prefill(self.begin(requests) or [])
+
+    def add(self, other: Self) -> None:
+        """Append another runner's rows."""
+        super().add(other)
+        self.runner.add(other.runner)
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        other = copy.copy(self)
+        other.runner = self.runner.copy_rows(rows)
+        TextScorerRunner.select_rows(other, rows)
+        other._select_branches(rows)
+        other.rows = [row.copy() for row in other.rows]
+        return other
 
     def _scores(self) -> Tensor:
-        """One pass over all branches (several where they are more than ``MAX_WIDTH`` nodes)."""
-        if any(not row.full and len(row.reading.ids) - len(row.held) > _MAY_WAIT for row in self.rows):
-            self._catch_up()
-        places = [self._leaves_at(row) for row in self.rows]
+        """Scores (B, K) from one pass over all branches (several if they have more than ``MAX_WIDTH`` nodes)."""
+        if any(not row.full and len(row.tokenized.ids) - len(row.cached) > _MAX_PENDING for row in self.rows):
+            self._read_pending()
+        places = [self._shared_length(row) for row in self.rows]
         parts: list[Tensor] = []
         first = 0
         while first < len(self.rows[0].candidates):
-            last, read = self._grow_branches(places, first)
+            last, read = self._add_branches(places, first)
             parts.append(self._pass(read))
-            self._read = read if first == 0 and last == len(self.rows[0].candidates) else None
+            self._branches = read if first == 0 and last == len(self.rows[0].candidates) else None
             first = last
         return torch.cat(parts, 1)
 
-    def _grow_branches(self, places: list[int], first: int) -> tuple[int, list[tuple[Branches, list[int]]]]:
-        """Branches of each row for as many candidates from ``first`` on as one pass reads, and each one's end."""
-        read: list[tuple[Branches, list[int]]] = [(Branches(), []) for _ in self.rows]
+    def _add_branches(self, places: list[int], first: int) -> tuple[int, list[tuple[TokenTrie, list[int]]]]:
+        """Each row's trie of as many candidates from ``first`` on as one pass reads, and each candidate's last node."""
+        read: list[tuple[TokenTrie, list[int]]] = [(TokenTrie(), []) for _ in self.rows]
         for j in range(first, len(self.rows[0].candidates)):
             for row, place, (branches, ends) in zip(self.rows, places, read, strict=True):
                 ends.append(-1 if row.full else branches.add(*self._branch(row, row.candidates[j], place)))
@@ -263,76 +310,81 @@ class BranchReader(TextReader):
                 return j + 1, read
         return len(self.rows[0].candidates), read
 
-    def _leaves_at(self, row: Row) -> int:
-        """How many of the tokens read so far are those of the text so far."""
-        text = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
-        if row.held[: len(text)] == text:
+    def _shared_length(self, row: TextRow) -> int:
+        """How many of the cached tokens are those of the text so far."""
+        text = [*self.scorer.special_tokens(row.prompt, finished=False)[0], *row.tokenized.ids]
+        if row.cached[: len(text)] == text:
             return len(text)
-        return _shared(row.held, text, 0)
+        return _shared_prefix(row.cached, text, 0)
 
-    def _branch(self, row: Row, candidate: Candidate, place: int) -> tuple[int, list[int]]:
-        """Where a candidate leaves what is held, and its tokens from there: at least the last one."""
-        before, after = self.scorer.special_tokens(row.turn, finished=candidate.finished)
-        kept = len(before) + candidate.tail.kept
+    def _branch(self, row: TextRow, candidate: Candidate, place: int) -> tuple[int, list[int]]:
+        """Number of cached tokens that a candidate shares, and its tokens from there: at least the last one."""
+        before, after = self.scorer.special_tokens(row.prompt, finished=candidate.finished)
+        kept = len(before) + candidate.suffix.kept
         if place >= kept:
-            start, rest = kept, [*candidate.tail.ids, *after]
+            start, rest = kept, [*candidate.suffix.ids, *after]
         else:
             start, rest = 0, self._ids(row, candidate)
-        shared = _shared(row.held, rest, start)
+        shared = _shared_prefix(row.cached, rest, start)
         leaves = min(shared, start + len(rest) - 1)
-        if leaves < start:  # nothing new at all: the last token is read once more
+        if leaves < start:  # nothing is new: the last token is read again
             return leaves, self._ids(row, candidate)[leaves:]
         return leaves, rest[leaves - start :]
 
-    def _pass(self, read: list[tuple[Branches, list[int]]]) -> Tensor:
-        """Scores at the ends of all branches, (B, candidates)."""
-        batch = BranchBatch([branches for branches, _ in read], self.runner.cache.lengths)
-        self.runner.reserve(self.runner.cache.longest + batch.width)
-        states = self.runner.forward(batch.ids, batch.positions, batch.sees)
-        scores = self.runner.readout(self.runner.model, states).float().cpu()
+    def _pass(self, read: list[tuple[TokenTrie, list[int]]]) -> Tensor:
+        """Scores (B, K) at the ends of all branches, in one pass."""
+        batch = RaggedTree([branches for branches, _ in read], self.runner.cache.lengths)
+        masks = {kind: batch.visible(window) for kind, window in self.runner.windows.items()}
+        states = self.runner.forward(batch.ids, batch.positions, masks)
+        scores = self.runner.head(states.final).float().cpu()
         return scores.gather(1, torch.tensor([ends for _, ends in read]).clamp(min=0))
 
-    def _keep(self, choice: list[int]) -> None:
-        """Keep the chosen branches; of several passes, the chosen ones are read again with the next candidates."""
-        if self._read is None or all(row.full for row in self.rows):
+    def _commit_branches(self, choice: list[int]) -> None:
+        """Commit the chosen branches; after several passes, they are read again with the next candidates instead."""
+        if self._branches is None or all(row.full for row in self.rows):
             return
         nodes = [
             [] if row.full else branches.path(ends[j])
-            for row, (branches, ends), j in zip(self.rows, self._read, choice, strict=True)
+            for row, (branches, ends), j in zip(self.rows, self._branches, choice, strict=True)
         ]
-        self._keep_nodes([branches for branches, _ in self._read], nodes)
+        self._commit_nodes([branches for branches, _ in self._branches], nodes)
 
-    def _keep_nodes(self, branches: list[Branches], nodes: list[list[int]]) -> None:
-        """Keep a path of each row behind the place where it leaves what is held (nothing of an empty one)."""
-        stays = []
+    def _commit_nodes(self, branches: list[TokenTrie], nodes: list[list[int]]) -> None:
+        """Commit one path per row after the cached tokens that it shares (nothing if it is empty)."""
+        after = []
         for row, mine, path in zip(self.rows, branches, nodes, strict=True):
-            stays.append(mine.places[path[0]] if path else len(row.held))
-            row.held = [*row.held[: stays[-1]], *(mine.tokens[node] for node in path)]
+            after.append(mine.places[path[0]] if path else len(row.cached))
+            row.cached = [*row.cached[: after[-1]], *(mine.tokens[node] for node in path)]
         depth = max(map(len, nodes))
         padded = torch.tensor([[*path, *[0] * (depth - len(path))] for path in nodes])
-        self.runner.cache.keep_path(padded, [len(path) for path in nodes], stays)
+        self.runner.cache.commit_path(padded, [len(path) for path in nodes], after)
 
-    def _catch_up(self) -> None:
-        """Read the text so far of all rows, and keep it."""
+    def _read_pending(self) -> None:
+        """Read the text so far of all rows, and commit it."""
         read = []
         for row in self.rows:
-            text = [*self.scorer.special_tokens(row.turn, finished=False)[0], *row.reading.ids]
-            place = _shared(row.held, text, 0)
-            branches = Branches()
+            text = [*self.scorer.special_tokens(row.prompt, finished=False)[0], *row.tokenized.ids]
+            place = _shared_prefix(row.cached, text, 0)
+            branches = TokenTrie()
             if not row.full and (unread := text[place : self.scorer.max_length]):
                 branches.add(place, unread)
             read.append(branches)
         self._pass([(branches, [len(branches.tokens) - 1]) for branches in read])
-        self._keep_nodes(read, [list(range(len(branches.tokens))) for branches in read])
+        self._commit_nodes(read, [list(range(len(branches.tokens))) for branches in read])
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order."""
         super().select_rows(rows)
+        self._select_branches(rows)
         self.runner.select_rows(rows)
 
+    def _select_branches(self, rows: Sequence[int]) -> None:
+        if self._branches is not None:
+            self._branches = [self._branches[i] for i in rows]
 
-def _shared(held: list[int], tokens: list[int], start: int) -> int:
-    """How many tokens of ``held`` are those of a text, whose tokens from ``start`` on are given and before it agree."""
+
+def _shared_prefix(held: list[int], tokens: list[int], start: int) -> int:
+    """How many tokens of ``held`` a text shares; its tokens from ``start`` on are given, those before are shared."""
     n = 0
     while n < len(tokens) and start + n < len(held) and held[start + n] == tokens[n]:
         n += 1

@@ -1,9 +1,11 @@
-"""Branches over a cached prefix, as tensors: tokens, depths, and who may see whom."""
+"""Token trees over a cached prefix: tokens, positions, and which tokens each node attends to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Nodes after a cached prefix of length L; the same shape for every row of a batch, other tokens.
+    """Nodes after a cached prefix of length L; all rows of a batch have the same shape and their own tokens.
 
     Node j sits at position ``L + depth[j]`` and attends to the prefix, to its ancestors and to itself.
 
@@ -33,12 +35,6 @@ class TokenTree:
         """A sequence of tokens, each the child of the one before."""
         return cls(token_ids, tuple(range(-1, token_ids.shape[1] - 1)))
 
-    def __post_init__(self) -> None:
-        if len(self.parents) != self.tokens.shape[1]:
-            raise ValueError(f"{self.tokens.shape[1]} nodes need as many parents, got {len(self.parents)}")
-        if any(not -1 <= parent < node for node, parent in enumerate(self.parents)):
-            raise ValueError("a node's parent must come before it (or be -1, the prefix)")
-
     @property
     def width(self) -> int:
         """Number of nodes N."""
@@ -47,12 +43,12 @@ class TokenTree:
     @property
     def depths(self) -> Int[Tensor, " nodes"]:
         """Ancestors of each node, counted: (N,)."""
-        return _depths(self.parents)
+        return tree_depths(self.parents)
 
     @property
     def ancestry(self) -> Bool[Tensor, "nodes nodes"]:
         """``ancestry[i, j]``: node i attends to node j, that is j is i or one of its ancestors."""
-        return _ancestry(self.parents)
+        return tree_ancestry(self.parents)
 
     def path(self, node: int) -> list[int]:
         """Nodes from the prefix down to ``node``, itself included."""
@@ -64,16 +60,107 @@ class TokenTree:
 
 # A decoding loop reads trees of few shapes, thousands of times.
 @lru_cache(maxsize=256)
-def _depths(parents: tuple[int, ...]) -> Tensor:
+def tree_depths(parents: tuple[int, ...]) -> Tensor:
+    """Number of ancestors of each node, (N,)."""
     depths: list[int] = []
-    for parent in parents:
+    for node, parent in enumerate(parents):
+        if not -1 <= parent < node:
+            raise ValueError("a node's parent must come before it (or be -1, the prefix)")
         depths.append(0 if parent < 0 else depths[parent] + 1)
     return torch.tensor(depths)
 
 
 @lru_cache(maxsize=256)
-def _ancestry(parents: tuple[int, ...]) -> Tensor:
+def tree_ancestry(parents: tuple[int, ...]) -> Tensor:
+    """(N, N): ``[i, j]`` is true where node j is node i or one of its ancestors."""
     sees = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    return sees
+
+
+class TokenTrie:
+    """One row's branches as a trie: branches that leave the prefix at the same place share their first tokens.
+
+    Attributes:
+        tokens: of each node.
+        parents: of each node; -1 is the prefix.
+        places: number of prefix tokens that each node attends to.
+        positions: of each node, in tokens from the beginning of the row.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.places: list[int] = []
+        self.positions: list[int] = []
+        self._found: dict[tuple[int, int, int], int] = {}
+
+    def add(self, place: int, tokens: Sequence[int]) -> int:
+        """Add ``tokens`` (at least one) after the first ``place`` tokens of the prefix; the node of the last one."""
+        node = -1
+        for token in tokens:
+            key = (place, node, token)
+            if key not in self._found:
+                self._found[key] = len(self.tokens)
+                self.positions.append(place if node < 0 else self.positions[node] + 1)
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.places.append(place)
+            node = self._found[key]
+        return node
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the prefix down to ``node``, itself included."""
+        walked = []
+        while node >= 0:
+            walked.append(node)
+            node = self.parents[node]
+        return walked[::-1]
+
+
+class RaggedTree:
+    """Tries of all rows, padded to the same number of nodes N; a padding node attends to itself only."""
+
+    def __init__(self, rows: Sequence[TokenTrie], lengths: Sequence[int]) -> None:
+        """Stack the tries.
+
+        Args:
+            rows: trie of each row; some may be empty, not all.
+            lengths: number of prefix tokens of each row; the nodes follow in the next columns.
+        """
+        self.width = max(len(row.tokens) for row in rows)
+        self.lengths = list(lengths)
+        self.ids: Int[Tensor, "batch nodes"] = self._padded([row.tokens for row in rows])
+        self.positions: Int[Tensor, "batch nodes"] = self._padded([row.positions for row in rows])
+        self._places = self._padded([row.places for row in rows]).numpy()
+        self._ancestry = np.stack([_padded_ancestry(row.parents, self.width) for row in rows])
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([[*row, *[0] * (self.width - len(row))] for row in rows])
+
+    def visible(self, window: int | None) -> Bool[Tensor, "batch nodes columns"]:
+        """Which of the columns (longest prefix + N) each node attends to.
+
+        Args:
+            window: of sliding attention, in tokens; None sees everything.
+        """
+        positions = self.positions.numpy()
+        columns = np.arange(max(self.lengths) + self.width)
+        visible = columns < self._places[..., None]
+        ancestry = self._ancestry
+        if window is not None:
+            visible &= positions[..., None] - columns < window
+            ancestry = ancestry & (positions[:, :, None] - positions[:, None] < window)
+        for row, length in enumerate(self.lengths):
+            visible[row, :, length : length + self.width] |= ancestry[row]
+        return torch.from_numpy(visible)
+
+
+def _padded_ancestry(parents: Sequence[int], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """(N, N): ``[i, j]`` is true where j is node i or one of its ancestors."""
+    sees = np.eye(width, dtype=bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
             sees[node] |= sees[parent]

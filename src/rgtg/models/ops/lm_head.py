@@ -1,5 +1,7 @@
 """The heads of a model, applied to final hidden states: next-token logits of a policy, scores of a reward model."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -7,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
+from rgtg.models.loading.tensor_parallel import broadcast_from_rank0, is_tensor_parallel
 from rgtg.tokenization.padding import position_ids
 
 # Modules of encoders' classification heads; decoder families call their head ``score``.
@@ -65,6 +67,16 @@ def scorer_scores(model: Any, states: Float[Tensor, "*rows hidden"]) -> Float[Te
     """Scores of final hidden states: the scalar head of a sequence-classification model."""
     scores: Tensor = scalar_head(model)(states)[..., 0]
     return broadcast_from_rank0(model, scores)
+
+
+def output_head(model: Any, head: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``policy_logits`` or ``scorer_scores`` of one model: torch's own modules alone, if those are all of it."""
+    if not is_tensor_parallel(model):
+        if head is policy_logits and head_is_linear(model):
+            return model.get_output_embeddings()  # type: ignore[no-any-return]
+        if head is scorer_scores and scalar_head(model) is not None:
+            return torch.nn.Sequential(scalar_head(model), torch.nn.Flatten(-2))  # (…, H) → (…, 1) → (…)
+    return partial(head, model)
 
 
 def _without_peft(model: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from rgtg.decoding.detokenizer import TextStream
+from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.serving.engine.request import Finished, Job, Step
 from rgtg.serving.http.errors import ApiError
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
@@ -93,7 +93,7 @@ async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> Async
     """The events of a stream."""
     start = time.monotonic()
     tokenizer, prompt_ids = comparison.token_bytes.tokenizer, comparison.job.prompt_ids
-    texts = [TextStream(tokenizer, prompt_ids, side.settings.stop) for side in comparison.sides]
+    texts = [IncrementalDetokenizer(tokenizer, prompt_ids, side.settings.stop) for side in comparison.sides]
     num_tokens = [0, 0]
     ends: dict[int, Finished] = {}
     async for side, event in stream.events():

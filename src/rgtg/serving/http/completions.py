@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from rgtg.decoding.detokenizer import TextStream
+from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.serving.engine.request import Finished, Step
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
@@ -105,7 +105,7 @@ class StreamFormatter:
         request = serializer.request
         self.request, self.index = request, index
         prompt = request.prompts[index // request.n]
-        self._text = TextStream(serializer.token_bytes.tokenizer, prompt.ids, request.settings.stop)
+        self._text = IncrementalDetokenizer(serializer.token_bytes.tokenizer, prompt.ids, request.settings.stop)
         self._begun = False
         self._num_steps = 0
 

@@ -1,0 +1,173 @@
+"""What an engine must give to the decoding loop, `rgtg.decoding.engine.batch.Batch`. It need not run torch models.
+
+To add an engine, implement `PolicyRunner` over its cache. A method that needs a call which an engine does not have
+(``tree`` for scorers that read states at the candidates) is refused when policy and scorer are built.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+from rgtg.decoding.request import Request
+
+
+class States(NamedTuple):
+    """Hidden states of one forward pass.
+
+    Attributes:
+        final: (B, H) or (B, N, H) the final states, which the output head reads.
+        hooked: the same positions of the layer that scorers read; None where they read none.
+    """
+
+    final: Tensor
+    hooked: Tensor | None
+
+
+class PolicyState(NamedTuple):
+    """What the policy says after the newest token of each row.
+
+    Attributes:
+        logits: (B, V) of the next token.
+        hidden: (B, H) states of the layer that heads read; None where they read none.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+
+
+class ModelRunner(Protocol):
+    """A causal model over a cache of rows: each row's prefix is read once, then token trees after it."""
+
+    @property
+    def calls(self) -> int:
+        """Forward passes so far, those of the prompts included."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
+        """Start with these prompts as rows; states (B, H) at the last token of each."""
+        ...
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        ...
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        ...
+
+    def add(self, other: Self) -> None:
+        """Append copies of the rows of another runner of the same model."""
+        ...
+
+
+class PolicyRunner(Protocol):
+    """The policy over a cache of rows: what the loop needs of an engine.
+
+    ``tree``, ``commit`` and ``predict`` are optional: scorers that read the policy's states at the candidates need
+    them.
+    """
+
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same policy without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> PolicyState:
+        """Start with these prompts as rows; what the policy says after them."""
+        ...
+
+    def step(self, tokens: Tensor) -> PolicyState:
+        """Append one token (B, 1) to each row: one forward pass. Changes nothing where it raises."""
+        ...
+
+    def tree(self, candidate_ids: Tensor) -> States:
+        """States (B, K, H) at candidates (B, K) of the next token; nothing is appended."""
+        ...
+
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` (B,) of row b, which ``tree`` has read."""
+        ...
+
+    def predict(self, states: States) -> PolicyState:
+        """What the policy says at states (B, H) that ``tree`` has given: only the output head runs."""
+        ...
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        ...
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        ...
+
+    def add(self, other: Self) -> None:
+        """Append copies of the rows of another runner of the same policy."""
+        ...
+
+
+class ScorerRunner(Protocol):
+    """A scorer that makes forward passes of its own, over a cache of rows.
+
+    It reads chosen tokens late, together with the next candidates, so that steps on which nothing is scored (an
+    entropy gate) cost no pass. ``score`` changes nothing where it raises, and can be called again for other rows.
+    """
+
+    # Whether ``score`` takes candidates of some rows only (``rows``): those that score from the prefix's state do.
+    scores_any_rows: bool
+
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same scorer without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
+        ...
+
+    def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
+        """Start with these requests as rows, and read their prompts (the policy's tokens)."""
+        ...
+
+    def begin(self, requests: Sequence[Request]) -> Sequence[Sequence[int]] | None:
+        """Start rows for these requests without reading; the tokens that its cache must be prefilled with, if any."""
+        ...
+
+    def prefilled(self, states: States) -> None:
+        """The cache has been prefilled with what ``begin`` asked for; states (B, H) at the last tokens."""
+        ...
+
+    def score(self, candidate_ids: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Scores (B, K) of candidates (B, K), fp32, on their device; ``rows`` are those of the candidates."""
+        ...
+
+    # Writes into the requests what ``score`` has counted, once nothing of the step can fail any more; None counts
+    # nothing.
+    record: Callable[[], None] | None
+
+    def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
+        """Append candidate ``choice[b]`` (B,) of row b, after ``score``."""
+        ...
+
+    def append(self, tokens: Tensor) -> None:
+        """Append tokens (B, 1) that were not scored."""
+        ...
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        ...
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        ...
+
+    def cached_text(self, row: int, text: list[int]) -> list[int]:
+        """The tokens that a row's cache was filled with; ``text`` is the policy's."""
+        ...
+
+    def fork(self, request: Request) -> Self:
+        """The same single prefilled prompt, for another request with that prompt."""
+        ...
+
+    def add(self, other: Self) -> None:
+        """Append copies of the rows of another runner of the same scorer."""
+        ...
