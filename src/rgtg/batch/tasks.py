@@ -264,7 +264,7 @@ def complete_batch(
         except DataError as error:
             outcomes[task.index] = _failed(task, error)
     # 2. completed together
-    guided.complete(list(requests.values()), merged)
+    guided.complete(list(requests.values()))
     # 3. what became of each
     too_much = []
     for task in batch.tasks:
@@ -305,8 +305,8 @@ def _failed(task: Task, error: Exception) -> FailedTask:
         reason = "bad prompt"
     else:
         reason = _MEMORY if _is_out_of_memory(error) else "error"
-    text = str(error) if isinstance(error, RgtgError) or reason == _MEMORY else f"{type(error).__name__}: {error}"
-    return FailedTask(task, reason, one_line(text))
+    kind = f"{type(error).__name__}: " if reason == "error" and not isinstance(error, RgtgError) else ""
+    return FailedTask(task, reason, kind + one_line(error))
 
 
 def complete_batches(

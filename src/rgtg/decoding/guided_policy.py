@@ -35,9 +35,9 @@ from rgtg.decoding.request import (
     require_room,
     row_seeds,
 )
-from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer, require_embeddings, tree_columns
+from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_embeddings
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
-from rgtg.decoding.runners.policy_runner import MAX_WIDTH, TorchPolicyRunner
+from rgtg.decoding.runners.policy_runner import MAX_WIDTH
 from rgtg.decoding.runners.segment_scorer import ChunkedRewards
 from rgtg.decoding.sampling import SamplingParams
 from rgtg.errors import DataError, UsageError
@@ -63,18 +63,7 @@ class _Resolved:
     params: SamplingParams
     stopping: StoppingCriteria
     betas: tuple[float, ...]
-    width: int
-    overlap: bool
     processed: bool
-
-
-@dataclass(frozen=True)
-class _TokenRunners:
-    """Runners without rows for the requests of a token-wise method, and the arguments of their batches."""
-
-    policy: TorchPolicyRunner
-    scorers: dict[str, Any]
-    batch: dict[str, Any]
 
 
 @dataclass
@@ -129,7 +118,7 @@ class GuidedPolicy:
         self.end_tokens = end_tokens(policy)
         self._resolved: dict[str, _Resolved] = {}
         self._limits = self._context_limits()
-        self._runners: _TokenRunners | None = None
+        self._runners: TokenRunners | None = None
         self.resolve({})
         read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
         if register_parallel_models(one.model for one in read) and overlap:
@@ -244,8 +233,6 @@ class GuidedPolicy:
                 self._resolved.clear()
             self._resolved[key] = _Resolved(
                 settings, params, stopping, betas if self.names else (),
-                width=tree_columns(None if params.top_k_of_sums else settings.top_k),
-                overlap=self._overlaps(settings),
                 processed=bool(make_processors(settings, 1, self.end_tokens, None)),
             )  # fmt: skip
         return self._resolved[key]
@@ -321,7 +308,7 @@ class GuidedPolicy:
                 processors = make_processors(found.settings, len(ids), self.end_tokens, device)
             request = Request(
                 text, list(ids), seeds[i], processors, found.params, found.stopping, self.method.name, self.names,
-                found.betas, source, trace,
+                found.betas, source, trace, found.settings,
             )  # fmt: skip
             try:
                 self.require_room(request, found.settings)
@@ -380,7 +367,7 @@ class GuidedPolicy:
             UsageError: unusable settings.
             NonFiniteError: NaN from the policy or the scorer.
         """
-        return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), settings, batch_size)
+        return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), batch_size)
 
     def prepare(
         self,
@@ -421,16 +408,16 @@ class GuidedPolicy:
         """``generate`` for prompts that are token ids already."""
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
         requests = self.make_requests(prompt_ids, texts, [None] * len(texts), seed, settings, trace=trace)
-        return self._complete_all(requests, settings, batch_size)
+        return self._complete_all(requests, batch_size)
 
-    def _complete_all(self, requests: list[Request], settings: dict[str, Any], batch_size: int) -> list[Completion]:
+    def _complete_all(self, requests: list[Request], batch_size: int) -> list[Completion]:
         """Complete requests, ``batch_size`` at once; the first error ends the call."""
         if batch_size < 1:
             raise UsageError(f"batch_size = {batch_size}: it must be at least 1")
         completions = []
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
-            for _ in self.steps(part, settings):
+            for _ in self.steps(part):
                 for request in part:
                     if request.error is not None:
                         raise request.error
@@ -448,7 +435,7 @@ class GuidedPolicy:
         (request,) = requests
         stop = self.resolve(settings, complete=True).stop
         shown = ""
-        for _ in self.steps(requests, settings):
+        for _ in self.steps(requests):
             if request.error is not None:
                 raise request.error
             if self.method.unit != "completion" and request.finish_reason is None:
@@ -459,15 +446,10 @@ class GuidedPolicy:
                     shown = final
         yield request.text[len(shown) :]
 
-    def complete(self, requests: list[Request], settings: dict[str, Any]) -> None:
-        """Complete requests in one batch; one that fails has its ``error`` set, and the others go on.
-
-        Args:
-            requests: of ``prepare``.
-            settings: that they were made with.
-        """
+    def complete(self, requests: list[Request]) -> None:
+        """Complete requests of ``prepare`` in one batch; one that fails has its ``error`` set, and the others go on."""
         try:
-            for _ in self.steps(requests, settings):
+            for _ in self.steps(requests):
                 pass
         except Exception as error:
             # methods that draw segments or drafts complete each request alone, to find the one that fails
@@ -476,38 +458,40 @@ class GuidedPolicy:
                     request.error = error
                 else:
                     request.restart()
-                    self.complete([request], settings)
+                    self.complete([request])
 
-    def steps(self, requests: list[Request], settings: dict[str, Any]) -> Iterator[list[Request]]:
-        """Complete requests in one batch; yields them after each step.
+    def steps(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """Complete requests with the same settings in one batch; yields them after each step.
 
         A request that fails in a token-wise method has its ``error`` set, and the others go on.
 
         Raises:
             NonFiniteError: NaN from the policy or the scorer, in a method that draws segments or drafts.
         """
-        found = self._resolve(settings)
-        if self.method.unit != "token":
-            yield from self.start_segments(requests, settings).steps
+        if not requests:
             return
-        batch = self._start_drafts(requests, found) if self.draft is not None else self._start_batch(requests, found)
+        if self.method.unit != "token":
+            yield from self.start_segments(requests).steps
+            return
+        batch = self._start_drafts(requests) if self.draft is not None else self._start_batch(requests)
         if not batch.requests:
             yield requests  # none could be read
         while batch.requests:
             batch.step()
             yield requests
 
-    def _start_batch(self, requests: list[Request], found: _Resolved) -> Batch:
+    def _start_batch(self, requests: list[Request]) -> Batch:
         """A batch of all these requests, with their prompts read; those that cannot be read fail."""
         if self._runners is None:
-            self._runners = self._make_runners()
-        batch = Batch(**self._runners.batch, overlap=found.overlap)
+            self._runners = self.factory.token_runners(self.names)
+        overlap = self._overlaps(_settings_of(requests))
+        batch = Batch(**self._runners.options, overlap=overlap)
         try:
-            batch.add(requests, self._prefill(requests, found, self._runners))
+            batch.add(requests, self._prefill(requests, self._runners, overlap))
         except Exception as error:
             for request in requests:
                 try:
-                    self._prefill([request], found, self._runners)
+                    self._prefill([request], self._runners, overlap)
                 except Exception as own:
                     request.error = own
             rest = [request for request in requests if request.error is None]
@@ -515,29 +499,24 @@ class GuidedPolicy:
                 for request in requests:
                     request.error = error
             elif rest:
-                batch.add(rest, self._prefill(rest, found, self._runners))
+                batch.add(rest, self._prefill(rest, self._runners, overlap))
         return batch
 
-    def _make_runners(self) -> _TokenRunners:
-        key = self.factory.key(self.names)
-        return _TokenRunners(
-            self.factory.policy_runner(key),
-            {name: self.factory.scorer_runner(name) for name in self.factory.separate(key, self.names)},
-            Batch.options(self.factory, key),
-        )
-
     @torch.inference_mode()
-    def _prefill(self, requests: Sequence[Request], found: _Resolved, runners: _TokenRunners) -> Prefilled:
+    def _prefill(self, requests: Sequence[Request], runners: TokenRunners, overlap: bool) -> Prefilled:
         """Read the prompts whole, each model in one pass."""
         prompts, longest = [], 0
         for request in requests:
             prompts.append(request.prompt_ids)
-            longest = max(longest, len(request.prompt_ids) + found.settings.max_new_tokens)
-        reads_candidates = found.overlap or runners.batch["fused"] is not None
-        policy = runners.policy.fresh(longest, found.width if reads_candidates else 1)
+            longest = max(longest, len(request.prompt_ids))
+        settings, params = _settings_of(requests), requests[0].params
+        longest += settings.max_new_tokens
+        width = MAX_WIDTH if params.top_k_of_sums or params.top_k is None else min(params.top_k, MAX_WIDTH)
+        reads_candidates = overlap or runners.options["fused"] is not None
+        policy = runners.policy.fresh(longest, width if reads_candidates else 1)
         scorers = {}
         for name, runner in runners.scorers.items():
-            scorers[name] = runner.fresh(longest, found.width)
+            scorers[name] = runner.fresh(longest, width)
             scorers[name].prefill(requests, prompts)
         return Prefilled(policy, policy.prefill(prompts), scorers)
 
@@ -552,40 +531,38 @@ class GuidedPolicy:
             return False
         return settings.top_k is not None and settings.top_k <= MAX_WIDTH and settings.entropy_gate is None
 
-    def _start_drafts(self, requests: list[Request], found: _Resolved) -> Batch:
+    def _start_drafts(self, requests: list[Request]) -> Batch:
+        settings = _settings_of(requests)
         scorer = self.scorer if self.method.scorer else None
         assert self.draft is not None, "asked for with a draft"
         assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
-        columns = max(len(request.prompt_ids) for request in requests) + found.settings.max_new_tokens
+        columns = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         batch = SpeculativeBatch(
-            self.policy, scorer, self.draft, columns, top_k=found.params.top_k, length=found.settings.draft_length,
+            self.policy, scorer, self.draft, columns, top_k=settings.top_k, length=settings.draft_length,
             tree=self.token_tree,
         )  # fmt: skip
         batch.start(requests)
         return batch
 
-    def start_segments(
-        self, requests: list[Request], settings: dict[str, Any], *, chunk: int | None = None
-    ) -> SegmentRun:
+    def start_segments(self, requests: list[Request], *, chunk: int | None = None) -> SegmentRun:
         """Start requests of a method that draws segments or whole completions; nothing has been read yet.
 
         Args:
-            requests: of ``make_requests``; only one, where texts are read in chunks.
-            settings: that they were made with.
+            requests: of ``prepare``; only one, where texts are read in chunks.
             chunk: tokens of an ended completion that its scorer reads at once; None reads it whole.
         """
-        found = self._resolve(settings)
-        longest = max(len(request.prompt_ids) for request in requests) + found.settings.max_new_tokens
+        settings = _settings_of(requests)
+        longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         reward = cast(Scorer | CrossTokenizerScorer, self.scorer)
-        n, length = segments_of(self.method, found.settings)
+        n, length = segments_of(self.method, settings)
         whole = self.method.unit == "completion"
         # 1. the policy, with a branch of its cache for each segment or completion
-        branches = branch_columns(self.method, found.settings)
+        branches = branch_columns(self.method, settings)
         policy = make_runner(self.policy.model, policy_logits, longest + branches + 1, tree=self.token_tree)
         prompts = [request.prompt_ids for request in requests]
         tasks = [PrefillTask(("policy", None), policy, prompts)]
         # 2. the scorer's cache: of segments, or of completions that are read in chunks
-        width = max(1 if whole else min(length, found.settings.max_new_tokens), MAX_WIDTH)
+        width = max(1 if whole else min(length, settings.max_new_tokens), MAX_WIDTH)
         scores = self.factory.segment_scorer(reward, longest + width)
         if scores.runner is not None and (chunk or not whole):
             tasks.append(PrefillTask(("scorer", self.names[0]), scores.runner, prompts))
@@ -597,21 +574,21 @@ class GuidedPolicy:
             with torch.inference_mode():
                 states = [task.states if task.states is not None else task.read_all() for task in tasks]
             if whole:
-                yield from best_of_n(requests, policy, states[0], reward, found.settings.n, found.stopping, chunked)
+                stopping = requests[0].stopping
+                assert stopping is not None, "prepared requests have stopping criteria"
+                yield from best_of_n(requests, policy, states[0], reward, settings.n, stopping, chunked)
                 return
             accepts = self.method.rule == "accept"
             params = SegmentParams(
-                "accept" if accepts else "best", n, betas_of(found.settings)[0], found.settings.reward_threshold or 0.0,
-                found.settings.threshold_start, found.settings.retries,
+                "accept" if accepts else "best", n, betas_of(settings)[0], settings.reward_threshold or 0.0,
+                settings.threshold_start, settings.retries,
             )  # fmt: skip
-            stopping = SegmentStopping(
-                self.policy.tokenizer, self.end_tokens, found.settings, length=length,
-                max_entropy=found.settings.entropy_threshold if accepts else None,
+            ends = SegmentStopping(
+                self.policy.tokenizer, self.end_tokens, settings, length=length,
+                max_entropy=settings.entropy_threshold if accepts else None,
             )  # fmt: skip
             of_scorer = states[1] if len(states) > 1 else None
-            yield from decode_segments(
-                requests, policy, states[0], scores, of_scorer, reward, params, stopping, chunked
-            )
+            yield from decode_segments(requests, policy, states[0], scores, of_scorer, reward, params, ends, chunked)
 
         return SegmentRun(ChunkedPrefill(tasks), steps())
 
@@ -625,6 +602,12 @@ def _named(scorer: Any) -> dict[str, AnyScorer]:
     for i, one in enumerate(listed):
         found[one.name if one.name not in found else f"{one.name} ({i + 1})"] = one
     return found
+
+
+def _settings_of(requests: Sequence[Request]) -> DecodingSettings:
+    """The settings that prepared requests of one batch share."""
+    assert requests[0].settings is not None, "prepared requests have settings"
+    return requests[0].settings
 
 
 def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:

@@ -16,7 +16,7 @@ from rgtg.tokenization.encoding import decode_completion
 from rgtg.types.generation import Completion, StepTrace
 
 # Fields of a request that its caller gives; the others are its state.
-_GIVEN = 11
+_GIVEN = 12
 # One text, or a conversation.
 Prompt = str | list[dict[str, Any]]
 
@@ -38,6 +38,7 @@ class Request:
         source: the prompt for scorers with a tokenizer of their own: chat messages, text, or None for what the tokens
             say.
         keep_trace: record every candidate's figures of every step.
+        settings: complete decoding settings; methods that draw segments read them.
 
         token_ids: drawn so far.
         finish_reason: ``stop`` or ``length``, once it has ended.
@@ -58,6 +59,7 @@ class Request:
     betas: tuple[float, ...] = ()
     source: Prompt | None = None
     keep_trace: bool = False
+    settings: DecodingSettings | None = None
 
     token_ids: list[int] = field(default_factory=list)
     policy_log_prob: float = 0.0

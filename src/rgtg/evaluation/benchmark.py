@@ -65,14 +65,14 @@ def start_batch(
         Request("", list(prompt), seed, params=params, stopping=stopping, scorers=names, betas=(beta,) * len(names))
         for seed, prompt in enumerate(prompts)
     ]
-    key, longest, width = factory.key(names), max(map(len, prompts)) + tokens + 2, tree_columns(top_k)
+    runners, longest, width = factory.token_runners(names), max(map(len, prompts)) + tokens + 2, tree_columns(top_k)
     with torch.inference_mode():
-        policy_runner = factory.policy_runner(key).fresh(longest, width)
-        runners = {name: factory.scorer_runner(name).fresh(longest, width) for name in factory.separate(key, names)}
-        for runner in runners.values():
+        policy_runner = runners.policy.fresh(longest, width)
+        separate = {name: runner.fresh(longest, width) for name, runner in runners.scorers.items()}
+        for runner in separate.values():
             runner.prefill(requests, prompts)
-        batch = Batch(**Batch.options(factory, key), overlap=overlap)
-        batch.add(requests, Prefilled(policy_runner, policy_runner.prefill(prompts), runners))
+        batch = Batch(**runners.options, overlap=overlap)
+        batch.add(requests, Prefilled(policy_runner, policy_runner.prefill(prompts), separate))
     return batch
 
 

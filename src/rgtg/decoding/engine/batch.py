@@ -18,7 +18,6 @@ from torch import Tensor
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import Request, process
 from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner, States
-from rgtg.decoding.runners.factory import BatchKey, RunnerFactory
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, join_states, select_state
 from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
@@ -108,8 +107,8 @@ class Batch:
             overlap: let the policy read the candidates while the one separate scorer scores them, in two threads.
             on_nan: whether a scorer's NaN fails the request, or leaves the token to the policy.
             prefix_cache: where texts that have been read are kept for others that begin alike.
-            keep_order: whether rows keep their order when one leaves, so that a batch gives the same bits whenever it is
-                repeated; else the last row takes the free place, and only that one is copied.
+            keep_order: whether rows keep their order when one leaves, so that a batch gives the same bits each time;
+                else the last row takes the free place, and only that one is copied.
             ends_early: called before each draw with the requests, the policy's logits and log-probabilities (B, V);
                 returns those that it has ended.
         """
@@ -122,12 +121,6 @@ class Batch:
         self.seconds: dict[str, float] = defaultdict(float)
         self._tree: tuple[Tensor, States] | None = None  # this step's candidates (B, K), which the policy has read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rgtg-scorer") if overlap else None
-
-    @staticmethod
-    def options(factory: RunnerFactory, key: BatchKey) -> dict[str, Any]:
-        """The scorers on the policy's states, as arguments of a batch for requests of this key."""
-        fused = factory.fused(key)
-        return {"fused": None if fused is None else (key.fused, fused), "heads": factory.heads(key)}
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from rgtg.decoding.engine.batch import Prefilled
 from rgtg.decoding.engine.prefix_cache import CacheKey, PrefixCache
 from rgtg.decoding.request import Request
 from rgtg.decoding.runners.base import States
-from rgtg.decoding.runners.factory import BatchKey, RunnerFactory
+from rgtg.decoding.runners.factory import TokenRunners
 from rgtg.decoding.runners.model_runner import Runner, TreeRunner, append_tokens
 
 
@@ -98,23 +98,21 @@ class ChunkedPrefill:
 class BatchPrefill(ChunkedPrefill):
     """A prompt on its way into a batch: the policy, and the scorers that make passes of their own."""
 
-    def __init__(self, factory: RunnerFactory, key: BatchKey, names: Sequence[str], request: Request) -> None:
-        """Make the runners; nothing is read.
+    def __init__(self, runners: TokenRunners, request: Request) -> None:
+        """Start fresh runners; nothing is read.
 
         Args:
-            factory: makes them.
-            key: of the batch.
-            names: of the scorers that will steer.
+            runners: of the policy and its scorers.
             request: whose prompt is read.
         """
         length = len(request.prompt_ids)
-        self.policy = factory.policy_runner(key).fresh(length, 1)
+        self.policy = runners.policy.fresh(length, 1)
         prompts = [request.prompt_ids] * self.policy.copies
-        super().__init__([PrefillTask(("policy", key.fused), self.policy.runner, prompts)])
+        super().__init__([PrefillTask(("policy", runners.key.fused), self.policy.runner, prompts)])
         self.scorers: dict[str, Any] = {}
         self._of_scorer: dict[str, PrefillTask] = {}
-        for name in factory.separate(key, names):
-            self.scorers[name] = runner = factory.scorer_runner(name).fresh(length, 1)
+        for name, empty in runners.scorers.items():
+            self.scorers[name] = runner = empty.fresh(length, 1)
             if (texts := runner.begin([request])) is not None:
                 self._of_scorer[name] = PrefillTask(("scorer", name), runner.runner, texts)
         self.tasks += self._of_scorer.values()

@@ -49,6 +49,23 @@ class BatchKey(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TokenRunners:
+    """Runners without rows for requests that are steered token by token; each batch and prompt gets fresh ones.
+
+    Attributes:
+        key: of the batch.
+        policy: reads the policy.
+        scorers: that make passes of their own, by name.
+        options: the scorers on the policy's states, as arguments of ``Batch``.
+    """
+
+    key: BatchKey
+    policy: TorchPolicyRunner
+    scorers: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunnerFactory:
     """Makes runners for one policy and its scorers.
 
@@ -83,10 +100,13 @@ class RunnerFactory:
             if is_vocab_head(scorer) and scorer.layer == key.layer
         }
 
-    def separate(self, key: BatchKey, names: Sequence[str]) -> list[str]:
-        """Those of the named scorers that make passes of their own in this batch."""
-        shared = {key.fused, *self.heads(key)}
-        return [name for name in names if name not in shared]
+    def token_runners(self, names: Sequence[str]) -> TokenRunners:
+        """Runners for requests with these scorers."""
+        key = self.key(names)
+        heads, fused = self.heads(key), self.fused(key)
+        separate = {name: self.scorer_runner(name) for name in names if name != key.fused and name not in heads}
+        options = {"fused": None if fused is None else (key.fused, fused), "heads": heads}
+        return TokenRunners(key, self.policy_runner(key), separate, options)
 
     def fused(self, key: BatchKey) -> StateHeadRunner | None:
         """The scorer that reads states of the policy's pass at the candidates."""
