@@ -125,6 +125,10 @@ class GuidedPolicy:
             raise UsageError("overlap reads in two threads, and processes that split a model must read in one order")
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
+        self._can_overlap = bool(overlap)
+        if overlap is None and len(self.used) == 1 and isinstance(self.scorers[0], PrefixScorer | CrossTokenizerScorer):
+            devices = {policy.model.device, self.scorers[0].model.device}
+            self._can_overlap = len(devices) == 2 and not is_tensor_parallel(policy.model)
 
     @classmethod
     def from_pretrained(
@@ -484,7 +488,10 @@ class GuidedPolicy:
         """A batch of all these requests, with their prompts read; those that cannot be read fail."""
         if self._runners is None:
             self._runners = self.factory.token_runners(self.names)
-        overlap = self._overlaps(_settings_of(requests))
+        settings = requests[0].settings
+        # where policy and scorer are on different devices, the policy reads the candidates at the same time
+        narrow = settings.top_k is not None and settings.top_k <= MAX_WIDTH
+        overlap = self._can_overlap and narrow and settings.entropy_gate is None
         batch = Batch(**self._runners.options, overlap=overlap)
         try:
             batch.add(requests, self._prefill(requests, self._runners, overlap))
@@ -509,7 +516,7 @@ class GuidedPolicy:
         for request in requests:
             prompts.append(request.prompt_ids)
             longest = max(longest, len(request.prompt_ids))
-        settings, params = _settings_of(requests), requests[0].params
+        settings, params = requests[0].settings, requests[0].params
         longest += settings.max_new_tokens
         width = MAX_WIDTH if params.top_k_of_sums or params.top_k is None else min(params.top_k, MAX_WIDTH)
         reads_candidates = overlap or runners.options["fused"] is not None
@@ -520,19 +527,8 @@ class GuidedPolicy:
             scorers[name].prefill(requests, prompts)
         return Prefilled(policy, policy.prefill(prompts), scorers)
 
-    def _overlaps(self, settings: DecodingSettings) -> bool:
-        """Whether the policy reads the candidates while a separate scorer scores them."""
-        if self.overlap is not None or len(self.used) != 1:
-            return bool(self.overlap)
-        scorer, policy = self.used[0], self.policy
-        if not isinstance(scorer, PrefixScorer | CrossTokenizerScorer):
-            return False
-        if scorer.model.device == policy.model.device or is_tensor_parallel(policy.model):
-            return False
-        return settings.top_k is not None and settings.top_k <= MAX_WIDTH and settings.entropy_gate is None
-
     def _start_drafts(self, requests: list[Request]) -> Batch:
-        settings = _settings_of(requests)
+        settings = requests[0].settings
         scorer = self.scorer if self.method.scorer else None
         assert self.draft is not None, "asked for with a draft"
         assert scorer is None or isinstance(scorer, PrefixScorer), "checked with the settings"
@@ -551,7 +547,7 @@ class GuidedPolicy:
             requests: of ``prepare``; only one, where texts are read in chunks.
             chunk: tokens of an ended completion that its scorer reads at once; None reads it whole.
         """
-        settings = _settings_of(requests)
+        settings = requests[0].settings
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         reward = cast(Scorer | CrossTokenizerScorer, self.scorer)
         n, length = segments_of(self.method, settings)
@@ -602,12 +598,6 @@ def _named(scorer: Any) -> dict[str, AnyScorer]:
     for i, one in enumerate(listed):
         found[one.name if one.name not in found else f"{one.name} ({i + 1})"] = one
     return found
-
-
-def _settings_of(requests: Sequence[Request]) -> DecodingSettings:
-    """The settings that prepared requests of one batch share."""
-    assert requests[0].settings is not None, "prepared requests have settings"
-    return requests[0].settings
 
 
 def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:

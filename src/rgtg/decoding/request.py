@@ -59,7 +59,7 @@ class Request:
     betas: tuple[float, ...] = ()
     source: Prompt | None = None
     keep_trace: bool = False
-    settings: DecodingSettings | None = None
+    settings: DecodingSettings = field(default_factory=DecodingSettings)
 
     token_ids: list[int] = field(default_factory=list)
     policy_log_prob: float = 0.0
