@@ -223,7 +223,8 @@ class GuidedPolicy:
     def _resolve(self, given: dict[str, Any]) -> _Resolved:
         """Complete settings of a call, made once for all calls that give the same."""
         key = repr(given)
-        if key not in self._resolved:
+        found = self._resolved.get(key)
+        if found is None:
             settings = self.resolve(given)
             require_complete(self.method, settings)
             betas = tuple(betas_of(settings))
@@ -233,13 +234,14 @@ class GuidedPolicy:
                 top_k_of_sums=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
             )  # fmt: skip
             stopping = StoppingCriteria(self.policy.tokenizer, self.end_tokens, settings)
-            if len(self._resolved) >= _MAX_CACHED_SETTINGS:
-                self._resolved.clear()
-            self._resolved[key] = _Resolved(
+            found = _Resolved(
                 settings, params, stopping, betas if self.names else (),
                 processed=bool(make_processors(settings, 1, self.end_tokens, None)),
             )  # fmt: skip
-        return self._resolved[key]
+            if len(self._resolved) >= _MAX_CACHED_SETTINGS:
+                self._resolved.clear()
+            self._resolved[key] = found
+        return found
 
     def _check(self, settings: DecodingSettings) -> None:
         """Refuse settings that the method, the scorers or the draft do not take."""

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from rgtg.serving.engine.engine import Snapshot
-from rgtg.serving.engine.request import Event, Failed, Finished, Step
+from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, TokenEvent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _SECONDS_PER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -60,18 +60,18 @@ class RequestTimer:
         """Record an event that happens now."""
         now = time.monotonic()
         match event:
-            case Step():
+            case TokenEvent():
                 if row in self._last_token:
                     self.metrics.between_tokens.observe(now - self._last_token[row])
                 else:
                     self.metrics.first_token.observe(now - self.arrival)
                 self._last_token[row] = now
-            case Finished():
+            case FinishedEvent():
                 self._record_end(row, event, now)
-            case Failed():
+            case FailedEvent():
                 self.metrics.success.labels("abort").inc()
 
-    def _record_end(self, row: int, event: Finished, now: float) -> None:
+    def _record_end(self, row: int, event: FinishedEvent, now: float) -> None:
         metrics, completion = self.metrics, event.completion
         if row not in self._last_token:  # best-of-n has no tokens before its end
             metrics.first_token.observe(now - self.arrival)
@@ -79,7 +79,7 @@ class RequestTimer:
         metrics.success.labels(completion.finish_reason).inc()
         metrics.generation_tokens.inc(len(completion.token_ids))
         metrics.kl.observe(completion.guided_log_prob - completion.policy_log_prob + completion.selection_nats)
-        if event.fallback:
+        if event.scores_not_finite:
             metrics.fallback.inc()
 
 

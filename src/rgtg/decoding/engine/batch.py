@@ -146,23 +146,44 @@ class Batch:
             return
         assert len(prefilled.state.logits) == 1, "rows join a running batch one by one"
         for i, request in enumerate(requests):
-            # 1. the policy's row, and what it says after it
-            if self.policy is None:
-                self.policy = prefilled.policy.copy_rows([0])
+            try:
+                self._add_row(request, prefilled, forked=i > 0)
+            except Exception:
+                self._undo_add(request)
+                raise
+
+    def _add_row(self, request: Request, prefilled: Prefilled, *, forked: bool) -> None:
+        # 1. the policy's row
+        if self.policy is None:
+            self.policy = prefilled.policy.copy_rows([0])
+        else:
+            self.policy.add(prefilled.policy)
+        # 2. those of the scorers that steer the request
+        for name, runner in prefilled.scorers.items():
+            if name not in request.scorers:
+                continue
+            mine = runner.fork(request) if forked else runner
+            if name in self.separate:
+                self.separate[name].runner.add(mine)
             else:
-                self.policy.add(prefilled.policy)
-            self.state = join_states(self.state, prefilled.state)
-            # 2. those of the scorers that steer it
-            for name, runner in prefilled.scorers.items():
-                if name not in request.scorers:
-                    continue
-                mine = runner.fork(request) if i else runner
-                if name in self.separate:
-                    self.separate[name].runner.add(mine)
-                else:
-                    self.separate[name] = ScorerRows(mine.copy_rows([0]))
-                self.separate[name].requests.append(request)
-            self.requests.append(request)
+                self.separate[name] = ScorerRows(mine.copy_rows([0]))
+            self.separate[name].requests.append(request)
+        # 3. what the policy says after the prompt
+        self.state = join_states(self.state, prefilled.state)
+        self.requests.append(request)
+
+    def _undo_add(self, request: Request) -> None:
+        """Remove the rows of a request that could not be added everywhere; the others stay as they were."""
+        if not self.requests:
+            self.policy, self.separate = None, {}
+            return
+        self._policy.select_rows(range(len(self.requests)))
+        for name, entry in list(self.separate.items()):
+            entry.requests = [one for one in entry.requests if one is not request]
+            if entry.requests:
+                entry.runner.select_rows(range(len(entry.requests)))
+            else:
+                del self.separate[name]
 
     @torch.inference_mode()
     def remove(self, requests: Iterable[Request]) -> None:

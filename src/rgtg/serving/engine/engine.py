@@ -1,29 +1,53 @@
-"""The engine: takes jobs in, steps whatever runs, one thread for all models; requests join and leave at any step."""
+"""The engine: one thread that runs all models; requests join and leave the running batches at any step."""
 
 import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rgtg.config import EngineSettings
-from rgtg.decoding.engine.batch import Lane, Member
-from rgtg.decoding.engine.batches import LaneKey, make_lane, make_prefill
-from rgtg.decoding.engine.prefix_cache import PrefixStore
-from rgtg.errors import BusyError, NonFiniteError, NotServingError, RgtgError, StoppedError, UsageError
+from rgtg.config import DecodingSettings, EngineSettings
+from rgtg.decoding.engine.batch import Batch
+from rgtg.decoding.engine.chunked_prefill import BatchPrefill, ChunkedPrefill
+from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.methods import METHODS, scores_vocabulary
+from rgtg.decoding.request import Request
+from rgtg.decoding.runners.factory import BatchKey, TokenRunners
+from rgtg.errors import BusyError, DeadlineError, NonFiniteError, NotServingError, RgtgError, StoppedError, UsageError
 from rgtg.serving.engine.models import ServedModels
-from rgtg.serving.engine.prompts import Prompts
-from rgtg.serving.engine.request import Job, Listener, Ticket
-from rgtg.serving.engine.sequence import Arrival, Seat, Solo, as_ours, given_up, refuse, rows_of, unsound
+from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, Handle, Listener, TokenEvent
 
 T = TypeVar("T")
-Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one request, in their order
+Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one HTTP request, in their order
 _log = logging.getLogger("rgtg.serving")
 # How long the thread sleeps when there is nothing to do and nobody wakes it.
 _IDLE_SECONDS = 0.5
+_PARALLEL_METHODS = ("best-of-n", "cd-blockwise")
+
+
+def num_sequences(settings: DecodingSettings) -> int:
+    """Completions, or segments of one, that are decoded at once for one request."""
+    return settings.n if settings.method in _PARALLEL_METHODS else 1
+
+
+@dataclass(eq=False)
+class Prefilling:
+    """Requests whose prompt is being read.
+
+    Attributes:
+        requests: with one prompt.
+        prefill: reads it in chunks.
+        runners: of the batch that they join then; None for a request that is not batched.
+        steps: of a request that is not batched, once its prompt has been read.
+    """
+
+    requests: list[Request]
+    prefill: ChunkedPrefill
+    runners: TokenRunners | None = None
+    steps: Iterator[list[Request]] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,14 +56,14 @@ class Snapshot:
 
     Attributes:
         running: completions that are decoded or whose prompt is read.
-        waiting: completions that wait for a place.
-        draining: whether nothing more is taken in.
-        cache_bytes: of keys and values of what runs.
-        prefix_bytes: of texts kept for others that begin alike.
-        prompt_tokens: tokens of prompts that were looked up there.
-        cached_tokens: of those, how many were found.
+        waiting: completions in the queue.
+        draining: whether new requests are refused.
+        cache_bytes: keys and values of running requests.
+        prefix_bytes: keys and values in the prefix cache.
+        prompt_tokens: prompt tokens that were looked up in the prefix cache.
+        cached_tokens: those that were found.
         scorer_seconds: spent by each scorer on candidates.
-        nan: rows that ended, and tokens that were left to the policy, because of NaN.
+        nan: requests that failed, and tokens that were left to the policy, because of NaN.
     """
 
     running: int
@@ -54,77 +78,100 @@ class Snapshot:
 
 
 class Engine:
-    """Admission, scheduling and the one thread that runs the models.
+    """Admission, scheduling, and the one thread that runs the models.
 
     Example:
         >>> engine = Engine(models, EngineSettings())  # doctest: +SKIP
         >>> engine.start()  # doctest: +SKIP
-        >>> ticket = engine.submit(job, print)  # doctest: +SKIP
+        >>> handle = engine.submit([requests], print)  # doctest: +SKIP
     """
 
     def __init__(self, models: ServedModels, settings: EngineSettings) -> None:
         self.models, self.settings = models, settings
         self._wake = threading.Condition()
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[tuple[Handle, Sequence[Request]]] = deque()
         self._calls: deque[Calls] = deque()
-        self._lanes: dict[LaneKey, Lane] = {}
-        self._seats: dict[Member, Seat] = {}
-        self._solos: list[Solo] = []
-        self._store = PrefixStore(settings.prefix_cache_mib * 2**20)
-        self._prompts = Prompts(settings.prefill_chunk, self._store)
-        self._seconds: dict[str, float] = defaultdict(float)  # of lanes that are gone
+        self._batches: dict[BatchKey, Batch] = {}
+        self._prefilling: list[Prefilling] = []
+        self._unbatched: list[Prefilling] = []  # requests with caches of their own, which take steps of their own
+        self._handles: dict[Request, Handle] = {}  # of every admitted request
+        self._runners: dict[tuple[str, ...], TokenRunners] = {}
+        self._prefix_cache = PrefixCache(settings.prefix_cache_mib * 2**20)
+        self._turns = 0
+        self._seconds: dict[str, float] = defaultdict(float)  # of batches that are gone
         self._nan = 0
         self._draining = self._stopping = False
         self._idle = True  # as the engine's thread last found it, with nothing in its hands
-        self._thread = threading.Thread(target=self._serve, name="rgtg-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rgtg-engine", daemon=True)
 
     # -- any thread ------------------------------------------------------------------------------------------------
 
-    def check(self, job: Job) -> None:
-        """Refuse a job that cannot be done.
+    def submit(self, groups: Sequence[Sequence[Request]], listener: Listener, deadline: float | None = None) -> Handle:
+        """Accept requests, all or none.
 
-        Raises:
-            UsageError: unusable settings, an unknown method or scorer, more rows than are ever decoded at once.
-            DataError: a prompt that is empty or does not fit a context.
-        """
-        if not job.rows:
-            raise UsageError("a job has at least one row")
-        if (rows := sum(rows_of(row.settings) for row in job.rows)) > self.settings.max_batch:
-            raise UsageError(
-                f"{rows} completions at once; this server decodes at most {self.settings.max_batch}",
-                setting="n" if rows > len(job.rows) else None,
-            )
-        for row in job.rows:
-            Seat(Ticket(job, lambda event: None), 0, row, self.models, self.settings)
-
-    def submit(self, job: Job, listener: Listener) -> Ticket:
-        """Take a job in; its events go to ``listener``, in the engine's thread.
-
-        Raises:
-            BusyError, NotServingError, UsageError, DataError: as ``submit_all``.
-        """
-        (ticket,) = self.submit_all([(job, listener)])
-        return ticket
-
-    def submit_all(self, jobs: Sequence[tuple[Job, Listener]]) -> list[Ticket]:
-        """Take several jobs in, or none of them; the events of each go to its listener, in the engine's thread.
+        Args:
+            groups: requests with one prompt each, as ``ServedModels`` prepares them.
+            listener: called with their events, in the engine's thread.
+            deadline: in ``time.monotonic()`` seconds; what has not ended by then fails.
 
         Raises:
             BusyError: the queue is too full for them.
             NotServingError: the engine is draining or has stopped.
-            UsageError: as ``check``, or more jobs than there is ever room for.
-            DataError: as ``check``.
+            UsageError: more than this server ever decodes at once, or settings beyond its limits.
         """
-        if len(jobs) > (most := self.settings.max_queue + self.settings.max_batch):
-            raise UsageError(f"{len(jobs)} prompts in one request; this server takes at most {most}", setting="prompt")
-        for job, _ in jobs:
-            self.check(job)
-        tickets = [Ticket(job, listener) for job, listener in jobs]
+        if len(groups) > (most := self.settings.max_queue + self.settings.max_batch):
+            raise UsageError(
+                f"{len(groups)} prompts in one request; this server takes at most {most}", setting="prompt"
+            )
+        for group in groups:
+            self.check(group)
+        handle = Handle(groups, listener, deadline)
         with self._wake:
-            self._require_room(len(jobs))
-            self._waiting += tickets
-            self._rouse()
-        return tickets
+            self._require_room(len(groups))
+            for group in groups:
+                self._waiting.append((handle, group))
+            self._notify()
+        return handle
+
+    def check(self, group: Sequence[Request]) -> None:
+        """Refuse requests with one prompt that this server never decodes.
+
+        Raises:
+            UsageError: too many at once, or settings beyond the limits.
+        """
+        if not group:
+            raise UsageError("a prompt has at least one request")
+        limits, total = self.settings, 0
+        for request in group:
+            settings = request.settings
+            total += num_sequences(settings)
+            if settings.max_new_tokens > limits.max_tokens:
+                raise UsageError(
+                    f"max_new_tokens = {settings.max_new_tokens}; this server makes at most {limits.max_tokens}",
+                    setting="max_new_tokens",
+                )
+            if (length := settings.segment_length or 0) > limits.max_tokens:
+                raise UsageError(
+                    f"segment_length = {length}; this server makes at most {limits.max_tokens} tokens",
+                    setting="segment_length",
+                )
+            if settings.top_k is None or settings.top_k > limits.max_candidates:
+                self._require_narrow(request)
+        if total > limits.max_batch:
+            raise UsageError(
+                f"{total} completions at once; this server decodes at most {limits.max_batch}",
+                setting="n" if total > len(group) else None,
+            )
+
+    def _require_narrow(self, request: Request) -> None:
+        """Refuse more candidates than a scorer that reads each of them may be given."""
+        each = [name for name in request.scorers if not scores_vocabulary(self.models.scorers[name])]
+        if each and METHODS[request.method].unit == "token":
+            raise UsageError(
+                f"top_k = {request.settings.top_k}: {each[0]} reads every candidate, on this server at most "
+                f"{self.settings.max_candidates}",
+                setting="top_k",
+            )
 
     def run(self, work: Callable[[], T]) -> "Future[T]":
         """Run something on the models between two steps.
@@ -136,7 +183,7 @@ class Engine:
         return future
 
     def run_all(self, works: Sequence[Callable[[], T]]) -> "list[Future[T]]":
-        """Run several things, each between two steps; they are taken in, or refused, together.
+        """Run several things, each between two steps; all are accepted, or none.
 
         Raises:
             BusyError, NotServingError: as ``submit``.
@@ -148,54 +195,54 @@ class Engine:
         with self._wake:
             self._require_room()
             self._calls.append(calls)
-            self._rouse()
+            self._notify()
         return futures
 
-    def _rouse(self) -> None:
+    def _notify(self) -> None:
         """There is work; the lock is held."""
         self._idle = False
         self._wake.notify_all()
 
     def _require_room(self, more: int = 1) -> None:
         if self._draining or not self.alive:
-            raise NotServingError("the server is not taking in requests: it is about to stop")
+            raise NotServingError("the server is stopping and accepts no new requests")
         waiting = len(self._waiting) + len(self._calls)
-        if waiting + more > self.settings.max_queue + max(self.settings.max_batch - self._running(), 0):
+        if waiting + more > self.settings.max_queue + max(self.settings.max_batch - self._num_running(), 0):
             raise BusyError(f"{waiting} requests wait already; try again in a moment")
 
-    def _running(self) -> int:
-        """Completions that have a place."""
-        return self._prompts.rows + len(self._seats) + sum(solo.rows for solo in self._solos)
+    def _num_running(self) -> int:
+        """Completions that are decoded or whose prompt is read."""
+        return sum(num_sequences(request.settings) for request in list(self._handles))
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Give a job up; its rows leave with the next step."""
+    def cancel(self, handle: Handle) -> None:
+        """Cancel requests; they leave with the next step."""
         with self._wake:
-            ticket.cancelled = True
+            handle.cancelled = True
             self._wake.notify()
 
     def snapshot(self) -> Snapshot:
         """What runs and waits."""
         with self._wake:
-            waiting = sum(len(ticket.job.rows) for ticket in self._waiting) + len(self._calls)
-        lanes, seconds = list(self._lanes.values()), dict(self._seconds)
-        for lane in lanes:
-            for name, spent in list(lane.seconds.items()):
+            waiting = sum(len(group) for _, group in self._waiting) + len(self._calls)
+        batches, seconds = list(self._batches.values()), dict(self._seconds)
+        for batch in batches:
+            for name, spent in list(batch.seconds.items()):
                 seconds[name] = seconds.get(name, 0.0) + spent
         return Snapshot(
-            running=self._running(),
+            running=self._num_running(),
             waiting=waiting,
             draining=self._draining,
-            cache_bytes=sum(lane.nbytes for lane in lanes),
-            prefix_bytes=self._store.nbytes,
-            prompt_tokens=self._store.asked,
-            cached_tokens=self._store.found,
+            cache_bytes=sum(batch.nbytes for batch in batches),
+            prefix_bytes=self._prefix_cache.nbytes,
+            prompt_tokens=self._prefix_cache.queried,
+            cached_tokens=self._prefix_cache.hits,
             scorer_seconds=seconds,
             nan=self._nan,
         )
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs: not before `start`, nor after `stop` or a defect that ended it."""
+        """Whether the thread runs: not before ``start``, nor after ``stop`` or an error that ended it."""
         return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
@@ -203,13 +250,13 @@ class Engine:
         self._thread.start()
 
     def drain(self, seconds: float) -> bool:
-        """Take nothing more in, and wait until what was taken in is done; whether it was, within ``seconds``."""
+        """Refuse new requests and wait for accepted ones; whether all ended within ``seconds``."""
         with self._wake:
             self._draining = True
             return self._wake.wait_for(lambda: self._idle, seconds)
 
     def stop(self) -> None:
-        """End the thread; what has not finished fails with ``StoppedError``."""
+        """End the thread; requests that have not ended fail with ``StoppedError``."""
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
@@ -218,42 +265,39 @@ class Engine:
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
-    def _is_idle(self) -> bool:
-        return not (self._waiting or self._calls or self._running())
-
-    def _serve(self) -> None:
+    def _run(self) -> None:
         why: RgtgError = StoppedError("the server was stopped")
         try:
             while not self._stopping:
                 with self._wake:
-                    self._idle = self._is_idle()
+                    self._idle = not (self._waiting or self._calls or self._handles)
                     if self._idle:
                         self._wake.notify_all()  # whoever drains
                         self._wake.wait(_IDLE_SECONDS)
                 self._turn()
-        except Exception as error:  # a defect; nobody is left waiting for an answer
-            why = as_ours(error)
+        except Exception as error:  # a defect of the engine: nobody is left waiting for an answer
+            why = _public_error(error)
         with self._wake:
             self._stopping = True
-        self._fail_all(why)
+        self._fail_everything(why)
 
     def _turn(self) -> None:
-        """One step of all that decodes, one call, and one part of one prompt."""
+        """One step of everything that decodes, one call, and one chunk of one prompt."""
+        # 1. one call of another kind (scores)
         self._run_call()
-        self._drop_given_up()
+        # 2. who leaves, and who is admitted
+        self._drop_cancelled()
         self._admit()
-        for key, lane in list(self._lanes.items()):
-            self._step_lane(key, lane)
-        for solo in self._solos:
-            solo.step()
-            self._nan += solo.unsound
-        self._solos = [solo for solo in self._solos if not solo.done]
-        if (ready := self._prompts.read()) is not None:
-            self._enter(ready)
-            self._prompts.unread.remove(ready)  # only now: it counts as running all the while
+        # 3. one step of every batch, and of every request that is not batched
+        for key, batch in list(self._batches.items()):
+            self._step_batch(key, batch)
+        for run in list(self._unbatched):
+            self._step_unbatched(run)
+        # 4. one chunk of one prompt
+        self._read_prompt()
 
     def _run_call(self) -> None:
-        """The next call of the request that was served longest ago; those given up cost no turn."""
+        """The next call of the HTTP request that was served longest ago; cancelled ones cost no turn."""
         while self._calls:
             with self._wake:
                 calls = self._calls.popleft()
@@ -264,126 +308,212 @@ class Engine:
                 continue
             try:
                 future.set_result(work())
-            except Exception as error:  # the caller's to handle
+            except Exception as error:  # the caller handles it
                 future.set_exception(error)
             return
 
     # -- who comes and goes ----------------------------------------------------------------------------------------
 
-    def _drop_given_up(self) -> None:
-        """Jobs that were cancelled, or whose time is over."""
+    def _drop_cancelled(self) -> None:
+        """Requests that were cancelled, or whose deadline has passed."""
         now = time.monotonic()
+        # 1. in the queue
         with self._wake:
             waiting = list(self._waiting)
-            self._waiting = deque(ticket for ticket in waiting if given_up(ticket, now) is None)
-        for ticket in waiting:
-            if (why := given_up(ticket, now)) is not None:
-                refuse(ticket, why)
-        self._prompts.drop(lambda ticket: given_up(ticket, now))
-        for lane in self._lanes.values():
-            gone = {member: why for member in lane.members if (why := given_up(self._seats[member].ticket, now))}
-            lane.leave(gone)
-            for member, why in gone.items():
-                self._seats.pop(member).fail(why)
-        for solo in self._solos:
-            if (why := given_up(solo.ticket, now)) is not None:
-                solo.fail(why)
-        self._solos = [solo for solo in self._solos if not solo.done]
+            self._waiting = deque(entry for entry in waiting if _reason_to_drop(entry[0], now) is None)
+        for handle, group in waiting:
+            if (why := _reason_to_drop(handle, now)) is not None:
+                self._send_failed(handle, group, why)
+        # 2. admitted
+        dropped = [request for request, handle in self._handles.items() if _reason_to_drop(handle, now) is not None]
+        if not dropped:
+            return
+        gone = set(dropped)
+        self._prefilling = [one for one in self._prefilling if gone.isdisjoint(one.requests)]
+        self._unbatched = [one for one in self._unbatched if gone.isdisjoint(one.requests)]
+        for batch in self._batches.values():
+            batch.remove(gone.intersection(batch.requests))
+        for request in dropped:
+            why = _reason_to_drop(self._handles[request], now)
+            assert why is not None, "it was dropped for a reason"
+            self._fail([request], why)
 
     def _admit(self) -> None:
-        """Start jobs in their order while there is room for their rows."""
+        """Start groups of requests in their order while there is room for them."""
         while self._waiting:
-            ticket = self._waiting[0]
-            rows = sum(rows_of(row.settings) for row in ticket.job.rows)
-            if self._running() + rows > self.settings.max_batch:
+            handle, group = self._waiting[0]
+            more = sum(num_sequences(request.settings) for request in group)
+            if self._num_running() + more > self.settings.max_batch:
                 return
             with self._wake:
                 self._waiting.popleft()
+            self._handles |= dict.fromkeys(group, handle)
             try:
-                self._seat([Seat(ticket, i, row, self.models, self.settings) for i, row in enumerate(ticket.job.rows)])
-            except Exception as error:  # nothing of it has a place yet
-                refuse(ticket, as_ours(error))
+                self._start(group)
+            except Exception as error:
+                self._fail(group, error)
 
-    def _seat(self, seats: list[Seat]) -> None:
-        """Begin with the rows of one job: those of one lane share one reading of the prompt."""
-        by_lane: dict[LaneKey, list[Seat]] = defaultdict(list)
-        solos = [Solo(seat, self.settings.prefill_chunk) for seat in seats if seat.lane is None]
-        arrivals = []
-        for seat in seats:
-            if seat.lane is not None:
-                by_lane[seat.lane].append(seat)
-        for key, mine in by_lane.items():
-            names = list(dict.fromkeys(name for seat in mine for name in seat.row.scorers))
-            first = next((seat for seat in mine if seat.row.scorers), mine[0])
-            mine.sort(key=lambda seat: seat is not first)  # readers are made for its request
-            prefill = make_prefill(self.models.policy, self.models.scorers, key, names, first.request)
-            arrivals.append(Arrival(key, mine, prefill))
-        self._prompts.unread += [*arrivals, *(solo for solo in solos if solo.prompt.left)]
-        self._solos += [solo for solo in solos if not solo.prompt.left]
+    def _start(self, group: Sequence[Request]) -> None:
+        """Start requests with one prompt: those that join one batch share its prefill."""
+        by_key: dict[BatchKey, list[Request]] = {}
+        started = []
+        for request in group:
+            if METHODS[request.method].unit == "token":
+                by_key.setdefault(self._runners_for(request.scorers).key, []).append(request)
+            else:
+                guided = self.models.guided(request.method, request.scorers)
+                run = guided.start_segments([request], chunk=self.settings.prefill_chunk)
+                started.append(Prefilling([request], run.prefill, steps=run.steps))
+        for requests in by_key.values():
+            requests.sort(key=lambda request: not request.scorers)  # text scorers start with the first one's prompt
+            names = tuple(dict.fromkeys(name for request in requests for name in request.scorers))
+            runners = self._runners_for(names)
+            started.append(Prefilling(requests, BatchPrefill(runners, requests[0]), runners))
+        self._prefilling += started
 
-    def _enter(self, ready: Arrival | Solo) -> None:
-        """Let rows whose prompt has been read into their lane, or take their steps apart."""
-        if isinstance(ready, Solo):
-            self._solos.append(ready)
+    def _runners_for(self, names: tuple[str, ...]) -> TokenRunners:
+        if names not in self._runners:
+            self._runners[names] = self.models.factory.token_runners(names)
+        return self._runners[names]
+
+    def _read_prompt(self) -> None:
+        """One chunk of the shortest prompt, and every fourth time of the one that waits longest."""
+        if not self._prefilling:
             return
-        key = ready.key
-        if key not in self._lanes:
-            self._lanes[key] = make_lane(
-                self.models.policy, self.models.scorers, key, on_nan=self.settings.on_nan, store=self._store
-            )
-        self._seats |= {seat.member: seat for seat in ready.seats}
+        self._turns += 1
+        one = self._prefilling[0]
+        if self._turns % 4 and len(self._prefilling) > 1:
+            one = min(self._prefilling, key=lambda one: one.prefill.left)
         try:
-            ready.enter(self._lanes[key])
-        except Exception as error:  # some readers have taken a row in and some have not: the lane is of no use
-            self._break_lane(key, as_ours(error), [seat.member for seat in ready.seats])
+            if one.prefill.left:
+                one.prefill.advance(self.settings.prefill_chunk, self._prefix_cache)
+            if not one.prefill.left:
+                self._enter(one)
+                self._prefilling.remove(one)
+        except Exception as error:
+            self._prefilling.remove(one)
+            self._fail(one.requests, error)
+
+    def _enter(self, one: Prefilling) -> None:
+        """Let requests whose prompt has been read join their batch, or take steps of their own."""
+        for request in one.requests:
+            request.cached_tokens = one.prefill.cached_tokens
+        if one.runners is None:
+            self._unbatched.append(one)
+            return
+        assert isinstance(one.prefill, BatchPrefill), "a prompt on its way into a batch"
+        key = one.runners.key
+        if key not in self._batches:
+            self._batches[key] = Batch(
+                **one.runners.options, on_nan=self.settings.on_nan, prefix_cache=self._prefix_cache, keep_order=False
+            )
+        self._batches[key].add(one.requests, one.prefill.result())
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def _step_lane(self, key: LaneKey, lane: Lane) -> None:
-        if not lane.members:
-            self._forget_lane(key)  # its cache with it
+    def _step_batch(self, key: BatchKey, batch: Batch) -> None:
+        if not batch.requests:
+            self._forget_batch(key)
             return
         try:
-            lane.step(self._tell)
-        except Exception as error:
-            self._break_lane(key, as_ours(error))
+            left = batch.step(self._send_drawn)
+        except Exception as error:  # a defect of the loop: what belongs to one request has failed that one alone
+            requests = [request for request in batch.requests if request in self._handles]
+            self._forget_batch(key)
+            self._fail(requests, error)
+            return
+        for request in left:
+            if request in self._handles and request.error is not None:
+                self._fail([request], request.error)
 
-    def _tell(self, stepped: Sequence[Member]) -> None:
-        """Tell what a step has drawn; rows that ended have no seat from then on."""
-        for member in stepped:
-            seat = self._seats[member]
-            if member.unsound is not None:
-                self._nan += 1
-                del self._seats[member]
-                seat.fail(NonFiniteError(unsound(member.unsound)))
-                continue
-            self._nan += seat.new_fallbacks()
-            seat.tell()
-            if member.request.finish_reason is not None:
-                del self._seats[member]
-
-    def _break_lane(self, key: LaneKey, why: RgtgError, more: Sequence[Member] = ()) -> None:
-        """Give a lane up, and the rows in it or on their way."""
-        members = dict.fromkeys([*self._lanes[key].members, *more])
-        self._forget_lane(key)
-        for member in members:
-            if member in self._seats:
-                self._seats.pop(member).fail(why)
-
-    def _forget_lane(self, key: LaneKey) -> None:
-        for name, spent in self._lanes.pop(key).seconds.items():
+    def _forget_batch(self, key: BatchKey) -> None:
+        for name, spent in self._batches.pop(key).seconds.items():
             self._seconds[name] += spent
 
-    def _fail_all(self, why: RgtgError) -> None:
-        for one in [*self._prompts.unread, *self._seats.values(), *self._solos]:
-            one.fail(why)
-        self._prompts.unread, self._lanes, self._seats, self._solos = [], {}, {}, []
+    def _step_unbatched(self, run: Prefilling) -> None:
+        (request,) = run.requests
+        assert run.steps is not None, "a request that is not batched has steps of its own"
+        try:
+            ended = next(run.steps, None) is None
+        except Exception as error:
+            self._unbatched.remove(run)
+            self._fail([request], error)
+            return
+        if ended:
+            self._unbatched.remove(run)
+        if ended or request.finish_reason is None:
+            self._send(request)
+
+    # -- what listeners are told -----------------------------------------------------------------------------------
+
+    def _send_drawn(self, requests: list[Request]) -> None:
+        """Send what a step of a batch has drawn."""
+        for request in requests:
+            if request.error is None:
+                self._send(request)
+
+    def _send(self, request: Request) -> None:
+        """Send a request's new tokens, and its completion once it has ended."""
+        handle = self._handles[request]
+        row = handle.rows[request]
+        if METHODS[request.method].unit != "completion":
+            for i in range(handle.sent[request], len(request.token_ids)):
+                trace = request.trace[i] if request.keep_trace else None
+                _tell(handle, TokenEvent(row, request.token_ids[i], trace))
+            handle.sent[request] = len(request.token_ids)
+        self._nan += request.scores_not_finite - handle.nan_counted[request]
+        handle.nan_counted[request] = request.scores_not_finite
+        if request.finish_reason is not None:
+            del self._handles[request]
+            done = FinishedEvent(row, request.to_completion(), request.cached_tokens, request.scores_not_finite)
+            _tell(handle, done)
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End admitted requests with an error."""
+        self._nan += len(requests) if isinstance(error, NonFiniteError) else 0
+        why = _public_error(error)
+        for request in requests:
+            if (handle := self._handles.pop(request, None)) is not None:
+                _tell(handle, FailedEvent(handle.rows[request], why))
+
+    def _send_failed(self, handle: Handle, group: Sequence[Request], why: RgtgError) -> None:
+        """End requests that are still in the queue."""
+        for request in group:
+            _tell(handle, FailedEvent(handle.rows[request], why))
+
+    def _fail_everything(self, why: RgtgError) -> None:
+        self._prefilling, self._unbatched, self._batches = [], [], {}
+        self._fail(list(self._handles), why)
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
             futures = [future for calls in self._calls for future, _ in calls]
             self._calls = deque()
-        for ticket in waiting:
-            refuse(ticket, why)
+        for handle, group in waiting:
+            self._send_failed(handle, group, why)
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(why)
+
+
+def _tell(handle: Handle, event: Event) -> None:
+    """Call a listener; one that raises harms nobody else."""
+    try:
+        handle.listener(event)
+    except Exception:
+        _log.exception("a listener failed")
+
+
+def _reason_to_drop(handle: Handle, now: float) -> RgtgError | None:
+    if handle.cancelled:
+        return StoppedError("the request was cancelled")
+    if handle.deadline is not None and now > handle.deadline:
+        return DeadlineError("the request was not finished in its time")
+    return None
+
+
+def _public_error(error: Exception) -> RgtgError:
+    """An error for the client; one that is nobody's but the server's is logged and kept from it."""
+    if isinstance(error, RgtgError):
+        return error
+    _log.error("a request failed", exc_info=error)
+    return RgtgError("the request failed inside the server")

@@ -1,15 +1,14 @@
-"""The models a server has loaded: one policy, scorers by name, and a decoder for every way to join them."""
+"""The models that a server has loaded: one policy, and scorers by name."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from rgtg.config import DecodingSettings
-from rgtg.decoding.decoder import Decoder
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.loading import laid_out, packed_beside
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.runners.factory import Separate, as_read_beside
+from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
 from rgtg.errors import UsageError
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy, load_policy
@@ -23,12 +22,13 @@ class ServedModels:
 
     def __init__(self, policy: Policy, scorers: Mapping[str, AnyScorer], policy_name: str = "policy") -> None:
         self.policy, self.policy_name = policy, policy_name
-        self.scorers = {name: as_read_beside(policy, scorer) for name, scorer in scorers.items()}
+        self.scorers = {name: fit_scorer(policy, scorer) for name, scorer in scorers.items()}
         for name, scorer in self.scorers.items():
             scorer.name = name  # what refusals call it: clients never see a path
             if not isinstance(scorer, CrossTokenizerScorer):  # those keep a tokenizer of their own
                 scorer.tokenizer = policy.tokenizer
-        self._decoders: dict[tuple[str, tuple[str, ...]], Decoder] = {}
+        self.factory = RunnerFactory(policy, self.scorers)
+        self._guided: dict[tuple[str, tuple[str, ...]], GuidedPolicy] = {}
 
     @classmethod
     def load(
@@ -45,9 +45,9 @@ class ServedModels:
 
         A scorer's folder without rgtg.json holds a reward model, or a language model, read by its log-probabilities.
 
-        They are loaded in a thread that then ends, and its OpenMP workers with it. Were they left to this thread, there
-        would be more of them than cores beside those of the engine's thread, and libgomp then lets all sleep between
-        two operations instead of spinning: an engine in its own thread would take a third longer over every step.
+        Models are loaded in a thread that ends afterwards, together with its OpenMP workers. If this thread kept such
+        workers beside those of the engine's thread, there would be more of them than cores; libgomp then puts workers
+        to sleep between two operations instead of letting them spin, and every step takes a third longer.
 
         Raises:
             ModelNotFoundError: one of them cannot be loaded.
@@ -68,48 +68,25 @@ class ServedModels:
         """Context of the policy in tokens; None where it has no limit."""
         return self.policy.max_length
 
-    def scorer(self, name: str) -> AnyScorer:
-        """A loaded scorer.
-
-        Raises:
-            UsageError: none has that name.
-        """
-        if name not in self.scorers:
-            known = ", ".join(sorted(self.scorers)) or "none"
-            raise UsageError(f"no scorer {name!r} is loaded; loaded: {known}", setting="scorers")
-        return self.scorers[name]
-
-    def decoder(self, method: str, scorers: tuple[str, ...]) -> Decoder:
-        """Policy and scorers joined under a method, made once.
+    def guided(self, method: str, scorers: tuple[str, ...]) -> GuidedPolicy:
+        """The policy and scorers under a method, made once; it prepares requests.
 
         Raises:
             UsageError: no such method or scorer, or a scorer that the method cannot use.
         """
         key = method, scorers
-        if key not in self._decoders:
-            row, chosen = find_method(method), [self.scorer(name) for name in scorers]
-            if row.scorer is None and chosen:
+        if key not in self._guided:
+            if unknown := [name for name in scorers if name not in self.scorers]:
+                known = ", ".join(sorted(self.scorers)) or "none"
+                raise UsageError(f"no scorer {unknown[0]!r} is loaded; loaded: {known}", setting="scorers")
+            if find_method(method).scorer is None and scorers:
                 raise UsageError(f"method {method} is not steered: leave the scorers out", setting="scorers")
             if len(set(scorers)) < len(scorers):
                 raise UsageError("a scorer is named twice", setting="scorers")
-            betas = [1.0] * len(chosen)
-            self._decoders[key] = Decoder(
-                self.policy, chosen, method=method, beta=betas if len(chosen) > 1 else None, overlap=False
-            )
-        return self._decoders[key]
-
-    def resolve(self, settings: DecodingSettings, scorers: tuple[str, ...]) -> tuple[Decoder, DecodingSettings]:
-        """The decoder of a row, and its settings with the method's own where none were given.
-
-        Raises:
-            UsageError: unusable together.
-        """
-        decoder = self.decoder(settings.method, scorers)
-        return decoder, decoder.resolve(settings.model_dump(exclude_unset=True), complete=True)
-
-    def is_separate(self, name: str) -> bool:
-        """Whether a scorer is a model of its own, and no part of the policy."""
-        return isinstance(self.scorers[name], Separate)
+            named = {name: self.scorers[name] for name in scorers}
+            beta = [1.0] * len(named) if len(named) > 1 else None
+            self._guided[key] = GuidedPolicy(self.policy, named, method=method, beta=beta, overlap=False)
+        return self._guided[key]
 
 
 def _load(

@@ -1,56 +1,22 @@
-"""What the engine is asked for, and what it tells: jobs, their rows, and events."""
+"""What the engine tells of requests while they run, and the handle of those that were submitted together."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from rgtg.config import DecodingSettings
+from rgtg.decoding.request import Request
 from rgtg.errors import RgtgError
 from rgtg.types.generation import Completion, StepTrace
 
-_numbers = itertools.count(1)
-
 
 @dataclass(frozen=True)
-class Row:
-    """One completion to make.
+class TokenEvent:
+    """A token that is final.
 
     Attributes:
-        settings: method, beta (one per scorer), top_k …; those that are unset are the method's own.
-        scorers: names of loaded scorers, in the order of the betas.
-        seed: of this row's own generator; ``rgtg.decoding.request.row_seeds`` derives those of ``generate``.
-        trace: keep every candidate's figures of every step.
+        row: the request's place among those that were submitted together.
+        token_id: the token.
+        trace: the step's candidates, if the request keeps a trace.
     """
-
-    settings: DecodingSettings
-    scorers: tuple[str, ...] = ()
-    seed: int = 0
-    trace: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt, and the completions to make of it: the n choices of a request, the two sides of a comparison.
-
-    Attributes:
-        prompt: its text, with a chat template written out.
-        prompt_ids: its tokens.
-        rows: completions.
-        source: what scorers with a tokenizer of their own take: chat messages, text, or None for what the tokens say.
-        deadline: in ``time.monotonic()`` seconds; what is not finished then fails.
-    """
-
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    rows: tuple[Row, ...]
-    source: str | list[dict[str, Any]] | None = None
-    deadline: float | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """A token that is final."""
 
     row: int
     token_id: int
@@ -58,39 +24,57 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A completion.
+class FinishedEvent:
+    """A request has ended.
 
     Attributes:
-        row: its place in the job.
-        completion: with its trace, where that was asked for.
-        cached_tokens: tokens of the prompt that had been read before.
-        fallback: tokens that were left to the policy, since a scorer returned NaN.
+        row: the request's place among those that were submitted together.
+        completion: with its trace, if the request keeps one.
+        cached_tokens: prompt tokens that the prefix cache held.
+        scores_not_finite: tokens that were left to the policy because a scorer returned NaN.
     """
 
     row: int
     completion: Completion
     cached_tokens: int = 0
-    fallback: int = 0
+    scores_not_finite: int = 0
 
 
 @dataclass(frozen=True)
-class Failed:
-    """A completion that will not come."""
+class FailedEvent:
+    """A request will have no completion."""
 
     row: int
     error: RgtgError
 
 
-Event = Step | Finished | Failed
+Event = TokenEvent | FinishedEvent | FailedEvent
 Listener = Callable[[Event], None]
 
 
-@dataclass
-class Ticket:
-    """A job that was taken in."""
+@dataclass(eq=False)
+class Handle:
+    """Requests that were submitted together.
 
-    job: Job
+    Attributes:
+        groups: requests with one prompt each, which share one prefill and are admitted together.
+        listener: called with every event, in the engine's thread.
+        deadline: in ``time.monotonic()`` seconds; what has not ended by then fails.
+        cancelled: whether nobody waits for it any more.
+        rows: place of each request among all.
+        sent: tokens of each request that the listener has been told.
+        nan_counted: tokens of each request that the engine has counted as left to the policy because of NaN.
+    """
+
+    groups: Sequence[Sequence[Request]]
     listener: Listener
-    number: int = field(default_factory=lambda: next(_numbers))
+    deadline: float | None = None
     cancelled: bool = False
+    rows: dict[Request, int] = field(init=False)
+    sent: dict[Request, int] = field(init=False)
+    nan_counted: dict[Request, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        requests = [request for group in self.groups for request in group]
+        self.rows = {request: row for row, request in enumerate(requests)}
+        self.sent, self.nan_counted = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)

@@ -3,14 +3,15 @@
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.detokenizer import IncrementalDetokenizer
-from rgtg.serving.engine.request import Finished, Job, Step
+from rgtg.decoding.request import Request as GenerationRequest
+from rgtg.serving.engine.request import FinishedEvent, TokenEvent
 from rgtg.serving.http.errors import ApiError
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
@@ -31,17 +32,17 @@ class ParsedComparison:
 
     Attributes:
         sides: the unguided and the guided request; both have the same prompt, seed and length.
-        job: the prompt with one row per side.
+        requests: one for each side.
         token_bytes: of the policy's tokenizer.
         id: of the answer.
     """
 
     sides: tuple[ParsedRequest, ParsedRequest]
-    job: Job
+    requests: list[GenerationRequest]
     token_bytes: TokenBytes
     id: str
 
-    def side(self, side: int, end: Finished) -> Side:
+    def side(self, side: int, end: FinishedEvent) -> Side:
         """A side of the answer."""
         completion, report = end.completion, guidance_report(self.sides[side], 0, end)
         if self.sides[side].trace:
@@ -83,22 +84,20 @@ def _parse(processor: InputProcessor, body: CompareRequest) -> ParsedComparison:
         Guidance.model_validate({"method": "policy", "top_k": guided.settings.top_k, "trace": trace}),
         model=None, max_tokens=guided.settings.max_new_tokens, seed=guided.seed,
     )  # fmt: skip
-    # 3. one job for both
-    sides = unguided, guided
-    job = replace(guided.jobs[0], rows=tuple(side.jobs[0].rows[0] for side in sides))
-    return ParsedComparison(sides, job, processor.token_bytes, f"cmp-{secrets.token_hex(12)}")
+    requests = [unguided.groups[0][0], guided.groups[0][0]]
+    return ParsedComparison((unguided, guided), requests, processor.token_bytes, f"cmp-{secrets.token_hex(12)}")
 
 
 async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> AsyncIterator[bytes]:
     """The events of a stream."""
     start = time.monotonic()
-    tokenizer, prompt_ids = comparison.token_bytes.tokenizer, comparison.job.prompt_ids
+    tokenizer, prompt_ids = comparison.token_bytes.tokenizer, comparison.requests[0].prompt_ids
     texts = [IncrementalDetokenizer(tokenizer, prompt_ids, side.settings.stop) for side in comparison.sides]
     num_tokens = [0, 0]
-    ends: dict[int, Finished] = {}
-    async for side, event in stream.events():
-        text = texts[side]
-        if isinstance(event, Step):
+    ends: dict[int, FinishedEvent] = {}
+    async for event in stream.events():
+        side, text = event.row, texts[event.row]
+        if isinstance(event, TokenEvent):
             num_tokens[side] += 1
             yield to_json(comparison.token_chunk(side, text.add(event.token_id), event.token_id, event.trace))
             continue
@@ -123,7 +122,7 @@ async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> Async
     yield to_json(summary)
 
 
-def _first_divergence(ends: Sequence[Finished]) -> int | None:
+def _first_divergence(ends: Sequence[FinishedEvent]) -> int | None:
     """Index of the first token that differs or that only one side has; None if the sides are equal."""
     one, other = (end.completion.token_ids for end in ends)
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
@@ -143,8 +142,9 @@ def routes(state: ServerState) -> APIRouter:
         comparison = await run_in_threadpool(_parse, processor, body)
         guided = comparison.sides[1]
         stream = ResponseStream(
-            processor.engine, [comparison.job], state.metrics, guided.names, every_token=bool(body.stream)
-        )
+            processor.engine, [comparison.requests], state.metrics, guided.names, deadline=guided.deadline,
+            every_token=bool(body.stream),
+        )  # fmt: skip
         if body.stream:
             return EventStream(stream, _chunks(comparison, stream), request.state.request_id)
         with stream:

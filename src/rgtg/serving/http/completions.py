@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from rgtg.decoding.detokenizer import IncrementalDetokenizer
-from rgtg.serving.engine.request import Finished, Step
+from rgtg.serving.engine.request import FinishedEvent, TokenEvent
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import ChatRequest, CompletionRequest
@@ -52,7 +52,10 @@ async def _answer(state: ServerState, request: Request, body: ChatRequest | Comp
     parsed = await run_in_threadpool(_parse, processor, body)
     kind = ChatSerializer if isinstance(body, ChatRequest) else CompletionSerializer
     serializer = kind(parsed, body.model, processor.token_bytes, include_usage=body.include_usage)
-    stream = ResponseStream(processor.engine, parsed.jobs, state.metrics, parsed.names, every_token=bool(body.stream))
+    stream = ResponseStream(
+        processor.engine, parsed.groups, state.metrics, parsed.names, deadline=parsed.deadline,
+        every_token=bool(body.stream),
+    )  # fmt: skip
     if body.stream:
         return EventStream(stream, _chunks(serializer, stream), request.state.request_id)
     with stream:
@@ -74,7 +77,7 @@ def _parse(processor: InputProcessor, body: ChatRequest | CompletionRequest) -> 
     )
 
 
-def _choice(request: ParsedRequest, index: int, end: Finished) -> ChoiceDelta:
+def _choice(request: ParsedRequest, index: int, end: FinishedEvent) -> ChoiceDelta:
     """A choice as a whole."""
     completion = end.completion
     report = guidance_report(request, index, end) if request.reports_guidance else None
@@ -84,13 +87,13 @@ def _choice(request: ParsedRequest, index: int, end: Finished) -> ChoiceDelta:
 async def _chunks(serializer: Serializer, stream: ResponseStream) -> AsyncIterator[bytes]:
     """The events of a stream."""
     formatters = [StreamFormatter(serializer, index) for index in range(stream.rows)]
-    ends: dict[int, Finished] = {}
-    async for index, event in stream.events():
-        if isinstance(event, Finished):
-            ends[index] = event
-            deltas = formatters[index].end(event)
+    ends: dict[int, FinishedEvent] = {}
+    async for event in stream.events():
+        if isinstance(event, FinishedEvent):
+            ends[event.row] = event
+            deltas = formatters[event.row].end(event)
         else:
-            deltas = formatters[index].add(event)
+            deltas = formatters[event.row].add(event)
         for delta in deltas:
             yield to_json(serializer.chunk(delta))
     if serializer.include_usage:
@@ -109,12 +112,12 @@ class StreamFormatter:
         self._begun = False
         self._num_steps = 0
 
-    def add(self, step: Step) -> list[ChoiceDelta]:
+    def add(self, token: TokenEvent) -> list[ChoiceDelta]:
         """The delta of a token; none while its text can still change, unless its trace is sent."""
         self._num_steps += 1
-        return self._delta(self._text.add(step.token_id), [step.trace] if step.trace is not None else [])
+        return self._delta(self._text.add(token.token_id), [token.trace] if token.trace is not None else [])
 
-    def end(self, end: Finished) -> list[ChoiceDelta]:
+    def end(self, end: FinishedEvent) -> list[ChoiceDelta]:
         """The rest of the text with steps that had no event of their own, then a delta with the finish reason."""
         completion = end.completion
         rest, steps = self._text.end(completion.text), (completion.trace or [])[self._num_steps :]

@@ -10,16 +10,15 @@ from typing import Any
 
 from rgtg.config import DecodingSettings
 from rgtg.decoding.methods import find_method
-from rgtg.decoding.request import row_seeds
-from rgtg.errors import DataError, UsageError
+from rgtg.decoding.request import Request, row_seeds
+from rgtg.errors import DataError, RgtgError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.serving.engine.engine import Engine
-from rgtg.serving.engine.request import Job, Row
-from rgtg.serving.engine.sequence import rows_of
+from rgtg.serving.engine.engine import Engine, num_sequences
 from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
 from rgtg.serving.http.requests import Guidance, Sampling, Source
 from rgtg.serving.settings import ServeSettings
 from rgtg.tokenization.conversation import encode_source
+from rgtg.tokenization.encoding import encode_prompt
 from rgtg.tokenization.token_bytes import TokenBytes
 
 
@@ -44,7 +43,8 @@ class ParsedRequest:
 
     Attributes:
         prompts: encoded prompts.
-        jobs: one per prompt, each with ``n`` rows.
+        groups: for each prompt, its ``n`` requests.
+        deadline: of all of them, in ``time.monotonic()`` seconds.
         settings: resolved decoding settings, the method's defaults included.
         scorers: names of the scorers, in the order of the betas.
         n: completions per prompt.
@@ -56,7 +56,8 @@ class ParsedRequest:
     """
 
     prompts: list[Prompt]
-    jobs: list[Job]
+    groups: list[list[Request]]
+    deadline: float
     settings: DecodingSettings
     scorers: tuple[str, ...]
     n: int
@@ -102,8 +103,7 @@ class InputProcessor:
 
     def _encode_one(self, source: Source, param: str) -> Prompt:
         if isinstance(source, str):
-            text, ids = encode_source(self.tokenizer, source)
-            return Prompt(text, tuple(ids), source)
+            return Prompt(source, tuple(encode_prompt(self.tokenizer, source)), source)
         if isinstance(source[0], int):
             tokens = [int(i) for i in source]
             self.require_tokens(tokens, param)
@@ -196,7 +196,7 @@ class InputProcessor:
         n: int = 1,
         num_logprobs: int | None = None,
     ) -> ParsedRequest:
-        """Turn a body into jobs: one per prompt, with the rows of ``GuidedPolicy.generate`` for prompts × n.
+        """Turn a body into requests: those of ``GuidedPolicy.generate`` for prompts × n.
 
         Args:
             body: the request body.
@@ -212,40 +212,42 @@ class InputProcessor:
         guidance = body.guidance or Guidance()
         names = _parameter_names(body, param)
         method, scorers = self._method_and_scorers(body.model, guidance)
-        # 1. settings: those that the body gives, then the method's defaults
+        # 1. settings: those that the body gives, over the method's defaults
         given = _given_settings(body, guidance, scorers)
-        max_new_tokens = self._max_new_tokens(body, prompts, scorers, default_tokens)
-        settings = DecodingSettings(method=method, max_new_tokens=max_new_tokens, **given)
+        given["max_new_tokens"] = self._max_new_tokens(body, prompts, scorers, default_tokens)
+        trace = bool(guidance.trace)
         try:
-            _, resolved = self.models.resolve(settings, scorers)
+            guided = self.models.guided(method, scorers)
+            settings = guided.resolve(given, complete=True)
         except UsageError as error:
             raise from_rgtg(error, names) from error
         # 2. limits
-        trace = bool(guidance.trace)
         if trace or num_logprobs is not None:
-            self._require_narrow(resolved, "trace" if trace else "logprobs")
-        if (rows := n * rows_of(resolved)) > self.settings.max_batch:
+            self._require_narrow(settings, "trace" if trace else "logprobs")
+        if (sequences := n * num_sequences(settings)) > self.settings.max_batch:
             raise ApiError(
                 400,
-                f"{rows} completions of a prompt at once; this server decodes at most {self.settings.max_batch}",
+                f"{sequences} completions of a prompt at once; this server decodes at most {self.settings.max_batch}",
                 param="n" if n > 1 else "guidance.n",
             )
-        # 3. a seed for every row
+        # 3. n requests for each prompt, with a seed for each
         seed = self._random.randrange(2**31) if body.seed is None else body.seed
-        seeds = iter(row_seeds(seed, [prompt.ids for prompt in prompts for _ in range(n)]))
-        deadline, keeps_trace = time.monotonic() + self.settings.request_seconds, trace or num_logprobs is not None
-        jobs = [
-            Job(
-                prompt.text,
-                prompt.ids,
-                tuple(Row(settings, scorers, next(seeds), keeps_trace) for _ in range(n)),
-                prompt.source,
-                deadline,
-            )
-            for prompt in prompts
-        ]
-        reports_guidance = body.guidance is not None or bool(scorers)
-        return ParsedRequest(prompts, jobs, resolved, scorers, n, seed, names, num_logprobs, trace, reports_guidance)
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        seeds = row_seeds(seed, [prompt.ids for prompt in repeated])
+        keeps_trace = trace or num_logprobs is not None
+        try:
+            with self._tokenizer_lock:
+                requests = guided.make_requests(
+                    [prompt.ids for prompt in repeated], [prompt.text for prompt in repeated],
+                    [prompt.source for prompt in repeated], seeds, given, trace=keeps_trace,
+                )  # fmt: skip
+        except RgtgError as error:
+            raise from_rgtg(error, names) from error
+        return ParsedRequest(
+            prompts, [requests[i : i + n] for i in range(0, len(requests), n)],
+            time.monotonic() + self.settings.request_seconds, settings, scorers, n, seed, names, num_logprobs, trace,
+            reports_guidance=body.guidance is not None or bool(scorers),
+        )  # fmt: skip
 
     def _max_new_tokens(self, body: Sampling, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
         """The number that the body gives, else the default, or less if a context ends before."""

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Response
 
 from rgtg.decoding.methods import betas_of, find_method
-from rgtg.serving.engine.request import Finished
+from rgtg.serving.engine.request import FinishedEvent
 from rgtg.serving.http.input_processor import ParsedRequest
 from rgtg.serving.http.responses import (
     Answer,
@@ -253,7 +253,7 @@ def trace_steps(steps: Iterable[StepTrace], token_bytes: TokenBytes) -> list[Tra
 # -- reports and usage -------------------------------------------------------------------------------------------------
 
 
-def guidance_report(request: ParsedRequest, index: int, end: Finished) -> GuidanceReport:
+def guidance_report(request: ParsedRequest, index: int, end: FinishedEvent) -> GuidanceReport:
     """How choice ``index`` was generated."""
     completion, settings = end.completion, request.settings
     method = find_method(settings.method)
@@ -274,15 +274,15 @@ def guidance_report(request: ParsedRequest, index: int, end: Finished) -> Guidan
         policy_calls=completion.policy_calls,
         scorer_calls=completion.scorer_calls,
         cached_tokens=end.cached_tokens,
-        fallback=bool(end.fallback),
-        fallback_tokens=int(end.fallback),
+        fallback=bool(end.scores_not_finite),
+        fallback_tokens=int(end.scores_not_finite),
     )
     if request.trace:
         report.prompt_token_ids = list(request.prompts[index // request.n].ids)
     return report
 
 
-def usage_of(request: ParsedRequest, ends: Sequence[Finished]) -> Usage:
+def usage_of(request: ParsedRequest, ends: Sequence[FinishedEvent]) -> Usage:
     """Token counts of a request; every prompt counts once, whatever n."""
     rows = len(ends) // len(request.prompts)
     return usage(

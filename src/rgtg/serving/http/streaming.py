@@ -1,19 +1,18 @@
 """Events of the engine on the server's event loop, and server-sent events to the client."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from sse_starlette import EventSourceResponse
 
+from rgtg.decoding.request import Request as GenerationRequest
 from rgtg.errors import RgtgError
 from rgtg.serving.engine.engine import Engine
-from rgtg.serving.engine.request import Event, Failed, Finished, Job, Step
+from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, TokenEvent
 from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
 from rgtg.serving.metrics import Metrics
 
@@ -31,67 +30,71 @@ class ClientDisconnected(Exception):
 class ResponseStream:
     """The engine's events for one HTTP request; leaving the ``with`` block cancels whatever has not ended.
 
-    Rows are numbered through all jobs: the rows of the first job, then those of the second.
+    Rows are numbered through all prompts: the requests of the first prompt, then those of the second.
     """
 
     def __init__(
-        self, engine: Engine, jobs: Sequence[Job], metrics: Metrics, names: ParameterNames, *, every_token: bool
+        self,
+        engine: Engine,
+        groups: Sequence[Sequence[GenerationRequest]],
+        metrics: Metrics,
+        names: ParameterNames,
+        *,
+        deadline: float,
+        every_token: bool,
     ) -> None:
-        """Submit all jobs, or none of them.
+        """Submit all requests, or none of them.
 
         Args:
-            engine: runs the jobs.
-            jobs: of the request.
-            metrics: counts the jobs and their tokens.
-            names: the request's field names, for error messages.
+            engine: runs them.
+            groups: for each prompt, its requests.
+            metrics: counts them and their tokens.
+            names: the HTTP request's field names, for error messages.
+            deadline: in ``time.monotonic()`` seconds.
             every_token: whether ``events`` yields tokens too; each wakes the event loop.
 
         Raises:
-            ApiError: the engine refuses a job.
+            ApiError: the engine refuses them.
         """
         self.engine, self.every_token = engine, every_token
         self.timer = metrics.timer()
-        self.rows = sum(len(job.rows) for job in jobs)
-        self._running = self.rows
+        self.rows = self._running = sum(map(len, groups))
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        first_rows = itertools.accumulate((len(job.rows) for job in jobs), initial=0)
-        listeners = [(job, partial(self._receive, first)) for job, first in zip(jobs, first_rows, strict=False)]
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         try:
-            self._tickets = engine.submit_all(listeners)
+            self._handle = engine.submit(groups, self._receive, deadline)
         except RgtgError as error:
             raise from_rgtg(error, names) from error
-        metrics.prompt_tokens.inc(sum(len(job.prompt_ids) for job in jobs))
+        metrics.prompt_tokens.inc(sum(len(group[0].prompt_ids) for group in groups))
 
-    def _receive(self, first_row: int, event: Event) -> None:
+    def _receive(self, event: Event) -> None:
         """Pass an event on; runs in the engine's thread."""
-        row = first_row + event.row
-        self.timer.record(row, event)
-        if isinstance(event, Step) and not self.every_token:
+        self.timer.record(event.row, event)
+        if isinstance(event, TokenEvent) and not self.every_token:
             return
         with suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(self._queue, row, event)
+            self._loop.call_soon_threadsafe(self._queue, event)
 
-    def _queue(self, row: int, event: Event) -> None:
-        if not isinstance(event, Step):
+    def _queue(self, event: Event) -> None:
+        if not isinstance(event, TokenEvent):
             self._running -= 1
-        self._events.put_nowait((row, event))
+        self._events.put_nowait(event)
 
-    async def events(self) -> AsyncIterator[tuple[int, Step | Finished]]:
-        """Rows with their tokens (if ``every_token``) and ends, in the order in which they happen.
+    async def events(self) -> AsyncIterator[TokenEvent | FinishedEvent]:
+        """Tokens (if ``every_token``) and ends of all rows, in the order in which they happen.
 
         Raises:
             ApiError: a row failed.
         """
         ended = 0
         while ended < self.rows:
-            row, event = await self._events.get()
-            if isinstance(event, Failed):
+            event = await self._events.get()
+            if isinstance(event, FailedEvent):
                 raise from_rgtg(event.error) from event.error
-            ended += isinstance(event, Finished)
-            yield row, event
+            ended += isinstance(event, FinishedEvent)
+            yield event
 
-    async def ends(self, request: Request) -> list[Finished]:
+    async def ends(self, request: Request) -> list[FinishedEvent]:
         """The ends of all rows, in row order.
 
         Raises:
@@ -100,8 +103,8 @@ class ResponseStream:
         """
         return await while_connected(request, self._collect_ends())
 
-    async def _collect_ends(self) -> list[Finished]:
-        ends = {row: event async for row, event in self.events() if isinstance(event, Finished)}
+    async def _collect_ends(self) -> list[FinishedEvent]:
+        ends = {event.row: event async for event in self.events() if isinstance(event, FinishedEvent)}
         return [ends[row] for row in range(self.rows)]
 
     def __enter__(self) -> Self:
@@ -109,8 +112,7 @@ class ResponseStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._running:
-            for ticket in self._tickets:
-                self.engine.cancel(ticket)
+            self.engine.cancel(self._handle)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
