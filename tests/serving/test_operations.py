@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from helpers.served import events_of, on_a_socket, serving, settings
-from rgtg.serving.engine.request import Step
+from rgtg.serving.engine.request import TokenEvent
 from rgtg.serving.http.streaming import FLUSH_SECONDS
 from rgtg.serving.server import DrainingServer, listen
 
@@ -73,9 +73,9 @@ def test_a_disconnect_frees_its_place_within_a_few_steps():
         assert served.engine.snapshot().running == 1
         cancelled = served.engine.cancel
 
-        def cancel(ticket):
+        def cancel(handle):
             heard.append("cancel")
-            cancelled(ticket)
+            cancelled(handle)
 
         served.engine.cancel = cancel
         running.transport.abort()
@@ -84,7 +84,7 @@ def test_a_disconnect_frees_its_place_within_a_few_steps():
 
     with serving(max_batch=1, max_queue=5) as served, on_a_socket(served) as url:
         heard = []
-        slow_down(served.engine, 0.02, lambda event: heard.append("step" if isinstance(event, Step) else "end"))
+        slow_down(served.engine, 0.02, lambda event: heard.append("step" if isinstance(event, TokenEvent) else "end"))
         asyncio.run(asyncio.wait_for(scene(served, url, heard), 60))
         after = heard[heard.index("cancel") :]
         assert after.count("step") <= 3
@@ -140,12 +140,12 @@ def test_overload_is_answered_with_429():
 
 def slow_down(engine, seconds, hear=lambda event: None):
     """Delay every event of the engine by so many seconds; ``hear`` gets it first."""
-    take_in = engine.submit_all
+    submit = engine.submit
 
     def slowly(listener):
         return lambda event: (hear(event), time.sleep(seconds), listener(event))
 
-    engine.submit_all = lambda jobs: take_in([(job, slowly(listener)) for job, listener in jobs])
+    engine.submit = lambda groups, listener, deadline: submit(groups, slowly(listener), deadline)
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from safetensors.torch import save_file
 
 from helpers.naive import info, make_guided, next_log_probs, tiny_scorer
 from helpers.scorer_kinds import final_states, lora, merged, noisy, own
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import Request, Stopping
 from rgtg.decoding.runners import factory as join

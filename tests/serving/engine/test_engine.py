@@ -12,19 +12,17 @@ import pytest
 from helpers.naive import info, tiny_scorer
 from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with
 from helpers.scorer_kinds import kinds
-from helpers.tiny_models import tiny_tokenizer
-from rgtg.config import DecodingSettings, EngineSettings
-from rgtg.decoding.engine.batch import Lane
-from rgtg.decoding.engine.batches import lane_key, make_prefill
+from rgtg.config import EngineSettings
+from rgtg.decoding.engine.batch import Batch
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import row_seeds
-from rgtg.decoding.runners.policy_runner import Alone
+from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
 from rgtg.errors import BusyError, DataError, DeadlineError, NonFiniteError, NotServingError, StoppedError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.models import ServedModels
-from rgtg.serving.engine.request import Failed, Finished, Job, Row, Step, Ticket
+from rgtg.serving.engine.request import FailedEvent, FinishedEvent, Handle, TokenEvent
 from rgtg.tokenization.conversation import encode_source
 
 PROMPTS = ["Once upon a time", "Hi", "What is it? A cat sat on a mat and looked at me", "Once upon a mat"]
@@ -74,7 +72,7 @@ class Heard:
 
     def __call__(self, event):
         self.events.append(event)
-        if not isinstance(event, Step):
+        if not isinstance(event, TokenEvent):
             self.ends.put(event)
 
     def ended(self, rows=1):
@@ -85,16 +83,30 @@ class Heard:
 
     @property
     def tokens(self):
-        return [event.token_id for event in self.events if isinstance(event, Step)]
+        return [event.token_id for event in self.events if isinstance(event, TokenEvent)]
 
 
 def row(method="policy", scorers=(), seed=0, trace=False, **settings):
-    return Row(DecodingSettings(method=method, **settings), tuple(scorers), seed, trace)
+    """One completion to make of a prompt: what ``requests_of`` prepares."""
+    return method, tuple(scorers), seed, trace, settings
 
 
-def job(prompt, *rows, **more):
-    text, ids = encode_source(tiny_tokenizer(), prompt)
-    return Job(text, tuple(ids), rows, prompt, **more)
+def requests_of(models, prompt, *rows):
+    """Requests with one prompt (text, or token ids), prepared as the server does it."""
+    made = []
+    for method, scorers, seed, trace, settings in rows:
+        guided = models.guided(method, scorers)
+        if isinstance(prompt, str):
+            made += guided.prepare([prompt], seed=[seed], trace=trace, **settings)
+        else:
+            text = models.tokenizer.decode(prompt)
+            made += guided.make_requests([prompt], [text], [None], [seed], settings, trace=trace)
+    return made
+
+
+def submit(engine, prompt, *rows, to, deadline=None):
+    """Submit completions of one prompt; the listener is ``to``."""
+    return engine.submit([requests_of(engine.models, prompt, *rows)], to, deadline)
 
 
 def expect(models, prompt, method, scorers, settings, seed=7):
@@ -154,30 +166,24 @@ def test_everything_at_once_equals_each_alone(models, engine):
         prompt = PROMPTS[i % len(PROMPTS)]
         expected.append(expect(models, prompt, method, scorers, settings, seed=i))
         listener = Heard()
-        heard.append(
-            (
-                listener,
-                job(prompt, row(method, scorers, expected[-1].seed, i % 2 == 0, **{"max_new_tokens": 12} | settings)),
-            )
-        )
-    for listener, asked in heard:
-        engine.submit(asked, listener)
-    for (listener, asked), alone in zip(heard, expected, strict=True):
+        asked = row(method, scorers, expected[-1].seed, i % 2 == 0, **{"max_new_tokens": 12} | settings)
+        heard.append((listener, prompt, asked))
+    for listener, prompt, asked in heard:
+        submit(engine, prompt, asked, to=listener)
+    for (listener, _, asked), alone in zip(heard, expected, strict=True):
         (done,) = listener.finished()
         require_same(done, alone)
         assert listener.tokens == ([] if done.method == "best-of-n" else done.token_ids)
-        assert all(
-            (step.trace is not None) == asked.rows[0].trace for step in listener.events if isinstance(step, Step)
-        )
+        assert all((step.trace is not None) == asked[3] for step in listener.events if isinstance(step, TokenEvent))
 
 
-def test_lanes(models):
-    """Rows that can share the policy's pass do; what asks two things of it decodes apart."""
-    shared = {lane_key(models.scorers, names) for names in ((), ("separate",), ("vocab", "kind"), ("text", "encoder"))}
+def test_requests_that_can_share_the_policys_pass_share_a_batch(models):
+    key = models.factory.key
+    shared = {key(names) for names in ((), ("separate",), ("vocab", "kind"), ("text", "encoder"))}
     assert len(shared) == 1
-    assert lane_key(models.scorers, ("state",)) == lane_key(models.scorers, ("kind", "state"))
-    assert lane_key(models.scorers, ("state",)) not in shared
-    assert lane_key(models.scorers, ("vocab", "state")) is None
+    assert key(("state",)) == key(("kind", "state"))
+    assert key(("state",)) not in shared
+    assert key(("vocab", "state")) in shared, "the second scorer on the policy's states makes a pass of its own"
 
 
 def test_choices_of_one_prompt_are_those_of_a_repeated_prompt(models, engine):
@@ -186,7 +192,7 @@ def test_choices_of_one_prompt_are_those_of_a_repeated_prompt(models, engine):
     ids = encode_source(models.tokenizer, PROMPTS[2])[1]
     rows = [row("pargs", ["text"], seed, beta=1.0, max_new_tokens=10) for seed in row_seeds(5, [ids] * 3)]
     heard = Heard()
-    engine.submit(job(PROMPTS[2], *rows), heard)
+    submit(engine, PROMPTS[2], *rows, to=heard)
     done = heard.finished(3)
     for mine, theirs in zip(done, expected, strict=True):
         require_same(mine, theirs)
@@ -200,7 +206,7 @@ def test_a_prompt_that_begins_like_an_earlier_text_is_not_read_again(models, sco
     settings = {"max_new_tokens": 8, **({"beta": [0.5] * len(scorers)} if scorers else {})}
     method = "pargs" if scorers else "policy"
     heard = Heard()
-    engine.submit(job(first, row(method, scorers, 3, **settings)), heard)
+    submit(engine, first, row(method, scorers, 3, **settings), to=heard)
     (event,) = heard.ended()
     assert event.cached_tokens == 0
     ids = encode_source(models.tokenizer, first)[1]
@@ -215,8 +221,7 @@ def test_a_prompt_that_begins_like_an_earlier_text_is_not_read_again(models, sco
     ):
         (expected,) = guided.generate_ids([prompt_ids], seed=[9], **settings)
         heard = Heard()
-        text = models.tokenizer.decode(prompt_ids)
-        engine.submit(Job(text, tuple(prompt_ids), (row(method, scorers, 9, **settings),)), heard)
+        submit(engine, list(prompt_ids), row(method, scorers, 9, **settings), to=heard)
         (event,) = heard.ended()
         require_same(event.completion, expected)
         assert event.cached_tokens == shared
@@ -228,7 +233,7 @@ def test_without_memory_for_them_nothing_is_kept(models, serving):
     engine = serving(prefix_cache_mib=0)
     for _ in range(2):
         heard = Heard()
-        engine.submit(job(PROMPTS[2], row(seed=1, max_new_tokens=4)), heard)
+        submit(engine, PROMPTS[2], row(seed=1, max_new_tokens=4), to=heard)
         assert heard.ended()[0].cached_tokens == 0
     assert engine.snapshot().prefix_bytes == 0
 
@@ -262,6 +267,14 @@ def widths(*models):
             handle.remove()
 
 
+def put(engine, prompt, *rows, to):
+    """As ``submit``, for an engine whose thread does not run."""
+    group = requests_of(engine.models, prompt, *rows)
+    handle = Handle([group], to)
+    engine._waiting.append((handle, group))
+    return handle
+
+
 @pytest.mark.parametrize(("method", "scorers", "settings"), APART)
 def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_others(
     models, method, scorers, settings
@@ -271,12 +284,12 @@ def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_
     alone, short = expect(models, LONG, method, scorers, settings), expect(models, "Hi", "policy", (), {})
     slow, quick = Heard(), Heard()
     asked = row(method, scorers, alone.seed, **{"max_new_tokens": 12} | settings)
-    engine._waiting.append(Ticket(job(LONG, asked), slow))
+    put(engine, LONG, asked, to=slow)
     engine._turn()
-    engine._waiting.append(Ticket(job("Hi", row(seed=short.seed, max_new_tokens=12)), quick))
+    put(engine, "Hi", row(seed=short.seed, max_new_tokens=12), to=quick)
     turns = 0
     with widths(models.policy.model, *(models.scorers[name].model for name in scorers)) as seen:
-        while engine._prompts.unread:
+        while engine._prefilling:
             engine._turn()
             turns += 1
             assert len(quick.tokens) >= min(turns - 2, len(short.token_ids))  # a turn or two to read its own prompt
@@ -286,7 +299,7 @@ def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_
     assert not slow.events
     turns = 0
     with widths(models.policy.model, *(models.scorers[name].model for name in scorers)) as seen:
-        while engine._running():
+        while engine._num_running():
             engine._turn()
             turns += 1
     (end,) = slow.ended()
@@ -305,7 +318,7 @@ def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, metho
     found = []
     for each in (row(seed=1, max_new_tokens=2), asked, asked, row(seed=1, max_new_tokens=2)):
         listener = Heard()
-        engine.submit(job(LONG, each), listener)
+        submit(engine, LONG, each, to=listener)
         (end,) = listener.ended()
         found.append(end.cached_tokens)
         if each is asked:
@@ -315,11 +328,10 @@ def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, metho
 
 def test_a_row_that_decodes_apart_can_be_given_up_while_its_prompt_is_read(models):
     engine, heard, both = Engine(models, EngineSettings(prefill_chunk=5)), Heard(), {"n": 2, "max_new_tokens": 9}
-    ticket = Ticket(job(LONG, row("best-of-n", ["kind"], **both), row("cd-blockwise", ["kind"], **both)), heard)
-    engine._waiting.append(ticket)
+    handle = put(engine, LONG, row("best-of-n", ["kind"], **both), row("cd-blockwise", ["kind"], **both), to=heard)
     engine._turn()
     assert engine.snapshot().running == 4
-    ticket.cancelled = True
+    handle.cancelled = True
     engine._turn()
     assert [type(end.error) for end in heard.ended(2)] == [StoppedError, StoppedError]
     assert engine.snapshot().running == 0
@@ -354,17 +366,17 @@ def test_nan_of_a_scorer_harms_one_request_alone(models, on_nan, serving):
     heard = [Heard() for _ in asked]
     with Spoilt(models.scorers["kind"], bad):
         for (prompt, alone), listener in zip(asked, heard, strict=True):
-            engine.submit(job(prompt, row("pargs", ["kind"], alone.seed, **settings)), listener)
+            submit(engine, prompt, row("pargs", ["kind"], alone.seed, **settings), to=listener)
         for (prompt, alone), listener in zip(asked, heard, strict=True):
             (end,) = listener.ended()
             if prompt == alone.prompt:
                 require_same(end.completion, alone)
-                assert end.fallback == 0
+                assert end.scores_not_finite == 0
             elif on_nan == "fail":
                 assert isinstance(end.error, NonFiniteError)
                 assert "kind" in str(end.error)
             else:
-                assert end.fallback == len(end.completion.token_ids)
+                assert end.scores_not_finite == len(end.completion.token_ids)
                 assert end.completion.scorer_calls == 0
     assert engine.snapshot().nan > 0
 
@@ -373,7 +385,7 @@ def test_cancelled_rows_leave_and_the_others_do_not_notice(models, engine):
     expected = [expect(models, PROMPTS[0], "pargs", ["kind"], {"beta": 1.0, "max_new_tokens": 60}, i) for i in range(6)]
     heard = [Heard() for _ in range(6)]
     tickets = [
-        engine.submit(job(PROMPTS[0], row("pargs", ["kind"], e.seed, beta=1.0, max_new_tokens=60)), listener)
+        submit(engine, PROMPTS[0], row("pargs", ["kind"], e.seed, beta=1.0, max_new_tokens=60), to=listener)
         for e, listener in zip(expected, heard, strict=True)
     ]
     while len(heard[0].tokens) < 5:
@@ -383,7 +395,7 @@ def test_cancelled_rows_leave_and_the_others_do_not_notice(models, engine):
     for i, listener in enumerate(heard):
         (end,) = listener.ended()
         if i in (0, 3):
-            assert isinstance(end, Failed)
+            assert isinstance(end, FailedEvent)
             assert isinstance(end.error, StoppedError)
             assert len(listener.tokens) < 60
         else:
@@ -395,8 +407,8 @@ def test_cancelled_rows_leave_and_the_others_do_not_notice(models, engine):
 def test_time_that_is_over_ends_a_request_wherever_it_is(models, serving):
     engine = serving(max_batch=1)
     slow, late = Heard(), Heard()
-    engine.submit(job("Hi", row(max_new_tokens=100), deadline=time.monotonic() + 0.05), slow)
-    engine.submit(job("Hi", row(max_new_tokens=100), deadline=time.monotonic() + 0.02), late)
+    submit(engine, "Hi", row(max_new_tokens=100), to=slow, deadline=time.monotonic() + 0.05)
+    submit(engine, "Hi", row(max_new_tokens=100), to=late, deadline=time.monotonic() + 0.02)
     for listener in (slow, late):
         (end,) = listener.ended()
         assert isinstance(end.error, DeadlineError)
@@ -408,28 +420,30 @@ def test_a_full_queue_refuses(models, serving):
     for _ in range(12):
         listener = Heard()
         try:
-            engine.submit(job("Hi", row(max_new_tokens=50)), listener)
+            submit(engine, "Hi", row(max_new_tokens=50), to=listener)
             heard.append(listener)
         except BusyError:
             refused += 1
     assert 7 <= refused <= 9  # one decodes and two wait; one more or less while the first is let in
-    assert all(isinstance(listener.ended()[0], Finished) for listener in heard)
+    assert all(isinstance(listener.ended()[0], FinishedEvent) for listener in heard)
     listener = Heard()
-    engine.submit(job("Hi", row(max_new_tokens=2)), listener)
+    submit(engine, "Hi", row(max_new_tokens=2), to=listener)
     assert listener.finished()
 
 
 def test_prompts_of_one_request_are_taken_in_together_or_not_at_all(models, serving):
     engine = serving(max_batch=1, max_queue=2)
-    heard = [Heard() for _ in range(3)]
-    work = job("Hi", row(max_new_tokens=40))
-    tickets = engine.submit_all([(work, listener) for listener in heard])
+    heard = Heard()
+
+    def groups(many):
+        return [requests_of(models, "Hi", row(max_new_tokens=40)) for _ in range(many)]
+
+    engine.submit(groups(3), heard)
     with pytest.raises(BusyError):
-        engine.submit_all([(work, Heard())] * 3)
-    assert len({ticket.number for ticket in tickets}) == 3
-    assert all(listener.finished() for listener in heard)
+        engine.submit(groups(3), Heard())
+    assert [end.row for end in heard.ended(3)] == [0, 1, 2]
     with pytest.raises(UsageError, match="4 prompts in one request; this server takes at most 3"):
-        engine.submit_all([(work, Heard())] * 4)
+        engine.submit(groups(4), Heard())
     assert engine.snapshot().waiting == 0
 
 
@@ -437,11 +451,11 @@ def test_draining_finishes_what_was_taken_in_and_takes_nothing_more(models, serv
     engine = serving(max_batch=2)
     heard = [Heard() for _ in range(6)]
     for listener in heard:
-        engine.submit(job("Hi", row(max_new_tokens=30)), listener)
+        submit(engine, "Hi", row(max_new_tokens=30), to=listener)
     assert engine.drain(60)
     with pytest.raises(NotServingError):
-        engine.submit(job("Hi", row()), Heard())
-    assert all(isinstance(listener.ended()[0], Finished) for listener in heard)
+        submit(engine, "Hi", row(), to=Heard())
+    assert all(isinstance(listener.ended()[0], FinishedEvent) for listener in heard)
     engine.stop()
     with pytest.raises(NotServingError):
         engine.run(lambda: 1)
@@ -453,21 +467,22 @@ def test_draining_waits_for_what_is_between_the_queue_and_its_place(models, serv
     def slowly(*args):
         begun.set()
         time.sleep(0.3)
-        return make_prefill(*args)
+        return start(*args)
 
-    monkeypatch.setattr("rgtg.serving.engine.engine.make_prefill", slowly)
+    start = engine._start
+    monkeypatch.setattr(engine, "_start", slowly)
     listener = Heard()
-    engine.submit(job("Hi", row(max_new_tokens=2)), listener)
+    submit(engine, "Hi", row(max_new_tokens=2), to=listener)
     assert begun.wait(30)
     assert engine.drain(30)
-    assert isinstance(listener.events[-1], Finished)
+    assert isinstance(listener.events[-1], FinishedEvent)
 
 
 def test_stopping_fails_what_is_left(models, serving):
     engine = serving(max_batch=2)
     heard = [Heard() for _ in range(5)]
     for listener in heard:
-        engine.submit(job("Hi", row(max_new_tokens=100)), listener)
+        submit(engine, "Hi", row(max_new_tokens=100), to=listener)
     assert not engine.drain(0.01)
     engine.stop()
     assert all(isinstance(listener.ended()[0].error, StoppedError) for listener in heard)
@@ -475,16 +490,16 @@ def test_stopping_fails_what_is_left(models, serving):
 
 def test_a_token_is_told_before_the_models_read_it(models, serving, monkeypatch):
     engine, order = serving(), []
-    advance = Alone.advance
-    monkeypatch.setattr(Alone, "advance", lambda self: (order.append("read"), advance(self))[1])
-    engine.submit(job("Hi", row(max_new_tokens=3)), lambda event: order.append(type(event).__name__))
+    step = TorchPolicyRunner.step
+    monkeypatch.setattr(TorchPolicyRunner, "step", lambda *args: (order.append("read"), step(*args))[1])
+    submit(engine, "Hi", row(max_new_tokens=3), to=lambda event: order.append(type(event).__name__))
     assert engine.drain(30)
-    assert order == ["Step", "read", "Step", "read", "Step", "Finished"]
+    assert order == ["TokenEvent", "read", "TokenEvent", "read", "TokenEvent", "FinishedEvent"]
 
 
 def test_work_between_steps(models, engine):
     listener = Heard()
-    engine.submit(job("Hi", row(max_new_tokens=40)), listener)
+    submit(engine, "Hi", row(max_new_tokens=40), to=listener)
     assert engine.run(lambda: 6 * 7).result(30) == 42
     with pytest.raises(ZeroDivisionError):
         engine.run(lambda: 1 / 0).result(30)
@@ -508,7 +523,7 @@ def test_requests_that_score_take_turns_with_each_other_and_with_steps(models, s
     mine = engine.run_all([lambda i=i: order.append(("a", i)) for i in range(3)])
     theirs = engine.run_all([lambda i=i: order.append(("b", i)) for i in range(2)])
     listener = Heard()
-    engine.submit(job("Hi", row(max_new_tokens=6)), lambda event: (order.append("step"), listener(event)))
+    submit(engine, "Hi", row(max_new_tokens=6), to=lambda event: (order.append("step"), listener(event)))
     gate.set()
     assert blocked.result(30)
     assert engine.drain(30)
@@ -534,9 +549,9 @@ def test_a_listener_that_raises_harms_nobody(models, engine, caplog):
     def broken(event):
         raise RuntimeError("no")
 
-    engine.submit(job("Hi", row(max_new_tokens=4)), broken)
+    submit(engine, "Hi", row(max_new_tokens=4), to=broken)
     listener = Heard()
-    engine.submit(job("Hi", row(max_new_tokens=4)), listener)
+    submit(engine, "Hi", row(max_new_tokens=4), to=listener)
     assert listener.finished()
     assert "a listener failed" in caplog.text
 
@@ -549,11 +564,11 @@ def test_a_model_that_raises_ends_its_requests_and_no_more(models, broken, monke
     with monkeypatch.context() as patch:
         patch.setattr(inner, "forward", lambda **_: 1 / 0)
         listener = Heard()
-        engine.submit(job("Hello", row("pargs", ["kind"])), listener)
+        submit(engine, "Hello", row("pargs", ["kind"]), to=listener)
         (end,) = listener.ended()
         assert str(end.error) == "the request failed inside the server"
     listener = Heard()
-    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=3)), listener)
+    submit(engine, "Hello", row("pargs", ["kind"], max_new_tokens=3), to=listener)
     assert listener.finished()
 
 
@@ -565,11 +580,11 @@ def test_a_closed_gate_is_closed_among_steered_neighbours_too(models, serving):
     alone = []
     for each in asked:
         listener = Heard()
-        engine.submit(job("Hello", each), listener)
+        submit(engine, "Hello", each, to=listener)
         alone.append(listener.finished()[0])
     heard = [Heard() for _ in asked]
     for each, listener in zip(asked, heard, strict=True):
-        engine.submit(job("Hello", each), listener)
+        submit(engine, "Hello", each, to=listener)
     assert [listener.finished()[0].token_ids for listener in heard] == [done.token_ids for done in alone]
 
 
@@ -578,41 +593,49 @@ def test_a_scorer_without_figures_harms_no_row_whose_gate_is_closed(models, serv
     head = scorer.model.score
     monkeypatch.setattr(head, "forward", lambda states: states[..., :1] * math.nan)
     shut, open_ = Heard(), Heard()
-    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=12)), open_)
-    engine.submit(job("Hello", row("pargs", ["kind"], max_new_tokens=12, entropy_gate=50.0)), shut)
+    submit(engine, "Hello", row("pargs", ["kind"], max_new_tokens=12), to=open_)
+    submit(engine, "Hello", row("pargs", ["kind"], max_new_tokens=12, entropy_gate=50.0), to=shut)
     assert isinstance(open_.ended()[0].error, NonFiniteError)
     assert len(shut.finished()[0].token_ids) > 0
 
 
-def test_rows_that_cannot_enter_a_lane_end_with_those_in_it(models, serving, monkeypatch):
-    engine, join, times = serving(), Lane.join, itertools.count()
+def test_requests_that_cannot_join_a_batch_fail_and_those_in_it_go_on(models, serving, monkeypatch):
+    engine, add, times = serving(), Batch._add_row, itertools.count()
+    alone = expect(models, "Once", "policy", (), {"max_new_tokens": 60})
+    neighbour = Heard()
+    submit(engine, "Once", row(seed=alone.seed, max_new_tokens=60), to=neighbour)
+    while not neighbour.tokens:
+        time.sleep(0.001)
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         if next(times) == 1:
             raise RuntimeError("out of memory")
-        return join(*args)
+        return add(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "join", failing)
+        patch.setattr(Batch, "_add_row", failing)
         listener = Heard()
-        engine.submit(job("Hello", row(seed=1), row(seed=2)), listener)
+        submit(engine, "Hello", row(seed=1), row(seed=2), to=listener)
         assert [str(end.error) for end in listener.ended(2)] == ["the request failed inside the server"] * 2
+    require_same(neighbour.finished()[0], alone)
     listener = Heard()
-    engine.submit(job("Hello", row(max_new_tokens=3)), listener)
+    submit(engine, "Hello", row(max_new_tokens=3), to=listener)
     assert listener.finished()
 
 
-@pytest.mark.parametrize("place", ["rgtg.serving.engine.engine.make_prefill", "rgtg.decoding.decoder.Decoder.begin"])
+@pytest.mark.parametrize(
+    "place", ["serving.engine.engine.BatchPrefill", "decoding.guided_policy.GuidedPolicy.start_segments"]
+)
 def test_a_job_that_cannot_begin_fails_alone(models, serving, place, monkeypatch):
     engine = serving()
-    method = row("best-of-n", ["kind"], n=2) if "begin" in place else row()
+    method = row("best-of-n", ["kind"], n=2) if "segments" in place else row()
     with monkeypatch.context() as patch:
-        patch.setattr(place, lambda *args, **kwargs: 1 / 0)
+        patch.setattr(f"rgtg.{place}", lambda *args, **kwargs: 1 / 0)
         listener = Heard()
-        engine.submit(job("Hello", method), listener)
+        submit(engine, "Hello", method, to=listener)
         assert str(listener.ended()[0].error) == "the request failed inside the server"
     listener = Heard()
-    engine.submit(job("Hello", row(max_new_tokens=3)), listener)
+    submit(engine, "Hello", row(max_new_tokens=3), to=listener)
     assert listener.finished()
 
 
@@ -620,10 +643,10 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(models, serving, monkeypat
     engine, listener = serving(), Heard()
     monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
     assert engine.alive
-    engine.submit(job("Hello", row()), listener)
+    submit(engine, "Hello", row(), to=listener)
     assert str(listener.ended()[0].error) == "the request failed inside the server"
     with pytest.raises(NotServingError):
-        engine.submit(job("Hello", row()), Heard())
+        submit(engine, "Hello", row(), to=Heard())
     assert not engine.alive
 
 
@@ -631,7 +654,7 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(models, serving, monkeypat
 def test_segments_and_whole_texts_without_figures_are_counted(models, serving, method, monkeypatch):
     engine, listener = serving(on_nan="unguided"), Heard()
     monkeypatch.setattr(models.scorers["kind"].model.score, "forward", lambda states: states[..., :1] * math.nan)
-    engine.submit(job("Hello", method), listener)
+    submit(engine, "Hello", method, to=listener)
     assert isinstance(listener.ended()[0].error, NonFiniteError)
     assert engine.drain(30)
     assert engine.snapshot().nan == 1
@@ -645,7 +668,6 @@ REFUSED = [
     (row("policy", ["kind"]), "leave the scorers out"),
     (row("pargs", ["kind", "text"], beta=1.0), "1 betas for 2 scorers"),
     (row("pargs", ["kind"], top_k=None), "at most 128"),
-    (row("policy", max_new_tokens=5000), "at most 4096"),
     (row("farma", ["kind"]), "asks for the scores of all next tokens"),
     (row("cards", ["kind"]), "needs reward_threshold"),
     (row("best-of-n", ["kind"], n=9), "at most 8"),
@@ -658,9 +680,14 @@ REFUSED = [
 @pytest.mark.parametrize(("asked", "message"), REFUSED)
 def test_what_cannot_be_done_is_refused(engine, asked, message):
     with pytest.raises(UsageError, match=message):
-        engine.submit(job("Hi", asked), Heard())
+        submit(engine, "Hi", asked, to=Heard())
+
+
+def test_more_tokens_than_the_server_makes_are_refused(serving):
+    with pytest.raises(UsageError, match="max_new_tokens = 9; this server makes at most 8"):
+        submit(serving(max_tokens=8), "Hi", row(max_new_tokens=9), to=Heard())
 
 
 def test_a_prompt_that_does_not_fit_is_refused(engine):
     with pytest.raises(DataError, match="context of 128"):
-        engine.submit(job("a" * 100, row(max_new_tokens=40)), Heard())
+        submit(engine, "a" * 100, row(max_new_tokens=40), to=Heard())

@@ -392,6 +392,8 @@ class Engine:
                 self._prefilling.remove(one)
         except Exception as error:
             self._prefilling.remove(one)
+            for batch in self._batches.values():  # those that had joined already
+                batch.remove(set(one.requests).intersection(batch.requests))
             self._fail(one.requests, error)
 
     def _enter(self, one: Prefilling) -> None:
