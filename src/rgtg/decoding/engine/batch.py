@@ -610,9 +610,9 @@ class Batch:
                 cache.add_rows(("policy", doubled), runner, text, rows)
             for name, entry in self.separate.items():
                 if request in entry.requests and (runner := _tree_runner(entry.runner)) is not None:
-                    row = entry.requests.index(request)
-                    held = entry.runner.cached_text(row, text)
-                    cache.add_rows(("scorer", name), runner, held, [row])
+                    row, batch = entry.requests.index(request), len(entry.requests)
+                    rows = list(range(row, runner.rows, batch))  # two of a doubled batch
+                    cache.add_rows(("scorer", name), runner, entry.runner.cached_text(row, text), rows)
 
     @property
     def _policy(self) -> Any:
