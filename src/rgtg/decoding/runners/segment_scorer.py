@@ -15,7 +15,8 @@ from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.errors import NonFiniteError
 from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.models.scorers.reward_model import PrefixScorer, require_within_context
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_scorer import require_within_context
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 from rgtg.tokenization.padding import pad_right
 
