@@ -26,7 +26,8 @@ import stories
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
 from rgtg.decoding.runners.factory import make_stepper
 from rgtg.evaluation.benchmark import seconds_per_token
-from rgtg.evaluation.compare.comparison import expand_runs, run_method
+from rgtg.evaluation.compare.comparison import run_method
+from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.plots import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy

@@ -25,7 +25,8 @@ import torch
 from rgtg import GuidedPolicy
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
 from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
-from rgtg.evaluation.compare.comparison import expand_runs, run_method
+from rgtg.evaluation.compare.comparison import run_method
+from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.plots import COLOURS, draw_intervals, new_figure
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy

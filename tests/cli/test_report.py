@@ -45,7 +45,7 @@ def test_invalid_files_are_errors_and_nothing_is_written(folder):
     (folder / "human.json").write_text(judged(("chosen", "rejected", 0.6), kind="agreement").model_dump_json())
     two = ["--audit", folder / "audit.json", "--audit", folder / "audit.json"]
     for arguments, message in (
-        (["--audit", folder / "bad.json"], "bad.json is not a valid AuditResult: scorer"),
+        (["--audit", folder / "bad.json"], "bad.json is not what rgtg audit writes: scorer"),
         (["--audit", folder / "absent.json"], "cannot read"),
         (["--judge", folder / "human.json"], "agreement with human pairs"),
         (two, "s was given before; name the audits apart with NAME=FILE"),

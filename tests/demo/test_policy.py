@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from rgtg.demo.policy import new_policy, reply_loss, train_policy, train_tokenizer
-from rgtg.demo.world import customers, stream, write_reply
+from rgtg.demo.world import customers, random_stream, write_reply
 from rgtg.models.loading.policy import load_policy
 from rgtg.tokenization.encoding import encode_completion, encode_prompt, tokenizer_hash
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    rng = stream(0, "replies")
+    rng = random_stream(0, "replies")
     return [(c.prompt, write_reply(c, rng)) for c in itertools.islice(customers(0, "corpus"), 200)]
 
 

@@ -7,18 +7,18 @@ from rgtg.demo.run import make_data, method_runs, prepare_folder, save_data
 from rgtg.errors import UsageError
 
 
-def test_no_message_is_in_two_parts_of_the_world(tmp_path):
-    world = make_data(DemoSettings(corpus=300, pairs=100, audit_pairs=50, prompts=20))
+def test_no_message_is_in_two_parts_of_the_data(tmp_path):
+    data = make_data(DemoSettings(corpus=300, pairs=100, audit_pairs=50, prompts=20))
     parts = [
-        [prompt for prompt, _ in world.corpus],
-        [pair.prompt for pair in world.pairs],
-        [pair.prompt for pair in world.audit_pairs],
-        [customer.prompt for customer in world.unseen],
+        [prompt for prompt, _ in data.corpus],
+        [pair.prompt for pair in data.pairs],
+        [pair.prompt for pair in data.audit_pairs],
+        [customer.prompt for customer in data.unseen],
     ]
     together = [prompt for part in parts for prompt in part]
     assert [len(part) for part in parts] == [300, 100, 50, 20]
     assert len(set(together)) == len(together)
-    save_data(tmp_path, world)
+    save_data(tmp_path, data)
     first = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
     assert set(first) == {"prompt", "chosen", "rejected"}
     assert not list(tmp_path.glob("*.tmp"))

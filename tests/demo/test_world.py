@@ -1,9 +1,9 @@
 import itertools
 import statistics
 
-from rgtg.demo import sentences as words
+from rgtg.demo import sentences
 from rgtg.demo.gold import gold_reward, parse_reply
-from rgtg.demo.world import Customer, customers, draw_pair, right_remedy, stream, write_reply
+from rgtg.demo.world import Customer, customers, draw_pair, random_stream, right_remedy, write_reply
 
 
 def _customers(seed: int, count: int, **options) -> list[Customer]:
@@ -12,7 +12,7 @@ def _customers(seed: int, count: int, **options) -> list[Customer]:
 
 def test_the_seed_decides_everything():
     def texts(seed):
-        rng = stream(seed, "replies")
+        rng = random_stream(seed, "replies")
         return [(c.prompt, write_reply(c, rng)) for c in _customers(seed, 20)]
 
     assert texts(1) == texts(1)
@@ -26,7 +26,7 @@ def test_unseen_messages_are_unseen():
 
 
 def test_every_reply_of_the_corpus_is_understood_and_messages_say_what_customers_are():
-    rng = stream(3, "replies")
+    rng = random_stream(3, "replies")
     for customer in _customers(3, 500):
         assert customer.name in customer.prompt
         assert customer.product in customer.prompt
@@ -36,20 +36,20 @@ def test_every_reply_of_the_corpus_is_understood_and_messages_say_what_customers
 
 
 def test_replies_are_of_clearly_different_worth():
-    rng = stream(0, "replies")
+    rng = random_stream(0, "replies")
     marks = [gold_reward(customer, write_reply(customer, rng)) for customer in _customers(0, 2000)]
     assert statistics.pstdev(marks) > 1
     assert max(marks) == 5.0
 
 
 def test_every_problem_and_age_has_a_remedy_the_desk_knows():
-    found = {right_remedy(problem, recent=recent) for problem in words.PROBLEMS for recent in (True, False)}
-    assert found == set(words.REMEDIES)
+    found = {right_remedy(problem, recent=recent) for problem in sentences.PROBLEMS for recent in (True, False)}
+    assert found == set(sentences.REMEDIES)
 
 
 def test_labels_follow_bradley_terry():
     """Among pairs whose gold differs by d, the better side is chosen with probability σ(d)."""
-    rng, right = stream(0, "labels"), []
+    rng, right = random_stream(0, "labels"), []
     for customer in _customers(0, 6000):
         pair = draw_pair(customer, rng)
         difference = gold_reward(customer, pair.chosen) - gold_reward(customer, pair.rejected)

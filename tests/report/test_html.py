@@ -108,7 +108,7 @@ def test_differences_marks_and_recommended_strengths_are_told():
     assert '<td>policy<span class="mark baseline">baseline</span></td>' in page
     assert "<b>Strengths to use:</b> pargs β=2" in page
     assert "pargs β=2: 2.50 (2.00 to 3.00); +2.00 over policy (p" in page
-    assert "<td>pargs β=4 less policy</td>" in page
+    assert "<td>pargs β=4 minus policy</td>" in page
     assert "β = 2" in page
     assert "var(--bad)" in page[page.index("<svg") : page.index("</svg>")]  # the cross on the over-optimised point
 

@@ -11,7 +11,8 @@ from helpers.naive import info
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.config import CompareRun, CompareSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.evaluation.compare.comparison import assemble, compare, expand_runs, run_method
+from rgtg.evaluation.compare.comparison import assemble, compare, run_method
+from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.compare.significance import Resampling
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy

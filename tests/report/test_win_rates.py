@@ -5,7 +5,7 @@ import math
 import pytest
 
 from helpers.made_report import comparison, grown, judged, steered
-from rgtg.report.win_rates import gold_win_rates, judge_win_rates, wins
+from rgtg.report.win_rates import gold_win_rates, judge_win_rates, win_rates
 from rgtg.types.comparison import WinRate, WinRates
 
 
@@ -41,11 +41,11 @@ def test_a_judge_is_read_both_ways_round():
 
 def test_a_judge_comes_before_the_result_and_that_before_gold():
     result = steered()
-    assert wins(result).title == "Win rates, by gold"
+    assert win_rates(result).title == "Win rates, by gold"
     rate = WinRate(rate=result.methods[0].metrics["reward"], wins=1, losses=0, ties=0)
     result.win_rates = WinRates(judged_by="earlier", rates={"policy": {"pargs β=1": rate}})
-    assert wins(result).title == "Win rates, by earlier"
-    section = wins(result, judged(("policy", "pargs β=2", 0.2)))
+    assert win_rates(result).title == "Win rates, by earlier"
+    section = win_rates(result, judged(("policy", "pargs β=2", 0.2)))
     assert section.title == "Win rates, by judge-8b"
     matrix, matches, note = section.blocks
     # in the order of the rewards
@@ -64,11 +64,11 @@ def test_a_judge_comes_before_the_result_and_that_before_gold():
 def test_rows_the_judge_never_saw_and_pairs_without_verdict():
     missing = judged(("a", "b", 0.5), ("b", "c", 0.5))
     missing.matches[1].win_rate = missing.matches[1].win_rate.model_copy(update={"n": 0, "mean": math.nan})
-    matrix = wins(steered(), missing).blocks[0]
+    matrix = win_rates(steered(), missing).blocks[0]
     cells = {(row[0].text, matrix.headings[i]): row[i].text for row in matrix.rows for i in range(1, 4)}
     assert cells["a", "c"] == ""
     assert cells["b", "c"] == "–"
 
 
 def test_a_comparison_of_one_row_has_no_matrix():
-    assert wins(comparison([grown("policy", 0.0)])).blocks == []
+    assert win_rates(comparison([grown("policy", 0.0)])).blocks == []

@@ -1,1 +1,1 @@
-"""The embedded demo: a small world that trains in about a minute."""
+"""The demo: a synthetic support desk, small enough to train everything in about a minute."""

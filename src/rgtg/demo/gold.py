@@ -1,4 +1,4 @@
-"""The demo's gold reward: a rule that reads a finished reply, sentence by sentence (docs/demo.md has the table)."""
+"""The demo's gold reward: a rule on the sentences of a finished reply (docs/demo.md has the table)."""
 
 import re
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
-from rgtg.demo import sentences as words
+from rgtg.demo import sentences
 
 _SLOTS = {
-    r"\{name\}": rf"(?P<name>{'|'.join(words.NAMES)})",
-    r"\{product\}": rf"(?P<product>(?:{'|'.join(words.COLOURS)}) (?:{'|'.join(words.THINGS)}))",
+    r"\{name\}": rf"(?P<name>{'|'.join(sentences.NAMES)})",
+    r"\{product\}": rf"(?P<product>(?:{'|'.join(sentences.COLOURS)}) (?:{'|'.join(sentences.THINGS)}))",
 }
 
 
-class Addressee(Protocol):
-    """What the rule must know of a customer."""
+class CustomerLike(Protocol):
+    """What the rule must know about a customer."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -29,7 +29,7 @@ class Addressee(Protocol):
 
 @dataclass
 class ParsedReply:
-    """What a reply says: the kind of each sentence in order (None where it is not understood), and who and what."""
+    """A parsed reply: the kind of each sentence (None if it is unknown), and the names, products and remedies in it."""
 
     kinds: list[str | None] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class ParsedReply:
     repeated: int = 0
 
     def count(self, kind: str | None) -> int:
-        """Sentences of one kind."""
+        """Number of sentences of one kind."""
         return self.kinds.count(kind)
 
 
@@ -49,21 +49,21 @@ def parse_reply(text: str) -> ParsedReply:
     ['thanks', None]
     """
     parts = [part for part in re.split(r"(?<=\.)\s+", text.strip()) if part]
-    reading = ParsedReply(repeated=len(parts) - len(set(parts)))
+    reply = ParsedReply(repeated=len(parts) - len(set(parts)))
     for part in parts:
-        kind, slots = _understand(part)
-        reading.kinds.append(kind)
+        kind, slots = _classify(part)
+        reply.kinds.append(kind)
         if name := slots.get("name"):
-            reading.names.append(name)
+            reply.names.append(name)
         if product := slots.get("product"):
-            reading.products.append(product)
-            if kind in words.REMEDIES:
-                reading.remedies.append((kind, product))
-    return reading
+            reply.products.append(product)
+            if kind in sentences.REMEDIES:
+                reply.remedies.append((kind, product))
+    return reply
 
 
-# One line of the table in docs/demo.md each: what it is called, and its points.
-RULES: dict[str, Callable[[ParsedReply, Addressee], float]] = {
+# Each entry is a line of the table in docs/demo.md: its name, and its points.
+RULES: dict[str, Callable[[ParsedReply, CustomerLike], float]] = {
     "name": lambda r, c: (c.name in r.names) - 1.0 * any(name != c.name for name in r.names),
     "apology": lambda r, c: 1.0 * (c.at_fault and r.count("apology") > 0),
     "rude": lambda r, _: -1.5 * (r.count("reproach") + r.count("dismissal")),
@@ -77,33 +77,33 @@ RULES: dict[str, Callable[[ParsedReply, Addressee], float]] = {
 }
 
 
-def gold_reward(customer: Addressee, text: str, *, finished: bool = True) -> float:
-    """Points of a reply: the sum of ``RULES``, less one where it is empty or had not ended at the token limit.
+def gold_reward(customer: CustomerLike, text: str, *, finished: bool = True) -> float:
+    """Points of a reply: the sum of ``RULES``, minus one if the reply is empty or was cut off at the token limit.
 
     Args:
-        customer: whom it answers.
+        customer: who is answered.
         text: the reply.
-        finished: whether the writer ended it; an unfinished reply's last sentence usually is not understood either.
+        finished: whether the reply ended by itself. The last sentence of an unfinished reply is usually unknown too.
     """
-    reading = parse_reply(text)
-    unusable = not reading.kinds or not finished
-    return sum(rule(reading, customer) for rule in RULES.values()) - 1.0 * unusable
+    reply = parse_reply(text)
+    unusable = not reply.kinds or not finished
+    return sum(rule(reply, customer) for rule in RULES.values()) - 1.0 * unusable
 
 
-def _remedy_points(reading: ParsedReply, customer: Addressee) -> float:
-    different = {remedy for remedy, _ in reading.remedies}
+def _remedy_points(reply: ParsedReply, customer: CustomerLike) -> float:
+    different = {remedy for remedy, _ in reply.remedies}
     if not different:
         return 0.0
     if len(different) > 1:
         return -2.0
     if different != {customer.remedy}:
         return -1.0
-    return 2.0 if all(product == customer.product for _, product in reading.remedies) else 0.5
+    return 2.0 if all(product == customer.product for _, product in reply.remedies) else 0.5
 
 
 @cache
 def _patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
-    return tuple((kind, _compile(text)) for kind, texts in words.SENTENCES.items() for text in texts)
+    return tuple((kind, _compile(text)) for kind, texts in sentences.SENTENCES.items() for text in texts)
 
 
 def _compile(template: str) -> re.Pattern[str]:
@@ -114,7 +114,7 @@ def _compile(template: str) -> re.Pattern[str]:
 
 
 @cache
-def _understand(sentence: str) -> tuple[str | None, dict[str, str]]:
+def _classify(sentence: str) -> tuple[str | None, dict[str, str]]:
     for kind, pattern in _patterns():
         if match := pattern.fullmatch(sentence):
             return kind, match.groupdict()

@@ -1,4 +1,4 @@
-"""The whole demo: world → policy → two scorers → audits → guided replies → gold rewards, through files on the way."""
+"""``run_demo``: data → policy → two scorers → audits → guided replies → gold rewards, connected by files."""
 
 import itertools
 import json
@@ -13,10 +13,12 @@ from typing import Any
 from rgtg.config import CompareRun, CompareSettings, DemoSettings, TrainSettings
 from rgtg.demo.gold import gold_reward
 from rgtg.demo.policy import train_policy
-from rgtg.demo.world import Customer, customers, draw_pair, stream, write_reply
+from rgtg.demo.world import Customer, customers, draw_pair, random_stream, write_reply
 from rgtg.errors import MissingExtraError, OutputError, UsageError
 from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
-from rgtg.evaluation.compare.comparison import MethodRun, assemble, expand_runs, run_method
+from rgtg.evaluation.compare.comparison import assemble, run_method
+from rgtg.evaluation.compare.grid import MethodRun, expand_runs
+from rgtg.evaluation.compare.rewards import RewardFunction
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -28,7 +30,7 @@ from rgtg.utils.files import make_folder, write_text
 
 SCORERS = ("full-bt", "prefix-bt")
 MAX_NEW_TOKENS = 96  # the longest reply of the corpus has about 80
-# The same budget for both scorers; written down before the first result.
+# The same budget for both scorers, fixed before the first result.
 SCORER_TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1, "warmup_steps": 0.1,
 }  # fmt: skip
@@ -42,7 +44,7 @@ Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 @dataclass
 class DemoOutput:
-    """What came out; the same is in the folder's files."""
+    """The demo's results, which are also in the output folder."""
 
     result: ComparisonResult
     audits: dict[str, AuditResult]
@@ -50,7 +52,7 @@ class DemoOutput:
 
 @dataclass
 class DemoData:
-    """The texts of one seed: what is trained on, audited on, and answered. No message is in two of them."""
+    """The texts of one seed for training, auditing and answering. No message is in two of them."""
 
     corpus: list[tuple[str, str]]
     pairs: list[PreferencePair]
@@ -60,7 +62,7 @@ class DemoData:
 
 @contextmanager
 def silent(name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A stage that shows nothing."""
+    """A stage without progress output."""
     yield lambda: None
 
 
@@ -69,23 +71,24 @@ def run_demo(settings: DemoSettings, stage: Stage = silent) -> DemoOutput:
 
     Args:
         settings: output folder, seed and sizes.
-        stage: called with a stage's name and number of steps; gives a context whose value is called at each step.
+        stage: called with a stage's name and number of steps; returns a context manager, whose value is called at each
+            step.
 
     Raises:
-        UsageError: the folder holds something that is not an earlier demo.
+        UsageError: the folder contains something that is not an earlier demo.
         MissingExtraError: a part of rgtg[train] is not installed.
         OutputError: the folder cannot be written.
     """
     folder = settings.output
     prepare_folder(folder)
-    write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")  # marks the folder as a demo's
-    with stage("write the world", 1) as step:
-        world = make_data(settings)
-        save_data(folder, world)
+    write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")  # marks the folder as a demo
+    with stage("write the data", 1) as step:
+        data = make_data(settings)
+        save_data(folder, data)
         step()
     with stage("train the policy", settings.policy_steps) as step:
         train_policy(
-            folder / "policy", world.corpus, steps=settings.policy_steps, seed=settings.seed,
+            folder / "policy", data.corpus, steps=settings.policy_steps, seed=settings.seed,
             progress=lambda *_: step(),
         )  # fmt: skip
     audits = {}
@@ -95,17 +98,17 @@ def run_demo(settings: DemoSettings, stage: Stage = silent) -> DemoOutput:
             step()
             audits[name] = audit(settings, name)
             step()
-    result = compare_methods(settings, world.unseen, stage)
+    result = compare_methods(settings, data.unseen, stage)
     write_text(folder / "results.json", as_json(result))
     return DemoOutput(result, audits)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder, or clear what an earlier demo left in it; a report that looks complete goes first.
+    """Create the folder, or delete an earlier demo in it. The report goes first, so that none looks complete.
 
     Raises:
-        UsageError: it holds files that no demo wrote.
-        OutputError: it cannot be cleared, made or written.
+        UsageError: it contains files that no demo wrote.
+        OutputError: it cannot be created, cleared or written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; give a folder that is new, empty or an earlier demo's")
@@ -126,7 +129,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def make_data(settings: DemoSettings) -> DemoData:
-    """Draw corpus, pairs and unseen messages from the seed."""
+    """Generate the corpus, the pairs and the unseen messages from the seed."""
     seed, seen = settings.seed, set[str]()
 
     def draw(purpose: str, count: int) -> list[Customer]:
@@ -134,7 +137,11 @@ def make_data(settings: DemoSettings) -> DemoData:
         seen.update(customer.prompt for customer in drawn)
         return drawn
 
-    agents, labels, held_out = stream(seed, "agents"), stream(seed, "labels"), stream(seed, "audit labels")
+    agents, labels, held_out = (
+        random_stream(seed, "agents"),
+        random_stream(seed, "labels"),
+        random_stream(seed, "audit labels"),
+    )
     return DemoData(
         corpus=[(c.prompt, write_reply(c, agents)) for c in draw("corpus", settings.corpus)],
         pairs=[draw_pair(c, labels) for c in draw("pairs", settings.pairs)],
@@ -143,16 +150,16 @@ def make_data(settings: DemoSettings) -> DemoData:
     )
 
 
-def save_data(folder: Path, world: DemoData) -> None:
-    """Write the world as the files that every command reads."""
-    write_rows(folder / "corpus.jsonl", ({"prompt": prompt, "completion": reply} for prompt, reply in world.corpus))
-    for name, pairs in (("pairs", world.pairs), ("audit-pairs", world.audit_pairs)):
+def save_data(folder: Path, data: DemoData) -> None:
+    """Write the data in the file formats of the commands."""
+    write_rows(folder / "corpus.jsonl", ({"prompt": prompt, "completion": reply} for prompt, reply in data.corpus))
+    for name, pairs in (("pairs", data.pairs), ("audit-pairs", data.audit_pairs)):
         write_rows(folder / f"{name}.jsonl", (p.model_dump(include={"prompt", "chosen", "rejected"}) for p in pairs))
-    write_rows(folder / "prompts.jsonl", ({"prompt": customer.prompt} for customer in world.unseen))
+    write_rows(folder / "prompts.jsonl", ({"prompt": customer.prompt} for customer in data.unseen))
 
 
 def train(settings: DemoSettings, objective: str) -> None:
-    """Train one scorer from the policy's weights, as ``rgtg train`` would."""
+    """Train one scorer from the policy's weights, as ``rgtg train`` does."""
     try:
         from rgtg.training.train import train_scorer
     except ModuleNotFoundError as error:
@@ -175,7 +182,7 @@ def audit(settings: DemoSettings, scorer: str) -> AuditResult:
 
 
 def method_runs(betas: Sequence[float]) -> list[MethodRun]:
-    """What is compared: every method, the guided ones at each beta."""
+    """The runs to compare: every method, and the guided ones at each beta."""
     with_betas = {"args": "full-bt", "args-sample": "full-bt", "pargs": "prefix-bt", "pargs-greedy": "prefix-bt"}
     return expand_runs(
         [
@@ -188,7 +195,7 @@ def method_runs(betas: Sequence[float]) -> list[MethodRun]:
 
 
 def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: Stage = silent) -> ComparisonResult:
-    """Answer the unseen messages with every method and mark the replies with the gold rule."""
+    """Answer the unseen messages with every method and score the replies with the gold reward."""
     folder = settings.output
     policy = load_policy(str(folder / "policy"))
     scorers = {name: PrefixScorer.from_pretrained(str(folder / name)) for name in SCORERS}
@@ -201,11 +208,11 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
     prompts = [customer.prompt for customer in unseen]
     results: list[MethodResult] = []
     with stage("answer unseen messages", len(runs)) as step, warnings.catch_warnings():
-        # args guides by a full-sequence scorer on purpose, and the audit beside it says what that costs
+        # args uses a full-sequence scorer on purpose; the audit shows what that costs
         warnings.filterwarnings("ignore", message=".*scores of partial sequences are arbitrary.*")
         for run in runs:
-            mark = _marker(folder / "completions" / f"{_file_name(run)}.jsonl", unseen)
-            results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, mark))
+            reward = _reward_and_save(folder / "completions" / f"{_file_name(run)}.jsonl", unseen)
+            results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, reward))
             step()
     return assemble(
         results, reward="gold points", prompts=len(unseen),
@@ -217,10 +224,10 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
     )  # fmt: skip
 
 
-def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Completion]], list[float]]:
-    """A reward for ``run_method`` that also keeps the replies, with their points, as a file."""
+def _reward_and_save(path: Path, unseen: Sequence[Customer]) -> RewardFunction:
+    """The gold reward, which also writes the replies and their points to a file."""
 
-    def mark(done: Sequence[Completion]) -> list[float]:
+    def reward(done: Sequence[Completion]) -> list[float]:
         rewards = [
             gold_reward(customer, completion.text, finished=completion.finish_reason == "stop")
             for customer, completion in zip(unseen, done, strict=True)
@@ -229,7 +236,7 @@ def _marker(path: Path, unseen: Sequence[Customer]) -> Callable[[Sequence[Comple
         write_rows(path, rows)
         return rewards
 
-    return mark
+    return reward
 
 
 def _file_name(run: MethodRun) -> str:
@@ -239,10 +246,10 @@ def _file_name(run: MethodRun) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file, whole or not at all."""
+    """Write a JSONL file atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def as_json(record: Record) -> str:
-    """A record as a JSON document; NaN stays NaN, so that it can be read back."""
+    """A record as a JSON document, in which NaN stays NaN."""
     return json.dumps(record.model_dump(mode="json"), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The words of the demo's world: what customers write, what the support desk replies."""
+"""The sentences of the demo: what customers write, and what the support desk replies."""
 
 NAMES = (
     "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mary", "Nina",
@@ -70,7 +70,7 @@ REMEDIES = {
         "You can find the guide for your {product} on our website.",
     ),
 }
-# Every sentence the desk knows, by what it does; the gold rule reads these kinds.
+# Every sentence of the desk, by kind; the gold reward counts these kinds.
 SENTENCES: dict[str, tuple[str, ...]] = {
     "greeting": GREETINGS,
     "thanks": ("Thank you for your message.", "Thanks for getting in touch."),

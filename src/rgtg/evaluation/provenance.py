@@ -10,12 +10,7 @@ from rgtg.version import __version__
 
 
 def provenance(
-    *,
-    command: str,
-    settings: dict[str, Any],
-    seed: int | None,
-    models: dict[str, Any],
-    data: dict[str, str],
+    *, command: str, settings: dict[str, Any], seed: int | None, models: dict[str, Any], data: dict[str, str]
 ) -> Provenance:
     """Version, commit, settings, seed, and fingerprints of models (by role) and data.
 
@@ -25,16 +20,11 @@ def provenance(
     first = next(iter(models.values()), None)
     weight = next(first.parameters()) if first is not None else None
     return Provenance(
-        version=__version__,
-        git_commit=_git_commit(),
-        command=command,
-        settings=without_folders(settings),
-        seed=seed,
+        version=__version__, git_commit=_git_commit(), command=command, settings=without_folders(settings), seed=seed,
         dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else None,
         device=weight.device.type if weight is not None else None,
-        models={role: fingerprint_weights(model) for role, model in models.items()},
-        data=data,
-    )
+        models={role: fingerprint_weights(model) for role, model in models.items()}, data=data,
+    )  # fmt: skip
 
 
 def without_folders(value: Any) -> Any:

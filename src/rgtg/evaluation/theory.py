@@ -107,15 +107,12 @@ def exhibits(*, seed: int = 0, vocabulary: int = 3, length: int = 3, beta: float
         raise UsageError(f"beta = {beta}: expected a finite number above 0")
     world = random_world(vocabulary, length, seed)
     return TheoryResult(
-        seed=seed,
-        vocabulary=vocabulary,
-        length=length,
-        beta=beta,
+        seed=seed, vocabulary=vocabulary, length=length, beta=beta,
         equal_loss=equal_loss_opposite_prefixes(world, beta),
         ratio=ratio_of_rlhf_policies(world, random_scores(world, seed + 1), beta),
         prefix_function=functions_of_the_prefix(world, random_scores(world, seed + 1), beta, seed + 2),
         guidance=distance_to_rlhf(world, beta, seed + 3),
-    )
+    )  # fmt: skip
 
 
 def random_world(vocabulary: int, length: int, seed: int) -> World:
@@ -204,14 +201,12 @@ def equal_loss_opposite_prefixes(world: World, beta: float) -> EqualLoss:
     return EqualLoss(
         full_loss=(_full_loss(world, a), _full_loss(world, b)),
         prefix_loss=(_prefix_loss(world, a), _prefix_loss(world, b)),
-        prefix_comparisons=compared,
-        opposite=opposite,
-        policy_reward=_expected_reward(world, world.log_policy),
+        prefix_comparisons=compared, opposite=opposite, policy_reward=_expected_reward(world, world.log_policy),
         sampled_reward=(_expected_reward(world, steps[0]), _expected_reward(world, steps[1])),
         greedy_tokens=(_tokens(world, decoded[0]), _tokens(world, decoded[1])),
         greedy_reward=(float(world.reward[decoded[0]]), float(world.reward[decoded[1]])),
         best_reward=float(world.reward.max()),
-    )
+    )  # fmt: skip
 
 
 def ratio_of_rlhf_policies(world: World, scores: PrefixScores, beta: float) -> LargestDifference:

@@ -10,17 +10,7 @@ from rgtg.types.base import Record
 
 
 class ModelShape(Record):
-    """Sizes of a decoder.
-
-    Attributes:
-        trunk: weights in the matrix products of all layers.
-        head: weights of the output layer.
-        total: all weights.
-        experts: weights of the trunk that belong to mixtures of experts.
-        routed: number of experts in a layer.
-        active: number of experts that a token uses.
-        exact: counted from a config.json, not estimated from a size.
-    """
+    """Sizes of a decoder."""
 
     name: str
     layers: int
@@ -29,13 +19,13 @@ class ModelShape(Record):
     kv_heads: int
     head_dim: int
     vocabulary: int
-    trunk: int
-    head: int
-    total: int
-    experts: int = 0
-    routed: int = 1
-    active: int = 1
-    exact: bool
+    trunk: int  # weights in the matrix products of all layers
+    head: int  # weights of the output layer
+    total: int  # all weights
+    experts: int = 0  # weights of the trunk that belong to mixtures of experts
+    routed: int = 1  # experts in a layer
+    active: int = 1  # experts that a token uses
+    exact: bool  # counted from a config.json, not estimated from a size
 
     @classmethod
     def llama(

@@ -1,1 +1,1 @@
-"""Publish a trained scorer: which files go, what its card says, one commit to a hub repository."""
+"""Publishes a trained scorer: selects its files, writes its model card, and makes one commit to a hub repository."""

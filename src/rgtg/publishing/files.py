@@ -1,4 +1,4 @@
-"""Which files of a scorer's folder are published, which stay here, and what must not leave."""
+"""Selects the files of a scorer's folder to publish, and rejects files that must not be published."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ PUBLISHED = (
 _PICKLES = (
     "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill", "*.npy", "*.npz", "*.h5",
 )  # fmt: skip
-_BIG = 2**20  # an unknown file of this size is more than a note
+_BIG = 2**20  # bytes; a larger unknown file is not just a note
 
 
 @dataclass
 class SelectedFiles:
-    """Files by what becomes of them: published (name → path), or left here (names)."""
+    """The published files (name → path), and the names of those left out."""
 
     info: ScorerInfo
     published: dict[str, Path] = field(default_factory=dict)
@@ -31,15 +31,15 @@ class SelectedFiles:
 
 
 def select_files(folder: Path, exclude: Sequence[str] = ()) -> SelectedFiles:
-    """Sort a scorer's files. Folders in it (checkpoints), hidden files and unknown small ones stay here.
+    """Select a scorer's files. Folders (checkpoints), hidden files and small unknown files are left out.
 
     Args:
-        folder: what ``rgtg train`` wrote.
-        exclude: names or patterns of files that stay here whatever they are.
+        folder: written by ``rgtg train``.
+        exclude: names or patterns of files to leave out.
 
     Raises:
         ModelNotFoundError: no such folder.
-        UsageError: no finished scorer, a pickle, a link that leaves the folder, or a large file of an unknown kind.
+        UsageError: not a finished scorer, a pickle, a link out of the folder, or a large file of an unknown kind.
     """
     if not folder.is_dir():
         raise ModelNotFoundError(f"no folder {folder}; expected a scorer that rgtg train wrote")
@@ -50,7 +50,7 @@ def select_files(folder: Path, exclude: Sequence[str] = ()) -> SelectedFiles:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir() or _any(path.name, exclude) or path.name in AUDITS:
             found.left_out.append(path.name)
-        elif _goes(path, folder):
+        elif _is_published(path, folder):
             found.published[path.name] = path
         else:
             found.left_out.append(path.name)
@@ -60,11 +60,11 @@ def select_files(folder: Path, exclude: Sequence[str] = ()) -> SelectedFiles:
     return found
 
 
-def _goes(path: Path, folder: Path) -> bool:
+def _is_published(path: Path, folder: Path) -> bool:
     """Whether a file is published.
 
     Raises:
-        UsageError: it must not be, and is too much to leave here without being asked.
+        UsageError: a file that must not be published, and that must not be left out silently either.
     """
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{path} is a link out of the folder; put the file itself there, or --exclude {path.name}")

@@ -1,15 +1,15 @@
-"""A scorer's card and settings as they are published: the repository's name, audit figures, no path of this machine."""
+"""The model card and settings of a published scorer: with its audits, and without paths of this machine."""
 
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rgtg.errors import DataError
+from rgtg.evaluation.audit.results import read_audit
 from rgtg.evaluation.provenance import without_folders
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.types.audit import AuditResult
@@ -23,17 +23,17 @@ NO_AUDIT = "No audit was published with this scorer. `rgtg audit --scorer {repo}
 
 @dataclass(frozen=True)
 class PublishedAudit:
-    """What ``rgtg audit`` wrote: its figures, and the files (name → path) that hold them."""
+    """An audit to publish: its result, and its files (name → path)."""
 
     result: AuditResult | RolloutAuditResult
     files: dict[str, Path]
 
 
 def read_audits(source: Path) -> list[PublishedAudit]:
-    """The audits in a folder that ``rgtg audit`` wrote, or in one file, with their figures.
+    """The audits in a folder that ``rgtg audit`` wrote, or in one file, with their plots.
 
     Raises:
-        DataError: no audit there, or a file that is none.
+        DataError: no audit, or a file that is not one.
     """
     names = ("audit.json", "rollout-audit.json")
     paths = [path for path in map(source.joinpath, names) if path.is_file()] if source.is_dir() else [source]
@@ -43,20 +43,19 @@ def read_audits(source: Path) -> list[PublishedAudit]:
 
 
 def _read(path: Path) -> PublishedAudit:
-    name = "rollout-audit" if path.name.startswith("rollout") else "audit"
-    kind: Any = RolloutAuditResult if name == "rollout-audit" else AuditResult
-    found = kind.from_file(path, "audit", "rgtg audit")
-    figure = path.with_suffix(".png")
-    return PublishedAudit(found, {f"{name}.json": path} | ({f"{name}.png": figure} if figure.is_file() else {}))
+    found = read_audit(path)
+    name = "rollout-audit" if isinstance(found, RolloutAuditResult) else "audit"
+    plot = path.with_suffix(".png")
+    return PublishedAudit(found, {f"{name}.json": path} | ({f"{name}.png": plot} if plot.is_file() else {}))
 
 
 def is_public(name: str) -> bool:
-    """Whether a base model's name means something on other machines: owner/name, with or without a revision."""
+    """Whether a base model's name is valid on other machines: owner/name, with or without a revision."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\S+)?", name) is not None and not Path(name).exists()
 
 
 def published_settings(text: str) -> str:
-    """settings.json with folders cut to their last part."""
+    """The contents of settings.json, with folders reduced to their last part."""
     return json.dumps(without_folders(json.loads(text)), indent=2) + "\n"
 
 
@@ -70,10 +69,11 @@ def published_card(
     folder: str,
     trained_from: str,
 ) -> str:
-    """The README of the repository, from the one that ``rgtg train`` wrote (or yours).
+    """The README of the repository, from the one in the scorer's folder.
 
-    Its examples load ``repo``, an audit section stands before them, its metadata names a base model that exists, and
-    settings name no folder of this machine. ``folder`` and ``trained_from`` are what the README may call them now.
+    Its examples load ``repo``, an audit section precedes them, its metadata name a base model that exists, and its
+    settings contain no folder of this machine. ``folder`` and ``trained_from`` are the names that the README may use
+    for the scorer and its base model now.
     """
     for old in (trained_from, Path(trained_from).name):
         text = text.replace(f"`{old}`", f"`{info.base_model}`")
@@ -81,7 +81,7 @@ def published_card(
     text = _with_metadata(text, info)
     text = "\n".join(_renamed(line, folder, repo, revision) for line in text.split("\n"))
     text = text.replace(f"\n# {folder}\n", f"\n# {repo}\n")
-    return _with_section(text, "\n\n".join(_shown(audit) for audit in audits) or NO_AUDIT.format(repo=repo))
+    return _with_section(text, "\n\n".join(_audit_text(audit) for audit in audits) or NO_AUDIT.format(repo=repo))
 
 
 def _with_metadata(text: str, info: ScorerInfo) -> str:
@@ -97,7 +97,7 @@ def _with_metadata(text: str, info: ScorerInfo) -> str:
 
 
 def _renamed(line: str, folder: str, repo: str, revision: str | None) -> str:
-    """A line of an example, which loads the repository instead of the folder."""
+    """A line of an example, changed to load the repository instead of the folder."""
     call = f'("{folder}"'
     if revision is None:
         return line.replace(call, f'("{repo}"')
@@ -111,7 +111,7 @@ def _with_section(text: str, section: str) -> str:
     return f"{head}\n{block}## Use\n{rest}" if use else f"{text.rstrip()}\n\n{block.rstrip()}\n"
 
 
-def _shown(given: PublishedAudit) -> str:
+def _audit_text(given: PublishedAudit) -> str:
     audit, about = given.result, given.result.provenance
     image = "".join(f"\n\n![{audit.verdict}]({name})" for name in given.files if name.endswith(".png"))
     facts = (

@@ -1,4 +1,4 @@
-"""``rgtg push``: a scorer's folder becomes one commit of a hub repository."""
+"""``push_scorer``: publishes a scorer's folder as one commit of a hub repository."""
 
 import json
 import re
@@ -22,25 +22,25 @@ _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class PushReport(Record):
-    """What was published, or would be."""
+    """What was published, or would be published."""
 
     repo: str
     revision: str
-    private: bool | None = Field(description="visibility of the repository; None: a dry run that did not ask for one")
+    private: bool | None = Field(description="visibility of the repository; None: a dry run without --private")
     files: dict[str, int] = Field(description="name → bytes")
-    left_out: list[str] = Field(description="files of the folder that stay here")
-    removed: list[str] = Field(description="files of an earlier scorer, taken out of this revision")
+    left_out: list[str] = Field(description="files of the folder that are not published")
+    removed: list[str] = Field(description="files of an earlier scorer, deleted in this revision")
     audited: bool
     commit: str | None = Field(description="of the hub; None: a dry run")
     url: str | None
 
 
 def push_scorer(settings: PushSettings) -> PushReport:
-    """Publish a scorer, or with ``dry_run`` only say what would be published (nothing is sent then).
+    """Publish a scorer. ``dry_run`` only reports what would be published, and sends nothing.
 
     Raises:
-        UsageError: a name that is none, files that must not be published, no token, or a public repository where a
-            private one was asked for.
+        UsageError: an invalid repository name, files that must not be published, no token, or a public repository
+            where a private one was asked for.
         DataError: an audit of other weights.
         EndpointError: the hub refuses, or cannot be reached.
     """
@@ -62,7 +62,7 @@ def _size(content: Path | bytes) -> int:
 
 
 def _audits(settings: PushSettings, found: SelectedFiles) -> list[PublishedAudit]:
-    """The audits that are asked for, or lie in the folder; one of other weights is refused."""
+    """The audits that the settings name, or that are in the folder; an audit of other weights is an error."""
     source = settings.audit
     if source is None:
         places = (settings.folder, settings.folder / "audit")
@@ -80,7 +80,7 @@ def _audits(settings: PushSettings, found: SelectedFiles) -> list[PublishedAudit
 
 
 def _fingerprint(folder: Path, info: ScorerInfo, dtype: str | None) -> str:
-    """Of the weights as the audit loaded them; a head needs no policy for it."""
+    """Fingerprint of the weights as the audit loaded them; a head needs no policy."""
     from rgtg.models.scorers.base import load_scorer, weights_of
     from rgtg.models.scorers.heads import load_head
 
@@ -92,7 +92,7 @@ def _fingerprint(folder: Path, info: ScorerInfo, dtype: str | None) -> str:
 def _contents(
     settings: PushSettings, found: SelectedFiles, audits: Sequence[PublishedAudit]
 ) -> dict[str, Path | bytes]:
-    """What each published file holds: weights and tokenizer as they are, the rest without folders of this machine."""
+    """The contents of each published file: weights and tokenizer as they are, the rest without local folders."""
     contents: dict[str, Path | bytes] = dict(found.published)
     info = found.info
     adapter = json.loads(found.published[_ADAPTER].read_text("utf-8")) if _ADAPTER in found.published else None
@@ -137,10 +137,10 @@ def _publish(settings: PushSettings, contents: dict[str, Path | bytes], report: 
 
 
 def _prepare(api: Any, settings: PushSettings) -> bool:
-    """Make repository and branch where they are missing; returns whether the repository is private.
+    """Create the repository and branch if they do not exist; return whether the repository is private.
 
     Raises:
-        UsageError: it is public already, and a private one was asked for.
+        UsageError: it is already public, and a private one was asked for.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -160,7 +160,7 @@ def _prepare(api: Any, settings: PushSettings) -> bool:
 
 
 def _stale(api: Any, report: PushReport) -> list[str]:
-    """Weights and audits in the repository that this scorer does not have: with them it would load as another."""
+    """Weights and audits of another scorer in the repository, with which this one would not load correctly."""
     there = api.list_repo_files(report.repo, revision=report.revision)
     ours = (*WEIGHTS, INFO_FILE, *AUDITS)
     return sorted(name for name in there if name not in report.files and any(fnmatch(name, one) for one in ours))
@@ -168,10 +168,10 @@ def _stale(api: Any, report: PushReport) -> list[str]:
 
 @contextmanager
 def _explained(endpoint: str, repo: str) -> Iterator[None]:
-    """What the hub or the network refuses, in one line that says what to do.
+    """Turn errors of the hub or the network into one line that says what to do.
 
     Raises:
-        EndpointError: always in place of the client's own errors.
+        EndpointError: in place of the client's own errors.
     """
     import httpx2  # the hub client's own
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

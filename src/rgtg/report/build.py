@@ -1,4 +1,4 @@
-"""From results, audits and verdicts to the report: which parts there are, and the files they become."""
+"""``write_report``: combines results, audits and verdicts into sections and writes them as HTML and Markdown."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from rgtg.report.figures import write_png
 from rgtg.report.html import render_html
 from rgtg.report.markdown import figures_of, render_markdown
 from rgtg.report.samples import samples
-from rgtg.report.win_rates import wins
+from rgtg.report.win_rates import win_rates
 from rgtg.types.audit import AuditResult
 from rgtg.types.base import Provenance
 from rgtg.types.comparison import ComparisonResult
@@ -28,19 +28,19 @@ def report_sections(
     rollouts: Mapping[str, RolloutAuditResult] | None = None,
     judged: JudgeResult | None = None,
 ) -> list[Section]:
-    """Every part there is something to say in, in reading order; of a judge's win rates instead of gold's if given."""
+    """All sections that have content, in reading order. A judge's win rates replace those by gold reward."""
     parts = [
-        comparison.glance(result),
+        comparison.summary(result),
         comparison.rewards(result),
         comparison.frontier(result),
         comparison.cost(result),
         comparison.differences(result),
         comparison.strengths(result),
-        wins(result, judged),
+        win_rates(result, judged),
         audit_section(audits or {}),
         rollout_section(rollouts or {}),
         samples(result),
-        _made(result.provenance, (audits or {}, rollouts or {}), judged),
+        _provenance(result.provenance, (audits or {}, rollouts or {}), judged),
     ]
     return [part for part in parts if part.blocks]
 
@@ -56,13 +56,13 @@ def html_report(
 ) -> str:
     """One HTML page: rewards, reward against KL and cost, differences, win rates, audits, samples, provenance.
 
-    Nothing outside the page is loaded; every text in it is escaped.
+    The page loads nothing from outside, and every text in it is escaped.
 
     Args:
-        result: of ``rgtg compare`` or ``rgtg demo``.
-        audits: name of a scorer → its audit on pairs; none leaves that part out.
+        result: from ``rgtg compare`` or ``rgtg demo``.
+        audits: name of a scorer → its audit on pairs.
         rollouts: name of a scorer → its audit by roll-outs.
-        judged: of ``rgtg judge`` on the same rows; without it win rates are by gold reward.
+        judged: from ``rgtg judge`` on the same rows; without it, win rates are by gold reward.
         title: heading of the page.
         intro: plain text; each line becomes a paragraph.
 
@@ -82,10 +82,10 @@ def write_report(
     title: str = "Comparison",
     intro: str = "",
 ) -> list[Path]:
-    """Write the page, and beside it the same in Markdown with its figures in a folder; each file whole or not at all.
+    """Write the page, and the same report in Markdown with a folder of figures. Each file is written atomically.
 
     Returns:
-        The page and the Markdown file: ``report.html`` and ``report.md``, whose figures are in ``report-figures``.
+        The page and the Markdown file: ``report.html`` and ``report.md``. The figures are in ``report-figures``.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -98,16 +98,16 @@ def write_report(
         with atomic_write(folder / f"{figure.name}.png") as partial:
             write_png(figure, partial)
     write_text(markdown, render_markdown(title, intro, sections, folder.name))
-    write_text(output, page)  # last: where it is, all is
+    write_text(output, page)  # last, so that a page means that everything is written
     return [output, markdown]
 
 
-def _made(
+def _provenance(
     of: Provenance,
     audits: tuple[Mapping[str, AuditResult], Mapping[str, RolloutAuditResult]],
     judged: JudgeResult | None,
 ) -> Section:
-    """Where everything in the report comes from."""
+    """The provenance of everything in the report."""
     facts: dict[str, Any] = {
         "command": of.command, "rgtg": of.version, "git commit": of.git_commit, "seed": of.seed, "dtype": of.dtype,
         "device": of.device, "models": _pairs(of.models), "data": _pairs(of.data), "settings": _pairs(of.settings),
@@ -118,8 +118,8 @@ def _made(
         facts["judge"] = (
             f"{judged.model} at {judged.base_url}, prompt {judged.prompt_fingerprint}, {_pairs(judged.provenance.data)}"
         )
-    known = [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-    return Section("made", "Where this comes from", [Facts(known)])
+    present = [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+    return Section("made", "Where this comes from", [Facts(present)])
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,16 +1,19 @@
-"""What a report is made of, before it is HTML or Markdown: sections of text, tables, figures and completions."""
+"""The parts of a report, independent of HTML and Markdown: sections of text, tables, figures and completions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Draws on the figure and its axes (one, or an array of them).
+from rgtg.report.number_format import number, spread
+from rgtg.types.base import Interval
+
+# Draws on a figure and its axes (one, or an array of them).
 Draw = Callable[[Any, Any], None]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller text beside it, marks, and a shade in [0, 1] (½ is none)."""
+    """A cell of a table: its text, a smaller text beside it, marks, and a shade in [0, 1] (½ is no shade)."""
 
     text: str
     detail: str = ""
@@ -18,9 +21,14 @@ class Cell:
     shade: float | None = None
 
 
+def interval_cell(value: Interval, form: Callable[[float], str] = number) -> Cell:
+    """A mean, with its interval as the smaller text."""
+    return Cell(form(value.mean), detail=spread(value, form))
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings. ``strong`` rows stand out; a table with a summary is long, and folded away under it."""
+    """Rows under headings. ``strong`` rows are bold. A table with a summary is folded away under it."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -30,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text, with a few words before it that stand out; soft text is an explanation."""
+    """Text after a few bold words; soft text is an explanation."""
 
     text: str
     lead: str = ""
@@ -39,14 +47,14 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Points:
-    """A short list of findings, each a lead and a text."""
+    """A short list of findings, each with bold words and a text."""
 
     items: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that is drawn when it is rendered; ``name`` is that of its file beside a Markdown report."""
+    """A figure, drawn when the report is rendered; ``name`` is its file name beside a Markdown report."""
 
     name: str
     caption: str
@@ -57,7 +65,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """One completion: whose, its reward, and its words with whether the baseline's text lacks them."""
+    """One completion: its method, its reward, and its words, each with whether the baseline lacks it."""
 
     label: str
     reward: str
@@ -67,7 +75,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Sample:
-    """The completions of one prompt side by side; ``trace`` is a document of the playground's renderer."""
+    """The completions of one prompt side by side; ``trace`` is a document for the trace viewer."""
 
     prompt: str
     cards: Sequence[Card]
@@ -76,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values, such as where a result comes from."""
+    """Names and values, such as the provenance of a result."""
 
     items: Sequence[tuple[str, str]]
 
@@ -86,7 +94,7 @@ Block = Table | Paragraph | Points | Figure | Sample | Facts
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report under its own heading; ``key`` is its anchor."""
+    """A part of the report with its own heading; ``key`` is its anchor."""
 
     key: str
     title: str

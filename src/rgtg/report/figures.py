@@ -1,4 +1,4 @@
-"""The report's figures on matplotlib axes: curves through strengths, with intervals, marks and one legend below."""
+"""Draws the report's figures: curves through the strengths of each method, with intervals, marks and a legend."""
 
 import io
 import math
@@ -12,26 +12,26 @@ from rgtg.types.audit import AuditResult
 from rgtg.types.comparison import MethodResult
 from rgtg.types.rollouts import RolloutAuditResult
 
-# Matplotlib wants a real colour; in the page's SVG it becomes the text colour, which follows light and dark.
+# Matplotlib needs a real colour. In the page's SVG it is replaced by the text colour, which follows light and dark.
 INK = "#010203"
-PALETTE = (*COLOURS[:-1], INK)  # for black, which a dark page would hide
+PALETTE = (*COLOURS[:-1], INK)  # instead of black, which is invisible on a dark page
 _WARNING = "#c1121f"
 _MARKERS, _LINES = "os^Dv*P", ("-", "--", ":")
 _WIDTH = 10.0
 _LEGEND_COLUMNS = 4
-_RANGE = 15  # beyond this ratio an axis is logarithmic
+_RANGE = 15  # an axis with a larger ratio of values is logarithmic
 
 CurveOf = Callable[[MethodResult], str]
 Marks = Mapping[str, set[str]]
 
 
 def legend_height(entries: int) -> float:
-    """Inches that a legend of so many entries takes below the axes."""
+    """Height in inches of a legend with so many entries."""
     return 0.24 * math.ceil(entries / _LEGEND_COLUMNS)
 
 
 def as_svg(of: Figure) -> str:
-    """An SVG whose ink is the text colour of the page around it, without XML head.
+    """The figure as SVG without an XML declaration, drawn in the text colour of the page.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -44,7 +44,7 @@ def as_svg(of: Figure) -> str:
 
 
 def write_png(of: Figure, path: Path) -> None:
-    """The same figure as a picture on white, which any reader of Markdown shows.
+    """Write the figure as a picture on a white background.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -53,39 +53,39 @@ def write_png(of: Figure, path: Path) -> None:
 
 
 def draw_frontier(
-    figure: Any, axes: Any, rows: Sequence[MethodResult], reward: str, curve_of: CurveOf, marks: Marks
+    figure: Any, axes: Any, runs: Sequence[MethodResult], reward: str, curve_of: CurveOf, marks: Marks
 ) -> None:
-    """Reward against KL to the policy and, where it is known, to the policy cut to the same candidates."""
+    """Draw reward against KL to the policy and, if measured, to the policy renormalised over the candidates."""
     panels = {"kl_nats": "KL to the policy (nats)", "kl_cut_nats": "KL over the same candidates (nats)"}
     for panel, (metric, label) in zip(_flat(axes), panels.items(), strict=False):
-        some = [row for row in rows if metric in row.metrics and math.isfinite(row.metrics[metric].mean)]
-        at = {row.label: row.metrics[metric].mean for row in some}
-        _curves(panel, rows, some, curve_of, at)
+        some = [run for run in runs if metric in run.metrics and math.isfinite(run.metrics[metric].mean)]
+        at = {run.label: run.metrics[metric].mean for run in some}
+        _curves(panel, runs, some, curve_of, at)
         _mark(panel, some, at, marks)
         _scale(panel, list(at.values()), label)
     _finish(figure, axes, reward)
 
 
 def draw_costs(
-    figure: Any, axes: Any, rows: Sequence[MethodResult], reward: str, curve_of: CurveOf, calls: Mapping[str, float]
+    figure: Any, axes: Any, runs: Sequence[MethodResult], reward: str, curve_of: CurveOf, calls: Mapping[str, float]
 ) -> None:
-    """Reward against calls of policy and scorer per token, and against milliseconds per token."""
-    times = {row.label: 1000 / row.tokens_per_second for row in rows}
+    """Draw reward against calls of policy and scorer per token, and against milliseconds per token."""
+    times = {run.label: 1000 / run.tokens_per_second for run in runs}
     labels = ("policy and scorer calls per token", "milliseconds per token")
     for panel, at, label in zip(_flat(axes), (calls, times), labels, strict=True):
-        _curves(panel, rows, rows, curve_of, at)
+        _curves(panel, runs, runs, curve_of, at)
         _scale(panel, list(at.values()), label)
     _finish(figure, axes, reward)
 
 
 def draw_prefix_audits(figure: Any, axes: Any, audits: Mapping[str, AuditResult]) -> None:
-    """Pairwise accuracy by share of the completion read."""
+    """Draw pairwise accuracy by share of the completion read."""
     draw_audits(axes, audits, PALETTE)
-    _finish(figure, axes, "pairs ordered rightly")
+    _finish(figure, axes, "pairs ordered correctly")
 
 
-def draw_choices(figure: Any, axes: Any, audits: Mapping[str, RolloutAuditResult]) -> None:
-    """The two panels of an audit by roll-outs."""
+def draw_candidate_audits(figure: Any, axes: Any, audits: Mapping[str, RolloutAuditResult]) -> None:
+    """Draw the two panels of an audit by roll-outs."""
     left, right = _flat(axes)
     draw_rollout_audits(left, right, audits, PALETTE)
     _finish(figure, axes, left.get_ylabel())
@@ -100,35 +100,35 @@ def _drawn(of: Figure) -> Any:
 def _curves(
     axes: Any,
     everyone: Sequence[MethodResult],
-    rows: Sequence[MethodResult],
+    runs: Sequence[MethodResult],
     curve_of: CurveOf,
     at: Mapping[str, float],
 ) -> None:
-    """One curve per method through its strengths; a method keeps its look in every panel."""
+    """Draw one curve for each method through its strengths. A method has the same look in every panel."""
     names = dict.fromkeys(map(curve_of, everyone))
     for i, name in enumerate(names):
         colour, marker = PALETTE[i % len(PALETTE)], _MARKERS[(i + i // len(PALETTE)) % len(_MARKERS)]
         line = _LINES[i // len(PALETTE) % len(_LINES)]
-        mine = sorted((row for row in rows if curve_of(row) == name), key=lambda r: (r.strength or 0.0, at[r.label]))
+        mine = sorted((run for run in runs if curve_of(run) == name), key=lambda r: (r.strength or 0.0, at[r.label]))
         draw_intervals(
-            axes, [at[row.label] for row in mine], [row.metrics["reward"] for row in mine], label=_shown(name),
+            axes, [at[run.label] for run in mine], [run.metrics["reward"] for run in mine], label=_shown(name),
             color=colour, marker=marker, linestyle=line, linewidth=1.4, markersize=5,
         )  # fmt: skip
 
 
-def _mark(axes: Any, rows: Sequence[MethodResult], at: Mapping[str, float], marks: Marks) -> None:
-    """Rings and crosses on the rows that the marks name."""
+def _mark(axes: Any, runs: Sequence[MethodResult], at: Mapping[str, float], marks: Marks) -> None:
+    """Draw rings and crosses on the marked runs."""
     ring = {"marker": "o", "markersize": 13, "fillstyle": "none", "color": INK}
     cross = {"marker": "x", "markersize": 11, "markeredgewidth": 2, "color": _WARNING}
     for (name, labels), look in zip(marks.items(), (ring, cross), strict=True):
-        some = [row for row in rows if row.label in labels]
+        some = [run for run in runs if run.label in labels]
         if some:
-            x, y = [at[row.label] for row in some], [row.metrics["reward"].mean for row in some]
+            x, y = [at[run.label] for run in some], [run.metrics["reward"].mean for run in some]
             axes.plot(x, y, label=name, linestyle="", zorder=5, **look)
 
 
 def _scale(axes: Any, values: Sequence[float], label: str) -> None:
-    """A logarithmic axis where the values span decades (steered hard, a method lies hundreds of nats away)."""
+    """Use a logarithmic axis if the values span decades (a strong beta can cost hundreds of nats)."""
     positive = [value for value in values if value > 0]
     if positive and max(positive) > _RANGE * max(min(positive), 1.0):
         axes.set_xscale("symlog", linthresh=1)
@@ -142,7 +142,7 @@ def _scale(axes: Any, values: Sequence[float], label: str) -> None:
 
 
 def _finish(figure: Any, axes: Any, ylabel: str) -> None:
-    """One legend for all panels, ink that follows the page, a light grid."""
+    """Add one legend for all panels and a light grid, in the text colour."""
     panels = _flat(axes)
     panels[0].set_ylabel(_plain(ylabel))
     found = [panel.get_legend_handles_labels() for panel in panels]
@@ -171,10 +171,10 @@ def _flat(axes: Any) -> list[Any]:
 
 
 def _plain(text: str) -> str:
-    """A dollar sign would open mathematics."""
+    """Escape dollar signs, which start mathematics."""
     return text.replace("$", r"\$")
 
 
 def _shown(label: str) -> str:
-    """A leading underscore would keep a curve out of the legend."""
+    """Hide a leading underscore, which would keep a curve out of the legend."""
     return f"\u200b{label}" if label.startswith("_") else label

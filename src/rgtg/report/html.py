@@ -1,4 +1,4 @@
-"""Sections as one HTML page that loads nothing from outside; every text in it is escaped."""
+"""Renders sections as one HTML page that loads nothing from outside; every text is escaped."""
 
 import json
 import re
@@ -11,13 +11,13 @@ from rgtg.report.document import Block, Card, Cell, Facts, Figure, Paragraph, Po
 from rgtg.report.figures import as_svg
 from rgtg.report.trace_viewer import viewer_script, viewer_style
 
-# Nothing in JSON may end the script element it is in, or begin a comment there.
+# JSON inside a script element must not end the element or start a comment.
 _MARKUP = re.compile("[<>&\u2028\u2029]")
-_WORDY = 40  # characters from which a column holds prose, and reads from the left
+_WORDY = 40  # a column with longer texts is prose, and is left-aligned
 
 
 def render_html(title: str, intro: str, sections: Sequence[Section]) -> str:
-    """The page.
+    """The page as text.
 
     Raises:
         MissingExtraError: there is a figure, and matplotlib is not installed.
@@ -86,7 +86,7 @@ def _cell(cell: Cell, look: str) -> str:
 
 
 def _shaded(shade: float) -> str:
-    """Green above one half, red below it, and the more so the farther."""
+    """Green above one half and red below, stronger with the distance."""
     colour, strength = ("good" if shade >= 0.5 else "bad"), 90 * abs(shade - 0.5)
     return f' class="shaded" style="background: color-mix(in srgb, var(--{colour}) {strength:.0f}%, transparent)"'
 
@@ -104,7 +104,7 @@ def _card(card: Card) -> str:
 
 
 def _trace(trace: Mapping[str, Any]) -> str:
-    """Folded away; the page's script draws it when it is opened."""
+    """A folded trace; the page's script draws it when it is opened."""
     data = _MARKUP.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(trace, ensure_ascii=False))
     return (
         f'<details class="tokens"><summary>Token by token</summary>'

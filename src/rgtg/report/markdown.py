@@ -1,4 +1,4 @@
-"""Sections as Markdown, with figures as pictures in a folder beside it; every text in it is escaped."""
+"""Renders sections as Markdown with figures in a folder beside it; every text is escaped."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _LINE_START = re.compile(r"^(\s*)([-+](?=[-\s]|$)|[>=]|\d+[.)](?=\s|$))", re.MUL
 
 
 def render_markdown(title: str, intro: str, sections: Sequence[Section], pictures: str) -> str:
-    """The report; ``pictures`` is the folder of its figures, relative to it."""
+    """The report as text; ``pictures`` is the relative path of the folder of figures."""
     lead = [_text(line) for line in intro.splitlines() if line.strip()]
     parts = [f"# {_line(title)}", *lead]
     for section in sections:
@@ -58,7 +58,7 @@ def _cell(cell: Cell, *, strong: bool) -> str:
 
 
 def _card(card: Card) -> str:
-    """A bullet; words that the baseline lacks are bold, and white space stays outside the asterisks."""
+    """A bullet point. Words that the baseline lacks are bold, with white space outside the asterisks."""
     words = "".join(_bold(text) if new else _line(text) for text, new in card.words)
     notes = "".join(f" *({_line(note)})*" for note in card.notes)
     return f"- **{_line(card.label)}** {_line(card.reward)}: {words}{notes}"
@@ -75,16 +75,16 @@ def _quoted(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """One line, whatever is in the text."""
+    """The text on one line."""
     return re.sub(r"\s*\n\s*", "<br>", _text(text))
 
 
 def _text(text: str) -> str:
-    """No mark of Markdown or HTML in a text is one in the report."""
+    """Escape Markdown and HTML."""
     plain = _SPECIAL.sub(r"\\\1", escape(text, quote=False))
     return _LINE_START.sub(lambda found: f"{found[1]}\\{found[2]}" if len(found[2]) == 1 else _listed(found), plain)
 
 
 def _listed(found: re.Match[str]) -> str:
-    """A number that would begin a list: the escape goes before its point."""
+    """Escape a number that would start a list, before its point."""
     return f"{found[1]}{found[2][:-1]}\\{found[2][-1]}"

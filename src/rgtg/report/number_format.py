@@ -1,6 +1,7 @@
-"""Numbers as text: as many figures as mean something, a dash where there is nothing."""
+"""Formats numbers as text with few digits; missing values are dashes."""
 
 import math
+from collections.abc import Callable
 
 from rgtg.types.base import Interval
 
@@ -9,7 +10,7 @@ _MINUS = "−"
 
 
 def number(value: float) -> str:
-    """Two decimals, none from a hundred on.
+    """A number with two decimals, or none from 100 on.
 
     >>> number(1234.5), number(-0.126), number(-0.001), number(float("nan"))
     ('1,234', '−0.13', '0.00', '–')
@@ -21,7 +22,7 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference, with its sign.
+    """A number with its sign.
 
     >>> signed(0.5), signed(-0.5)
     ('+0.50', '−0.50')
@@ -30,17 +31,17 @@ def signed(value: float) -> str:
     return text if text == NOTHING else (_MINUS if value < 0 else "+") + text
 
 
-def spread(value: Interval) -> str:
+def spread(value: Interval, form: Callable[[float], str] = number) -> str:
     """The two ends of an interval.
 
     >>> spread(Interval(mean=1, low=0.5, high=1.5, n=3))
     '0.50 to 1.50'
     """
-    return "" if math.isnan(value.mean) else f"{number(value.low)} to {number(value.high)}"
+    return "" if math.isnan(value.mean) else f"{form(value.low)} to {form(value.high)}"
 
 
 def percent(value: float) -> str:
-    """A share in per cent.
+    """A share in percent.
 
     >>> percent(0.5).split()
     ['50', '%']
@@ -49,7 +50,7 @@ def percent(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p-value; very small ones are all alike.
+    """A p-value; very small ones all read the same.
 
     >>> p_value(0.00001), p_value(0.0312)
     ('< 0.001', '0.031')

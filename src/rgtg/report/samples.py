@@ -1,4 +1,4 @@
-"""Completions of the same prompt side by side, with the words that the baseline's lacks marked."""
+"""The section of completions side by side; words that the baseline lacks are marked."""
 
 import difflib
 import math
@@ -15,25 +15,25 @@ _WORD = re.compile(r"\s+|\S+")
 
 
 def samples(result: ComparisonResult) -> Section:
-    """The first completions of every method shown; those of the baseline come first, unmarked."""
-    shown = [row for row in representatives(result) if row.samples]
-    count = min((len(row.samples) for row in shown), default=0)
+    """The first completions of every method. The baseline comes first and has no marks."""
+    shown = [run for run in representatives(result) if run.samples]
+    count = min((len(run.samples) for run in shown), default=0)
     if not count:
         return Section("samples", "", [])
-    base = next((row for row in shown if row.label == result.baseline), None)
-    ordered = [base] * (base is not None) + [row for row in by_reward(shown) if row is not base]
-    note = f"Marked: words that the completion of {base.label} lacks at that place." if base else ""
+    base = next((run for run in shown if run.label == result.baseline), None)
+    ordered = [base] * (base is not None) + [run for run in by_reward(shown) if run is not base]
+    note = f"Marked: words that the completion of {base.label} lacks in that position." if base else ""
     left_out = len(result.methods) - len(shown)
     if left_out:
         note += f" {left_out} rows of other strengths are left out; a comparison's completions.jsonl holds them all."
-    blocks = [_sample([row for row in ordered if row], base, i) for i in range(count)]
+    blocks = [_sample([run for run in ordered if run], base, i) for i in range(count)]
     return Section("samples", "Completions side by side", [Paragraph(note.strip(), soft=True), *blocks])
 
 
 def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
-    """Words and the white space between them, each with whether it is new against the baseline.
+    """Words and the white space between them, each with whether the baseline lacks it.
 
-    The longest common subsequences of words are found by difflib; space is never marked between a new word and an old.
+    difflib finds the common subsequences of words. White space is marked only between two marked words.
 
     >>> marked_words("The red dog", "The dog")
     [('The ', False), ('red', True), (' dog', False)]
@@ -59,26 +59,26 @@ def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
 
 def _sample(ordered: list[MethodResult], base: MethodResult | None, index: int) -> Sample:
     baseline = _text(base.samples[index]) if base else None
-    cards = [_card(row.label, row.samples[index], baseline if row is not base else None) for row in ordered]
+    cards = [_card(run.label, run.samples[index], baseline if run is not base else None) for run in ordered]
     prompt = str(ordered[0].samples[index].get("prompt", ""))
-    return Sample(prompt, cards, _trace(prompt, [(row, row.samples[index]) for row in ordered]))
+    return Sample(prompt, cards, _trace(prompt, [(run, run.samples[index]) for run in ordered]))
 
 
 def _trace(prompt: str, ordered: Sequence[tuple[MethodResult, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """The steps of those rows that have some, as a document of the playground's renderer."""
+    """The steps of the runs that have a trace, as a document for the trace viewer."""
     branches = [
-        _branch(i, row, sample) for i, (row, sample) in enumerate(ordered) if sample.get("steps") and "rule" in sample
+        _branch(i, run, sample) for i, (run, sample) in enumerate(ordered) if sample.get("steps") and "rule" in sample
     ]
     return {"format": "rgtg-trace", "version": 1, "prompt": prompt, "branches": branches} if branches else None
 
 
-def _branch(number: int, row: MethodResult, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _branch(number: int, run: MethodResult, sample: Mapping[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {name: sample.get(name) for name in ("score", "policy_calls", "scorer_calls")}
     guided, policy = sample.get("guided_log_prob"), sample.get("policy_log_prob")
     if _is_number(guided) and _is_number(policy):
         figures["kl_nats"] = guided - policy
     return {
-        "id": number, "parent": None, "label": row.label, "side": "guided" if sample["rule"]["scorers"] else "unguided",
+        "id": number, "parent": None, "label": run.label, "side": "guided" if sample["rule"]["scorers"] else "unguided",
         "rule": sample["rule"], "steps": sample["steps"], "text": str(sample.get("text", "")),
         "finish_reason": str(sample.get("finish_reason", "stop")),
         "guidance": {name: value for name, value in figures.items() if _is_number(value)},

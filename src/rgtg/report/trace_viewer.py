@@ -1,4 +1,4 @@
-"""The playground's renderer of traces as text to put inside a page: one script, one style."""
+"""The playground's trace viewer as one script and one style sheet, to embed in a page."""
 
 import json
 import re
@@ -9,13 +9,13 @@ _EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def viewer_script() -> str:
-    """The renderer's modules in order as one classic script, which draws every trace of the page it is in."""
+    """The viewer's modules as one classic script, which draws every trace of its page."""
     plain = [_EXPORT.sub("", _IMPORT.sub("", _static(name))) for name in _parts()["scripts"]]
     return '(() => {\n"use strict";\n' + "\n".join(plain) + "\nshowEmbedded();\n})();\n"
 
 
 def viewer_style() -> str:
-    """Its style sheet; every class in it begins with ``tv``."""
+    """The viewer's style sheet; the names of all classes begin with ``tv``."""
     return "\n".join(_static(name) for name in _parts()["styles"])
 
 

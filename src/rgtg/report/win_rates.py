@@ -1,4 +1,4 @@
-"""Who beats whom: a matrix from a judge or, without one, from each prompt's gold rewards."""
+"""The section of win rates: a matrix from a judge or, without one, from each prompt's gold rewards."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from rgtg.types.comparison import ComparisonResult, MethodResult, WinRate, WinRa
 from rgtg.types.judge import JudgeMatch, JudgeResult
 
 
-def wins(result: ComparisonResult, judged: JudgeResult | None = None) -> Section:
-    """The matrix of win rates; with a judge, its agreement between orders and the figures at equal length too."""
+def win_rates(result: ComparisonResult, judged: JudgeResult | None = None) -> Section:
+    """The matrix of win rates; with a judge, also its agreement between orders and the win rates at equal length."""
     found = judge_win_rates(judged) if judged else result.win_rates
     if found is None:
         found = gold_win_rates(representatives(result), result.reward, seed=result.provenance.seed or 0)
     if not found.rates:
         return Section("wins", "", [])
-    blocks: list[Block] = [_matrix(found, [row.label for row in by_reward(result.methods)])]
+    blocks: list[Block] = [_matrix(found, [run.label for run in by_reward(result.methods)])]
     if judged:
         blocks += [_matches(judged.matches), Paragraph(_judge_note(judged), soft=True)]
     else:
@@ -28,7 +28,7 @@ def wins(result: ComparisonResult, judged: JudgeResult | None = None) -> Section
 
 
 def judge_win_rates(judged: JudgeResult) -> WinRates:
-    """A judge's matches as a matrix, both ways round."""
+    """A judge's matches as a matrix, in both directions."""
     rates: dict[str, dict[str, WinRate]] = {}
     for match in judged.matches:
         rate = WinRate(rate=match.win_rate, wins=match.wins, losses=match.losses, ties=match.ties)
@@ -37,13 +37,14 @@ def judge_win_rates(judged: JudgeResult) -> WinRates:
     return WinRates(judged_by=judged.model, rates=rates)
 
 
-def gold_win_rates(rows: Sequence[MethodResult], reward: str, *, seed: int = 0) -> WinRates:
-    """Share of prompts on which one row's reward is above another's, ties one half; intervals over prompts.
+def gold_win_rates(runs: Sequence[MethodResult], reward: str, *, seed: int = 0) -> WinRates:
+    """Share of prompts on which one run's reward is higher than another's, with ties as one half.
 
-    Rows of as many seeds meet seed by seed; else every seed of one meets every seed of the other.
+    Runs with the same number of seeds are compared seed by seed, others with all combinations of seeds. The intervals
+    are over prompts.
     """
     rates: dict[str, dict[str, WinRate]] = {}
-    for a, b in itertools.combinations([row for row in rows if row.rewards], 2):
+    for a, b in itertools.combinations([run for run in runs if run.rewards], 2):
         rate = _win_rate(a.rewards, b.rewards, seed)
         rates.setdefault(a.label, {})[b.label] = rate
         rates.setdefault(b.label, {})[a.label] = _turned(rate)
@@ -51,11 +52,11 @@ def gold_win_rates(rows: Sequence[MethodResult], reward: str, *, seed: int = 0) 
 
 
 def _win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int) -> WinRate:
-    from rgtg.evaluation.metrics import bootstrap_interval  # loads torch, which a report of a judge does not need
+    from rgtg.evaluation.metrics import bootstrap_interval  # loads torch, which a judge's win rates do not need
 
-    met = list(zip(a, b, strict=True)) if len(a) == len(b) else list(itertools.product(a, b))
+    compared = list(zip(a, b, strict=True)) if len(a) == len(b) else list(itertools.product(a, b))
     points = [
-        sum((mine[i] > theirs[i]) + 0.5 * (mine[i] == theirs[i]) for mine, theirs in met) / len(met)
+        sum((mine[i] > theirs[i]) + 0.5 * (mine[i] == theirs[i]) for mine, theirs in compared) / len(compared)
         for i in range(len(a[0]))
     ]
     return WinRate(
@@ -116,6 +117,6 @@ def _judge_note(judged: JudgeResult) -> str:
     failed = sum(match.failed for match in judged.matches)
     missing = f" Pairs without a verdict, left out: {failed}." if failed else ""
     return (
-        f"Judged by {judged.model} at {judged.base_url}, every pair in both orders; a verdict that turns with the "
+        f"Judged by {judged.model} at {judged.base_url}, every pair in both orders; a verdict that changes with the "
         f"order counts one half. First preferred: 50\u00a0% is no position bias.{missing}"
     )

@@ -30,7 +30,13 @@ class Record(BaseModel):
         except OSError as error:
             raise DataError(f"cannot read the {what} {path}: {error.strerror}") from error
         except ValidationError as error:
-            raise DataError(f"{path} is not what {writer} writes: {error.errors()[0]['msg']}") from error
+            raise DataError(f"{path} is not what {writer} writes: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first problem of a record is, and what it is."""
+    problem = error.errors()[0]
+    return ": ".join([*filter(None, [".".join(map(str, problem["loc"]))]), problem["msg"]])
 
 
 class Interval(Record):

@@ -9,8 +9,9 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.evaluation.compare import generate
-from rgtg.evaluation.compare.comparison import assemble, compare, expand_runs, run_method
+from rgtg.evaluation.compare.comparison import assemble, compare, run_method
 from rgtg.evaluation.compare.generate import reference_log_probs
+from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.compare.models import scorer_keys
 from rgtg.evaluation.compare.rewards import model_reward, require_held_out
 from rgtg.evaluation.provenance import provenance

@@ -65,7 +65,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
     assert with_shared_settings(plain, shared()).given["top_k"] == 3
     with pytest.raises(UsageError, match="top_p"):
         expand_runs(runs, shared(decoding={"top_p": 2}))
-    with pytest.raises(ValueError, match="give it in the rows"):
+    with pytest.raises(ValueError, match="beta belongs to a scorer"):
         shared(decoding={"beta": 2})
 
 

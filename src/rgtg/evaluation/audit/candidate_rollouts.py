@@ -24,6 +24,7 @@ from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import weights_of
 from rgtg.tokenization.encoding import decode_completion, encode_prompt, tokenizer_hash
+from rgtg.types.base import first_problem
 from rgtg.types.rollouts import PrefixRollouts, RolloutHeader
 from rgtg.utils.files import write_synced, write_text
 
@@ -126,13 +127,13 @@ def read_rollouts(path: "str | Path") -> CandidateRollouts:
     try:
         header = RolloutHeader.model_validate_json(lines[0])
     except ValidationError as error:
-        raise DataError(f"{path}:1: not the first line of a roll-outs file: {_first(error)}") from error
+        raise DataError(f"{path}:1: not the first line of a roll-outs file: {first_problem(error)}") from error
     rows: list[PrefixRollouts] = []
     for number, line in enumerate(lines[1:-1], 2):
         try:
             row = PrefixRollouts.model_validate_json(line)
         except ValidationError as error:
-            raise DataError(f"{path}:{number}: not a line of roll-outs: {_first(error)}") from error
+            raise DataError(f"{path}:{number}: not a line of roll-outs: {first_problem(error)}") from error
         if rows and row.index <= rows[-1].index:
             raise DataError(f"{path}:{number}: prefix {row.index} comes after {rows[-1].index}; did two runs write it?")
         _check_shapes(row, header, len((rows or [row])[0].candidate_ids), f"{path}:{number}")
@@ -333,8 +334,3 @@ def _check_shapes(row: PrefixRollouts, header: RolloutHeader, k: int, where: str
     )  # fmt: skip
     if not k or any(len(part) != k for part in lists) or any(len(r) != header.per_candidate for r in row.rewards):
         raise DataError(f"{where}: expected lists of {max(k, 1)} candidates, with {header.per_candidate} rewards each")
-
-
-def _first(error: ValidationError) -> str:
-    detail: Any = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc']))} {detail['msg']}".strip()

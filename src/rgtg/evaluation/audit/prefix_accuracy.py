@@ -84,22 +84,15 @@ def audit_prefixes(
     full, early = by_fraction[-1].accuracy, _accuracy_until(margins, 0.5, options)
     objective = model.info.objective if model.info else "unknown"
     return AuditResult(
-        scorer=Path(model.name).name,
-        objective=objective,
-        pairs=len(kept),
-        by_tokens=_by_tokens(margins, options),
-        by_fraction=by_fraction,
-        full_accuracy=full,
-        calibration_error=_calibration_error(margins),
+        scorer=Path(model.name).name, objective=objective, pairs=len(kept), by_tokens=_by_tokens(margins, options),
+        by_fraction=by_fraction, full_accuracy=full, calibration_error=_calibration_error(margins),
         verdict=verdict(early, full, objective),
         provenance=provenance(
             command="rgtg audit",
             settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad},
-            seed=seed,
-            models={"scorer": weights_of(model)},
-            data={"pairs": fingerprint},
+            seed=seed, models={"scorer": weights_of(model)}, data={"pairs": fingerprint},
         ),
-    )
+    )  # fmt: skip
 
 
 def verdict(early: Interval, full: Interval, objective: str) -> str:
@@ -224,12 +217,9 @@ def _point(position: float, margins: Sequence[_Margins], indices: Sequence[int],
     """Accuracy and margin of the pairs, each at its own index; pairs whose prefixes are the same there are left out."""
     values = [float(m.values[i]) for m, i in zip(margins, indices, strict=True) if m.differs[i]]
     decided = [float(value > 0) for value in values if value != 0]
+    accuracy, margin = interval_or_empty(decided, **options), interval_or_empty(values, **options)
     return AuditPoint(
-        position=position,
-        accuracy=interval_or_empty(decided, **options),
-        margin=interval_or_empty(values, **options),
-        ties=len(values) - len(decided),
-        pairs=len(values),
+        position=position, accuracy=accuracy, margin=margin, ties=len(values) - len(decided), pairs=len(values)
     )
 
 

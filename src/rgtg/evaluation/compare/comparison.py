@@ -9,19 +9,10 @@ from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import full_settings, make_guided_policy, run_shard
-from rgtg.evaluation.compare.grid import MethodRun as MethodRun
-from rgtg.evaluation.compare.grid import expand_runs as expand_runs
-from rgtg.evaluation.compare.grid import is_random, with_shared_settings
+from rgtg.evaluation.compare.grid import MethodRun, expand_runs, is_random, with_shared_settings
 from rgtg.evaluation.compare.measure import budgets_of, run_result
 from rgtg.evaluation.compare.models import ComparisonModels, LoadedModels, load_comparison_models
-from rgtg.evaluation.compare.rewards import (
-    GOLD,
-    NamedReward,
-    RewardFunction,
-    keyed_rewards,
-    proxy_key,
-    score_shard,
-)
+from rgtg.evaluation.compare.rewards import GOLD, NamedReward, RewardFunction, keyed_rewards, proxy_key, score_shard
 from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_texts
 from rgtg.evaluation.compare.significance import Resampling, differences, find_baseline, over_optimised, recommend
 from rgtg.evaluation.compare.traces import trace_shard
@@ -265,15 +256,9 @@ def assemble(
     against = find_baseline(results, baseline)
     budgets, statement = budgets_of(results)
     return ComparisonResult(
-        reward=reward,
-        prompts=prompts,
-        methods=list(results),
-        baseline=against,
+        reward=reward, prompts=prompts, methods=list(results), baseline=against,
         proxies=list(dict.fromkeys(name for result in results for name in result.proxy_rewards)),
         differences=differences(results, against, how) if against is not None else [],
-        over_optimised=over_optimised(results, how),
-        recommended=recommend(results),
-        budgets=budgets,
-        budget_statement=statement,
-        provenance=made,
-    )
+        over_optimised=over_optimised(results, how), recommended=recommend(results), budgets=budgets,
+        budget_statement=statement, provenance=made,
+    )  # fmt: skip

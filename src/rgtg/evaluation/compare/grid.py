@@ -19,27 +19,16 @@ Beta = float | list[float] | None
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One run of a comparison, which becomes one row of its tables: a method, its scorers and its decoding settings.
+    """One run of a comparison, which becomes one row of its tables: a method, its scorers and its decoding settings."""
 
-    Attributes:
-        label: unique in a comparison.
-        curve: the label without the strength. Runs of one curve differ only in their strength.
-        method: name in the methods table.
-        scorers: names of what guides or selects.
-        beta: one number, or one for each scorer.
-        policy: the run's own policy, where it is not the comparison's.
-        trained_with: reward models that this run's policy or scorers were trained with.
-        given: decoding settings of the settings file, without beta.
-    """
-
-    label: str
-    curve: str
+    label: str  # unique in a comparison
+    curve: str  # the label without the strength; runs of one curve differ only in their strength
     method: str
-    scorers: tuple[str, ...] = ()
-    beta: Beta = None
-    policy: str | None = None
-    trained_with: tuple[str, ...] = ()
-    given: dict[str, Any] = field(default_factory=dict)
+    scorers: tuple[str, ...] = ()  # names of what guides or selects
+    beta: Beta = None  # one number, or one for each scorer
+    policy: str | None = None  # the run's own policy, where it is not the comparison's
+    trained_with: tuple[str, ...] = ()  # reward models that its policy or scorers were trained with
+    given: dict[str, Any] = field(default_factory=dict)  # decoding settings of the settings file, without beta
 
     @property
     def scorer(self) -> str | None:

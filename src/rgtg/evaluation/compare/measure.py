@@ -106,26 +106,16 @@ def run_result(
     tokens, seconds = sum(len(c.token_ids) for c in done), sum(shard.seconds for shard in shards)
     method = METHODS[run.method]
     return MethodResult(
-        label=run.label,
-        method=run.method,
-        beta=full["beta"] if has_setting(run.method, "beta") else None,
-        n=int(full["n"]) if has_setting(run.method, "n") else None,
-        curve=run.curve,
-        strength=run.strength,
-        settings=full,
-        seeds=[shard.seed for shard in shards],
+        label=run.label, method=run.method, beta=full["beta"] if has_setting(run.method, "beta") else None,
+        n=int(full["n"]) if has_setting(run.method, "n") else None, curve=run.curve, strength=run.strength,
+        settings=full, seeds=[shard.seed for shard in shards],
         metrics=measure(
             [shard.completions for shard in shards], gold, proxies=others, reference=reference or None,
             n=int(full["n"]) if method.unit == "completion" else None, bounded=method.rule == "best",
             seed=settings.seed, resamples=settings.bootstrap,
         ),
-        rewards=gold,
-        proxy_rewards=others,
-        guided_by=list(guided_by),
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        policy_calls=sum(c.policy_calls for c in done),
+        rewards=gold, proxy_rewards=others, guided_by=list(guided_by), tokens=tokens, seconds=seconds,
+        tokens_per_second=tokens / seconds, policy_calls=sum(c.policy_calls for c in done),
         scorer_calls=sum(c.scorer_calls for c in done),
         samples=_samples(shards[0], decision_rule(run.method, full), token_bytes),
     )  # fmt: skip

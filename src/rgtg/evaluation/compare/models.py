@@ -21,18 +21,14 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 class LoadedModels(TypedDict, total=False):
     """What a caller passes already loaded; the settings need not name it.
 
-    Attributes:
-        policy: the comparison's policy.
-        scorers: by the names that the runs use.
-        reward: the held-out reward as a function of completions, one finite number each. Nothing can check that no
-            method used it. A ``rgtg.evaluation.compare.rewards.NamedReward`` also gives it a name.
-        proxies: functions by name, besides the reward models that the settings name.
+    ``reward`` is the held-out reward as a function of completions, one finite number each. Nothing can check that no
+    method used it. A ``rgtg.evaluation.compare.rewards.NamedReward`` also gives it a name.
     """
 
     policy: Policy | None
-    scorers: Mapping[str, AnyScorer] | None
+    scorers: Mapping[str, AnyScorer] | None  # by the names that the runs use
     reward: RewardFunction | None
-    proxies: Mapping[str, RewardFunction] | None
+    proxies: Mapping[str, RewardFunction] | None  # by name, besides the reward models of the settings
 
 
 class ScorerKey(NamedTuple):
@@ -46,27 +42,16 @@ class ScorerKey(NamedTuple):
 
 @dataclass
 class ComparisonModels:
-    """All models of a comparison.
+    """All models of a comparison."""
 
-    Attributes:
-        policy: the policy that KL is measured to, and that runs without their own policy use.
-        reward: the held-out reward (gold).
-        policies: the runs' own policies, by name.
-        scorers: every loaded scorer.
-        proxies: rewards besides gold, by name.
-        names: name or path → short name.
-        gold_model: the module of the gold reward model; None for a function.
-        given: scorers that the caller had loaded.
-    """
-
-    policy: Policy
-    reward: NamedReward
-    policies: dict[str, Policy] = field(default_factory=dict)
+    policy: Policy  # KL is measured to it, and runs without their own policy use it
+    reward: NamedReward  # the held-out reward (gold)
+    policies: dict[str, Policy] = field(default_factory=dict)  # the runs' own policies
     scorers: dict[ScorerKey, AnyScorer] = field(default_factory=dict)
-    proxies: dict[str, NamedReward] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    gold_model: Any = None
-    given: Mapping[str, AnyScorer] = field(default_factory=dict)
+    proxies: dict[str, NamedReward] = field(default_factory=dict)  # rewards besides gold
+    names: dict[str, str] = field(default_factory=dict)  # name or path → short name
+    gold_model: Any = None  # the module of the gold reward model; None for a function
+    given: Mapping[str, AnyScorer] = field(default_factory=dict)  # scorers that the caller had loaded
 
     def policy_of(self, run: MethodRun) -> Policy:
         """The run's own policy, or the comparison's."""

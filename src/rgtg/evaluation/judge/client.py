@@ -8,8 +8,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 from rgtg.config import JudgeSettings
@@ -55,12 +54,8 @@ class AnswerCache:
         if path.exists():
             self._read()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -167,17 +162,12 @@ class JudgeClient:
         """What this run paid for, and what it found in the cache."""
         paid, reused = _tokens(self._paid), _tokens(self._reused)
         return JudgeUsage(
-            calls=len(self._paid),
-            cached=len(self._reused),
-            retries=self._retries,
-            prompt_tokens=paid[0],
-            completion_tokens=paid[1],
-            cached_prompt_tokens=reused[0],
-            cached_completion_tokens=reused[1],
-            estimated=sum(answer.estimated for answer in self._paid + self._reused),
-            cost=cost(self.settings, *paid),
+            calls=len(self._paid), cached=len(self._reused), retries=self._retries,
+            prompt_tokens=paid[0], completion_tokens=paid[1],
+            cached_prompt_tokens=reused[0], cached_completion_tokens=reused[1],
+            estimated=sum(answer.estimated for answer in self._paid + self._reused), cost=cost(self.settings, *paid),
             total_cost=cost(self.settings, paid[0] + reused[0], paid[1] + reused[1]),
-        )
+        )  # fmt: skip
 
     def failure(self, reason: str) -> EndpointError:
         """An error with the URL and the number of cached answers; it never contains the key."""

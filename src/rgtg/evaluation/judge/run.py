@@ -7,6 +7,7 @@ Each pair is shown to the judge twice, once with each side first, because judges
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,7 +79,7 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
     """
     inputs = read_inputs(settings, settings.output / "rejects.jsonl" if settings.on_bad == "skip" else None)
     prompt = JudgePrompt.load(settings.prompt_file)
-    with AnswerCache(settings.answers) as cache:
+    with closing(AnswerCache(settings.answers)) as cache:
         client = JudgeClient(settings, cache)
         # 1. Both orders of every pair; equal questions are asked once.
         questions = _questions(inputs.pairs, prompt)
@@ -87,13 +88,8 @@ def judge(settings: JudgeSettings, progress: Progress | None = None) -> Judgemen
         # 3. The verdicts of every pair, and the figures of every two labels.
         pairs, failures = _collect(inputs.pairs, replies)
         result = JudgeResult(
-            kind=inputs.kind,
-            model=settings.model,
-            base_url=client.url,
-            prompt_fingerprint=prompt.fingerprint,
-            matches=_matches(pairs, settings),
-            failures=failures,
-            usage=client.usage(),
+            kind=inputs.kind, model=settings.model, base_url=client.url, prompt_fingerprint=prompt.fingerprint,
+            matches=_matches(pairs, settings), failures=failures, usage=client.usage(),
             provenance=provenance(
                 command="rgtg judge", settings=settings.model_dump(mode="json"), seed=settings.seed, models={},
                 data=inputs.data,
@@ -112,19 +108,15 @@ def estimate_calls(settings: JudgeSettings) -> CallEstimate:
     endpoint_url(settings)
     pairs = read_inputs(settings).pairs
     questions = _questions(pairs, JudgePrompt.load(settings.prompt_file))
-    with AnswerCache(settings.answers) as cache:
+    with closing(AnswerCache(settings.answers)) as cache:
         new = [m for m in questions.values() if cache.get(request_key(settings, m)) is None]
     prompt_tokens = sum(map(estimated_tokens, new))
     at_most = len(new) * settings.max_tokens if settings.max_tokens is not None else None
     return CallEstimate(
-        pairs=len(pairs),
-        identical=sum(pair.text_a == pair.text_b for pair in pairs),
-        calls=len(new),
-        cached=len(questions) - len(new),
-        prompt_tokens=prompt_tokens,
-        completion_tokens_at_most=at_most,
+        pairs=len(pairs), identical=sum(pair.text_a == pair.text_b for pair in pairs), calls=len(new),
+        cached=len(questions) - len(new), prompt_tokens=prompt_tokens, completion_tokens_at_most=at_most,
         cost_at_most=cost(settings, prompt_tokens, at_most) if at_most is not None else None,
-    )
+    )  # fmt: skip
 
 
 def _orders(pair: CompletionPair) -> tuple[tuple[str, str], tuple[str, str]]:
