@@ -145,8 +145,7 @@ def tokenise(work: Path) -> dict[str, float]:
 
     from rgtg.config import TrainSettings
     from rgtg.models.loading.policy import load_tokenizer
-    from rgtg.training.data.dataset import pairs_dataset
-    from rgtg.training.data.read import read_data
+    from rgtg.training.data.dataset import pairs_dataset, read_data
 
     settings = TrainSettings(base=str(work / "policy"), pairs=str(work / "pairs.jsonl"), output=work / "out")
     tokenizer = load_tokenizer(settings.base, "policy")

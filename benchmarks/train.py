@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.tokenization.padding import pad_right
-from rgtg.training.trainers.reward import align_pairs, read_positions
+from rgtg.training.objectives import align_pairs
+from rgtg.training.trainers.reward import score_every_position
 
 VOCABULARY, PAD = 1024, 0
 
@@ -51,7 +52,7 @@ def one_pass(model, pairs) -> torch.Tensor:
     """Loss of a step; the gradient is left in the model."""
     rows = [p + chosen for p, chosen, _ in pairs] + [p + rejected for p, _, rejected in pairs]
     ids, mask = pad_right(rows, PAD, model.device)
-    scores, _ = read_positions(model, model, ids, mask)
+    scores, _ = score_every_position(model, model, ids, mask)
     aligned = align_pairs(scores, ids, mask, torch.tensor([len(p) for p, _, _ in pairs], device=model.device))
     loss = prefix_bradley_terry_loss(
         aligned.chosen, aligned.rejected, aligned.chosen_mask, aligned.rejected_mask, aligned.differs

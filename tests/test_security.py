@@ -25,7 +25,7 @@ from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.scorers.heads import StateHead, save_head
 from rgtg.report import write_report
 from rgtg.training.checkpoint.manager import MARKER, Marker, seal
-from rgtg.training.checkpoint.save import save_own_state, save_scorer
+from rgtg.training.checkpoint.save import save_scorer
 from rgtg.training.train import train_scorer
 from rgtg.utils.files import atomic_write
 from test_security_models import Bomb
@@ -92,7 +92,7 @@ def test_s04_a_changed_checkpoint_is_skipped(unfinished):
     run, checkpoint = unfinished
     with (checkpoint / "optimizer.pt").open("r+b") as file:
         file.write(b"x")
-    with pytest.warns(UserWarning, match=r"is passed over: optimizer\.pt is damaged"):
+    with pytest.warns(UserWarning, match=r"is skipped: optimizer\.pt is damaged"):
         report = train_scorer(run)
     assert not str(report.resumed_from).endswith(checkpoint.name)
 
@@ -267,7 +267,7 @@ def test_outputs_have_the_permissions_that_the_umask_allows(policy_folder, pushe
         assert verb("generate")(*models, *job).exit_code == 0
         save_scorer(tmp_path / "out" / "scorer", tiny_reward_model(), tiny_tokenizer(), about, "card")
         head = StateHead(32, 8)
-        save_own_state(tmp_path / "out" / "head", head, tiny_tokenizer(), about, "card", settings={})
+        save_scorer(tmp_path / "out" / "head", head, tiny_tokenizer(), about, "card", settings={})
         save_head(tmp_path / "out", head)
     finally:
         os.umask(before)

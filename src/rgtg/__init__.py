@@ -9,11 +9,11 @@ _PUBLIC = {
     "AuditResult": "rgtg.types.audit",
     "Completion": "rgtg.types.generation",
     "DataError": "rgtg.errors",
-    "FullRewardTrainer": "rgtg.training.trainers.full_reward",
+    "FullRewardTrainer": "rgtg.training.trainers.reward",
     "GuidedPolicy": "rgtg.decoding.guided_policy",
     "OwnStateScorer": "rgtg.models.scorers.hidden_state_head",
     "PreferencePair": "rgtg.types.generation",
-    "PrefixRewardTrainer": "rgtg.training.trainers.prefix_reward",
+    "PrefixRewardTrainer": "rgtg.training.trainers.reward",
     "PrefixScorer": "rgtg.models.scorers.reward_model",
     "RgtgError": "rgtg.errors",
     "SharedTrunkScorer": "rgtg.models.scorers.lora_adapter",
@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from rgtg.models.scorers.lora_adapter import SharedTrunkScorer as SharedTrunkScorer
     from rgtg.models.scorers.reward_model import PrefixScorer as PrefixScorer
     from rgtg.models.scorers.token_reward import VocabularyScorer as VocabularyScorer
-    from rgtg.training.trainers.full_reward import FullRewardTrainer as FullRewardTrainer
-    from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer as PrefixRewardTrainer
+    from rgtg.training.trainers.reward import FullRewardTrainer as FullRewardTrainer
+    from rgtg.training.trainers.reward import PrefixRewardTrainer as PrefixRewardTrainer
     from rgtg.types.audit import AuditResult as AuditResult
     from rgtg.types.generation import Completion as Completion
     from rgtg.types.generation import PreferencePair as PreferencePair

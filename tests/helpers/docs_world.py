@@ -10,8 +10,8 @@ from helpers.tiny_models import VOCAB, tiny_tokenizer
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights
 from rgtg.models.scorers.heads import VocabularyHead, round_to_half
 from rgtg.tokenization.encoding import tokenizer_hash
-from rgtg.training.checkpoint.save import save_own_state, save_scorer
-from rgtg.training.model_card import model_card
+from rgtg.training.checkpoint.save import save_scorer
+from rgtg.training.report import model_card
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -85,7 +85,7 @@ def _head(folder, tokenizer):
         tokenizer, objective="prefix-bt", trunk="own", head="vocab", layer=1, width=8, rank=4,
         base_fingerprint=fingerprint_weights(policy), base_casts=cast_fingerprints(policy),
     )  # fmt: skip
-    save_own_state(folder / "head", head, tokenizer, info, model_card(folder, info, {}, {}, COUNTS), settings={})
+    save_scorer(folder / "head", head, tokenizer, info, model_card(folder, info, {}, {}, COUNTS), settings={})
 
 
 def _rows(folder):

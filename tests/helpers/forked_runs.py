@@ -50,7 +50,7 @@ def serve():
     from rgtg.cli.common import hush_libraries
     from rgtg.config import TrainSettings
     from rgtg.errors import RgtgError
-    from rgtg.training import own_state  # noqa: F401
+    from rgtg.training import train_head  # noqa: F401
     from rgtg.training.train import train_scorer
 
     torch.set_num_threads(1)

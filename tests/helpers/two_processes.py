@@ -20,13 +20,12 @@ from rgtg.cli.common import hush_libraries
 from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError
 from rgtg.losses import mean_of_counted
-from rgtg.training.callbacks import TrainLog
 from rgtg.training.data.dataset import PrefixCollator
-from rgtg.training.objectives import pair_losses
-from rgtg.training.scores import align_pairs
+from rgtg.training.objectives import align_pairs, pair_losses
+from rgtg.training.report import TrainLog
 from rgtg.training.train import train_scorer
 from rgtg.training.trainers.resumable import ResumableTrainer
-from rgtg.training.trainers.reward import read_positions
+from rgtg.training.trainers.reward import score_every_position
 
 TRAIN = {"max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
 SHARDED = {
@@ -105,7 +104,7 @@ def sharded():
 def reward_loss(model, rows):
     """The prefix loss of rows, as the trainer computes it."""
     batch = PrefixCollator(1)(rows)
-    every, _ = read_positions(model, model, batch["input_ids"], batch["attention_mask"])
+    every, _ = score_every_position(model, model, batch["input_ids"], batch["attention_mask"])
     scores = align_pairs(every, batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
     return mean_of_counted(*pair_losses("prefix-bt", scores, TrainSettings(base="b", output="o").options, 0))
 

@@ -51,8 +51,10 @@ def test_positions_are_weighed(weighting, weights):
 
 
 def test_judgements_are_trusted_as_far_as_the_reference_agrees():
-    trust = agreement(torch.tensor([[9.0, 0.0, -1.0]]))
-    losses, _ = prefix_bradley_terry_pair_losses(CHOSEN, REJECTED, *BOTH, DIFFERS, weighting="linear", trust=trust)
+    weights = agreement(torch.tensor([[9.0, 0.0, -1.0]]))
+    losses, _ = prefix_bradley_terry_pair_losses(
+        CHOSEN, REJECTED, *BOTH, DIFFERS, weighting="linear", pair_weights=weights
+    )
     doubted = 1 / (1 + math.e)
     assert losses.tolist() == pytest.approx([(2 * 0.5 * softplus(-2) + 3 * doubted * softplus(-3)) / 5])
 

@@ -14,7 +14,8 @@ from rgtg.losses import (
     prefixes_differ,
 )
 from rgtg.tokenization.padding import pad_right
-from rgtg.training.trainers.reward import align_pairs, read_positions
+from rgtg.training.objectives import align_pairs
+from rgtg.training.trainers.reward import score_every_position
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 CHOSEN = [[20, 21, 22, 2], [30, 31, 2], [40, 41, 42, 43, 44, 2]]
@@ -100,7 +101,7 @@ def padded(rows, side):
 def one_pass(model, side):
     rows = [prompt + end for ends in (CHOSEN, REJECTED) for prompt, end in zip(PROMPTS, ends, strict=True)]
     ids, attention = padded(rows, side)
-    every, _ = read_positions(model, model, ids, attention)
+    every, _ = score_every_position(model, model, ids, attention)
     scores = align_pairs(every, ids, attention, torch.tensor([len(p) for p in PROMPTS]))
     return prefix_bradley_terry_loss(
         scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask, scores.differs

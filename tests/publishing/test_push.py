@@ -21,8 +21,8 @@ from rgtg.models.loading.scorer_info import ScorerInfo, fingerprint_weights
 from rgtg.models.scorers.heads import StateHead, round_to_half
 from rgtg.publishing.model_card import is_public
 from rgtg.tokenization.encoding import tokenizer_hash
-from rgtg.training.checkpoint.save import save_own_state, save_scorer
-from rgtg.training.model_card import model_card
+from rgtg.training.checkpoint.save import save_scorer
+from rgtg.training.report import model_card
 
 push = verb("push")
 # the hub client uploads large files by a name that httpx2 calls old
@@ -147,7 +147,7 @@ def test_a_head_is_published_with_the_name_of_its_policy(hub, policy_folder, tmp
         folder, policy_folder, trunk="own", head="state", layer=2, width=8,
         base_fingerprint=fingerprint_weights(policy.model),
     )  # fmt: skip
-    save_own_state(folder, head, tiny_tokenizer(), info, card, settings=settings)
+    save_scorer(folder, head, tiny_tokenizer(), info, card, settings=settings)
     refused = push(folder, "me/head")
     assert refused.exit_code == 2
     assert f"its base {policy_folder}, which is no hub repository" in refused.stderr

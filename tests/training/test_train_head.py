@@ -17,13 +17,13 @@ from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, read_info
 from rgtg.models.scorers.base import load_scorer
-from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
+from rgtg.training.arguments import reward_config
+from rgtg.training.base_model import moments, new_head, starting_table
 from rgtg.training.data import state_cache
-from rgtg.training.data.state_cache import cache_states, moments
-from rgtg.training.new_head import new_head, starting_table
+from rgtg.training.data.state_cache import cache_states
 from rgtg.training.train import train_scorer
-from rgtg.training.train_head import RANK, TABLE_ENTRIES, _rank
-from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate, head_pair_scores
+from rgtg.training.train_head import RANK, TABLE_ENTRIES, table_rank
+from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate_pairs, head_pair_scores
 from rgtg.types.generation import PreferencePair
 
 QUICK = {"per_device_train_batch_size": 8, "num_train_epochs": 8, "logging_steps": 20}
@@ -168,7 +168,7 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
     cache = cache_states(model, PAIRS, [2], kind)
     table = starting_table(model, 4, 0) if kind == "vocab" else None
     head = new_head(cache.states[2], 8, table, seed=0)
-    batch = collate([StatePairs(cache, 2)[i] for i in range(3)])
+    batch = collate_pairs([StatePairs(cache, 2)[i] for i in range(3)])
     scores = head_pair_scores(head, **batch)
     naive = []
     for c in (0, 2, 4, 1, 3, 5):
@@ -177,7 +177,7 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
     rows = [*scores.chosen, *scores.rejected]
     for row, mask, expected in zip(rows, [*scores.chosen_mask, *scores.rejected_mask], naive, strict=True):
         torch.testing.assert_close(row[mask], expected)
-    config = reward_config(settings("p", "x", tmp_path / "o"), None, HEAD_DEFAULTS)
+    config = reward_config(settings("p", "x", tmp_path / "o"), None)
     trainer = HeadTrainer(head, config, objective="prefix-bt", about={}, train_dataset=StatePairs(cache, 2))
     expected = prefix_bradley_terry_loss(
         scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask, scores.differs
@@ -203,11 +203,11 @@ def test_same_seed_same_head(policy_folder, pairs_file, tmp_path):
 def test_a_large_vocabulary_gets_a_lower_rank(tmp_path):
     model = tiny_policy()
     asked = settings("p", "x", tmp_path)
-    assert _rank(asked, model) == RANK
+    assert table_rank(asked, model) == RANK
     model.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(152_000, 32, device="meta"))
-    assert _rank(asked, model) == TABLE_ENTRIES // 152_000 == 13
+    assert table_rank(asked, model) == TABLE_ENTRIES // 152_000 == 13
     with pytest.raises(UsageError, match="exceeds the policy's hidden size, 32"):
-        _rank(settings("p", "x", tmp_path, "vocab", rank=33), model)
+        table_rank(settings("p", "x", tmp_path, "vocab", rank=33), model)
 
 
 def test_without_held_out_pairs_nothing_is_chosen(policy_folder, pairs_file, tmp_path):

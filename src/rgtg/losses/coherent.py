@@ -1,10 +1,10 @@
-"""TCRM: a full-sequence loss whose scores of prefixes are held to what the finished text will be worth."""
+"""TCRM: a full-sequence loss with regularisers that tie the score of each prefix to the scores that follow it."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rgtg.losses.positions import before_last, last_score, mean_over
+from rgtg.losses.pairwise import before_last, last_score, mean_over
 
 
 def coherence_losses(
@@ -14,14 +14,14 @@ def coherence_losses(
     lookahead_weight: float,
     smoothness_weight: float,
 ) -> Float[Tensor, " batch"]:
-    """The two regularisers of TCRM for one completion, both zero where it has one token.
+    """The two regularisers of TCRM for one completion; both are zero if it has one token.
 
         1/(T−1) · Σ_{i<T}  w_l · ( r(y_{1:i}) − sg[ r(y) ] )²  +  w_s · ( r(y_{1:i}) − sg[ r(y_{1:i+1}) ] )²
 
-    The first (look-ahead) is Monte Carlo regression on the model's own final score, the second (smoothness) is one
-    step of TD. sg stops the gradient: a prefix moves towards what follows, never the reverse, so that the optimum of a
-    table is E[ r(y) | y_{1:i} ] over the completions of the data, each weighing 1/(T−1). With a gradient into both
-    sides it would be shrunk.
+    The first term (look-ahead) is Monte Carlo regression on the model's own final score, the second (smoothness) is one
+    step of TD. sg stops the gradient, so that a prefix moves towards what follows and not the reverse. The optimum of a
+    table is then E[ r(y) | y_{1:i} ] over the completions of the data, each with weight 1/(T−1). With a gradient into
+    both sides, the scores would shrink.
 
     Args:
         scores: of every prefix.
@@ -30,7 +30,7 @@ def coherence_losses(
         smoothness_weight: w_s; 0 leaves the term out.
     """
     scores = scores.float()
-    final, ahead = last_score(scores, mask).detach()[:, None], scores.detach().roll(-1, -1)
+    final, ahead = last_score(scores, mask).detach()[:, None], scores.detach().roll(-1, -1)  # (B, 1), (B, T)
     terms = lookahead_weight * (scores - final).square() + smoothness_weight * (scores - ahead).square()
     return mean_over(terms, before_last(mask))
 
@@ -49,8 +49,8 @@ def tcrm_pair_losses(
         L = −log σ( r(x, y^w) − r(x, y^l) ) + ½ · ( C(y^w) + C(y^l) )
 
     Implemented from the abstract and a summary ("an MSE penalty aligning intermediate outputs with the final
-    prediction", "an MSE penalty between adjacent tokens", minimisers that are conditional expectations): where the
-    gradient stops, how positions are averaged and the weights are ours, and may differ from the paper's.
+    prediction", "an MSE penalty between adjacent tokens", minimisers that are conditional expectations). The place of
+    the stop-gradient, the average over positions and the weights are ours and may differ from the paper.
 
     Example:
         >>> import torch

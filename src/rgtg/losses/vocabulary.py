@@ -1,10 +1,10 @@
-"""Objectives of scorers that say of every next token at once how good it is: FaRMA and GenARM."""
+"""Objectives of scorers that score every next token at once: FaRMA and GenARM."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rgtg.losses.positions import before_last, mean_over
+from rgtg.losses.pairwise import before_last, mean_over
 
 
 def farma_consistency_losses(
@@ -12,22 +12,22 @@ def farma_consistency_losses(
     best_next: Float[Tensor, "batch length"],
     mask: Bool[Tensor, "batch length"],
 ) -> Float[Tensor, " batch"]:
-    """FaRMA's constraint (arXiv 2502.04517): a prefix is worth what its best continuation is worth.
+    """FaRMA's constraint (arXiv 2502.04517): the value of a prefix is the value of its best continuation.
 
         L = 1/(T−1) · Σ_{i<T} ½ · ( V(y_{1:i}) − sg[ max_v V(y_{1:i}⊕v) ] )²
 
-    With a vocabulary head, V(y_{1:i}) = Q(h_{i−1})[y_i] and max_v V(y_{1:i}⊕v) = max_v Q(h_i)[v]: one forward gives
-    both. v ranges over EOS too (ending here). The last token is left out: nothing follows EOS, and the value of a
-    finished text is what full-bt says of it; so it is where a text was cut off. sg stops the gradient, so that values
-    are drawn towards what follows and not the reverse (the authors' code lets it through).
+    With a vocabulary head, V(y_{1:i}) = Q(h_{i−1})[y_i] and max_v V(y_{1:i}⊕v) = max_v Q(h_i)[v], so one forward pass
+    gives both. v includes EOS (the completion ends here). The last token is left out: nothing follows EOS, and full-bt
+    sets the value of a finished completion; the same holds where a completion was cut off. sg stops the gradient, so
+    that values move towards what follows and not the reverse (the authors' code does not stop it).
 
     Args:
         values: V of every prefix of the chosen completions.
-        best_next: max_v V(y_{1:i}⊕v) of every prefix; the last one's is not read.
+        best_next: max_v V(y_{1:i}⊕v) of every prefix; the last one is not used.
         mask: true on the tokens of the completions.
 
     Returns:
-        Of each completion; zero where it has one token.
+        One loss per completion; zero if it has one token.
 
     Example:
         >>> import torch
@@ -41,16 +41,16 @@ def farma_consistency_losses(
 def autoregressive_pair_losses(
     chosen_log_probs: Float[Tensor, " batch"], rejected_log_probs: Float[Tensor, " batch"], beta_r: float
 ) -> Float[Tensor, " batch"]:
-    """GenARM's objective (arXiv 2410.08193): the reward of a text is its log-probability under the scorer.
+    """GenARM's objective (arXiv 2410.08193): the reward of a completion is its log-probability under the scorer.
 
         L = −log σ( β_r · [ log π_r(y^w | x) − log π_r(y^l | x) ] ),   log π_r(y | x) = Σ_j log π_r(y_j | x, y_{<j})
 
-    No reference and no length normalisation. At the optimum log π_r(y^w) − log π_r(y^l) is the log-odds of the
-    preference divided by β_r: a smaller β_r makes larger margins.
+    There is no reference model and no length normalisation. At the optimum, log π_r(y^w) − log π_r(y^l) is the log-odds
+    of the preference divided by β_r: a smaller β_r gives larger margins.
 
     Args:
         chosen_log_probs: log π_r of the preferred completions, nats.
-        rejected_log_probs: of the others.
+        rejected_log_probs: log π_r of the other completions, nats.
         beta_r: β_r > 0.
 
     Example:
@@ -64,7 +64,7 @@ def autoregressive_pair_losses(
 def token_log_probs(
     logits: Float[Tensor, "batch length vocabulary"], ids: Int[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length"]:
-    """Log π(id) in nats of the token that follows each position, in fp32.
+    """Log π(id), in nats and fp32, of the token that follows each position.
 
     Example:
         >>> import torch

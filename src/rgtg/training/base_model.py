@@ -1,9 +1,9 @@
-"""The model a scorer starts from: a language model with a new scalar head, or a reward model trained further."""
+"""What is trained, before training: a reward model, a language model, a LoRA, or a head on the policy's states."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rgtg.config import LoraSettings
@@ -12,49 +12,62 @@ from rgtg.models.loading.lora_merge import is_adapter, load_merged, output_name,
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.ops.lm_head import scalar_head
-from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
+from rgtg.models.scorers.heads import Head, StateHead, VocabularyHead
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
 
 
 def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
-    """A sequence-classification model with one label, in fp32 unless ``dtype`` says otherwise, and its tokenizer.
+    """Load a sequence-classification model with one label, in fp32 unless ``dtype`` is given, and its tokenizer.
 
-    A language model gets a new head, drawn from ``seed`` alone; a reward model keeps its own (a LoRA scorer's is
-    merged into its base). The tokenizer has a padding token that is not its EOS.
+    A language model gets a new head, drawn from ``seed`` alone. A reward model keeps its head (a LoRA scorer is merged
+    into its base). The tokenizer has a padding token that is not its EOS.
 
     Raises:
-        ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: a classifier with several labels, or a model that no head can be put on.
+        ModelNotFoundError: ``source`` cannot be loaded.
+        UsageError: a classifier with several labels, or a model without a classification head in transformers.
     """
     dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
     if is_adapter(source):
         scorer = PrefixScorer.from_pretrained(source, dtype=dtype, device="cpu")
         return scorer.model.requires_grad_(True), scorer.tokenizer
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(source, "base model")
-    _require_one_label(source)
+    config = load_pretrained(AutoConfig, source, "base model")
+    classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if classifier and config.num_labels != 1:
+        raise UsageError(f"{source} is a classifier with {config.num_labels} labels; a scorer gives one number")
     model, report = load_pretrained(
         AutoModelForSequenceClassification, source, "base model",
         dtype=dtype, num_labels=1, use_safetensors=True, output_loading_info=True, **kwargs,
     )  # fmt: skip
     ensure_pad_token(tokenizer, model)
     if any(key.startswith("score.") for key in report["missing_keys"]):
-        init_head(model, seed)
+        init_scalar_head(model, seed)
     return model, tokenizer
 
 
+def init_scalar_head(model: Any, seed: int) -> None:
+    """Draw the scalar head from N(0, initializer_range²) with a generator of its own: same seed, same head."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in scalar_head(model).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
 def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any) -> tuple[Any, Any]:
-    """A causal language model, in fp32 unless ``dtype`` says otherwise, and its tokenizer; LoRA adapters are merged.
+    """Load a causal language model, in fp32 unless ``dtype`` is given, and its tokenizer; LoRA adapters are merged.
 
     Args:
         source: a language model, or a scorer of next tokens that is trained further.
-        output_scale: what its output layer starts as, times this; other than 1 gives it weights of its own where they
-            are tied to the input embedding.
+        output_scale: the output layer is multiplied by it. If it is not 1 and the layer is tied to the input embedding,
+            the layer gets weights of its own.
         kwargs: of ``from_pretrained``.
 
     Raises:
-        ModelNotFoundError: nothing loadable at ``source``.
+        ModelNotFoundError: ``source`` cannot be loaded.
         UsageError: a reward model, which has no output layer over the vocabulary.
     """
     from transformers import AutoModelForCausalLM
@@ -74,71 +87,22 @@ def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any)
     )  # fmt: skip
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(f"{source} is no whole language model ({missing} not in its weights): start from the policy")
+        raise UsageError(
+            f"{source} is not a complete language model ({missing} not in its weights): start from the policy"
+        )
     if output_scale != 1:
         untie_output(model, output_scale)
     return model, tokenizer
 
 
-def init_head(model: Any, seed: int) -> None:
-    """Draw the scalar head from N(0, initializer_range²) with a generator of its own: same seed, same head."""
-    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in scalar_head(model).parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def require_causal(model: Any) -> None:
-    """Refuse a reward model whose score of a prefix depends on what follows it, by trying.
-
-    Raises:
-        UsageError: the model pools before its head, or attends to later tokens.
-    """
-    if scalar_head(model) is None:
-        raise UsageError(
-            f"{type(model).__name__} pools before its head, so it cannot score every prefix in one pass; start from a "
-            "causal (decoder) model, such as the policy itself"
-        )
-    _require_blind(model, lambda ids: position_scores(model, ids, torch.ones_like(ids)))
-
-
-def require_causal_language_model(model: Any) -> None:
-    """Refuse a language model whose logits depend on what follows, by trying.
-
-    Raises:
-        UsageError: the model attends to later tokens.
-    """
-    _require_blind(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
-
-
-@torch.no_grad()
-def _require_blind(model: Any, read: Callable[[Tensor], Tensor]) -> None:
-    """Refuse a model that looks ahead: one forward cannot train it."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=device) % model.config.get_text_config().vocab_size
-    one, other = read(ids)[:, :3].float()
-    model.train(was_training)
-    if not torch.allclose(one, other, atol=1e-2, rtol=1e-2, equal_nan=True):
-        raise UsageError(
-            f"{type(model).__name__} looks ahead: its score of a prefix changes with the tokens after it; start from a "
-            "causal (decoder) model"
-        )
-
-
-def require_padding(tokenizer: Any) -> None:
-    """Give a language model's tokenizer some padding token, without growing its vocabulary: masks say what is read."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-
-
 def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False, revision: str | None = None) -> Any:
-    """Configuration for peft of a scorer: LoRA on the trunk, the reward head trained in full.
+    """Configuration for peft of a scorer: LoRA on the trunk, and the reward head trained in full.
 
-    A language model keeps its output layer as it is; with ``own_output`` (`untie_output`) it is trained in full.
-    ``revision`` is of the base's hub repository.
+    Args:
+        model: with a scalar head, or a language model.
+        settings: of the LoRA.
+        own_output: train a language model's output layer in full (after `untie_output`); else it stays as it is.
+        revision: of the base's hub repository.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -156,10 +120,69 @@ def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False,
     return LoraConfig(**what, fan_in_fan_out=stored_transposed, revision=revision, **settings.model_dump())
 
 
-def _require_one_label(source: str) -> None:
-    from transformers import AutoConfig
+def new_head(states: Float[Tensor, "positions hidden"], width: int, table: Tensor | None, seed: int) -> Head:
+    """A new head that standardises ``states``; its weights depend on ``seed`` alone.
 
-    config = load_pretrained(AutoConfig, source, "base model")
-    classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
-    if classifier and config.num_labels != 1:
-        raise UsageError(f"{source} is a classifier with {config.num_labels} labels; a scorer gives one number")
+    Args:
+        states: of training; the head stores their mean and deviation.
+        width: of the hidden layer.
+        table: initial token table (V, rank) of a vocabulary head; None makes a state head.
+        seed: of the weights.
+    """
+    hidden = states.shape[-1]
+    head: Head
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        if table is None:
+            head = StateHead(hidden, width)
+        else:
+            head = VocabularyHead(hidden, width, table.shape[1], len(table))
+            head.table.weight.copy_(table)
+    head.mlp.mean, head.mlp.std = moments(states)
+    return head
+
+
+def moments(states: Float[Tensor, "positions hidden"]) -> tuple[Float[Tensor, " hidden"], Float[Tensor, " hidden"]]:
+    """Mean and standard deviation of each dimension, in fp32; the deviation of a near-constant dimension is floored."""
+    total = torch.zeros(states.shape[1], dtype=torch.float64)
+    squares = total.clone()
+    for chunk in torch.split(states, 65536):
+        total += chunk.double().sum(0)
+        squares += chunk.double().square().sum(0)
+    mean = total / len(states)
+    std = (squares / len(states) - mean.square()).clamp(min=0).sqrt()
+    floor = 1e-3 * std.square().mean().sqrt() + 1e-12
+    return mean.float(), std.clamp(min=floor).float()
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the policy's output embedding: every token it can propose."""
+    return len(_output_embedding(model))
+
+
+@torch.no_grad()
+def starting_table(model: Any, rank: int, seed: int) -> Float[Tensor, "vocabulary rank"]:
+    """The policy's output embedding along its ``rank`` principal directions, scaled to a deviation of 0.1.
+
+    Tokens that are similar for the policy start with similar rows, so that a token that is rare in the pairs is scored
+    like the tokens it resembles; with a random start, the held-out loss was higher. The directions come from a few
+    steps of subspace iteration.
+    """
+    weight = _output_embedding(model)
+    parts = torch.split(weight, 16384)  # so that a large table is never held in fp32 as a whole
+    mean = torch.stack([rows.float().sum(0) for rows in parts]).sum(0) / len(weight)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(weight.shape[1], rank, generator=generator).to(weight.device)  # (H, rank)
+    for _ in range(8):
+        product = torch.zeros_like(basis)
+        for rows in parts:
+            centred = rows.float() - mean
+            product += centred.T @ (centred @ basis)
+        basis = torch.linalg.qr(product).Q
+    table = torch.cat([(rows.float() - mean) @ basis for rows in parts]).cpu()
+    return 0.1 * table / table.std().clamp(min=1e-12)
+
+
+def _output_embedding(model: Any) -> Tensor:
+    weight: Tensor = (model.get_output_embeddings() or model.get_input_embeddings()).weight
+    return weight

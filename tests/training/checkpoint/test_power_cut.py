@@ -96,7 +96,7 @@ def test_a_file_where_checkpoints_go_is_told_before_training(world, where, resum
     given = ["--pairs", "pairs.jsonl", "--base", "policy", "--output", "out", *(["--resume"] if resume else [])]
     result = verb("train")(*given)
     assert result.exit_code == 2
-    assert f"out/{where} is a file, where a folder of checkpoints has to be: move it away" in result.stderr
+    assert f"out/{where} is a file, but a folder of checkpoints is needed there: move it away" in result.stderr
     assert path.read_text() == "mine"
 
 

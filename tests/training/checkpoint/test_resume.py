@@ -14,13 +14,13 @@ from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.config import TrainSettings
 from rgtg.errors import NonFiniteError, OutputError, StoppedError, UsageError
-from rgtg.training.callbacks import TrainLog
 from rgtg.training.checkpoint.manager import MARKER, newest_valid, seal, verify
 from rgtg.training.checkpoint.save import finish_saving
-from rgtg.training.checkpoint.signals import StopRequest
+from rgtg.training.report import TrainLog
 from rgtg.training.train import train_scorer
 from rgtg.training.trainers import resumable
-from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer
+from rgtg.training.trainers.resumable import StopRequest
+from rgtg.training.trainers.reward import PrefixRewardTrainer
 
 TRAIN = {"learning_rate": 3e-3, "num_train_epochs": 3, "logging_steps": 4, "save_steps": 5, "use_cpu": True}
 HEADS = TRAIN | {"per_device_train_batch_size": 8}
@@ -213,7 +213,7 @@ DAMAGES = [
 def test_the_newest_valid_checkpoint_is_taken(world, unfinished, name, damage, reason):
     run, whole = unfinished
     damage(world / "out" / "checkpoints" / "checkpoint-4" / name)
-    with pytest.warns(UserWarning, match=rf"checkpoint-4 is passed over: {reason}"):
+    with pytest.warns(UserWarning, match=rf"checkpoint-4 is skipped: {reason}"):
         assert train_scorer(run).resumed_from.endswith("checkpoint-2")
     require_same(written(world / "out"), whole)
 
@@ -222,7 +222,7 @@ def test_where_none_is_valid_it_starts_anew(world, unfinished):
     run, whole = unfinished
     for step in (2, 4):
         (world / "out" / "checkpoints" / f"checkpoint-{step}" / MARKER).unlink()
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="is skipped"):
         assert train_scorer(run).resumed_from is None
     require_same(written(world / "out"), whole)
 
@@ -372,7 +372,7 @@ def test_a_trainer_in_a_script_resumes_from_the_newest_valid_checkpoint(world):
     reward_trainer("run").train()
     flip(world / "run" / "checkpoint-4" / "model.safetensors")
     again = reward_trainer("run")
-    with pytest.warns(UserWarning, match="checkpoint-4 is passed over"):
+    with pytest.warns(UserWarning, match="checkpoint-4 is skipped"):
         again.train(resume_from_checkpoint=True)
     assert again._checkpoint.name == "checkpoint-2"
     one, other = (load_file(world / "run" / name / "model.safetensors") for name in ("checkpoint-2", "checkpoint-4"))

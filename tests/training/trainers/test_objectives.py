@@ -18,15 +18,14 @@ from rgtg.models.loading.scorer_info import fingerprint_weights, read_info
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
-from rgtg.training.base_model import load_language_base
-from rgtg.training.data.pair_weights import pair_trust
+from rgtg.training.base_model import load_language_base, new_head, starting_table
+from rgtg.training.data.pair_weights import pair_weights
 from rgtg.training.data.state_cache import cache_states
-from rgtg.training.new_head import new_head, starting_table
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.train import TRAINERS, train_scorer
-from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate
+from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate_pairs
 from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer
-from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer
+from rgtg.training.trainers.reward import PrefixRewardTrainer
 from rgtg.training.trainers.value import ValueTrainer
 
 FAST = {"learning_rate": 3e-3, "num_train_epochs": 4, "logging_steps": 2, "use_cpu": True}
@@ -210,14 +209,14 @@ def test_a_head_reads_the_best_next_token_at_the_state_after_each_prefix(tmp_pat
     pairs = [TokenizedPair([0, 9, 4], [7, 30, 31, 2], [7, 8, 2]), TokenizedPair([0, 5], [6, 2], [40, 41, 42, 2])]
     cache = cache_states(tiny_policy(), pairs, [2], "vocab")
     head = new_head(cache.states[2], 8, starting_table(tiny_policy(), 4, 0), seed=0)
-    settings = TrainSettings(pairs="p", base="b", output=tmp_path)
-    from rgtg.training.arguments import HEAD_DEFAULTS, reward_config
+    settings = TrainSettings(pairs="p", base="b", output=tmp_path, trunk="own", head="vocab")
+    from rgtg.training.arguments import reward_config
 
     ours = HeadTrainer(
-        head, reward_config(settings, None, HEAD_DEFAULTS), objective="farma", about={}, vocabulary=50,
+        head, reward_config(settings, None), objective="farma", about={}, vocabulary=50,
         train_dataset=StatePairs(cache, 2),
     )  # fmt: skip
-    _, _, scores = ours.losses(head.eval(), collate([ours.train_dataset[i] for i in range(2)]))
+    _, _, scores = ours.losses(head.eval(), collate_pairs([ours.train_dataset[i] for i in range(2)]))
     for n, pair in enumerate(pairs):
         states, _ = cache.completion(2, 2 * n)
         every = torch.arange(50).expand(len(states), -1)
@@ -290,10 +289,10 @@ def test_evaluation_reads_and_trusts_every_prefix(tmp_path):
     trust = [[0.1, 0.2, 0.3], [0.4, 0.5]]
     plain = trainer(PrefixRewardTrainer, tmp_path, tiny_reward_model())
     options = TrainSettings(base="b", output="o", prefix_bt={"prefixes": 1}).options
-    ours = trainer(PrefixRewardTrainer, tmp_path, tiny_reward_model(), ROWS | {"trust": trust}, options=options)
+    ours = trainer(PrefixRewardTrainer, tmp_path, tiny_reward_model(), ROWS | {"pair_weights": trust}, options=options)
     batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
-    assert batch["trust"].tolist() == [pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.4, 0.5, 0.0])]
-    bare = {name: value for name, value in batch.items() if name != "trust"}
+    assert batch["pair_weights"].tolist() == [pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.4, 0.5, 0.0])]
+    bare = {name: value for name, value in batch.items() if name != "pair_weights"}
     expected = plain.compute_loss(plain.model.eval(), bare).item()
     assert ours.compute_loss(ours.model.eval(), batch).item() == pytest.approx(expected)
     assert ours.compute_loss(ours.model.train(), batch).item() < 0.9 * expected
@@ -302,7 +301,7 @@ def test_evaluation_reads_and_trusts_every_prefix(tmp_path):
 def test_trust_is_how_sure_the_reference_is_of_the_same():
     pairs = [TokenizedPair([0, 9], [7, 30, 2], [8, 2]), TokenizedPair([0], [40, 2], [41, 42, 43, 2])]
     reference = PrefixScorer(tiny_reward_model(), tiny_tokenizer())
-    whole, prefixes = (pair_trust(reference, pairs, kind) for kind in ("pair", "prefix"))
+    whole, prefixes = (pair_weights(reference, pairs, kind) for kind in ("pair", "prefix"))
     for pair, one, every in zip(pairs, whole, prefixes, strict=True):
         won, lost = reference.score_prefixes([pair.prompt_ids] * 2, [pair.chosen_ids, pair.rejected_ids])
         longest = max(len(won), len(lost))

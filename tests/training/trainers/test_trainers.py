@@ -10,9 +10,8 @@ from helpers.synthetic import synthetic_rows
 from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.errors import DataError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
-from rgtg.training.trainers.full_reward import FullRewardTrainer
-from rgtg.training.trainers.prefix_reward import PrefixRewardTrainer
-from rgtg.training.trainers.reward import PairScores, align_pairs, pair_figures, read_positions
+from rgtg.training.objectives import PairScores, align_pairs, pair_figures
+from rgtg.training.trainers.reward import FullRewardTrainer, PrefixRewardTrainer, score_every_position
 
 ROWS = {
     "chosen_ids": [[5, 6, 20, 21, 2], [5, 30, 2]],
@@ -43,7 +42,7 @@ def trainer(cls, tmp_path, rows=None, **changes):
 def test_prefix_trainer_minimises_the_prefix_loss(tmp_path):
     ours = trainer(PrefixRewardTrainer, tmp_path)
     batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
-    every, _ = read_positions(ours.model, ours.model, batch["input_ids"], batch["attention_mask"])
+    every, _ = score_every_position(ours.model, ours.model, batch["input_ids"], batch["attention_mask"])
     s = align_pairs(every, batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
     expected = prefix_bradley_terry_loss(s.chosen, s.rejected, s.chosen_mask, s.rejected_mask, s.differs)
     assert ours.compute_loss(ours.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)

@@ -1,1 +1,1 @@
-"""Saving, resuming and stopping a training run."""
+"""Saving and resuming a training run."""

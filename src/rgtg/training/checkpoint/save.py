@@ -1,6 +1,7 @@
-"""Write a finished scorer: its weights and tokenizer, a model card, and rgtg.json last."""
+"""The output folder of a run: checked before training, and the finished scorer written into it atomically."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,70 +12,83 @@ from typing import Any
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from rgtg.errors import OutputError
+from rgtg.errors import OutputError, UsageError
 from rgtg.models.loading.scorer_info import INFO_FILE, ScorerInfo, write_info
-from rgtg.models.scorers.heads import Head, save_head
+from rgtg.models.scorers.heads import StateHead, VocabularyHead, save_head
+from rgtg.training.checkpoint.manager import CHECKPOINTS, PREFIX, require_folders
 from rgtg.utils.files import replace_file, sync_folders, sync_tree
 
+REPORT_FILE = "train-report.json"
 _STAGE = ".unfinished-"
+
+
+def require_output(output: Path, resume: bool) -> None:
+    """Check that an output folder can be used, before training rather than after it.
+
+    With ``resume``, the same run may have finished in the folder before, or may have been killed while it saved.
+
+    Raises:
+        UsageError: the folder already holds a model or another run's checkpoints, or a file has the name of a folder
+            of checkpoints.
+    """
+    if resume:
+        finish_saving(output)
+    model_files = [name for name in ("config.json", "adapter_config.json", INFO_FILE) if (output / name).exists()]
+    if model_files and any(output.glob(f"{_STAGE}*/{INFO_FILE}")):
+        raise UsageError(f"saving the scorer to {output} was interrupted: --resume finishes it")
+    if model_files and not (resume and (output / REPORT_FILE).is_file()):
+        raise UsageError(
+            f"--output {output} already holds a model ({model_files[0]}); choose another folder or delete it"
+        )
+    checkpoints = output / CHECKPOINTS
+    if os.path.lexists(checkpoints):
+        require_folders(checkpoints)
+        if not resume and any(checkpoints.rglob(f"{PREFIX}*")):
+            raise UsageError(
+                f"--output {output} holds checkpoints of an unfinished run; add --resume or choose another"
+            )
 
 
 def save_scorer(
     folder: Path, model: Any, tokenizer: Any, info: ScorerInfo, card: str, *, settings: dict[str, Any] | None = None,
     weights: dict[str, Any] | None = None, **records: BaseModel,
 ) -> None:  # fmt: skip
-    """Save a model of the scorer's own, whole or not at all.
+    """Save a scorer completely or not at all: its weights, tokenizer, model card and settings, and rgtg.json last.
 
     Args:
         folder: of the scorer.
-        model: unwrapped.
-        tokenizer: its own.
-        info: rgtg.json.
-        card: README.md.
-        settings: settings.json.
-        weights: of a model that is sharded, gathered; those of ``model`` without.
-        records: further JSON files by name, with _ for -.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    # The row a padding token may have added to the embedding is never read: an adapter need not carry it.
-    extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    with _staged(folder) as stage:
-        model.save_pretrained(stage, state_dict=weights, **extra)
-        _write_rest(stage, tokenizer, info, card, settings, records)
-
-
-def save_own_state(
-    folder: Path, head: Head, tokenizer: Any, info: ScorerInfo, card: str, *, settings: dict[str, Any],
-    **records: BaseModel,
-) -> None:  # fmt: skip
-    """Save a head on the policy's own states, whole or not at all.
+        model: a transformers or peft model, unwrapped; or a head on the policy's hidden states.
+        tokenizer: of the model.
+        info: written as rgtg.json.
+        card: written as README.md.
+        settings: written as settings.json.
+        weights: gathered weights of a model that is sharded over processes; None if the model holds all of them.
+        records: further JSON files by name, with _ in place of -.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     with _staged(folder) as stage:
-        save_head(stage, head)
-        _write_rest(stage, tokenizer, info, card, settings, records)
-
-
-def _write_rest(
-    stage: Path, tokenizer: Any, info: ScorerInfo, card: str, settings: dict[str, Any] | None,
-    records: dict[str, BaseModel],
-) -> None:  # fmt: skip
-    tokenizer.save_pretrained(stage)
-    (stage / "README.md").write_text(card, encoding="utf-8")
-    if settings is not None:
-        (stage / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-    for name, record in records.items():
-        (stage / f"{name.replace('_', '-')}.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sync_tree(stage)  # since a stage with rgtg.json is complete
-    write_info(stage, info)
+        if isinstance(model, StateHead | VocabularyHead):
+            save_head(stage, model)
+        else:
+            # A padding token may have added a row to the embedding. It is never read, so an adapter need not save it.
+            extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+            model.save_pretrained(stage, state_dict=weights, **extra)
+        tokenizer.save_pretrained(stage)
+        texts = {"README.md": card}
+        if settings is not None:
+            texts["settings.json"] = json.dumps(settings, indent=2, default=str) + "\n"
+        for name, record in records.items():
+            texts[f"{name.replace('_', '-')}.json"] = record.model_dump_json(indent=2) + "\n"
+        for name, text in texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
+        sync_tree(stage)  # before rgtg.json, which marks the stage as complete
+        write_info(stage, info)
 
 
 def finish_saving(folder: Path) -> None:
-    """Finish what a process that was killed while saving left behind: a stage with rgtg.json is complete.
+    """Finish the work of a process that was killed while it saved: a stage that has rgtg.json is complete.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -89,7 +103,7 @@ def finish_saving(folder: Path) -> None:
 
 
 def _move_out(stage: Path, folder: Path) -> None:
-    """Move all files, rgtg.json last and only once the others are there for good."""
+    """Move all files out of the stage: rgtg.json last, after the other names are on the disk."""
     for path in sorted(stage.iterdir(), key=lambda path: path.name == INFO_FILE):
         if path.name == INFO_FILE:
             sync_folders(folder)
@@ -99,10 +113,10 @@ def _move_out(stage: Path, folder: Path) -> None:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """Yield a folder inside ``folder``; what is in it afterwards moves out, rgtg.json last.
+    """Yield a folder inside ``folder``; if the block succeeds, move its files out, rgtg.json last.
 
     Raises:
-        OutputError: something cannot be written; nothing half-written is left.
+        OutputError: something cannot be written; no incomplete file is left behind.
     """
     stage: Path | None = None
     try:
@@ -117,3 +131,11 @@ def _staged(folder: Path) -> Iterator[Path]:
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def drop_empty_checkpoints(output: Path) -> None:
+    """Remove the folders that the Trainer makes even if it saves no checkpoint."""
+    checkpoints = output / CHECKPOINTS
+    for folder in (*sorted(checkpoints.rglob("*"), reverse=True), checkpoints):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

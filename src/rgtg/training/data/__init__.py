@@ -1,1 +1,1 @@
-"""From pairs to tensors."""
+"""What a training run reads: tokenised data sets, hidden states and pair weights."""

@@ -1,9 +1,10 @@
-"""How far each pair's judgement is trusted: what a reference scorer of finished texts says of it."""
+"""Weights of the training pairs: how far a reference scorer of finished completions agrees with each judgement."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.config import TrainSettings
 from rgtg.data.pairs import TokenizedPair
@@ -12,55 +13,53 @@ from rgtg.losses import agreement, prefix_margins
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import load_named_scorer, weights_of
 from rgtg.tokenization.encoding import same_tokenizer
-from rgtg.training.data.read import TrainData
+from rgtg.training.data.dataset import TrainData
 
 
-class Trust(NamedTuple):
-    """What a reference scorer says: C of every training pair, and the fingerprint of its weights for rgtg.json."""
+def add_pair_weights(data: TrainData, settings: TrainSettings, tokenizer: Any, device: Any) -> None:
+    """Set the weight of every training pair (C of `rgtg.losses.prefix_bradley_terry_pair_losses`) in ``data``.
 
-    pairs: list[list[float]] | None = None
-    reference: str | None = None
+    Held-out pairs keep the weight 1: their labels are the truth against which the scorer is measured.
 
-
-def trust_of(settings: TrainSettings, data: TrainData, tokenizer: Any, device: Any) -> Trust:
-    """C of `rgtg.losses.prefix_bradley_terry_pair_losses` for every training pair; nothing without a reference scorer.
-
-    Held-out pairs are trusted as they are: their labels are the truth that the scorer is measured by.
+    Args:
+        data: pairs.
+        settings: of the run; ``reference_scorer`` gives the weights.
+        tokenizer: of the base model.
+        device: of the reference scorer.
 
     Raises:
-        UsageError: a reference scorer with another tokenizer than the base model's.
-        DataError: a pair over the reference scorer's context.
+        UsageError: the reference scorer has another tokenizer than the base model.
+        DataError: a pair exceeds the reference scorer's context.
     """
-    if settings.reference_scorer is None:
-        return Trust()
+    assert settings.reference_scorer is not None
     reference = load_named_scorer(settings.reference_scorer, device=str(device))
     if not same_tokenizer(reference.tokenizer, tokenizer):
         raise UsageError(
-            f"the reference scorer {settings.reference_scorer} reads text with another tokenizer than "
-            f"{settings.base}: prefixes could not be aligned; train one from the same base (--objective full-bt)"
+            f"the reference scorer {settings.reference_scorer} has another tokenizer than {settings.base}, so their "
+            "prefixes cannot be aligned; train one from the same base (--objective full-bt)"
         )
-    trust = pair_trust(reference, data.train, settings.options.consistency or "pair")
-    return Trust(trust, fingerprint_weights(weights_of(reference)))
+    data.pair_weights = pair_weights(reference, data.train, settings.options.consistency or "pair")
+    data.reference_fingerprint = fingerprint_weights(weights_of(reference))
 
 
-def pair_trust(reference: Any, pairs: Sequence[TokenizedPair], consistency: str) -> list[list[float]]:
-    """C = σ(R(x, y^w) − R(x, y^l)) of each pair, at every prefix: of whole completions, or of the prefixes themselves.
+def pair_weights(reference: Any, pairs: Sequence[TokenizedPair], consistency: str) -> list[list[float]]:
+    """C = σ(R(x, y^w) − R(x, y^l)) of each pair at every prefix: of whole completions, or of the prefixes themselves.
 
     Args:
         reference: R, a scorer with ``score_prefixes``.
         pairs: token ids.
-        consistency: ``pair`` asks about whole completions, ``prefix`` about each pair of prefixes.
+        consistency: ``pair`` compares whole completions, ``prefix`` compares the two prefixes at each position.
 
     Returns:
-        As many numbers for each pair as its longer completion has tokens.
+        For each pair, as many numbers as its longer completion has tokens.
     """
     rows = [row for pair in pairs for row in pair.rows]
     scores = reference.score_prefixes([prompt for prompt, _ in rows], [completion for _, completion in rows])
-    trust = []
+    weights = []
     for won, lost in zip(scores[::2], scores[1::2], strict=True):
-        sides = torch.nn.utils.rnn.pad_sequence([won, lost], batch_first=True)  # (2, T)
-        mask = torch.arange(sides.shape[1]) < torch.tensor([[len(won)], [len(lost)]])
-        margins = prefix_margins(sides[:1], sides[1:], mask[:1], mask[1:])[0]
-        asked = margins[-1:].expand_as(margins) if consistency == "pair" else margins
-        trust.append(agreement(asked).tolist())
-    return trust
+        sides = pad_sequence([won, lost], batch_first=True)  # (2, T)
+        mask = torch.arange(sides.shape[1]) < torch.tensor([[len(won)], [len(lost)]])  # (2, T)
+        margins = prefix_margins(sides[:1], sides[1:], mask[:1], mask[1:])[0]  # (T,)
+        compared = margins[-1:].expand_as(margins) if consistency == "pair" else margins
+        weights.append(agreement(compared).tolist())
+    return weights

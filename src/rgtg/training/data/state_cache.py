@@ -1,7 +1,7 @@
 """The frozen policy's hidden states at every completion token, computed once and read in every epoch.
 
-They are kept as the policy gave them, in its own dtype: in memory up to ``MEMORY_LIMIT``, beyond that in a file without
-a name in the temporary folder (TMPDIR), which the system removes however the process ends.
+They are kept in the policy's own dtype: in memory up to ``MEMORY_LIMIT``, beyond that in a file without a name in the
+temporary folder (TMPDIR), which the system removes however the process ends.
 """
 
 import shutil
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rgtg.data.pairs import TokenizedPair
@@ -23,15 +22,15 @@ from rgtg.models.scorers.hidden_state_head import prefix_states
 from rgtg.tokenization.padding import pad_right
 
 MEMORY_LIMIT = 2**30  # bytes
-TOKENS = 8192  # padded tokens that the policy reads at once
+TOKENS = 8192  # padded tokens in one forward pass of the policy
 
 
 @dataclass
 class StateCache:
-    """States (P, H) by layer, and token ids (P,), of completions one after another.
+    """States (P, H) by layer, and token ids (P,), of completions laid end to end.
 
-    Of pairs they are chosen₀, rejected₀, chosen₁, … Completion c is rows ``starts[c]`` to ``starts[c + 1]``; row i of
-    it is the state at which y_{1:i} is scored.
+    Completions of pairs are in the order chosen₀, rejected₀, chosen₁, … Completion c is rows ``starts[c]`` to
+    ``starts[c + 1]``; its row i is the state at which y_{1:i} is scored.
     """
 
     token_ids: Tensor
@@ -62,16 +61,16 @@ def cache_states(
     kind: str,
     *,
     memory_limit: int = MEMORY_LIMIT,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> StateCache:
-    """One pass of the policy over every completion.
+    """Run the policy once over every completion.
 
     Args:
         model: the policy's causal LM.
         units: token ids of pairs, or of single completions.
-        layers: whose states are kept; no others are.
+        layers: whose states are kept.
         kind: ``state`` (read at each token) or ``vocab`` (read one token earlier).
-        memory_limit: bytes, beyond which the states of all layers lie on disk.
+        memory_limit: bytes; if the states of all layers are larger, they are kept on disk.
         progress: called with (completions done, of how many).
 
     Raises:
@@ -82,36 +81,26 @@ def cache_states(
     cache = StateCache(torch.tensor([token for _, completion in rows for token in completion]), starts)
     done = 0
     for part in _batches(rows):
+        # 1. one forward pass over rows of similar length
         ids, mask = pad_right([[*rows[i][0], *rows[i][1]] for i in part], 0, model.device)
-        read = hidden_states_of(model, ids, mask, list(layers))
+        read = hidden_states_of(model, ids, mask, list(layers))  # (B, L, H) by layer
         windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i in part]
         if not cache.states:
-            _make_room(cache, read, memory_limit)
+            _allocate(cache, read, memory_limit)
+        # 2. keep the states at the completions' tokens
         for layer, states in read.items():
             kept = [prefix_states(kind, states[row : row + 1], window)[0] for row, window in enumerate(windows)]
             moved = torch.split(torch.cat(kept).cpu(), [len(k) for k in kept])  # one transfer from the device
             for i, k in zip(part, moved, strict=True):
                 cache.states[layer][starts[i] : starts[i + 1]] = k
         done += len(part)
-        progress(done, len(rows))
+        if progress is not None:
+            progress(done, len(rows))
     return cache
 
 
-def moments(states: Float[Tensor, "positions hidden"]) -> tuple[Float[Tensor, " hidden"], Float[Tensor, " hidden"]]:
-    """Mean and standard deviation of each dimension, in fp32; a dimension that hardly varies is not blown up."""
-    total = torch.zeros(states.shape[1], dtype=torch.float64)
-    squares = total.clone()
-    for chunk in torch.split(states, 65536):
-        total += chunk.double().sum(0)
-        squares += chunk.double().square().sum(0)
-    mean = total / len(states)
-    std = (squares / len(states) - mean.square()).clamp(min=0).sqrt()
-    floor = 1e-3 * std.square().mean().sqrt() + 1e-12
-    return mean.float(), std.clamp(min=floor).float()
-
-
 def _batches(rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, as many as fit into ``TOKENS`` with their padding."""
+    """Indices of rows of similar length, at most ``TOKENS`` tokens with their padding."""
     part: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1])):
         if part and (len(part) + 1) * (len(rows[i][0]) + len(rows[i][1])) > TOKENS:
@@ -122,26 +111,27 @@ def _batches(rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]
         yield part
 
 
-def _make_room(cache: StateCache, like: dict[int, Tensor], memory_limit: int) -> None:
+def _allocate(cache: StateCache, like: dict[int, Tensor], memory_limit: int) -> None:
+    """Allocate the states of all layers in memory or on disk; ``like`` holds states (B, L, H) of a first batch."""
     shapes = {layer: (cache.starts[-1], states.shape[-1]) for layer, states in like.items()}
     size = sum(n * hidden * like[layer].element_size() for layer, (n, hidden) in shapes.items())
     cache.on_disk = size > memory_limit
     if cache.on_disk:
-        _require_space(size)
+        _require_disk_space(size)
     for layer, shape in shapes.items():
-        make = _on_disk if cache.on_disk else torch.empty
-        cache.states[layer] = make(shape, dtype=like[layer].dtype)
+        allocate = _tensor_on_disk if cache.on_disk else torch.empty
+        cache.states[layer] = allocate(shape, dtype=like[layer].dtype)
 
 
-def _on_disk(shape: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
-    """A tensor over a file of its own; as bytes, since numpy has no bfloat16."""
+def _tensor_on_disk(shape: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
+    """A tensor in a file of its own; the file is mapped as bytes because numpy has no bfloat16."""
     width = shape[1] * dtype.itemsize
     with tempfile.TemporaryFile(prefix="rgtg-states-") as file:
         held = np.memmap(file, dtype=np.uint8, mode="w+", shape=(shape[0], width))
     return torch.from_numpy(held).view(dtype)
 
 
-def _require_space(size: int) -> None:
+def _require_disk_space(size: int) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if size > free:

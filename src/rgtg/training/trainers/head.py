@@ -1,27 +1,30 @@
-"""Train a head on cached states: thin transformers.Trainers, their batches, their figures."""
+"""Trainers of heads on cached states: ``transformers.Trainer`` with their datasets, batches and figures."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError
 from rgtg.losses import mean_of_counted, mean_over, prefix_margins
 from rgtg.models.scorers.heads import Head, VocabularyHead
 from rgtg.training.data.state_cache import StateCache
-from rgtg.training.objectives import pair_losses, reads_best_next, rollout_losses
-from rgtg.training.scores import (
+from rgtg.training.objectives import (
     PAIR_FIGURES,
     ROLLOUT_FIGURES,
     PairScores,
     RolloutScores,
-    explained,
+    needs_best_next,
     pair_figures,
+    pair_losses,
     pair_scores,
     rollout_figures,
+    rollout_losses,
+    with_explained_variance,
 )
 from rgtg.training.trainers.resumable import ResumableTrainer
 
@@ -29,22 +32,22 @@ from rgtg.training.trainers.resumable import ResumableTrainer
 class StatePairs(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Pairs of one layer's states; an item is (states, token ids) of the chosen and of the rejected completion.
 
-    ``trust`` holds how far each pair's judgement is trusted at each prefix, where a reference scorer was asked.
+    ``weights`` holds the weight of each pair at each prefix, if a reference scorer gives them.
     """
 
-    def __init__(self, cache: StateCache, layer: int, trust: Sequence[Sequence[float]] | None = None) -> None:
+    def __init__(self, cache: StateCache, layer: int, weights: Sequence[Sequence[float]] | None = None) -> None:
         self.cache = cache
         self.layer = layer
-        self.trust = trust
+        self.weights = weights
 
     def __len__(self) -> int:
         return self.cache.completions // 2
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        chosen, chosen_ids = self.cache.completion(self.layer, 2 * i)
+        chosen, chosen_ids = self.cache.completion(self.layer, 2 * i)  # (T, H), (T,)
         rejected, rejected_ids = self.cache.completion(self.layer, 2 * i + 1)
         item = {"chosen": chosen, "chosen_ids": chosen_ids, "rejected": rejected, "rejected_ids": rejected_ids}
-        return item if self.trust is None else item | {"trust": torch.tensor(self.trust[i])}
+        return item if self.weights is None else item | {"pair_weights": torch.tensor(self.weights[i])}
 
 
 class StateRollouts(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -59,17 +62,20 @@ class StateRollouts(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.cache.completions
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        states, ids = self.cache.completion(self.layer, i)
+        states, ids = self.cache.completion(self.layer, i)  # (T, H), (T,)
         return {"states": states, "token_ids": ids, "reward": torch.tensor(self.rewards[i])}
 
 
-def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """States (P, H) and token ids (P,) of completions [chosen …; rejected …] end to end, and their lengths (2B,)."""
+def collate_pairs(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """States (P, H) and token ids (P,) of completions [chosen …; rejected …] end to end, and their lengths (2B,).
+
+    With pair weights also these, (B, T).
+    """
     states = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
     batch = _end_to_end(states, ids)
-    if "trust" in rows[0]:
-        batch["trust"] = torch.nn.utils.rnn.pad_sequence([row["trust"] for row in rows], batch_first=True)
+    if "pair_weights" in rows[0]:
+        batch["pair_weights"] = pad_sequence([row["pair_weights"] for row in rows], batch_first=True)
     return batch
 
 
@@ -80,6 +86,7 @@ def collate_rollouts(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _end_to_end(states: list[Tensor], ids: list[Tensor]) -> dict[str, Tensor]:
+    """States (P, H), token ids (P,) and lengths (rows,) of completions: states (T, H) and ids (T,) each."""
     lengths = torch.tensor([len(completion) for completion in ids])
     return {"states": torch.cat(states), "token_ids": torch.cat(ids), "lengths": lengths}
 
@@ -87,14 +94,14 @@ def _end_to_end(states: list[Tensor], ids: list[Tensor]) -> dict[str, Tensor]:
 class HeadTrainer(ResumableTrainer):
     """Minimises an objective of pairs over cached states (`StatePairs`).
 
-    A step of a tiny head takes a few milliseconds, of which the Trainer's own work is one or two; it stays, for its
-    settings, schedules, optimisers and callbacks are those of the other scorers.
+    A step of a small head takes a few milliseconds, of which the Trainer's own work is one or two. It is used for its
+    settings, schedules, optimizers and callbacks, which are the same as for other scorers.
     """
 
     control: Any
     figure_names: ClassVar[tuple[str, ...]] = ("loss", *PAIR_FIGURES, "prefix_accuracy")
-    columns: ClassVar[tuple[str, ...]] = ("chosen", "chosen_ids", "rejected", "rejected_ids", "trust")
-    collate: ClassVar[Any] = staticmethod(collate)
+    columns: ClassVar[tuple[str, ...]] = ("chosen", "chosen_ids", "rejected", "rejected_ids", "pair_weights")
+    collate: ClassVar[Any] = staticmethod(collate_pairs)
 
     def __init__(
         self, head: Head, args: Any, *, objective: str, about: dict[str, Any], options: Any = None,
@@ -107,20 +114,20 @@ class HeadTrainer(ResumableTrainer):
             args: TrainingArguments.
             objective: a name of `rgtg.training.objectives.OBJECTIVES` that can train this head.
             about: written with every logged line, to tell the heads of a search apart.
-            options: the objective's own settings; its defaults without.
-            vocabulary: tokens that ``farma`` takes the best of; None for all rows of the table.
+            options: the objective's own settings; None for their defaults.
+            vocabulary: number of tokens among which ``farma`` takes the maximum; None for all rows of the table.
             kwargs: the Trainer's other arguments.
         """
         super().__init__(head, args, data_collator=type(self).collate, **kwargs)
         self.objective, self.vocabulary = objective, vocabulary
         self.options: Any = options_of(objective, options)
         self.about = about
-        self._seen: list[Tensor] = []
+        self._figures: list[Tensor] = []  # (B, F) of each batch since the last logged line
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over the units of one batch.
+        """Mean over the pairs or completions of one batch.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; names the step.
@@ -134,7 +141,7 @@ class HeadTrainer(ResumableTrainer):
             )
         with torch.no_grad():
             shown = losses.masked_fill(~counted, torch.nan)
-            self._seen.append(torch.cat([shown[:, None], self.figures(scores)], dim=-1).cpu())
+            self._figures.append(torch.cat([shown[:, None], self.figures(scores)], dim=-1).cpu())
         return (loss, scores) if return_outputs else loss
 
     def losses(
@@ -143,52 +150,52 @@ class HeadTrainer(ResumableTrainer):
         """Loss of each pair, which pairs count, and the scores they come from."""
         step = int(self.state.global_step) if self.model.training else None
         scores = head_pair_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
-        scores.trust = inputs.get("trust")
-        if reads_best_next(self.objective, step):
+        scores.pair_weights = inputs.get("pair_weights")
+        if needs_best_next(self.objective, step):
             scores.best_next = best_next(model, inputs["states"], scores.chosen_mask, self.vocabulary)
         return *pair_losses(self.objective, scores, self.options, step), scores
 
     def figures(self, scores: Any) -> Float[Tensor, "batch figures"]:
-        """One row of ``figure_names`` less the loss per pair, NaN where a figure has no meaning for it."""
+        """``figure_names`` of each pair except the loss; NaN where a figure has no meaning."""
         return torch.cat([pair_figures(scores), prefix_accuracy(scores)[:, None]], dim=-1)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Exact means over the held-out units, whatever the batches."""
+        """Exact means over the held-out pairs or completions, for any batch size."""
         model = self.model.eval()
-        seen, self._seen = self._seen, []
+        training_figures, self._figures = self._figures, []
         for inputs in self.get_eval_dataloader(eval_dataset):
             with self.compute_loss_context_manager():
                 self.compute_loss(model, self._prepare_inputs(inputs))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means().items()}
-        self._seen = seen
+        self._figures = training_figures
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def means(self) -> dict[str, float]:
-        """Mean of each figure over the units seen that have it; a figure that none has is left out."""
-        if not self._seen:
+        """Mean of each figure over the units that have it; a figure that none has is left out."""
+        if not self._figures:
             return {}
-        values = torch.cat(self._seen).nanmean(0).tolist()
+        values = torch.cat(self._figures).nanmean(0).tolist()
         return {name: value for name, value in zip(self.figure_names, values, strict=True) if value == value}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the units seen since the last line, and what head this is."""
+        """Add the mean figures since the last line, and which head this is."""
         if "loss" in logs:
             logs = self.means() | logs  # the Trainer's own mean of the training loss stays
-            self._seen.clear()
+            self._figures.clear()
         super().log(self.about | logs, start_time)
 
-    def figures_so_far(self) -> list[list[float]]:
-        """Rows of figures since the last logged line, one per unit."""
-        return torch.cat(self._seen).tolist() if self._seen else []
+    def pending_figures(self) -> list[list[float]]:
+        """Rows of figures since the last logged line, one for each unit."""
+        return torch.cat(self._figures).tolist() if self._figures else []
 
-    def take_up(self, figures: list[list[float]]) -> None:
-        """Go on with the figures of a checkpoint."""
-        self._seen = [torch.tensor(figures)] if figures else []
+    def restore_figures(self, figures: list[list[float]]) -> None:
+        """Continue with the figures of a checkpoint."""
+        self._figures = [torch.tensor(figures)] if figures else []
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.columns)
@@ -204,7 +211,7 @@ class RolloutHeadTrainer(HeadTrainer):
     def losses(
         self, model: Any, inputs: dict[str, Tensor]
     ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Any]:
-        """Loss of each completion; all count."""
+        """Loss of each completion, all of which count, and the scores they come from."""
         values, _, mask = head_scores(model, inputs["states"], inputs["token_ids"], inputs["lengths"])
         cache = self.train_dataset.cache
         mean_length = len(cache.token_ids) / cache.completions
@@ -216,25 +223,31 @@ class RolloutHeadTrainer(HeadTrainer):
         return rollout_figures(scores)
 
     def means(self) -> dict[str, float]:
-        """Errors also as shares of the rewards' variance."""
-        return explained(super().means())
+        """Mean figures, with errors also as shares of the rewards' variance."""
+        return with_explained_variance(super().means())
 
 
 def head_scores(
-    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
-) -> tuple[Float[Tensor, "rows length"], Tensor, Bool[Tensor, "rows length"]]:
-    """Scores, token ids and mask of completions laid end to end, a row each: the head sees no padding."""
+    model: Any,
+    states: Float[Tensor, "positions hidden"],
+    token_ids: Int[Tensor, " positions"],
+    lengths: Int[Tensor, " rows"],
+) -> tuple[Float[Tensor, "rows length"], Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
+    """Scores, token ids and mask of completions laid end to end, one row each; the head computes no padding."""
     reads_tokens = isinstance(model, VocabularyHead)
-    flat = model(states, token_ids[:, None])[:, 0] if reads_tokens else model(states)
+    flat = model(states, token_ids[:, None])[:, 0] if reads_tokens else model(states)  # (P,)
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
     return scores, token_ids.new_zeros(mask.shape).masked_scatter(mask, token_ids), mask
 
 
 def head_pair_scores(
-    model: Any, states: Float[Tensor, "positions hidden"], token_ids: Tensor, lengths: Tensor
+    model: Any,
+    states: Float[Tensor, "positions hidden"],
+    token_ids: Int[Tensor, " positions"],
+    lengths: Int[Tensor, " rows"],
 ) -> PairScores:
-    """Scores of every prefix of a batch that `collate` made."""
+    """Scores of every prefix of a batch that `collate_pairs` made."""
     return pair_scores(*head_scores(model, states, token_ids, lengths))
 
 
@@ -244,15 +257,15 @@ def best_next(
 ) -> Float[Tensor, "batch length"]:  # fmt: skip
     """max_v Q(h_i)[v] of every prefix y_{1:i} of the first rows; h_i is cached with the token after it.
 
-    The last prefix of a row has no state of its own here, and gets a number that `farma_consistency_losses` leaves out.
+    The last prefix of a row has no state of its own here; its number is not used by `farma_consistency_losses`.
     """
-    best = head.best(states[: int(mask.sum())], vocabulary)
+    best = head.best(states[: int(mask.sum())], vocabulary)  # (positions of the first rows,)
     return best.new_zeros(mask.shape).masked_scatter(mask, best).roll(-1, -1)
 
 
 @torch.no_grad()
 def prefix_accuracy(scores: PairScores) -> Float[Tensor, " batch"]:
-    """Share of each pair's differing prefixes at which the chosen one is ahead; a tie counts half."""
+    """Share of each pair's differing prefixes at which the chosen completion leads; a tie counts as one half."""
     margins = prefix_margins(scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask)
     where = scores.compared
     return mean_over((margins.sign() + 1) / 2, where).masked_fill(~where.any(-1), torch.nan)

@@ -1,35 +1,39 @@
-"""The trainers of scorers of next tokens, which are causal language models: FaRMA and GenARM."""
+"""Trainers of causal language models that score next tokens: FaRMA and GenARM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgtg.losses import completion_window, token_log_probs
-from rgtg.training.base_model import load_language_base, require_causal_language_model, require_padding
-from rgtg.training.objectives import reads_best_next
-from rgtg.training.scores import PairScores, pair_scores
-from rgtg.training.trainers.reward import PairwiseRewardTrainer, counted_positions
+from rgtg.training.base_model import load_language_base
+from rgtg.training.objectives import PairScores, needs_best_next, pair_scores
+from rgtg.training.trainers.reward import PairwiseRewardTrainer, position_ids, require_causal
 
 
 class LanguageModelTrainer(PairwiseRewardTrainer):
-    """A ``trl.RewardTrainer`` over an ``AutoModelForCausalLM``: completions are scored by its logits."""
+    """A ``trl.RewardTrainer`` of an ``AutoModelForCausalLM``, whose logits score the completions."""
 
     def load(self, source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
         """The language model, and its tokenizer."""
         return load_language_base(source, **kwargs)
 
     def check_model(self, model: Any, tokenizer: Any) -> None:
-        """Refuse a model that looks ahead; padding is never read, so any token will do for it."""
-        require_padding(tokenizer)
-        require_causal_language_model(model)
+        """Check that the model is causal, and give the tokenizer a padding token.
+
+        Raises:
+            UsageError: the model attends to later tokens.
+        """
+        if tokenizer.pad_token_id is None:  # any token will do, because masks hide it; the vocabulary must not grow
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        require_causal(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
 
     @contextmanager
-    def accepted(self, model: Any) -> Iterator[None]:
-        """Trl asks every reward model for a single label; a language model's config speaks of labels it has not."""
+    def passes_trl_checks(self, model: Any) -> Iterator[None]:
+        """Set ``num_labels`` to 1 meanwhile, as trl requires of a reward model; a language model has no labels."""
         labels = model.config.id2label, model.config.label2id
         model.config.num_labels = 1
         try:
@@ -39,22 +43,27 @@ class LanguageModelTrainer(PairwiseRewardTrainer):
 
     def read(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, Any]:
         """Scores of the batch from the logits before each token, and the model's own output."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **counted_positions(mask))
-        columns, inside = completion_window(mask, inputs["prompt_lengths"].repeat(2))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (2B, L)
+        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **position_ids(mask))
+        columns, inside = completion_window(mask, inputs["prompt_lengths"].repeat(2))  # (2B, T)
+        # the token at column t is scored by the logits at t − 1
         before = self.token_scores(outputs.logits[:, :-1], ids[:, 1:]).gather(-1, columns - 1)
         scores = pair_scores(self.prefix_scores(before, inside), ids.gather(-1, columns), inside)
-        if reads_best_next(self.objective, self.step):
+        if needs_best_next(self.objective, self.step):
             best = best_logits(outputs.logits[: len(scores.chosen)], len(self.processing_class))
             scores.best_next = best.gather(-1, columns[: len(best)])
         return scores, outputs
 
-    def token_scores(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Score (B, L) of the token that follows each position."""
+    def token_scores(
+        self, logits: Float[Tensor, "rows length vocabulary"], ids: Int[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
+        """Score of the token that follows each position."""
         raise NotImplementedError
 
-    def prefix_scores(self, token_scores: Tensor, inside: Tensor) -> Tensor:
-        """Scores (B, T) of prefixes from those of their tokens."""
+    def prefix_scores(
+        self, token_scores: Float[Tensor, "rows length"], inside: Bool[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
+        """Scores of prefixes from the scores of their tokens."""
         raise NotImplementedError
 
 
@@ -71,12 +80,16 @@ class FarmaTrainer(LanguageModelTrainer):
         """The language model with its output layer scaled, and its tokenizer."""
         return load_language_base(source, output_scale=self.options.output_scale, **kwargs)
 
-    def token_scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def token_scores(
+        self, logits: Float[Tensor, "rows length vocabulary"], ids: Int[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
         """The logit itself."""
         return logits.gather(-1, ids[..., None])[..., 0].float()
 
-    def prefix_scores(self, token_scores: Tensor, inside: Tensor) -> Tensor:
-        """A prefix is worth what its last token's logit says."""
+    def prefix_scores(
+        self, token_scores: Float[Tensor, "rows length"], inside: Bool[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
+        """The score of a prefix is that of its last token."""
         return token_scores
 
 
@@ -86,16 +99,20 @@ class AutoregressiveTrainer(LanguageModelTrainer):
     objective = "autoregressive"
     _tag_names = ("rgtg", "autoregressive")
 
-    def token_scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def token_scores(
+        self, logits: Float[Tensor, "rows length vocabulary"], ids: Int[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
         """Log π_r of the token, nats."""
         return token_log_probs(logits, ids)
 
-    def prefix_scores(self, token_scores: Tensor, inside: Tensor) -> Tensor:
+    def prefix_scores(
+        self, token_scores: Float[Tensor, "rows length"], inside: Bool[Tensor, "rows length"]
+    ) -> Float[Tensor, "rows length"]:
         """Sums over the completion's tokens so far."""
         return torch.where(inside, token_scores, 0.0).cumsum(-1)
 
 
 @torch.no_grad()
 def best_logits(logits: Float[Tensor, "batch length vocabulary"], vocabulary: int) -> Float[Tensor, "batch length"]:
-    """max_v over the tokens that the tokenizer has: rows that only fill up the embedding are never trained."""
+    """max_v over the tokens that the tokenizer has; further rows of the embedding are padding and never trained."""
     return logits[..., :vocabulary].amax(-1).float()

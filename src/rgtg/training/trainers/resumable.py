@@ -1,32 +1,114 @@
-"""What every trainer here adds to transformers' own: sealed checkpoints, exact resumption, a stop on request."""
+"""What every trainer adds to ``transformers.Trainer``: sealed checkpoints, exact resumption, and a stop on request."""
 
 import json
 import math
 import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
+from trl import RewardConfig
 
+from rgtg.config import TrainSettings
 from rgtg.errors import DataError, NonFiniteError, OutputError, StoppedError, UsageError
-from rgtg.training.callbacks import TrainLog
-from rgtg.training.checkpoint.manager import PREFIX, in_the_way, newest_valid, seal
-from rgtg.training.checkpoint.signals import StopRequest
+from rgtg.models.loading.scorer_info import ScorerInfo
+from rgtg.training.checkpoint.manager import PREFIX, blocking_file, newest_valid, seal
+from rgtg.training.data.dataset import TrainData
+from rgtg.training.report import TrainLog
 
 PROGRESS = "progress.json"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Handles SIGTERM and Ctrl-C during a block; outside of the main thread, signals are not handled.
+
+    A signal raises KeyboardInterrupt, which the block turns into ``StoppedError``. While ``deferred``, it only sets
+    ``asked``, so that a step or a save can finish. A second Ctrl-C, at least a second later (a launcher may pass on the
+    first one again), interrupts what was deferred.
+    """
+
+    def __init__(self, how_to_resume: str) -> None:
+        self.how_to_resume = how_to_resume
+        self.asked = self.deferred = False
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            raise StoppedError(f"stopped; {self.how_to_resume}") from error
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        insists = self.asked and number == signal.SIGINT and time.monotonic() - self._since > 1
+        if not self.deferred or insists:
+            raise KeyboardInterrupt  # no library's "except Exception" catches it
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """During the block, a signal only sets ``asked``."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+
+@dataclass
+class TrainingRun:
+    """What all parts of one ``rgtg train`` share."""
+
+    settings: TrainSettings
+    data: TrainData
+    info: ScorerInfo  # written as rgtg.json
+    facts: dict[str, Any]  # what decides the result
+    stop: StopRequest
+    show: bool  # write progress to stderr
+
+
+@dataclass
+class TrainedModel:
+    """A trained model or head, for the report and the files of a run."""
+
+    model: Any
+    info: ScorerInfo
+    args: RewardConfig
+    loss: float
+    steps: int
+    epochs: float
+    seconds: float
+    evaluation: dict[str, float]
+    resumed_from: str | None
+    weights: dict[str, Any] | None = None  # gathered, if the model is sharded over processes
+    details: dict[str, Any] = field(default_factory=dict)  # further fields of the report
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """A ``transformers.Trainer`` that goes on exactly where a checkpoint left off.
+    """A ``transformers.Trainer`` that resumes from a checkpoint exactly as if it had not been interrupted.
 
-    ``run`` is noted in each checkpoint (what decides the result), ``request`` may ask to stop, and ``stopped`` says
-    that it was heeded: a checkpoint of the last step was then saved.
+    ``run`` is written into each checkpoint (what decides the result) and ``request`` may ask to stop. ``stopped`` is
+    true once the trainer has stopped on request, after it saved a checkpoint of the last step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,14 +117,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.request: StopRequest | None = None
         self.stopped = False
         self._checkpoint: Path | None = None
-        self.add_callback(_Flow(self))
+        self.add_callback(_SaveAndStop(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As transformers' own; ``True`` goes on from the newest checkpoint that is complete and undamaged.
+        """As in transformers; ``True`` resumes from the newest checkpoint that is complete and undamaged.
 
         Raises:
-            DataError: a file of the checkpoint is a pickle of more than tensors and numbers; it is not loaded.
-            UsageError: there is no whole batch, and others are dropped.
+            DataError: a file of the checkpoint is a pickle with more than tensors and numbers; it is not loaded.
+            UsageError: incomplete batches are dropped, and the data does not fill one.
         """
         require_batch(self)
         if resume_from_checkpoint is True:
@@ -50,26 +132,51 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found[0]) if found else None
         self._checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._checkpoint is not None:
-            self.args.eval_on_start = False  # that was before the first step
+            self.args.eval_on_start = False  # the first start has done it
         try:
             done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except UnpicklingError as error:
             raise DataError(
-                f"{self._checkpoint} holds a pickle of more than tensors and numbers, which no training saves and "
+                f"{self._checkpoint} holds a pickle with more than tensors and numbers, which no training saves and "
                 "which could run code: it was not loaded. Delete that checkpoint, and find out who wrote it"
             ) from error
         loss = self._mean_loss()
         return TrainOutput(done.global_step, loss, done.metrics | {"train_loss": loss})
 
-    def figures_so_far(self) -> Any:
-        """What has been seen since the last logged line, as JSON takes it; `take_up` gets it back."""
+    def train_run(self, run: TrainingRun, checkpoint: Path | None) -> Any:
+        """Train as a part of ``rgtg train``, whose stdout is for results: nothing is printed.
+
+        Raises:
+            StoppedError: it was asked to stop; says how to resume.
+            UsageError: not one step was made, so there is nothing to save.
+            NonFiniteError: a loss, a gradient or the weights are not finite.
+        """
+        self.run, self.request = run.facts, run.stop
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.stopped:
+            raise StoppedError(
+                f"stopped after step {self.state.global_step} of {self.state.max_steps}; a checkpoint is in "
+                f"{self.args.output_dir}: the same command with --resume resumes from it"
+            )
+        if self.state.global_step < 1:
+            raise UsageError(
+                "the training ended before its first step, and nothing is saved: look for the cause among the train. "
+                "settings"
+            )
+        require_finite_weights(self.model)
+        return done
+
+    def pending_figures(self) -> Any:
+        """Figures since the last logged line, as JSON; `restore_figures` gets them back."""
         return None
 
-    def take_up(self, figures: Any) -> None:
-        """Go on with the figures of a checkpoint."""
+    def restore_figures(self, figures: Any) -> None:
+        """Continue with the figures of a checkpoint."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the mean training loss of all steps, those before a resumption included."""
+        """Log the mean training loss over all steps, including those before a resumption."""
         if "train_loss" in logs:
             logs = logs | {"train_loss": self._mean_loss()}
         super().log(logs, start_time)
@@ -78,15 +185,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return float(self._total_loss_scalar / max(self.state.global_step, 0.001))
 
     def _run_epoch(self, **where: Any) -> None:
-        # 1. a checkpoint of the last step: transformers would train one step more
+        # With a checkpoint of the last step, transformers would train one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # 2. else the epoch, or the rest of it
         super()._run_epoch(**where)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Norm of the gradient; a loss can be finite where its gradient is not, and the weights would be lost."""
+        """Norm of the gradient; a loss can be finite while its gradient is not, and the weights would be lost."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16 skips such steps and scales down
         if norm is not None and not scaled and not math.isfinite(float(norm)):
@@ -100,29 +206,25 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Save a checkpoint, seal it, and only then delete older ones.
 
         Raises:
-            OutputError: it cannot be written; what was saved before is untouched.
-            NonFiniteError: the weights are not worth saving.
+            OutputError: it cannot be written; earlier checkpoints are untouched.
+            NonFiniteError: the weights are not finite.
         """
         require_finite_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX}{self.state.global_step}"
-        if (blocking := in_the_way(folder)) is not None:
-            raise OutputError(
-                f"cannot save a checkpoint: {blocking} is a file, not a folder; move it away, then resume"
-            )
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, cut off or passed over
-        self.accelerator.wait_for_everyone()
+        if (blocking := blocking_file(folder)) is not None:
+            raise OutputError(f"cannot write {folder}: {blocking} is a file")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
+            # 1. transformers' files, and what it leaves out
             super()._save_checkpoint(model, trial)
             self._write_progress(folder)
             self.accelerator.wait_for_everyone()
+            # 2. the seal
             if self.args.should_save:
-                # a pickle that nothing here reads
-                (folder / "training_args.bin").unlink(missing_ok=True)
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that rgtg never reads
                 seal(folder, step=self.state.global_step, processes=self.args.world_size, run=self.run)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if (reason := _unwritable(error)) is None:
+            if (reason := _write_failure(error)) is None:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise OutputError(
@@ -130,22 +232,23 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             ) from error
         finally:
             self.args.save_total_limit = limit
+        # 3. older checkpoints
         if self.args.should_save:
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _write_progress(self, folder: Path) -> None:
-        """What transformers forgets: sums since the last logged line, and how long the log was."""
+        """Write what transformers does not save: sums since the last logged line, and the length of the log."""
         losses = gather_object([float(self._tr_loss)])
         log = self._train_log()
         progress = {
             "losses": losses, "total_loss": self._total_loss_scalar, "last_logged": self._globalstep_last_logged,
-            "figures": self.figures_so_far(), "log_bytes": log.size() if log else None,
+            "figures": self.pending_figures(), "log_bytes": log.size() if log else None,
         }  # fmt: skip
         if self.args.should_save:
             (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
 
-    def _read_progress(self) -> None:
-        """Take up what `_write_progress` wrote, where there is a checkpoint of ours."""
+    def _restore_progress(self) -> None:
+        """Restore what `_write_progress` wrote, if the checkpoint has it."""
         path = self._checkpoint / PROGRESS if self._checkpoint else None
         if path is None or not path.is_file():
             return
@@ -155,7 +258,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self._tr_loss += losses[self.args.process_index]
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
-        self.take_up(progress["figures"])
+        self.restore_figures(progress["figures"])
         log = self._train_log()
         if log and progress["log_bytes"] is not None and self.args.should_save:
             log.cut(progress["log_bytes"])
@@ -164,50 +267,50 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return next((c for c in self.callback_handler.callbacks if isinstance(c, TrainLog)), None)
 
 
-class _Flow(TrainerCallback):  # type: ignore[misc]
-    """Stops on request, and saves what coincides with the end of an epoch after all that belongs to that end.
+class _SaveAndStop(TrainerCallback):  # type: ignore[misc]
+    """Stops on request, and saves a checkpoint that is due at the end of an epoch after that end's evaluation.
 
-    transformers saves first and then, at the epoch's end, evaluates: who resumes there never evaluates.
+    transformers saves first and evaluates then, so a run that resumes from that checkpoint would never evaluate.
     """
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
-        self.waiting = self.midway = False
+        self.save_waits = self.stops_inside_epoch = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up the checkpoint's figures; from now on a signal waits for the step to end."""
-        self.trainer._read_progress()
-        self.waiting = self.midway = self.trainer.stopped = False
+        """Restore the checkpoint's figures; from now on a signal waits for the end of the step."""
+        self.trainer._restore_progress()
+        self.save_waits = self.stops_inside_epoch = self.trainer.stopped = False
         if self.trainer.request:
             self.trainer.request.deferred = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Once the epoch's batches are being read."""
-        mend_remainder(self.trainer.accelerator.gradient_state.active_dataloader)
+        """Repair the data loader, which exists by now."""
+        repair_remainder(self.trainer.accelerator.gradient_state.active_dataloader)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After transformers' own decisions about logs, evaluations and checkpoints."""
-        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        """Decide to stop or to save later, after transformers' own decisions about logs and checkpoints."""
+        epoch_ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         if self._asked():
             self.trainer.stopped = control.should_training_stop = control.should_save = True
-            self.midway = not ends
-        if control.should_save and ends:
-            control.should_save, self.waiting = False, True
+            self.stops_inside_epoch = not epoch_ends
+        if control.should_save and epoch_ends:
+            control.should_save, self.save_waits = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save what waited; where an epoch was broken off, it has not ended."""
-        if self.midway:
+        """Save what waited. An epoch that was stopped inside has not ended: nothing is logged or evaluated."""
+        if self.stops_inside_epoch:
             control.should_log = control.should_evaluate = control.should_save = False
-        elif self.waiting:
-            control.should_save, self.waiting = True, False
+        elif self.save_waits:
+            control.should_save, self.save_waits = True, False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What follows can be cut short."""
+        """From now on a signal interrupts at once."""
         if self.trainer.request:
             self.trainer.request.deferred = False
 
     def _asked(self) -> bool:
-        """Whether any process was asked to stop: all of them must leave at one step."""
+        """Whether any process was asked to stop: all of them must stop at the same step."""
         asked = bool(self.trainer.request and self.trainer.request.asked)
         if self.trainer.args.world_size == 1:
             return asked
@@ -216,21 +319,8 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         return bool(flag)
 
 
-def require_not_stopped(trainer: ResumableTrainer) -> None:
-    """Leave, if the training has heeded a request.
-
-    Raises:
-        StoppedError: says how to go on.
-    """
-    if trainer.stopped:
-        raise StoppedError(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in "
-            f"{trainer.args.output_dir}: the same command with --resume goes on from it"
-        )
-
-
 def require_batch(trainer: Trainer) -> None:
-    """Refuse data that fills no batch where what fills none is dropped.
+    """Check that the data fills a batch if incomplete batches are dropped.
 
     Raises:
         UsageError: says what to change.
@@ -244,24 +334,11 @@ def require_batch(trainer: Trainer) -> None:
         )
 
 
-def require_trained(trainer: ResumableTrainer) -> None:
-    """Refuse to call a model trained that has not made a step.
+def repair_remainder(loader: Any) -> None:
+    """Set how many rows of a loader's last batch are real, if training resumed inside an epoch.
 
-    Raises:
-        UsageError: nothing is to be saved.
-    """
-    if trainer.state.global_step < 1:
-        raise UsageError(
-            "the training ended before its first step, and nothing is saved: look for what ends it among the train. "
-            "settings"
-        )
-
-
-def mend_remainder(loader: Any) -> None:
-    """Tell a loader how many rows of its last batch are real, where its epoch is gone on with in its midst.
-
-    Of several processes the others are repeated, and counted in no figure; accelerate looks for the size of a batch
-    where its `SkipBatchSampler` has none, and then does not know.
+    With several processes, the last batch is filled up with repeated rows, which must not count in any figure.
+    accelerate looks for the batch size on its `SkipBatchSampler`, which has none, and then does not know the number.
     """
     sampler = getattr(loader, "batch_sampler", None)
     inner = getattr(sampler, "batch_sampler", None)
@@ -272,7 +349,7 @@ def mend_remainder(loader: Any) -> None:
 
 
 def require_finite_weights(model: Any) -> None:
-    """Refuse to save weights that are lost.
+    """Check weights before they are saved.
 
     Raises:
         NonFiniteError: names the first tensor with NaN or an infinity.
@@ -283,8 +360,8 @@ def require_finite_weights(model: Any) -> None:
             raise NonFiniteError(f"the weights are not finite ({name}), and are not saved; lower train.learning_rate")
 
 
-def _unwritable(error: Exception) -> str | None:
-    """Why a file could not be written, in a library's own terms; None where it is another matter."""
+def _write_failure(error: Exception) -> str | None:
+    """Why a file could not be written, in the words of the library that failed; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)

@@ -1,94 +1,296 @@
-"""What the trainers of pairs share: one forward that reads every prefix of both completions."""
+"""Trainers of reward models on pairs; one forward pass scores every prefix of both completions."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from trl import RewardConfig, RewardTrainer
 
-from rgtg.errors import UsageError
-from rgtg.losses import last_score
+from rgtg.config.training import options_of
+from rgtg.errors import NonFiniteError, UsageError
+from rgtg.losses import last_score, mean_of_counted
+from rgtg.models.loading.policy import load_tokenizer
 from rgtg.models.ops.lm_head import scalar_head
-from rgtg.training.data.dataset import COLUMNS, PrefixCollator, prepare
-from rgtg.training.objectives import pair_losses
-from rgtg.training.scores import PAIR_FIGURES, PairScores, align_pairs, pair_figures
-from rgtg.training.trainers.base import PrefixTrainer
+from rgtg.tokenization.encoding import ensure_pad_token
+from rgtg.training.base_model import load_base
+from rgtg.training.data.dataset import PAIR_COLUMNS, PrefixCollator, prepare_pairs
+from rgtg.training.objectives import (
+    OBJECTIVES,
+    PAIR_FIGURES,
+    Losses,
+    PairScores,
+    align_pairs,
+    pair_figures,
+    pair_losses,
+)
+from rgtg.training.trainers.resumable import ResumableTrainer
 
 
-class PairwiseRewardTrainer(PrefixTrainer):
-    """A ``trl.RewardTrainer`` whose loss sees the score of every prefix of both completions.
+class ScorerTrainer(ResumableTrainer, RewardTrainer):  # type: ignore[misc]
+    """A ``trl.RewardTrainer`` whose loss sees the score of every prefix; subclasses define the data and the loss.
 
-    Subclasses name the objective, or say what to minimise in `pair_losses`. The model is called as a whole, through
-    whatever wraps it (DDP, FSDP, peft), and a hook on its scalar head keeps what it says at *every* position.
+    ``objective`` names the loss, ``columns`` are those of its dataset, ``figure_names`` are logged beside the loss.
     """
 
-    columns = (*COLUMNS, "trust")
+    objective: ClassVar[str] = ""
+    columns: ClassVar[tuple[str, ...]] = ()
+    figure_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: Any, args: RewardConfig | None = None, *, options: Any = None, **kwargs: Any) -> None:
+        """As ``trl.RewardTrainer``; datasets may hold texts or token ids.
+
+        Args:
+            model: a folder or hub id (a language model gets a new head, seeded by ``args.seed``), or a loaded model.
+            args: trl's settings.
+            options: the objective's own settings (`rgtg.config.training`); None for their defaults.
+            kwargs: trl's other arguments; ``processing_class`` is the tokenizer.
+
+        Raises:
+            UsageError: a model that pools before its head or is not causal, or a setting without a meaning here.
+        """
+        args = copy.copy(args) or RewardConfig(f"{name_of(model)}-Reward")
+        row = OBJECTIVES.get(self.objective)
+        if row and not row.centred and args.center_rewards_coefficient is not None:
+            raise UsageError(f"center_rewards_coefficient has no meaning for {self.objective}: leave it out")
+        self.options: Any = options_of(self.objective, options)
+        tokenizer = kwargs.get("processing_class")
+        if isinstance(model, str):
+            model, loaded = self.load(model, args.seed, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None  # they have been used
+            tokenizer = tokenizer or loaded
+        tokenizer = tokenizer or load_tokenizer(name_of(model), "base model")
+        self.check_model(model, tokenizer)
+        collator = kwargs.pop("data_collator", None) or self.make_collator(
+            tokenizer.pad_token_id, args.pad_to_multiple_of
+        )
+        kwargs |= {"processing_class": tokenizer, "data_collator": collator}
+        with self.passes_trl_checks(model), warnings.catch_warnings():
+            # peft reads an attribute that transformers has renamed; users cannot do anything about it
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(model, args, **kwargs)
+
+    def load(self, source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
+        """The model to train, and its tokenizer."""
+        return load_base(source, seed, **kwargs)
+
+    def check_model(self, model: Any, tokenizer: Any) -> None:
+        """Check that the model can score every position, and give the tokenizer a padding token.
+
+        Raises:
+            UsageError: the model pools before its head, or attends to later tokens.
+        """
+        # Without one, trl would pad with EOS, and a stock reward model then ignores a real EOS.
+        ensure_pad_token(tokenizer, model)
+        if scalar_head(model) is None:
+            raise UsageError(
+                f"{type(model).__name__} pools before its head, so it cannot score every prefix in one pass; start "
+                "from a causal (decoder) model, such as the policy itself"
+            )
+        require_causal(model, lambda ids: score_every_position(model, model, ids, torch.ones_like(ids))[0])
+
+    def passes_trl_checks(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which trl accepts the model."""
+        return nullcontext()
+
+    def make_collator(self, pad_token_id: int, pad_to_multiple_of: int | None) -> Any:
+        """The collator that makes batches of rows."""
+        raise NotImplementedError
+
+    def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
+        """Losses (B,), which of them count (B,), a term added to their mean, figures (B, F), and the model's output."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps done so far; None in an evaluation."""
+        return int(self.state.global_step) if self.model.training else None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of `losses` over the pairs or completions of one batch.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite on any process; names the step.
+        """
+        losses, counted, extra, figures, outputs = self.losses(model, inputs)
+        loss = mean_of_counted(losses, counted) + extra
+        self._record(losses.detach().masked_fill(~counted, torch.nan), loss.detach(), figures.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(self, losses: Tensor, loss: Tensor, figures: Tensor) -> None:
+        """Keep losses (B,) and figures (B, F) by unit, so that logged means are exact for any batch size."""
+        total = self.accelerator.gather(loss.reshape(1))
+        if not torch.isfinite(total).all():
+            raise NonFiniteError(
+                f"the loss is {total[~torch.isfinite(total)][0].item()} at step {self.state.global_step + 1}; lower "
+                "train.learning_rate, set train.max_grad_norm, or use a dtype with more range"
+            )
+        mode = "train" if self.model.training else "eval"
+        rows = self.accelerator.gather_for_metrics(torch.cat([losses[:, None], figures.to(losses)], dim=-1)).tolist()
+        for name, column in zip(("loss", *self.figure_names), zip(*rows, strict=True), strict=True):
+            if (mode, name) != ("train", "loss"):  # the Trainer already averages the training loss
+                self._metrics[mode][name].extend(value for value in column if value == value)
+
+    def pending_figures(self) -> dict[str, list[float]]:
+        """Figures of each unit since the last logged line, by name."""
+        return dict(self._metrics["train"])
+
+    def restore_figures(self, figures: dict[str, list[float]]) -> None:
+        """Continue with the figures of a checkpoint."""
+        self._metrics["train"].update(figures)
+
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the means of the figures."""
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the means since the last call; a figure that no unit has (all prefixes identical) is left out."""
+        mode = "train" if self.model.training else "eval"
+        means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
+        self._metrics[mode].clear()
+        self._metrics[mode].update({name: [value] for name, value in self.summarize(means).items()})
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(self.columns)
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere: trl's usage pings are switched off."""
+
+
+def name_of(model: Any) -> str:
+    """A model's folder or hub id, or ``model``."""
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "model")
+
+
+class PairwiseRewardTrainer(ScorerTrainer):
+    """A trainer whose loss sees the scores of every prefix of both completions of a pair.
+
+    Subclasses name the objective or override `pair_losses`. The model is called as a whole, through its wrapper (DDP,
+    FSDP, peft), and a hook on its scalar head records the scores of *all* positions.
+    """
+
+    columns = (*PAIR_COLUMNS, "pair_weights")
     figure_names = PAIR_FIGURES
 
     def make_collator(self, pad_token_id: int, pad_to_multiple_of: int | None) -> Any:
-        """Rows [chosen …; rejected …]."""
+        """A collator of rows [chosen …; rejected …]."""
         return PrefixCollator(pad_token_id, pad_to_multiple_of)
 
-    def pair_losses(self, scores: PairScores) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    def pair_losses(self, scores: PairScores) -> Losses:
         """Loss of each pair, and which pairs count in the mean."""
         return pair_losses(self.objective, scores, self.options, self.step)
 
     def read(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, Any]:
         """Scores of the batch, and the model's own output."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        every, outputs = read_positions(model, self.accelerator.unwrap_model(model), ids, mask)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (2B, L)
+        every, outputs = score_every_position(model, self.accelerator.unwrap_model(model), ids, mask)
         return align_pairs(every, ids, mask, inputs["prompt_lengths"]), outputs
 
-    def losses(
-        self, model: Any, inputs: dict[str, Any]
-    ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"], Float[Tensor, ""] | float, Tensor, Any]:
-        """Loss of each pair, which ones count, what is added to their mean, their figures, and the model's output."""
+    def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
+        """Losses (B,), which of them count (B,), the centring term, figures (B, F), and the model's output."""
         scores, outputs = self.read(model, inputs)
-        scores.trust = inputs.get("trust")
+        scores.pair_weights = inputs.get("pair_weights")
         losses, counted = self.pair_losses(scores)
-        extra = 0.0
+        extra: Any = 0.0
         if self.args.center_rewards_coefficient is not None:
-            extra = self.args.center_rewards_coefficient * self.centre_penalty(scores)
-        with torch.no_grad():
-            figures = pair_figures(scores)
-        return losses, counted, extra, figures, outputs
+            extra = self.args.center_rewards_coefficient * self.centring_penalty(scores)
+        return losses, counted, extra, pair_figures(scores), outputs
 
-    def centre_penalty(self, scores: PairScores) -> Float[Tensor, ""]:
+    def centring_penalty(self, scores: PairScores) -> Float[Tensor, ""]:
         """Mean of (r_w + r_l)² at the ends of the completions (RewardConfig's center_rewards_coefficient)."""
         ends = last_score(scores.chosen, scores.chosen_mask) + last_score(scores.rejected, scores.rejected_mask)
         return ends.square().mean()
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        return prepare(dataset, processing_class, args.max_length, dataset_name)
+        return prepare_pairs(dataset, processing_class, args.max_length, dataset_name)
+
+
+class PrefixRewardTrainer(PairwiseRewardTrainer):
+    """Minimises `rgtg.losses.prefix_bradley_terry_loss` (PARGS, arXiv 2406.07780), for token-wise guidance.
+
+    −log σ( r(x, y^w_{1:i}) − r(x, y^l_{1:i}) ), mean over the positions i at which the prefixes differ, then over
+    pairs; ``options`` (`rgtg.config.training.PrefixBtSettings`) weights positions and samples prefixes.
+
+    Example (not run here)::
+
+        trainer = PrefixRewardTrainer("policy-folder", RewardConfig("out"), train_dataset=pairs)
+        trainer.train()
+    """
+
+    objective = "prefix-bt"
+    _tag_names = ("rgtg", "prefix-bt")
+
+
+class FullRewardTrainer(PairwiseRewardTrainer):
+    """Minimises `rgtg.losses.bradley_terry_loss`: −log σ( r(x, y^w) − r(x, y^l) ) at the last tokens."""
+
+    objective = "full-bt"
+    _tag_names = ("rgtg", "full-bt")
+
+
+class CoherentRewardTrainer(PairwiseRewardTrainer):
+    """Minimises `rgtg.losses.tcrm_pair_losses`: full-bt, and the score of each prefix is tied to the final score."""
+
+    objective = "tcrm"
+    _tag_names = ("rgtg", "tcrm")
 
 
 @contextmanager
-def recording(head: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module returns while the block runs."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+def record_outputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """During the block, collect what a module returns."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
-        yield seen
+        yield outputs
     finally:
         handle.remove()
 
 
-def read_positions(
+def score_every_position(
     model: Any, unwrapped: Any, ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"]
 ) -> tuple[Float[Tensor, "rows length"], Any]:
     """Score at every position, and the model's own output, from one call of the *wrapped* model.
 
-    Calling the wrapper is what lets DDP and FSDP see the forward pass and synchronise gradients.
+    DDP and FSDP synchronise gradients only if their wrapper is called.
+
+    Raises:
+        UsageError: the hook on the scalar head records nothing.
     """
-    with recording(scalar_head(unwrapped)) as seen:
-        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **counted_positions(mask))
-    if not seen:
+    with record_outputs(scalar_head(unwrapped)) as recorded:
+        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **position_ids(mask))
+    if not recorded:
         raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
-    return seen[-1][..., 0], outputs
+    return recorded[-1][..., 0], outputs
 
 
-def counted_positions(mask: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
-    """``position_ids`` that count from the first real token, where rows are padded on the left; else nothing."""
+def position_ids(mask: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
+    """``position_ids`` counted from the first real token, if rows are padded on the left; else no argument."""
     return {} if bool(mask[:, 0].all()) else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@torch.no_grad()
+def require_causal(model: Any, read: Callable[[Int[Tensor, "rows length"]], Tensor]) -> None:
+    """Check that what ``read`` gives at a position, (rows, L, …), does not depend on later tokens.
+
+    Raises:
+        UsageError: it does, so one forward pass cannot train the model on prefixes.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=device) % model.config.get_text_config().vocab_size
+    one, other = read(ids)[:, :3].float()
+    model.train(was_training)
+    if not torch.allclose(one, other, atol=1e-2, rtol=1e-2, equal_nan=True):
+        raise UsageError(
+            f"{type(model).__name__} looks ahead: its score of a prefix changes with the tokens after it; start from a "
+            "causal (decoder) model"
+        )

@@ -5,8 +5,7 @@ import pytest
 from helpers.command import verb
 from rgtg.config import TrainSettings
 from rgtg.errors import UsageError
-from rgtg.training.arguments import DEFAULTS, HEAD_DEFAULTS, reward_config
-from rgtg.training.bounds import as_number, require_values
+from rgtg.training.arguments import DEFAULTS, HEAD_DEFAULTS, as_number, require_values, reward_config
 from rgtg.training.trainers.resumable import ResumableTrainer
 from training.checkpoint.test_resume import settings, train_scorer, world  # noqa: F401  # a fixture
 
