@@ -56,7 +56,7 @@ def test_best_of_n_reads_it_as_a_reward_model(trained, policy_folder):
 
 
 def test_settings_of_heads_do_not_fit_it(policy_folder, tmp_path):
-    with pytest.raises(UsageError, match="--trunk shared --head vocab is not trained"):
+    with pytest.raises(UsageError, match="--trunk shared --head vocab is not supported"):
         train_scorer(
             TrainSettings(pairs="p.jsonl", base=str(policy_folder), trunk="shared", head="vocab", output=tmp_path / "x")
         )

@@ -4,7 +4,7 @@ import pytest
 
 from helpers.command import verb
 from rgtg.errors import UsageError
-from rgtg.training.train import _alone, train_scorer
+from rgtg.training.train import _locked_output, train_scorer
 from rgtg.utils.files import LOCK_FILE, lock_folder
 from training.checkpoint.test_resume import die_at, settings, world  # noqa: F401  # a fixture
 
@@ -44,11 +44,11 @@ def test_the_command_says_so_in_a_line(world):  # noqa: F811
 
 
 def test_of_several_processes_the_first_holds_the_folder_for_all(world, monkeypatch):  # noqa: F811
-    with _alone(settings()):
+    with _locked_output(settings()):
         monkeypatch.setenv("RANK", "1")
-        with _alone(settings()):
+        with _locked_output(settings()):
             assert (world / "out" / LOCK_FILE).exists()
         assert (world / "out" / LOCK_FILE).exists()
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(UsageError, match="another process"), _alone(settings()):
+        with pytest.raises(UsageError, match="another process"), _locked_output(settings()):
             pass

@@ -247,7 +247,7 @@ def test_changed_data_or_settings_are_refused_unless_forced(world, unfinished):
 def test_force_goes_on_regardless_and_says_so(world, unfinished):
     run, _ = unfinished
     more = run.model_copy(update={"force": True, "train": run.train | {"max_steps": 6}})
-    with pytest.warns(UserWarning, match=r"regardless \(--force\): train.max_steps \(was 4, is 6\) changed"):
+    with pytest.warns(UserWarning, match=r"in any case \(--force\): train.max_steps \(was 4, is 6\) changed"):
         report = train_scorer(more)
     assert (report.steps, report.resumed_from[-12:]) == (6, "checkpoint-4")
 
@@ -278,7 +278,7 @@ def test_a_run_without_checkpoints_saves_one_when_it_is_stopped(world, monkeypat
     run = settings(resume=False, train={"max_steps": 10})
     with monkeypatch.context() as patch:
         die_at(patch, 4, ask_to_stop)
-        with pytest.raises(StoppedError, match="with --resume goes on"):
+        with pytest.raises(StoppedError, match="with --resume resumes from"):
             train_scorer(run)
     assert train_scorer(run.model_copy(update={"resume": True})).resumed_from.endswith("checkpoint-5")
 

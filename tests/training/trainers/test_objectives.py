@@ -359,10 +359,10 @@ def test_held_out_rollouts_can_be_given(policy_folder, data, tmp_path):
         ("farma", "rollouts", {}, "farma learns from pairs"),
         ("value", "rollouts", {"rollouts": None}, "value needs --rollouts FILE"),
         ("cumulative-mse", "pairs", {"rollouts": "r.jsonl"}, "not both"),
-        ("cumulative-mse", "pairs", {"eval_rollouts": "r.jsonl"}, "of the kind that is trained on"),
+        ("cumulative-mse", "pairs", {"eval_rollouts": "r.jsonl"}, "of the same kind as the training data"),
         ("cumulative-mse", "pairs", RANGE, "scales the rewards of --rollouts"),
         ("full-bt", "pairs", {"tcrm": {}}, "tcrm belongs to another objective than full-bt"),
-        ("full-bt", "pairs", {"reference_scorer": "x"}, "--reference-scorer weighs the pairs of prefix-bt"),
+        ("full-bt", "pairs", {"reference_scorer": "x"}, "--reference-scorer weights the pairs of prefix-bt"),
         ("prefix-bt", "pairs", {"prefix_bt": {"consistency": "pair"}}, "give --reference-scorer"),
         ("autoregressive", "pairs", {"trunk": "own", "head": "vocab"}, "autoregressive trains a language model"),
         ("autoregressive", "pairs", {"trunk": "shared"}, "leave --trunk out and add --set lora.r=16"),
@@ -370,7 +370,7 @@ def test_held_out_rollouts_can_be_given(policy_folder, data, tmp_path):
         ("farma", "pairs", {"trunk": "own", "head": "state"}, "use --head vocab"),
         ("tcrm", "pairs", {"trunk": "own", "head": "vocab"}, "closing tokens only"),
         ("farma", "pairs", {"trunk": "own", "head": "vocab", "farma": {"output_scale": 0.5}}, "a table of its own"),
-        ("prefix-bt", "pairs", {"trunk": "shared", "head": "vocab"}, "--trunk shared --head vocab is not trained"),
+        ("prefix-bt", "pairs", {"trunk": "shared", "head": "vocab"}, "--trunk shared --head vocab is not supported"),
         ("value", "rollouts", {"train": {"center_rewards_coefficient": 0.1}}, "has no meaning for value"),
         ("farma", "pairs", {"train": {"center_rewards_coefficient": 0.1}}, "has no meaning for farma"),
     ],
@@ -383,7 +383,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path, objectiv
 
 
 def test_a_reward_model_is_no_start_for_a_language_model(scorer_folder, policy_folder, data, tmp_path):
-    with pytest.raises(UsageError, match="no whole language model"):
+    with pytest.raises(UsageError, match="not a complete language model"):
         train_scorer(settings(scorer_folder, data, tmp_path / "a", "farma"))
     train_scorer(settings(policy_folder, data, tmp_path / "trained", "full-bt", train=FAST | {"max_steps": 1}))
     with pytest.raises(UsageError, match="scalar head"):

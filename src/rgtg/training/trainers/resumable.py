@@ -123,7 +123,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """As in transformers; ``True`` resumes from the newest checkpoint that is complete and undamaged.
 
         Raises:
-            DataError: a file of the checkpoint is a pickle with more than tensors and numbers; it is not loaded.
+            DataError: a file of the checkpoint is a pickle of more than tensors and numbers; it is not loaded.
             UsageError: incomplete batches are dropped, and the data does not fill one.
         """
         require_batch(self)
@@ -137,7 +137,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except UnpicklingError as error:
             raise DataError(
-                f"{self._checkpoint} holds a pickle with more than tensors and numbers, which no training saves and "
+                f"{self._checkpoint} holds a pickle of more than tensors and numbers, which no training saves and "
                 "which could run code: it was not loaded. Delete that checkpoint, and find out who wrote it"
             ) from error
         loss = self._mean_loss()
