@@ -226,12 +226,12 @@ class ModelTraining:
         )  # fmt: skip
 
     def _trainer(self, run: TrainingRun) -> ScorerTrainer:
-        settings, data, lora, revision = run.settings, run.data, None, None
+        settings, data, lora = run.settings, run.data, None
         if settings.lora is not None:
-            self.model.name_or_path, revision = absolute_source(settings.base)  # peft must find the base from any folder
-            lora = lora_config(
-                self.model, settings.lora, own_output=self._output_scale() != 1, revision=revision
-            )  # fmt: skip
+            # peft writes this name into the adapter, which must find its base from any folder
+            self.model.name_or_path, revision = absolute_source(settings.base)
+            scaled = self._output_scale() != 1
+            lora = lora_config(self.model, settings.lora, own_output=scaled, revision=revision)
         make: Any = pairs_dataset if data.kind == "pairs" else rollouts_dataset
         train = pairs_dataset(data.train, data.pair_weights) if data.kind == "pairs" else rollouts_dataset(data.train)
         return TRAINERS[settings.objective, data.kind](
