@@ -6,10 +6,10 @@ from pathlib import Path
 
 from helpers.naive import info
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
-from rgtg.integrations.ray_cluster import _prepare_environment
+from rgtg.integrations.ray_cluster import _set_environment
 from rgtg.models.loading.scorer_info import write_info
 
-_prepare_environment(local=True)  # before any test imports Ray
+_set_environment(local=True)  # before any test imports Ray
 
 
 def save_models(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A file of prompts on a Ray cluster: the same bytes as without it, whoever dies, and however it is stopped."""
+"""A file of prompts on a Ray cluster gives the same bytes as without it, even if workers die or it is stopped."""
 
 import importlib.util
 import os
@@ -13,15 +13,15 @@ import pytest
 
 import rgtg
 from helpers.command import verb
-from helpers.ray_hands import Fake, Faulty, Other, Stillborn, notes, slow_worker
+from helpers.ray_workers import Buggy, DiesOnLoad, Fake, OtherModels, notes, slow_worker
 from helpers.ray_world import save_models, write_prompts
 from rgtg.batch.tasks import FailedTask, Task, TaskBatch
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import PromptRow, read_prompt_rows
 from rgtg.errors import RgtgError
 from rgtg.integrations import ray_pool
-from rgtg.integrations.ray_batch import on_ray
-from rgtg.integrations.ray_cluster import Room, cluster
+from rgtg.integrations.ray_batch import ray_job
+from rgtg.integrations.ray_cluster import WorkerResources, connect_ray
 from rgtg.types.batch import JobResult
 
 pytestmark = [
@@ -34,19 +34,19 @@ ROWS = 120
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    """Two CPUs, for two workers with one each."""
+    """Start a cluster with two CPUs, for two workers with one each."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(rgtg.__file__).parents[1])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)  # so that workers of these tests can be imported there
         patch.setattr(os, "cpu_count", lambda: 2)
-        with cluster(GenerateSettings(ray=True, actors=2, cpus_per_actor=1)) as started_here:
+        with connect_ray(GenerateSettings(ray=True, actors=2, cpus_per_actor=1)) as started_here:
             assert started_here
             yield
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Settings of a job, and what it writes without Ray."""
+    """Settings of a job, and its output without Ray."""
     folder = save_models(tmp_path_factory.mktemp("ray"))
     write_prompts(folder / "prompts.jsonl", ROWS)
     given = {
@@ -68,14 +68,12 @@ def written(output):
 
 
 def at_work_on(output):
-    """Processes that have begun a batch and not ended it."""
+    """Processes that have begun a batch and not finished it."""
     ended = notes(output, "done")
     return [pid for pid, rows in notes(output, "given") if [pid, rows] not in ended]
 
 
-def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_without_ray(
-    ray_cluster, job, tmp_path, monkeypatch
-):
+def test_after_a_worker_is_killed_the_bytes_are_those_without_ray(ray_cluster, job, tmp_path, monkeypatch):
     given, whole = job
     monkeypatch.setattr(ray_pool, "Worker", slow_worker())
     settings = GenerateSettings(**given, output=tmp_path / "out.jsonl", ray=True, actors=2)
@@ -89,7 +87,7 @@ def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_withou
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.warns(UserWarning, match="a worker died .process .*its rows are done again"):  # noqa: SIM117
-        with on_ray(settings, read_prompt_rows(settings.prompts)) as run:
+        with ray_job(settings, read_prompt_rows(settings.prompts)) as run:
             result = run(progress=kill_one)
     assert len(killed) == 1
     assert (result.rows, result.completions, result.failed) == (ROWS + 1, ROWS, 1)
@@ -104,15 +102,15 @@ def test_a_killed_worker_costs_its_rows_in_flight_and_the_bytes_are_those_withou
     assert "temperature" in again.output
 
 
-def test_sigterm_ends_with_75_and_the_job_goes_on_without_ray(ray_cluster, job, tmp_path):
+def test_sigterm_exits_with_75_and_the_job_resumes_without_ray(ray_cluster, job, tmp_path):
     import ray
 
     given, whole = job
     output = tmp_path / "out.jsonl"
     partial = output.with_name("out.jsonl.partial")
     words = [*map(str, arguments(given, output)), "--ray", "--address", ray.get_runtime_context().gcs_address]
-    code = "from helpers import ray_hands; from rgtg.integrations import ray_pool; "
-    code += "ray_pool.Worker = ray_hands.slow_worker()"
+    code = "from helpers import ray_workers; from rgtg.integrations import ray_pool; "
+    code += "ray_pool.Worker = ray_workers.slow_worker()"
     command = f"{code}; from rgtg.cli.main import app; app()"
     with subprocess.Popen(
         [sys.executable, "-c", command, "generate", *words], stderr=subprocess.PIPE, text=True,
@@ -136,12 +134,12 @@ def test_sigterm_ends_with_75_and_the_job_goes_on_without_ray(ray_cluster, job, 
 
 @pytest.fixture
 def pool(ray_cluster, tmp_path, monkeypatch):
-    """Outcomes of batches by workers of a kind."""
+    """Complete batches with workers of the given class."""
 
     def run(kind, batches, actors=1, version=rgtg.__version__):
         monkeypatch.setattr(ray_pool, "Worker", kind)
         settings = GenerateSettings(policy=version, output=tmp_path / "out.jsonl")
-        with ray_pool.Pool(settings, Room(actors, 1, 0)).open() as opened:
+        with ray_pool.WorkerPool(settings, WorkerResources(actors, 1, 0)).open() as opened:
             return list(opened.complete(batches))
 
     return run
@@ -153,18 +151,18 @@ def batch(*prompts):
     return TaskBatch(tuple(Task(row.number, row, 0, 1, 1) for row in rows))
 
 
-def test_a_batch_that_kills_workers_is_done_row_by_row():
+def test_a_batch_that_kills_workers_is_split_into_rows():
     whole = batch("a", "b", "c")
-    assert ray_pool._again(whole, 1) == ([ray_pool._completing(whole)], [])
-    again, outcomes = ray_pool._again(whole, 2)
+    assert ray_pool._retry(whole, 1) == ([ray_pool._complete_call(whole)], [])
+    again, outcomes = ray_pool._retry(whole, 2)
     assert [call.arguments[0] for call in again] == [batch("a"), batch("b"), batch("c")]
     assert len({call.name for call in again}) == 3, "each of them is counted by itself"
     assert not outcomes
 
 
 @pytest.mark.filterwarnings("ignore:a worker died:UserWarning")
-def test_a_row_that_kills_workers_is_given_up_and_the_others_are_done(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_pool, "_DEATHS", 1)
+def test_a_row_that_kills_workers_fails_and_the_others_are_completed(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_pool, "_BATCH_DEATHS", 1)
     (failed,), rest = pool(Fake, [batch("b?"), batch("d", "e")])
     assert isinstance(failed, FailedTask)
     assert (failed.task.row.id, failed.reason) == ("b?", "worker died")
@@ -175,22 +173,22 @@ def test_a_row_that_kills_workers_is_given_up_and_the_others_are_done(pool, tmp_
 @pytest.mark.parametrize(
     ("kind", "about", "told"),
     [
-        (Stillborn, {}, "a worker died 3 times while it loaded the models .process"),
-        (Other, {"actors": 2}, "process .* has another policy than the worker before it"),
+        (DiesOnLoad, {}, "a worker died 3 times while it loaded the models .process"),
+        (OtherModels, {"actors": 2}, "process .* has another policy than the worker before it"),
         (Fake, {"version": "0.0.1"}, "has rgtg 0.0.1, and this is .*: install the same one"),
     ],
 )
-def test_workers_that_cannot_work(pool, kind, about, told):
+def test_workers_that_cannot_start_are_an_error(pool, kind, about, told):
     with pytest.raises(RgtgError, match=told):
         pool(kind, [batch(chr(97 + i)) for i in range(40)], **about)
 
 
-def test_a_fault_in_a_worker_is_not_hidden(pool):
+def test_a_bug_in_a_worker_keeps_its_error(pool):
     with pytest.raises(KeyError, match="a fault of the program"):
-        pool(Faulty, [batch("a")])
+        pool(Buggy, [batch("a")])
 
 
-def test_no_room_is_said(pool, monkeypatch):
-    monkeypatch.setattr(ray_pool, "_ROOM_SECONDS", 0.0)
+def test_a_cluster_without_room_is_an_error(pool, monkeypatch):
+    monkeypatch.setattr(ray_pool, "_START_SECONDS", 0.0)
     with pytest.raises(RgtgError, match="no node of the cluster had room for a worker with 1 CPUs and 0 GPUs"):
         pool(Fake, [batch("a")])

@@ -1,4 +1,4 @@
-"""The server on Ray Serve: the answers, refusals and streams of the local one, from any of its replicas."""
+"""The server on Ray Serve gives the same answers, errors and streams as the local one, from any replica."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from helpers.served import Served, close, events_of
 from helpers.served import settings as local_settings
 from rgtg.config import GenerateSettings
 from rgtg.errors import NotServingError, UsageError
-from rgtg.integrations.ray_cluster import cluster
+from rgtg.integrations.ray_cluster import connect_ray
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is absent: pip install '.[ray]'"),
@@ -45,7 +45,7 @@ def url(models):
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 2)
-        with cluster(GenerateSettings(ray=True, actors=2, cpus_per_actor=1)):
+        with connect_ray(GenerateSettings(ray=True, actors=2, cpus_per_actor=1)):
             from ray import serve
 
             from rgtg.integrations.ray_serve import app
@@ -67,7 +67,7 @@ def local(models):
 
 
 @pytest.mark.parametrize("body", [ASK, GUIDED])
-def test_the_answer_is_that_of_the_local_engine(url, local, body):
+def test_the_answer_equals_that_of_the_local_engine(url, local, body):
     here = local.post("/v1/completions", **body).json()
     assert here["choices"][0]["text"], here
     for _ in range(4):  # by either replica
@@ -75,7 +75,7 @@ def test_the_answer_is_that_of_the_local_engine(url, local, body):
         assert close(*(one | {"id": "", "created": 0} for one in (here, there))), there
 
 
-def test_streams_pass_through(url, local):
+def test_streams_pass_through_the_proxy(url, local):
     body = GUIDED | {"stream": True}
     there, ended = events_of(httpx.post(f"{url}/v1/completions", json=body, headers=KEY, timeout=60))
     here = local.post("/v1/completions", **GUIDED).json()
@@ -84,7 +84,7 @@ def test_streams_pass_through(url, local):
     assert "".join(one["choices"][0]["text"] for one in there) == here["choices"][0]["text"]
 
 
-def test_the_key_and_the_limits_are_kept(url):
+def test_key_and_limits_apply(url):
     assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
     assert "<title>" in httpx.get(f"{url}/").text
     for headers in ({}, {"Authorization": "Bearer other"}):
@@ -97,7 +97,7 @@ def test_the_key_and_the_limits_are_kept(url):
     assert "64" in long.json()["error"]["message"]
 
 
-def test_settings_become_those_of_the_deployment(models, monkeypatch):
+def test_settings_configure_the_deployment(models, monkeypatch):
     from rgtg.integrations.ray_serve import app
 
     given = {"api_key": "k", "replicas": "2", "max_replicas": "5", "cpus_per_replica": "3", "gpus_per_replica": "0.5"}
@@ -112,10 +112,10 @@ def test_settings_become_those_of_the_deployment(models, monkeypatch):
     assert app(models | {"replicas": 3})._bound_deployment.num_replicas == 3
 
 
-def test_a_replica_is_healthy_as_long_as_its_engine_is(models):
-    from rgtg.integrations.ray_serve import Guided, ReplicaSettings
+def test_a_replica_is_unhealthy_once_its_engine_has_stopped(models):
+    from rgtg.integrations.ray_serve import GuidedDeployment, ReplicaSettings
 
-    replica = Guided(ReplicaSettings(**models, allow_public=True, host="0.0.0.0", max_queue=0, log="errors"))
+    replica = GuidedDeployment(ReplicaSettings(**models, allow_public=True, host="0.0.0.0", max_queue=0, log="errors"))
     for _ in range(3):
         replica.check_health()
     replica.state.engine.stop()
@@ -126,21 +126,21 @@ def test_a_replica_is_healthy_as_long_as_its_engine_is(models):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({}, "Ray's proxies may listen to anyone: set a key .RGTG_API_KEY., or allow_public=true"),
+        ({}, "Ray's proxies may be reachable by anyone: set a key .RGTG_API_KEY., or allow_public=true"),
         ({"allow_public": "false"}, "lets others in: set a key"),
         ({"api_key": "k", "port": 80}, "port: Ray Serve listens"),
         ({"api_key": "k", "replica": 2}, "unknown setting replica; did you mean replicas"),
         ({"api_key": "k", "replicas": 3, "max_replicas": 2}, "max_replicas .2. is below replicas .3."),
     ],
 )
-def test_settings_that_are_refused(models, given, told):
+def test_invalid_settings_are_errors(models, given, told):
     from rgtg.integrations.ray_serve import app
 
     with pytest.raises(UsageError, match=told):
         app(models | given)
 
 
-def test_the_config_file_of_the_documentation(monkeypatch, folder):
+def test_the_config_file_of_the_documentation_is_valid(monkeypatch, folder):
     from ray.serve.schema import ServeDeploySchema
 
     page = (Path(__file__).parents[2] / "docs" / "ray.md").read_text()

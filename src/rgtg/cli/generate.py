@@ -145,9 +145,9 @@ def _ready(
     On ranks other than the ``first`` one, which only help to decode, the function returns None.
     """
     if settings.ray:
-        from rgtg.integrations.ray_batch import on_ray
+        from rgtg.integrations.ray_batch import ray_job
 
-        with redirect_stdout(sys.stderr), on_ray(settings, prompts) as run:  # Ray reports dead workers on stdout
+        with redirect_stdout(sys.stderr), ray_job(settings, prompts) as run:  # Ray reports dead workers on stdout
             yield run
         return
     from rgtg.batch.run import follow_job, run_job

@@ -1,8 +1,8 @@
-"""A file of prompts completed by the workers of a Ray cluster: the local job, with its batches done elsewhere.
+"""Complete a file of prompts on a Ray cluster: the local job, with its batches completed by workers.
 
-The driver reads the prompts, hands out batches, and appends rows to the job's working file as they come. So the
-records, the errors, what is refused and how a stopped job goes on are those of `rgtg.jobs`: a job may be begun here and
-finished there. Why a pool of actors and not a Ray Data pipeline: docs/decisions/0011.
+The driver reads the prompts, hands out batches, and appends finished rows to the job's journal. So the output, the
+errors, the checks and resuming are those of `rgtg.batch`: a job can be started here and finished there.
+docs/decisions/0011 says why this is a pool of actors and not a Ray Data pipeline.
 """
 
 import warnings
@@ -15,62 +15,63 @@ from rgtg.batch.run import run_plan
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import PromptFile
 from rgtg.errors import RgtgError, UsageError, one_line
-from rgtg.integrations.ray_cluster import Room, cluster, nodes_alive, share, whole_path
-from rgtg.integrations.ray_pool import Pool
+from rgtg.integrations.ray_cluster import WorkerResources, absolute_path, connect_ray, node_resources, plan_workers
+from rgtg.integrations.ray_pool import WorkerPool
 from rgtg.types.batch import JobResult
 
 
 @contextmanager
-def on_ray(settings: GenerateSettings, prompts: PromptFile) -> Iterator[Callable[..., JobResult]]:
-    """Join or start the cluster of the settings, and plan the job in a worker; yields what completes it.
+def ray_job(settings: GenerateSettings, prompts: PromptFile) -> Iterator[Callable[..., JobResult]]:
+    """Connect to or start the cluster of the settings, plan the job in a worker, and yield a function that runs it.
 
-    The yielded function takes ``progress``, returns the job's result, and raises what `rgtg.batch.run.run_job` does.
+    The function takes ``progress``, returns the job's result, and raises the errors of `rgtg.batch.run.run_job`.
 
     Args:
-        settings: of the run; from ``ray`` to ``cpus_per_actor`` they say where.
+        settings: of the run; those from ``ray`` to ``cpus_per_actor`` describe the cluster and its workers.
         prompts: the rows.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        UsageError: settings that cannot be used, or more workers than this machine has room for.
-        EndpointError: no cluster is at the address.
-        RgtgError: a cluster without room or without this version of rgtg, or whose workers die.
+        UsageError: settings that cannot be used, or more workers than fit on this machine.
+        EndpointError: there is no cluster at the address.
+        RgtgError: the cluster has no room or another version of rgtg, or its workers die.
 
     Example:
-        >>> with on_ray(settings, read_prompt_rows("prompts.jsonl")) as run:  # doctest: +SKIP
+        >>> with ray_job(settings, read_prompt_rows("prompts.jsonl")) as run:  # doctest: +SKIP
         ...     run().completions
     """
-    with cluster(settings) as started_here, _told():
-        room = _room(settings, growing=not started_here)
-        with Pool(_placed(settings, room), room).open() as pool:
+    with connect_ray(settings) as started_here, _one_line_errors():
+        resources = _plan_workers(settings, growing=not started_here)
+        with WorkerPool(_worker_settings(settings, resources), resources).open() as pool:
             plan = pool.plan(settings, prompts)
             yield partial(run_plan, settings, prompts, plan, pool.complete)
 
 
-def _room(settings: GenerateSettings, *, growing: bool) -> Room:
-    """The workers' share of the cluster; a growing one may have no room for all of them yet."""
-    room, fit = share(settings, nodes_alive())
-    if fit < room.actors:
-        short = f"there is room for {fit} of {room.actors} workers with {room.cpus} CPUs and {room.gpus:g} GPUs each"
+def _plan_workers(settings: GenerateSettings, *, growing: bool) -> WorkerResources:
+    """Check that the workers fit; on a ``growing`` cluster, warn if some of them do not fit yet."""
+    resources, fit = plan_workers(settings, node_resources())
+    if fit < resources.actors:
+        each = f"{resources.cpus} CPUs and {resources.gpus:g} GPUs each"
+        short = f"there is room for {fit} of {resources.actors} workers with {each}"
         if not growing:
             raise UsageError(f"{short} on this machine: lower --actors, --cpus-per-actor or --gpus-per-actor")
         warnings.warn(f"{short} in the cluster now; the others start when there is more", stacklevel=2)
-    return room
+    return resources
 
 
-def _placed(settings: GenerateSettings, room: Room) -> GenerateSettings:
-    """The settings as workers load models by them: whole paths of what is here, and no GPU that they were not given."""
-    changed: dict[str, Any] = {name: whole_path(getattr(settings, name)) for name in ("policy", "draft")}
+def _worker_settings(settings: GenerateSettings, resources: WorkerResources) -> GenerateSettings:
+    """The settings by which workers load models: with absolute paths, and on the CPU if they have no GPU."""
+    changed: dict[str, Any] = {name: absolute_path(getattr(settings, name)) for name in ("policy", "draft")}
     scorer = settings.scorer
-    changed["scorer"] = [whole_path(one) for one in scorer] if isinstance(scorer, list) else whole_path(scorer)
-    if settings.device is None and not room.gpus:
+    changed["scorer"] = [absolute_path(one) for one in scorer] if isinstance(scorer, list) else absolute_path(scorer)
+    if settings.device is None and not resources.gpus:
         changed["device"] = "cpu"
     return settings.model_copy(update={k: v for k, v in changed.items() if v != getattr(settings, k)})
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Tell Ray's own errors in a line; a fault in a worker's code keeps its traceback."""
+def _one_line_errors() -> Iterator[None]:
+    """Raise Ray's own errors as one line. A bug in a worker's code keeps its traceback."""
     from ray.exceptions import RayError, RayTaskError
 
     try:
@@ -78,5 +79,6 @@ def _told() -> Iterator[None]:
     except RayTaskError:
         raise
     except RayError as error:
-        why = one_line(error)
-        raise RgtgError(f"Ray failed: {why}; finished rows are kept, and the same command goes on from them") from error
+        raise RgtgError(
+            f"Ray failed: {one_line(error)}; finished rows are kept, and the same command resumes from them"
+        ) from error

@@ -13,8 +13,8 @@ from rgtg.tokenization.padding import pad_right
 
 # Settings of a GenerationConfig that mean the same here, with transformers' own defaults.
 _PASSED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-# Settings that change the text and that we do not carry out: refused, never ignored.
-_REFUSED = {
+# Settings that change the text and are not supported: an error, never ignored.
+_UNSUPPORTED = {
     "num_beams": 1, "num_return_sequences": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "min_p": None, "bad_words_ids": None, "force_words_ids": None, "sequence_bias": None, "guidance_scale": None,
     "penalty_alpha": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None,
@@ -22,8 +22,8 @@ _REFUSED = {
     "return_dict_in_generate": False,
 }  # fmt: skip
 
-# What generate builds from settings that we carry out in our own way (and its use of min_length for min_new_tokens).
-_CARRIED_OUT = {
+# Processors that generate builds from supported settings (it uses min_length for min_new_tokens).
+_SUPPORTED = {
     "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "MinLengthLogitsProcessor",
     "MinNewTokensLengthLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
     "MaxLengthCriteria", "EosTokenCriteria",
@@ -39,25 +39,25 @@ def custom_generate(
     top_k: int | Literal["default"] | None = "default",
     seed: int = 0,
 ) -> Callable[..., Tensor]:
-    """A callable for ``generate(custom_generate=...)`` that decodes with guidance.
+    """Make a callable for ``generate(custom_generate=...)`` that decodes with guidance.
 
     ``max_new_tokens``, ``min_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty`` and
-    ``no_repeat_ngram_size`` of the call are honoured; candidates are ours (``top_k`` here, not the call's); what would
-    have to be ignored is refused. ``generate`` itself drops ``streamer=`` for custom callables.
+    ``no_repeat_ngram_size`` of the call are used; ``top_k`` is the one given here, not the call's. Settings that would
+    have to be ignored are errors. ``generate`` itself drops ``streamer=`` for custom callables.
 
     Args:
         scorer: folder, hub id or loaded pair, or a list of them; None with method ``policy``.
         tokenizer: the policy's.
-        method: a row of the methods table.
-        beta: guidance strength; it multiplies the score. One for each of several scorers.
+        method: name of a decoding method.
+        beta: guidance strength, multiplies the score; one for each of several scorers.
         top_k: candidates per step; ``default`` is the method's own.
-        seed: of the call's rows.
+        seed: from which each row's seed is derived.
 
     Returns:
         ``f(model, input_ids, ...) -> (B, L + T)`` token ids, prompts as given, completions padded on the right.
 
     Raises:
-        UsageError: on a call whose settings cannot be carried out.
+        UsageError: the settings of a call are not supported.
     """
     loaded: dict[int, GuidedPolicy] = {}
 
@@ -68,7 +68,7 @@ def custom_generate(
                 (model, tokenizer), scorer, method=method, beta=beta, top_k=top_k
             )
         settings = _settings(config, loaded[id(model)], input_ids.shape[1])
-        _refuse_callbacks(kwargs)
+        _check_processors(kwargs)
         return _generate(loaded[id(model)], input_ids, kwargs.get("attention_mask"), settings, seed)
 
     return run
@@ -86,11 +86,11 @@ def _generate(
     return torch.cat([input_ids, new], 1)
 
 
-def _refuse_callbacks(kwargs: dict[str, Any]) -> None:
-    """``generate`` hands over its own processors and criteria with the caller's; ours would not run the caller's."""
+def _check_processors(kwargs: dict[str, Any]) -> None:
+    """Raise an error for processors and criteria of the caller, which ``generate`` passes along with its own."""
     for name in ("logits_processor", "stopping_criteria"):
         for item in kwargs.get(name) or ():
-            if type(item).__name__ not in _CARRIED_OUT:
+            if type(item).__name__ not in _SUPPORTED:
                 raise UsageError(f"guided generation does not run the {name} {type(item).__name__}; leave it out")
 
 
@@ -103,7 +103,7 @@ def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str
         )
     if config.min_length and not config.min_new_tokens:
         raise UsageError(f"guided generation does not do min_length={config.min_length}; use min_new_tokens")
-    for name, default in _REFUSED.items():
+    for name, default in _UNSUPPORTED.items():
         value = getattr(config, name, default)
         if value not in (default, None):
             raise UsageError(f"guided generation does not do {name}={value!r}; leave it out")
@@ -115,7 +115,7 @@ def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str
         settings[name] = default if value is None else value
     if config.do_sample:
         settings["top_p"] = 1.0 if config.top_p is None else config.top_p
-        if config.temperature is not None:  # a greedy method refuses one that is not 1
+        if config.temperature is not None:  # with a greedy method, any but 1 is an error
             settings["temperature"] = config.temperature
     elif guided.method.rule != "greedy":
         settings["temperature"] = 0.0

@@ -1,6 +1,6 @@
-"""Workers of a Ray pool that note what they are given, or go wrong.
+"""Workers of a Ray pool that record their batches, or fail.
 
-All but one load no models, and this file imports none of rgtg, so that they start at once.
+Only one of them loads models, and this file does not import rgtg at the top, so that they start quickly.
 """
 
 import json
@@ -21,7 +21,7 @@ def notes(output, name):
 
 
 class Fake:
-    """Does nothing, and says so; ``settings.policy`` is the version of rgtg that it has."""
+    """Record batches and complete nothing; ``settings.policy`` is its version of rgtg."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -40,23 +40,23 @@ class Fake:
         return [task.index for task in batch.tasks]
 
 
-class Stillborn(Fake):
+class DiesOnLoad(Fake):
     def load(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Other(Fake):
+class OtherModels(Fake):
     def load(self):
         return super().load() | {"policy": f"of process {os.getpid()}"}
 
 
-class Faulty(Fake):
+class Buggy(Fake):
     def complete(self, batch):
         raise KeyError("a fault of the program")
 
 
 def slow_worker():
-    """The real worker, but it takes its time, and notes its process, and each batch when it is given and when done."""
+    """The real worker, slowed down; it records its process, and each batch when it begins and when it is done."""
     from rgtg.integrations.ray_pool import Worker
 
     class Slow(Worker):
