@@ -127,7 +127,7 @@ def test_a_replica_is_unhealthy_once_its_engine_has_stopped(models):
     ("given", "told"),
     [
         ({}, "Ray's proxies may be reachable by anyone: set a key .RGTG_API_KEY., or allow_public=true"),
-        ({"allow_public": "false"}, "lets others in: set a key"),
+        ({"allow_public": "false"}, "other machines can reach 0.0.0.0: set a key"),
         ({"api_key": "k", "port": 80}, "port: Ray Serve listens"),
         ({"api_key": "k", "replica": 2}, "unknown setting replica; did you mean replicas"),
         ({"api_key": "k", "replicas": 3, "max_replicas": 2}, "max_replicas .2. is below replicas .3."),
