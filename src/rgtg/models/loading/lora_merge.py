@@ -101,7 +101,7 @@ def output_name(model: Any) -> str | None:
 @torch.no_grad()
 def untie_output(model: Any, scale: float = 1.0) -> None:
     """Untie a language model's output layer from its embedding, in place, and multiply its weights by ``scale``."""
-    model.config.get_text_read_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight * scale)
     if getattr(head, "bias", None) is not None:
