@@ -1,6 +1,5 @@
 """Prometheus metrics with vLLM's names, plus metrics of guidance."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -8,7 +7,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from rgtg.serving.engine.engine import Snapshot
-from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, TokenEvent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 _SECONDS_PER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -43,44 +41,6 @@ class Metrics:
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
-
-    def timer(self) -> "RequestTimer":
-        """A timer for a request that arrives now."""
-        return RequestTimer(self)
-
-
-class RequestTimer:
-    """Records the latencies of one request's rows."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics, self.arrival = metrics, time.monotonic()
-        self._last_token: dict[int, float] = {}  # time of each row's latest token
-
-    def record(self, row: int, event: Event) -> None:
-        """Record an event that happens now."""
-        now = time.monotonic()
-        match event:
-            case TokenEvent():
-                if row in self._last_token:
-                    self.metrics.between_tokens.observe(now - self._last_token[row])
-                else:
-                    self.metrics.first_token.observe(now - self.arrival)
-                self._last_token[row] = now
-            case FinishedEvent():
-                self._record_end(row, event, now)
-            case FailedEvent():
-                self.metrics.success.labels("abort").inc()
-
-    def _record_end(self, row: int, event: FinishedEvent, now: float) -> None:
-        metrics, completion = self.metrics, event.completion
-        if row not in self._last_token:  # best-of-n has no tokens before its end
-            metrics.first_token.observe(now - self.arrival)
-        metrics.latency.observe(now - self.arrival)
-        metrics.success.labels(completion.finish_reason).inc()
-        metrics.generation_tokens.inc(len(completion.token_ids))
-        metrics.kl.observe(completion.guided_log_prob - completion.policy_log_prob + completion.selection_nats)
-        if event.scores_not_finite:
-            metrics.fallback.inc()
 
 
 class _EngineCollector:

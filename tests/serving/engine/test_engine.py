@@ -270,7 +270,7 @@ def widths(*models):
 def put(engine, prompt, *rows, to):
     """As ``submit``, for an engine whose thread does not run."""
     group = requests_of(engine.models, prompt, *rows)
-    handle = Handle([group], to)
+    handle = Handle([group], to, rows={request: row for row, request in enumerate(group)})
     engine._waiting.append((handle, group))
     return handle
 

@@ -126,6 +126,9 @@ class Engine:
         for group in groups:
             self.check(group)
         handle = Handle(groups, listener, deadline)
+        for group in groups:
+            for request in group:
+                handle.rows[request] = len(handle.rows)
         with self._wake:
             self._require_room(len(groups))
             for group in groups:
@@ -459,11 +462,11 @@ class Engine:
         handle = self._handles[request]
         row = handle.rows[request]
         if METHODS[request.method].unit != "completion":
-            for i in range(handle.sent[request], len(request.token_ids)):
+            for i in range(handle.sent.get(request, 0), len(request.token_ids)):
                 trace = request.trace[i] if request.keep_trace else None
                 _tell(handle, TokenEvent(row, request.token_ids[i], trace))
             handle.sent[request] = len(request.token_ids)
-        self._nan += request.scores_not_finite - handle.nan_counted[request]
+        self._nan += request.scores_not_finite - handle.nan_counted.get(request, 0)
         handle.nan_counted[request] = request.scores_not_finite
         if request.finish_reason is not None:
             del self._handles[request]

@@ -70,11 +70,6 @@ class Handle:
     listener: Listener
     deadline: float | None = None
     cancelled: bool = False
-    rows: dict[Request, int] = field(init=False)
-    sent: dict[Request, int] = field(init=False)
-    nan_counted: dict[Request, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        requests = [request for group in self.groups for request in group]
-        self.rows = {request: row for row, request in enumerate(requests)}
-        self.sent, self.nan_counted = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
+    rows: dict[Request, int] = field(default_factory=dict)
+    sent: dict[Request, int] = field(default_factory=dict)
+    nan_counted: dict[Request, int] = field(default_factory=dict)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.methods import find_method
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.methods import METHODS
 from rgtg.decoding.request import Request, row_seeds
 from rgtg.errors import DataError, RgtgError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
@@ -77,6 +78,7 @@ class InputProcessor:
         self.token_bytes = TokenBytes(self.tokenizer)
         name = self.models.policy_name
         self.model_names = {name: ()} | {f"{name}+{scorer}": (scorer,) for scorer in self.models.scorers}
+        self._guided: dict[tuple[str, tuple[str, ...]], GuidedPolicy] = {}
         self._tokenizer_lock = threading.Lock()
         seeded = "seed" in settings.model_fields_set
         self._random = random.Random(settings.seed) if seeded else secrets.SystemRandom()
@@ -171,7 +173,7 @@ class InputProcessor:
                     code="unknown_scorer",
                 )
         method = guidance.method or ("pargs" if scorers or guidance.beta is not None else "policy")
-        guided = find_method(method).scorer is not None
+        guided = METHODS[method].scorer is not None
         if not guided and not guidance.scorers:
             return method, ()  # an unguided method overrides the scorer in the model's name
         if guided and not scorers:
@@ -217,7 +219,8 @@ class InputProcessor:
         given["max_new_tokens"] = self._max_new_tokens(body, prompts, scorers, default_tokens)
         trace = bool(guidance.trace)
         try:
-            guided = self.models.guided(method, scorers)
+            guided = self._guided.get((method, scorers)) or self.models.guided(method, scorers)
+            self._guided[method, scorers] = guided
             settings = guided.resolve(given, complete=True)
         except UsageError as error:
             raise from_rgtg(error, names) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import Response
 
-from rgtg.decoding.methods import betas_of, find_method
+from rgtg.decoding.methods import METHODS
 from rgtg.serving.engine.request import FinishedEvent
 from rgtg.serving.http.input_processor import ParsedRequest
 from rgtg.serving.http.responses import (
@@ -256,8 +256,8 @@ def trace_steps(steps: Iterable[StepTrace], token_bytes: TokenBytes) -> list[Tra
 def guidance_report(request: ParsedRequest, index: int, end: FinishedEvent) -> GuidanceReport:
     """How choice ``index`` was generated."""
     completion, settings = end.completion, request.settings
-    method = find_method(settings.method)
-    betas = betas_of(settings) if "beta" in method.takes else [None] * len(request.scorers)
+    method = METHODS[settings.method]
+    betas = request.groups[0][0].betas if "beta" in method.takes else [None] * len(request.scorers)
     log_probs = completion.guided_log_prob, completion.policy_log_prob
     kl = log_probs[0] - log_probs[1] if all(map(math.isfinite, log_probs)) else 0.0
     report = GuidanceReport(

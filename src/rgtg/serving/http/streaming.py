@@ -1,6 +1,7 @@
 """Events of the engine on the server's event loop, and server-sent events to the client."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -25,6 +26,40 @@ FLUSH_SECONDS = 5
 
 class ClientDisconnected(Exception):
     """The client closed the connection before it was answered."""
+
+
+class RequestTimer:
+    """Records the latencies of one request's rows."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics, self.arrival = metrics, time.monotonic()
+        self._last_token: dict[int, float] = {}  # time of each row's latest token
+
+    def record(self, row: int, event: Event) -> None:
+        """Record an event that happens now."""
+        now = time.monotonic()
+        match event:
+            case TokenEvent():
+                if row in self._last_token:
+                    self.metrics.between_tokens.observe(now - self._last_token[row])
+                else:
+                    self.metrics.first_token.observe(now - self.arrival)
+                self._last_token[row] = now
+            case FinishedEvent():
+                self._record_end(row, event, now)
+            case FailedEvent():
+                self.metrics.success.labels("abort").inc()
+
+    def _record_end(self, row: int, event: FinishedEvent, now: float) -> None:
+        metrics, completion = self.metrics, event.completion
+        if row not in self._last_token:  # best-of-n has no tokens before its end
+            metrics.first_token.observe(now - self.arrival)
+        metrics.latency.observe(now - self.arrival)
+        metrics.success.labels(completion.finish_reason).inc()
+        metrics.generation_tokens.inc(len(completion.token_ids))
+        metrics.kl.observe(completion.guided_log_prob - completion.policy_log_prob + completion.selection_nats)
+        if event.scores_not_finite:
+            metrics.fallback.inc()
 
 
 class ResponseStream:
@@ -57,7 +92,7 @@ class ResponseStream:
             ApiError: the engine refuses them.
         """
         self.engine, self.every_token = engine, every_token
-        self.timer = metrics.timer()
+        self.timer = RequestTimer(metrics)
         self.rows = self._running = sum(map(len, groups))
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
