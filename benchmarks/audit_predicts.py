@@ -1,14 +1,14 @@
-"""Which audit figure predicts what guidance gains? A dozen scorers, audited both ways, then guided with.
+"""Which audit figure predicts the gain of guidance? A dozen scorers are audited in both ways and then guide.
 
     python benchmarks/audit_predicts.py --policy FOLDER_OF_A_STORY_MODEL [--work FOLDER] [--golds story alliteration]
 
 Policy, prompts, pairs and golds are those of scorers_by_weight.py. The scorers differ in objective, kind, number of
-pairs and epochs; one has never been trained and one saw shuffled labels. Each is audited on held-out pairs and on the
-candidates of held-out prefixes (roll-outs of the policy, made once), and then guides the policy (pargs, k = 10, 64
-tokens, sampled) on prompts that neither saw, with the beta that costs ``--kl`` nats per completion (to the policy cut
-to its candidates), found on other prompts; the gain over the unguided cut policy is scaled to that KL by its square
-root. What is correlated with it is fixed in FIGURES, before any run. Finished parts are kept in the work folder: a run
-that was stopped goes on.
+pairs and epochs; one is untrained and one saw shuffled labels. Each is audited on held-out pairs and on the candidates
+of held-out prefixes (with roll-outs of the policy, made once). Then it guides the policy (pargs, k = 10, 64 tokens,
+sampled) on new prompts, with the beta that costs ``--kl`` nats per completion (to the policy renormalised over its
+candidates), found on other prompts. The gain over the unguided cut policy is scaled to that KL by its square root. The
+figures that are correlated with it (FIGURES) were fixed before any run. Finished parts are kept in the work folder, so
+that a run that was stopped can continue.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def one_gold(name, args, policy, prompts, rollouts):
         golds = record.pop("golds")
         record["rollouts"].pop("by_position")
         gain = paired_difference(golds, unguided, seed=args.seed).model_dump()
-        # the KL that was reached is not quite --kl: to first order the gain grows with its square root
+        # the KL is not exactly --kl: to first order the gain grows with its square root
         scale = math.sqrt(args.kl / record["kl_nats"])
         matched = {k: v if k == "n" else v * scale for k, v in gain.items()}
         records.append(record | {"gold": mean(golds), "gain": gain, "gain_at_kl": matched})

@@ -1,11 +1,11 @@
-"""Audit of full-sequence and prefix-trained scorers on real human preferences, held-out pairs of the same set.
+"""Audits full-sequence and prefix-trained scorers on held-out pairs of real human preferences.
 
     python benchmarks/human_pairs.py --text FILE [FILE ...] --pairs FILE [FILE ...] [--output docs/results]
 
-Without --base a small trunk is trained first, from the text files (JSONL, .gz or .xz, their "text", "post" or "turns"),
-with its own byte-level BPE tokenizer: that trunk is what a machine without a model hub allows, not a recommendation.
-With --base FOLDER the same command uses a real one. Both scorers see the same pairs, steps and settings. Writes
-human-pairs-audit.json and human-pairs-audit.png.
+Without --base, a small base model is trained first on the text files (JSONL, .gz or .xz, with "text", "post" or
+"turns"), with its own byte-level BPE tokenizer. This is for machines without a model hub, and not a recommendation.
+--base FOLDER uses a real base model. Both scorers see the same pairs, steps and settings. Writes human-pairs-audit.json
+and human-pairs-audit.png.
 """
 
 import argparse

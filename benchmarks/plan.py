@@ -1,12 +1,12 @@
-"""Is ``rgtg plan`` right? What it says of every method, beside what the same job took here, on this processor.
+"""Is ``rgtg plan`` right? Compares its times for every method with measured times on this processor.
 
     python benchmarks/plan.py [--rounds 2] [--batches 1 8] [--output docs/results/plan.json]
 
-Policies and scorers are Llama-shaped with random weights, in shapes that calibration does not use (CASES). In each
-round and case the machine's rates are measured first (``rgtg.planning.calibrate``), then every row of a plan is decoded
-from prompt to last token by ``GuidedPolicy``; the median of the rounds' ratios counts. Of cards, a plan takes how much
-is drawn and scored as given: here, as the job drew and scored. One thread, and its own processor time, so that other
-work on the machine counts little; memory that others keep busy does count. The last line of stdout is one JSON object.
+Policies and scorers are Llamas with random weights, in shapes that calibration does not use (CASES). Each round and
+case first measures the machine's rates (``rgtg.planning.calibrate``), and then decodes every row of a plan from prompt
+to last token with ``GuidedPolicy``; the median of the rounds' ratios counts. A plan needs to know how much cards draws
+and scores: here it is what the job drew and scored. The benchmark uses one thread and its own processor time, to reduce
+the effect of other programs; their memory traffic still counts. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PROMPT, TOKENS, N, WITHIN = 96, 16, 4, 0.25
 
 
 class Case:
-    """Policy and scorers, laid out for decoding, and the shapes that a plan knows of them."""
+    """Policy and scorers, packed for decoding, and their shapes for a plan."""
 
     def __init__(self, dtype, policy, scorer, vocabulary):
         self.dtype, self.vocabulary, self.tokenizer = dtype, vocabulary, words(vocabulary)
@@ -93,7 +93,7 @@ class Case:
 
 
 def words(vocabulary):
-    """A tokenizer of as many words; every word is a token."""
+    """A tokenizer with so many words; every word is a token."""
     names = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, vocabulary))]
     raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -151,7 +151,7 @@ def compare(cases, args):
     for name, (dtype, policy, scorer) in cases.items():
         case = Case(dtype, policy, scorer, args.vocabulary)
         rows = [(variant, case.guided(variant)) for variant in method_variants(KINDS)]
-        for variant, guided in rows:  # once in advance: what a process does only once is no part of a plan
+        for variant, guided in rows:  # warm up: what a process does only once is not part of a plan
             guided.generate(prompts(1, args.vocabulary), **settings_of(variant) | {"max_new_tokens": 2})
         for number in range(args.rounds):
             device = devices[name] = measure_device("cpu", dtype, args.tries, clock=time.process_time)
@@ -200,7 +200,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--tiny", action="store_true", help="two layers, one round: it runs, no more")
+    parser.add_argument("--tiny", action="store_true", help="two layers, one round: only checks that it runs")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     args = parser.parse_args()
     args.load, args.vocabulary, args.tries = round(os.getloadavg()[0], 2), 32_000, 12

@@ -24,8 +24,7 @@ import torch
 
 import stories
 from rgtg.config import CompareRun, CompareSettings, TrainSettings
-from rgtg.decoding.runners.factory import make_stepper
-from rgtg.evaluation.benchmark import seconds_per_token
+from rgtg.evaluation.benchmark import seconds_per_token, start_batch
 from rgtg.evaluation.compare.comparison import run_method
 from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.plots import COLOURS, draw_intervals, new_figure
@@ -113,10 +112,7 @@ def one_gold(name, args, seed):
 def step_time(policy, scorer, prompts, args):
     """Milliseconds per token of one prompt (median of five); this tiny model is all overhead: see decode.json."""
     ids = policy.tokenizer(prompts[0]).input_ids
-    took = sorted(
-        seconds_per_token(make_stepper(policy, scorer, len(ids) + 66, top_k=10), [ids], top_k=10, tokens=60)
-        for _ in range(5)
-    )
+    took = sorted(seconds_per_token(start_batch(policy, scorer, [ids], top_k=10, tokens=60), 60) for _ in range(5))
     return round(1e3 * took[2], 3)
 
 

@@ -1,4 +1,4 @@
-"""The study's golds, splits, tables and resumption do what their descriptions say; no models but tiny ones."""
+"""The study's rewards, splits, tables and resumption, with tiny models."""
 
 import argparse
 import json
@@ -43,12 +43,12 @@ def world(tmp_path: Path, policy_folder: Path) -> worlds.World:
     )  # fmt: skip
 
 
-def test_lexicon_adds_up_and_distinct_depends_on_what_came_before() -> None:
+def test_lexicon_is_a_sum_and_distinct_depends_on_the_history() -> None:
     assert golds.lexicon("a happy", " sad nice friend.") == 2.0
     assert golds.distinct("the cat", " saw the cat") == 3 / 4
 
 
-def test_one_name_rewards_the_hero_and_pays_for_strangers() -> None:
+def test_one_name_rewards_the_hero_and_penalises_other_names() -> None:
     assert golds.one_name("Once there was Tim.", " Tim ran. Then Tim sat.") == 1.0
     assert golds.one_name("Once there was Tim.", " Tim saw Sue and Ben.") == 0.5 - 1.0
     assert golds.one_name("Tim", " Tim Tim Tim Tim Tim Tim") == 2.0, "at most four mentions count"
@@ -73,7 +73,7 @@ def test_human_parts_share_no_prompt(shared_data: Path) -> None:
     assert sources == {"dialogue", "instruction", "summary"}
 
 
-def test_the_policy_that_was_cut_off_learns_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_resumed_training_of_the_policy_equals_uninterrupted_training(tmp_path: Path) -> None:
     args = argparse.Namespace(seed=0, layers=1, width=32, vocab=50, rate=3e-3, matrix_rate=0.02)
 
     def learn(model: Any, optimizers: Any, steps: range) -> list[float]:
@@ -93,14 +93,14 @@ def test_the_policy_that_was_cut_off_learns_on_as_if_it_had_not_been(tmp_path: P
     assert losses + learn(model, optimizers, range(3, 6)) == whole
 
 
-def test_a_prompt_is_in_one_part_whatever_else_there_is() -> None:
+def test_the_split_depends_on_the_prompt_only() -> None:
     parts = [human_data.part_of(f"prompt {i}") for i in range(3000)]
     assert parts.count("scorers") / 3000 == pytest.approx(0.45, abs=0.03)
     assert parts.count("judge") / 3000 == pytest.approx(0.45, abs=0.03)
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
-def test_every_row_is_one_that_its_method_accepts(row: rows.StudyRow, world: worlds.World) -> None:
+def test_every_row_has_settings_that_its_method_accepts(row: rows.StudyRow, world: worlds.World) -> None:
     for value in row.grid:
         settings = settings_of(world, row, value)
         given = {k: v for k, v in settings.items() if k not in ("scorer", "tuned_policy", "method")}
@@ -111,12 +111,12 @@ def test_every_row_is_one_that_its_method_accepts(row: rows.StudyRow, world: wor
         check_settings(METHODS[row.method], validate(DecodingSettings, given))
 
 
-def test_rows_have_names_of_their_own_and_cover_every_method() -> None:
+def test_rows_have_unique_names_and_cover_every_method() -> None:
     assert len(rows.BY_NAME) == len(rows.ROWS)
     assert {row.method for row in rows.ROWS} == set(METHODS)
 
 
-def test_reward_at_equal_kl_is_read_off_the_line_between_two_strengths() -> None:
+def test_reward_at_equal_kl_is_interpolated_between_two_strengths() -> None:
     assert intervals.at_kl([(4, 1.0), (8, 3.0), (20, 5.0)], 14) == 4.0
     assert intervals.at_kl([(4, 1.0), (8, 3.0)], 9) is None
     flat = [(np.full(5, k), np.full(5, r)) for k, r in ((4.0, 1.0), (8.0, 3.0))]
@@ -131,7 +131,7 @@ def test_intervals_widen_with_seeds_that_disagree() -> None:
     assert width[1] > 3 * width[0]
 
 
-def test_paired_difference_is_sharper_than_two_intervals() -> None:
+def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(scale=5, size=(1, 300))
     found = intervals.paired(a + 0.2 + rng.normal(scale=0.1, size=a.shape), a)
@@ -140,7 +140,9 @@ def test_paired_difference_is_sharper_than_two_intervals() -> None:
     assert intervals.paired(a, a)["p"] == 1.0
 
 
-def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
+def test_finished_parts_are_reused_and_a_row_can_be_reproduced(
+    world: worlds.World, tmp_path: Path, capsys: Any
+) -> None:
     models = reproduce.WithoutProxy()
     row = rows.BY_NAME["policy"]
     part = measured(world, row, None, "test", models)
@@ -158,7 +160,7 @@ def test_parts_are_kept_and_a_row_comes_out_the_same_again(world: worlds.World, 
     assert reproduce.compare(world, "no such row", tmp_path) == 2
 
 
-def test_parts_come_back_from_the_committed_json(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
+def test_parts_are_restored_from_the_committed_json(world: worlds.World, tmp_path: Path, capsys: Any) -> None:
     work = tmp_path / "work"
     prompts = {"tune": world.tune, "test": world.test}
     worlds.write_text(work / "stories/setup.json", json.dumps(prompts))
@@ -186,7 +188,7 @@ def test_row_seeds_in_the_file_are_those_of_the_completions(world: worlds.World)
     assert [c.seed for c in done] == guided.row_seeds(world.test, 0)
 
 
-def test_the_best_try_on_tuning_prompts_is_used(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_value_on_tuning_prompts_is_used(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
     means = {1.0: 0.1, 2.0: 0.5, 4.0: 0.4, 8.0: 9.0}  # the last is 40 nats away: too far
     asked = []
 
@@ -217,7 +219,7 @@ def test_openings_are_drawn_until_there_are_enough_and_are_distinct(policy_folde
     assert len(set(found)) == 12
 
 
-def test_too_few_pairs_fail_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_pairs_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worlds, "without_eos", lambda source, folder: source)
     monkeypatch.setattr(worlds, "sample_twice", lambda policy, prompts, tokens: [{"prompt": p} for p in prompts[:3]])
     monkeypatch.setattr(worlds, "story_prompts", lambda policy, count: [{"prompt": str(i)} for i in range(count)])

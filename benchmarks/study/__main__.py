@@ -1,4 +1,4 @@
-"""The study: every objective, method and fine-tuned baseline on the same prompts, pairs and held-out rewards.
+"""The study: all objectives, methods and fine-tuned baselines on the same prompts, pairs and held-out rewards.
 
     python -m benchmarks.study stories --policy STORIES260K --work WORK [--golds lexicon --seeds 0 1 2]
     python -m benchmarks.study human --policy POLICY --data DATA --work WORK
@@ -7,11 +7,11 @@
     python -m benchmarks.study tables --json docs/results/study-stories.json
     python -m benchmarks.study restore --work WORK --track stories
 
-``restore`` makes parts of the committed JSON, so that a study whose parts were lost can go on: first run one row, so
-that WORK has this run's prompts.
+``restore`` recreates the parts from the committed JSON, so that a study whose parts were lost can continue. Run one row
+first, so that WORK has the prompts of this run.
 
-A run is resumable: every trained folder and every measured row is a part in WORK, and a run that was killed goes on
-where it stopped. ``--only ROW`` measures one row of the committed JSON again and compares it with that to the digit.
+A run is resumable: every trained folder and every measured row is a part in WORK, and a run that was killed continues
+from them. ``--only ROW`` measures one row of the committed JSON again and compares the two to the digit.
 """
 
 import argparse
@@ -39,15 +39,15 @@ SIZES = {
 
 
 def best_value(world, row, models):
-    """The value of the knob that `chosen` takes from its tries on the tuning prompts."""
+    """The value that ``chosen`` selects from the tries on the tuning prompts."""
     if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
-        return row.grid[-1]  # more samples are not tuned, they are paid for
+        return row.grid[-1]  # more samples are not tuned, because they cost more
     cut = measured(world, BY_NAME["policy"], None, "tune", models)
     return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid}, cut)
 
 
 def run_cell(world, names, passes, models):
-    """Tune every row and measure it on the test prompts; then, in a second pass, the other tries on some of them."""
+    """Tune every row and measure it on the test prompts; a second pass measures the other values on some of them."""
     for stage in passes:
         for name in names:
             row = BY_NAME[name]
@@ -61,12 +61,12 @@ def run_cell(world, names, passes, models):
                     took = time.perf_counter() - start
                     print(f"{time.strftime('%H:%M:%S')} {world.gold_name} s{world.seed} {part['key']}: {mean:.3f} at "
                           f"{kl:.1f} nats  {took:.0f} s", flush=True)  # fmt: skip
-            except Exception:  # one row that fails must not cost the others; it is tried again by the next run
+            except Exception:  # a row that fails must not stop the others; the next run tries it again
                 print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
 
 
 def note(world, args):
-    """What all cells of a track share, for the tables: prompts and settings."""
+    """Write the prompts and settings that all cells of a track share."""
     setup = {
         "policy": world.policy, "tune": world.tune, "test": world.test, "sources": world.sources,
         "max_new_tokens": world.max_new_tokens, "batch_size": world.batch_size, "pairs": args.pairs,
@@ -77,7 +77,7 @@ def note(world, args):
 
 
 def quiet():
-    """Progress bars of the libraries would bury the study's own lines."""
+    """Disable the progress bars of the libraries."""
     import datasets
     import transformers
 

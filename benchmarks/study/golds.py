@@ -1,7 +1,7 @@
-"""Track A's gold rewards of whole stories (prompt and completion), fixed before any run; no method sees them.
+"""Track A's gold rewards of whole stories (prompt and completion), fixed before any run. No method uses them.
 
-- ``lexicon`` adds up word by word: kind words less harsh words.
-- ``distinct`` depends on the whole history: distinct words / 4. What a word is worth depends on all words before it.
+- ``lexicon`` is a sum over words: kind words minus harsh words.
+- ``distinct`` depends on the whole history: distinct words / 4. The value of a word depends on all previous words.
 - ``one-name`` is consistency: the story's hero is the first name in it. Half a point for every mention of the hero in
   the completion (at most four count), less half a point for every other name that the completion brings in.
 
@@ -12,7 +12,7 @@ import re
 
 from benchmarks.stories import HARSH, KIND
 
-# Capitalised words that begin sentences or name no one; whatever else is capitalised is a name.
+# Capitalised words that are not names; every other capitalised word is a name.
 _NO_NAMES = """
 a after all an and are as at be big but by can could dad daddy did do don every finally for from go he her here hey
 hi his how i i'm if in inside isn it it's its just let let's little look maybe mom mommy mum my no not now of oh

@@ -1,9 +1,9 @@
-"""Track B's data: human and synthetic pairs split by prompt in three, and the text that the small policy reads.
+"""Track B's data: human and synthetic pairs in three splits by prompt, and the texts that the small policy reads.
 
-Every prompt hashes to a place in [0, 1): below 0.45 its pairs train scorers, fine-tuned baselines and the policy; below
-0.90 they train the judging reward model; the rest lends its prompts to tuning and testing. Dialogues keep their last
-human turn only, and rows with long sides are left out, so that a small context holds them. The rejected summaries of
-``tldr`` are other posts' summaries: synthetic, and called so.
+Every prompt hashes to a number in [0, 1). Below 0.45 its pairs train scorers, fine-tuned baselines and the policy;
+below 0.90 they train the judge; the rest are prompts for tuning and testing. Dialogues keep only their last human turn,
+and rows with long sides are left out, so that they fit a small context. The rejected summaries of ``tldr`` are
+synthetic: they are summaries of other posts.
 """
 
 import gzip
@@ -29,7 +29,7 @@ def lines(path):
 
 
 def place(key):
-    """A number in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(f"study\0{key}".encode()).digest()[:6], "big") / 2**48
 
 

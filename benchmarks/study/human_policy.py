@@ -1,8 +1,8 @@
-"""Track B's policy: a small Llama with its own tokenizer, trained from nothing on the text of human_data.
+"""Track B's policy: a small Llama with its own tokenizer, trained from scratch on the texts of human_data.
 
 python -m benchmarks.study.human_policy --data DATA --output FOLDER [--minutes 25]
 
-A run that was cut off goes on from its last hundredth step.
+A run that was stopped continues from its last checkpoint, written every 100 steps.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def new_model(args):
 
 
 def new_optimizers(model, args):
-    """Muon for the layers' matrices, which learn from fewer tokens with it, and AdamW for embeddings and norms."""
+    """Muon for the layers' matrices, which need fewer tokens with it, and AdamW for embeddings and norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -60,7 +60,7 @@ def new_optimizers(model, args):
 
 
 def read_blocks(args):
-    """The tokenizer, and its tokens of all texts in rows of one length."""
+    """The tokenizer, and the tokens of all texts as (blocks, context)."""
     parts = all_pairs(args.data)
     texts = policy_texts(args.data, parts)
     print({k: len(v) for k, v in parts.items()}, len(texts), "texts", flush=True)
@@ -71,14 +71,14 @@ def read_blocks(args):
 
 
 def keep(path, model, optimizers, **more):
-    """What training goes on from, whole or not at all."""
+    """Write a checkpoint atomically."""
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
 def go_on(path, model, optimizers):
-    """Steps, losses and seconds of the run that wrote ``path``; models and optimizers are as it left them."""
+    """Load the checkpoint at ``path`` into model and optimizers; return its steps, losses and seconds."""
     if not path.exists():
         return 0, [], 0.0
     state = torch.load(path, weights_only=True)
@@ -89,7 +89,7 @@ def go_on(path, model, optimizers):
 
 
 def train(args):
-    """Train for minutes of processor time: the rate falls with what is left, so the end is always a finished run."""
+    """Train for some minutes of processor time. The rate follows the time left, so that every run ends its schedule."""
     tokenizer, blocks = read_blocks(args)
     model, path = new_model(args), args.output / "unfinished.pt"
     optimizers = new_optimizers(model, args)
@@ -122,7 +122,7 @@ def train(args):
 
 
 def train_step(model, optimizers, batch):
-    """The loss, in nats per token, before the step that it leads to."""
+    """One step; returns the loss in nats per token before it."""
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(batch, labels=batch).loss
     model.zero_grad(set_to_none=True)

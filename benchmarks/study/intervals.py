@@ -1,7 +1,7 @@
 """Statistics of the study: intervals over prompts and training seeds, reward at equal KL, paired differences.
 
-Every function takes arrays (seeds, prompts): prompts are the same for every seed, method and strength, so that one
-resampling of prompts and seeds serves all of them.
+Arrays have the shape (seeds, prompts). Prompts are the same for every seed, method and strength, so that all of them
+use the same resamples of prompts and seeds.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def interval(values):
 
 
 def at_kl(points, kl):
-    """Reward at a KL, on the straight line between the two nearest points; None outside what was measured.
+    """Reward at a KL, interpolated linearly between the two nearest points; None outside the measured range.
 
     Args:
         points: (kl, reward) in any order.
@@ -48,7 +48,7 @@ def at_kl(points, kl):
 
 
 def reward_at_kl(curves, kl):
-    """Mean over seeds of the reward at a KL, with an interval; None where a seed's curve does not reach it.
+    """Mean over seeds of the reward at a KL, with an interval; None if the curve of a seed does not reach it.
 
     Args:
         curves: per seed a list of (kl (prompts,), reward (prompts,)), one per strength, the unguided policy included.
@@ -60,7 +60,7 @@ def reward_at_kl(curves, kl):
     samples = []
     for chosen, p in draws(len(curves), len(curves[0][0][0])):
         values = [at_kl([(k[p].mean(), r[p].mean()) for k, r in curves[s]], kl) for s in chosen]
-        values = [v for v in values if v is not None]  # a resampled curve may just miss the KL
+        values = [v for v in values if v is not None]  # a resampled curve may not reach the KL
         if values:
             samples.append(float(np.mean(values)))
     low, high = np.percentile(samples, [2.5, 97.5])

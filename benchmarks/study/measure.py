@@ -1,4 +1,4 @@
-"""One row of the study: complete prompts with a method, and write every prompt's reward, KL and cost as a part file."""
+"""Measures one row of the study: completes prompts and writes reward, KL and cost of every prompt to a part file."""
 
 import json
 import time
@@ -21,11 +21,11 @@ from . import scorers
 from .rows import key_of
 
 FORMAT = 1
-FRONTIER = 200  # of the test prompts: where the tries that were not chosen are measured too
+FRONTIER = 200  # test prompts on which the values that were not chosen are measured
 
 
 def settings_of(world, row, value):
-    """Everything that decides the completions but prompts and seeds."""
+    """Everything that determines the completions, except prompts and seeds."""
     settings = {"method": row.method, "top_k": 10} | row.settings
     if row.tuned:
         settings["tuned_policy"] = value
@@ -46,7 +46,7 @@ def part_of(world, row, value, split):
 
 
 def measured(world, row, value, split, models):
-    """The row's figures on the ``tune`` or ``test`` prompts; measured where there is no part file yet."""
+    """The row's figures on the prompts of a split, from its part file if there is one."""
     path = part_of(world, row, value, split)
     if path.exists():
         return json.loads(path.read_text())
@@ -58,7 +58,7 @@ def measured(world, row, value, split, models):
 
 
 def measure(world, row, value, prompts, models):
-    """Complete the prompts and measure: lists have one figure per prompt."""
+    """Complete the prompts and measure; lists have one figure per prompt."""
     settings = settings_of(world, row, value)
     policy = models.policy(world, value if row.tuned else None)
     scorer = models.scorers(world, row, policy)
@@ -69,7 +69,7 @@ def measure(world, row, value, prompts, models):
     sampled = {k: settings[k] for k in ("temperature",) if k in settings}
     batch = world.batch_size if find_method(row.method).unit == "token" else max(1, world.batch_size // 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # full-sequence scorers guide token by token on purpose here
+        warnings.simplefilter("ignore")  # full-sequence scorers guide token by token on purpose
         guided = GuidedPolicy(policy, scorer, **made)
         start = time.perf_counter()
         done = guided.generate(
@@ -96,7 +96,7 @@ def measure(world, row, value, prompts, models):
 
 @cache
 def commit():
-    """Of the checkout that measures, when the process began."""
+    """The commit of the checkout when the process started."""
     return provenance(command="", settings={}, seed=None, models={}, data={}).git_commit
 
 
@@ -120,7 +120,7 @@ def original_log_probs(policy, done, batch=64):
 
 
 class Models:
-    """What is loaded, each once; a cell's scorers leave when the next cell comes."""
+    """Loads each model once; the models of a cell are dropped when the next cell begins."""
 
     def __init__(self):
         self.loaded, self.cell = {}, None
@@ -141,7 +141,7 @@ class Models:
         return found[0] if len(found) == 1 else found or None
 
     def proxy(self, world, done):
-        """The full-bt scorer's reward: what best-of-n, ARGS and RLOO maximise."""
+        """The reward of the full-bt scorer, which best-of-n, ARGS and RLOO maximise."""
         scorer = self._once(
             world, "proxy", lambda: PrefixScorer.from_pretrained(str(scorers.train(world, "full-bt")), device="cpu")
         )
@@ -150,14 +150,14 @@ class Models:
         return scorer.score([c.prompt for c in done], texts, finished=finished, batch_size=64)
 
     def threshold(self, world):
-        """CARDS' reward to reach: the mean reward, on tuning prompts, that best-of-4's choices have (full-bt)."""
+        """The reward threshold of CARDS: the mean full-bt reward of best-of-4 on the tuning prompts."""
         from .rows import BY_NAME
 
         part = measured(world, BY_NAME["best-of-n"], 4, "tune", self)
         return round(sum(part["proxy"]) / len(part["proxy"]), 3)
 
     def bytes_of(self, world, row):
-        """Weights read by one call of the policy, and by one of the scorer."""
+        """Bytes of weights read by one call of the policy, and by one call of the scorer."""
         read = [sum(p.stat().st_size for p in scorers.train(world, n).glob("*.safetensors")) for n in row.scorers]
         model = self.policy(world, None).model
         return sum(p.numel() * p.element_size() for p in model.parameters()), sum(read)

@@ -1,4 +1,4 @@
-"""What the committed JSON keeps of a measured row, and the way back: parts from a committed JSON, to go on with."""
+"""Converts measured rows to the committed JSON, and the committed JSON back to parts."""
 
 import json
 from hashlib import sha256
@@ -10,13 +10,15 @@ from rgtg.utils.files import write_text
 from .measure import file_of
 
 MEANS = {"tune": ("kl", "kl_cut", "proxy", "rewards", "tokens"), "test": ("kl_cut", "proxy")}
-PRIVATE = ("human",)  # tracks whose text is not ours to publish
+PRIVATE = ("human",)  # tracks whose text must not be published
 
 
 def slim(part, private):
-    """A row as the JSON keeps it: one figure per prompt only where the tables need it, tokens once where all agree."""
+    """A row for the JSON: figures per prompt only where the tables need them, tokens once if all are equal."""
     part = dict(part)
-    tune = part["split"] == "tune"  # chosen by these means; single figures are of the test prompts
+    tune = (
+        part["split"] == "tune"
+    )  # values are chosen by these means; figures per prompt are needed for the test prompts only
     for name in MEANS["tune" if tune else "test"]:
         part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
     if private or part["split"] != "test":
@@ -28,7 +30,7 @@ def slim(part, private):
 
 
 def spread(row):
-    """A part file of a row as ``slim`` left it: what was averaged is a list of one.
+    """The inverse of ``slim``: averaged figures become lists of one.
 
     >>> spread({"split": "test", "rewards": [1, 2], "kl": [3, 4], "kl_cut": 2.5, "proxy": None, "tokens": 64})["tokens"]
     [64, 64]
@@ -43,7 +45,7 @@ def spread(row):
 
 
 def whole(value):
-    """The same numbers, integral ones without their ".0": a third of a file of counts.
+    """The same numbers, with integral ones as integers: a third smaller for files of counts.
 
     >>> whole({"a": [1.0, 0.5, "1.0"]})
     {'a': [1, 0.5, '1.0']}
@@ -56,20 +58,20 @@ def whole(value):
 
 
 def named(prompts, private):
-    """Prompts as the JSON names them: by their hashes where the text is not ours."""
+    """Prompts, or their hashes if the text must not be published."""
     return [sha256(p.encode()).hexdigest()[:16] if private else p for p in prompts]
 
 
 def restored(folder):
-    """What ``restore`` knows of a cell's training."""
+    """What ``restore`` wrote about a cell's training."""
     path = folder / "restored.json"
     return json.loads(path.read_text()) if path.exists() else {"training": {}, "fine_tuned": {}}
 
 
 def restore(work, track, output):
-    """Parts in WORK from the committed JSON, so that a study goes on where the parts were lost; measured ones stay.
+    """Recreate lost parts in WORK from the committed JSON; existing parts are kept.
 
-    A row must have been measured on the prompts of this run (its setup.json), or it is no part of it.
+    The prompts of this run (its setup.json) must be those of the committed study.
     """
     record = json.loads((output / f"study-{track}.json").read_text())
     setup = json.loads((work / track / "setup.json").read_text())

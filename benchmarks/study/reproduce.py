@@ -1,4 +1,4 @@
-"""Measure one row of the committed JSON again, and compare every figure that is not a time to the digit."""
+"""Measures one row of the committed JSON again, and compares everything except times to the digit."""
 
 import json
 
@@ -10,14 +10,14 @@ SAME = ("settings", "seed", "rewards", "kl", "tokens", "policy_calls", "scorer_c
 
 
 class WithoutProxy(Models):
-    """The full-bt scorer's view of a row is no part of what is compared: it need not be trained."""
+    """The reward of the full-bt scorer is not compared, so that it need not be trained."""
 
     def proxy(self, world, done):
         return [0.0] * len(done)
 
 
 def compare(world, key, output):
-    """0 where the row comes out as it was committed, 1 where it does not (each difference is printed)."""
+    """0 if the row equals the committed one, 1 if not (differences are printed), 2 if there is no such row."""
     path = output / f"study-{world.track}.json"
     record = json.loads(path.read_text())
     cell = next(c for c in record["cells"] if (c["gold"], c["seed"]) == (world.gold_name, world.seed))

@@ -1,4 +1,4 @@
-"""The table of what is compared: one line per row. ``grid`` holds the tries a method gets on tuning prompts."""
+"""The table of compared methods, one line for each. ``grid`` has the values that are tried on the tuning prompts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StudyRow:
-    """A method with a scorer; ``grid`` are values of ``knob``, tuned on prompts of their own."""
+    """A method with a scorer; ``grid`` holds values of the setting ``knob``, which is tuned on separate prompts."""
 
     name: str
     method: str
@@ -19,14 +19,14 @@ class StudyRow:
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """Names of its scorers, none or several."""
+        """Names of its scorers."""
         return self.scorer if isinstance(self.scorer, tuple) else (self.scorer,) if self.scorer else ()
 
 
 FINE = {"dpo": (0.05, 0.1), "rloo": (0.1, 0.2)}  # TRL's KL coefficients: two tries, since each is a training
-# Four tries each, around 2 to 20 nats of guidance: a first run, whose parts are not used, showed where that is.
+# Four values each, for about 2 to 20 nats of guidance, found in a first run whose parts are not used.
 BETAS = (1.0, 2.0, 4.0, 8.0)
-SMALL = (0.25, 0.5, 1.0, 2.0)  # scores that are log-probabilities are large
+SMALL = (0.25, 0.5, 1.0, 2.0)  # for scores that are log-probabilities, which are large
 GREEDY = (0.5, 1.0, 2.0, 4.0)
 HEADS = (2.0, 4.0, 8.0, 16.0)
 FULL = {"top_k": None}
@@ -59,27 +59,29 @@ ROWS = [
     StudyRow("pargs, adapter", "pargs", "adapter", BETAS, group="options"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
-# Rows that the first pass measures; the others follow as time allows.
+# Rows of the first pass; the others are optional.
 CORE = [row.name for row in ROWS if row.group != "options"]
 
 
-# Tuning without a bound rewards broken texts: lexicon's best try was 88 nats from the policy, one word over and over.
-# The bound was set when a first run's first cell showed that. It is counted from the policy cut to ten candidates: a
-# flat policy pays for the cut alone (5 nats on track A, 24 on track B), and every row may go equally far beyond it.
+# Tuning without a bound rewards degenerate texts: lexicon's best value was 88 nats from the policy, one word repeated.
+# The first cell of a first run showed that. The bound is counted from the policy renormalised over ten candidates: the
+# cut alone costs a flat policy many nats (5 on track A, 24 on track B). Every row may go equally far beyond it.
 MOST_NATS = 15.0
 
 
 def chosen(row, parts, cut):
-    """Of {value: part on the tuning prompts}, the value of highest gold reward within ``MOST_NATS`` of the cut policy.
+    """The value with the highest gold reward on the tuning prompts within ``MOST_NATS`` of the cut policy.
 
-    Where no try is that near (all that take the maximum are further), greedy rows go by reward alone, others by KL.
+    If no value is that near (as for all that take the maximum), greedy rows are chosen by reward, others by KL.
 
     Args:
-        row: whose values they are.
-        parts: figures per prompt, ``kl`` to the policy's whole distribution.
-        cut: the unguided row's part on the same prompts: the policy cut to ten candidates.
+        row: the row.
+        parts: value → figures per prompt, with ``kl`` to the policy's whole distribution.
+        cut: the unguided row's part on the same prompts: the policy renormalised over ten candidates.
     """
-    tried = {value: parts[value] for value in row.grid if value in parts}  # in this order: ties go to the first
+    tried = {
+        value: parts[value] for value in row.grid if value in parts
+    }  # in grid order, so that the first of ties is chosen
     mean = {value: {k: sum(p[k]) / len(p[k]) for k in ("rewards", "kl")} for value, p in tried.items()}
     most = MOST_NATS + sum(cut["kl"]) / len(cut["kl"])
     near = {value: m for value, m in mean.items() if m["kl"] <= most}
@@ -90,7 +92,7 @@ def chosen(row, parts, cut):
 
 
 def key_of(row, value):
-    """Name of a row at one value of its knob."""
+    """Name of a row at one value."""
     if value is None:
         return row.name
     if row.tuned:

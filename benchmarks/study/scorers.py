@@ -1,4 +1,4 @@
-"""Every scorer and fine-tuned policy of a cell, trained once: a finished folder is a part that a later run keeps.
+"""Trains every scorer and fine-tuned policy of a cell once; later runs keep finished folders.
 
 All see the same pairs. ``value`` and ``cumulative-mse`` also see the policy's samples that the pairs were made of,
 with the rewards that this cell's own full-bt scorer gives them: no gold reward reaches a method.

@@ -1,4 +1,4 @@
-"""What a track gives to every method alike: a policy, prompts to tune and to test on, pairs, and a gold reward."""
+"""What a track gives to every method: a policy, prompts for tuning and testing, pairs, and a gold reward."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from rgtg.utils.files import write_text
 from .golds import GOLDS
 
 MOST_DRAWS = 10  # of as many openings as are needed
-JUDGED = 5000  # pairs of the judge, at most: its whole half has fewer
+JUDGED = 5000  # at most so many pairs train the judge; its half has fewer
 
 
 @dataclass
 class World:
-    """One cell of the study: everything that depends on the track, the gold and the seed but not on a method."""
+    """One cell of the study: everything that depends on track, gold reward and seed, but not on a method."""
 
     track: str
     gold_name: str
@@ -49,14 +49,14 @@ def read_rows(path):
 
 
 def once(path, make):
-    """Rows of a part file, made where there is none."""
+    """Rows of a part file, which is made if it does not exist."""
     if not path.exists():
         write_rows(path, make())
     return read_rows(path)
 
 
 def story_prompts(policy, count):
-    """Distinct openings of stories: a fixed start continued by eight sampled tokens, drawn until there are enough."""
+    """Distinct story openings: fixed starts with eight sampled tokens, drawn until there are enough."""
     guided = GuidedPolicy(load_policy(policy, dtype="float32", device="cpu"), method="policy", top_k=None)
     starts = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
     found = {}  # in order
@@ -81,7 +81,7 @@ def sample_twice(policy, prompts, tokens):
 
 
 def label(rows, reward, seed):
-    """Pairs with Bradley–Terry noise: the first wins with probability σ(its reward less the other's)."""
+    """Pairs with Bradley–Terry noise: the first wins with probability σ(difference of rewards)."""
     noise = random.Random(seed)
     pairs = []
     for row in rows:
@@ -93,7 +93,7 @@ def label(rows, reward, seed):
 
 
 def without_eos(source, folder):
-    """A copy of the policy whose tokenizer names no EOS: stories are cut at a length, and none is closed."""
+    """A copy of the policy whose tokenizer has no EOS, because stories are cut at a length and never end."""
     if not (folder / "tokenizer_config.json").exists():
         shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
         folder.chmod(0o755)
@@ -104,7 +104,7 @@ def without_eos(source, folder):
 
 
 def stories(args, gold_name, seed):
-    """A cell of track A: seed s takes the s-th slice of the sampled pairs, so seeds share no pair."""
+    """A cell of track A: seed s uses the s-th slice of the sampled pairs, so that seeds share no pair."""
     size, work = args.pairs + 200, args.work / "stories"
     policy = without_eos(args.policy, work / "policy")
     count = args.tune + args.test + 3 * size  # three seeds
@@ -127,7 +127,7 @@ def stories(args, gold_name, seed):
 
 
 def human(args, gold_name, seed):
-    """Track B: the judge is a full-bt model of the other half of the pairs, which nothing else reads."""
+    """A cell of track B: the judge is a full-bt model of the other half of the pairs, which nothing else uses."""
     from .human_data import all_pairs
 
     parts, work = all_pairs(args.data), args.work / "human"
@@ -144,7 +144,7 @@ def human(args, gold_name, seed):
 
 
 def train_judge(policy, parts, folder):
-    """A reward function; the judge starts from the policy's weights and is trained once, with seed 1000."""
+    """The judge as a reward function; it starts from the policy's weights and is trained once, with seed 1000."""
     from rgtg.config import TrainSettings
     from rgtg.models.scorers.reward_model import PrefixScorer
     from rgtg.training.train import train_scorer
@@ -171,7 +171,7 @@ def train_judge(policy, parts, folder):
 
 
 def demo(args, gold_name, seed):
-    """The demo's customer letters: a policy trained here in a minute, and a rule that reads a finished reply."""
+    """A cell of the demo's customer letters: a policy trained in a minute, and the demo's gold reward."""
     from rgtg.config import DemoSettings
     from rgtg.demo.gold import gold_reward
     from rgtg.demo.policy import train_policy

@@ -28,7 +28,7 @@ BEST = (
         ("", -1.0),
     ],
 )
-def test_points_worked_by_hand(reply, points):
+def test_points_by_hand(reply, points):
     assert gold_reward(ANNA, reply) == points
 
 
@@ -43,7 +43,7 @@ def test_a_reply_cut_off_is_worth_less_than_the_same_reply_finished():
     assert gold_reward(ANNA, cut, finished=False) == 5.0 - 0.5 - 1.0 - 1.0
 
 
-def test_reading_names_products_and_kinds():
+def test_a_reply_is_parsed_into_names_products_and_kinds():
     reading = parse_reply(" Hi Ben, thanks for getting in touch. Please send us your red sofa and we will mend it.")
     assert reading.kinds == ["greeting", "repair"]
     assert reading.names == ["Ben"]

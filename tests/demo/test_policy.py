@@ -28,7 +28,7 @@ def test_training_lowers_the_loss_and_the_folder_is_an_ordinary_policy(corpus, t
     assert policy.max_length > max(len(trained(p + r).input_ids) for p, r in corpus) + 96
 
 
-def test_weights_follow_the_seed_and_leave_the_global_generator_alone():
+def test_weights_depend_on_the_seed_and_not_on_the_global_generator():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)

@@ -43,7 +43,7 @@ def test_an_earlier_demo_is_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["settings.json", "thesis.tex"], ["policy"]])
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, names):
+def test_a_folder_with_other_files_is_an_error_and_unchanged(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match="not an earlier demo"):
@@ -51,7 +51,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, names):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-def test_a_file_is_refused(tmp_path):
+def test_an_output_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UsageError, match="is a file"):
         prepare_folder(tmp_path / "out")

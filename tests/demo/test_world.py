@@ -19,13 +19,13 @@ def test_the_seed_decides_everything():
     assert texts(1) != texts(2)
 
 
-def test_unseen_messages_are_unseen():
+def test_unseen_messages_avoid_the_given_ones():
     seen = {customer.prompt for customer in _customers(0, 300)}
     assert len(seen) == 300
     assert not seen & {customer.prompt for customer in _customers(0, 300, avoid=seen)}
 
 
-def test_every_reply_of_the_corpus_is_understood_and_messages_say_what_customers_are():
+def test_replies_parse_and_messages_contain_the_customers_facts():
     rng = random_stream(3, "replies")
     for customer in _customers(3, 500):
         assert customer.name in customer.prompt
@@ -35,14 +35,14 @@ def test_every_reply_of_the_corpus_is_understood_and_messages_say_what_customers
         assert None not in parse_reply(reply).kinds
 
 
-def test_replies_are_of_clearly_different_worth():
+def test_rewards_of_replies_vary():
     rng = random_stream(0, "replies")
     marks = [gold_reward(customer, write_reply(customer, rng)) for customer in _customers(0, 2000)]
     assert statistics.pstdev(marks) > 1
     assert max(marks) == 5.0
 
 
-def test_every_problem_and_age_has_a_remedy_the_desk_knows():
+def test_every_problem_has_a_remedy():
     found = {right_remedy(problem, recent=recent) for problem in sentences.PROBLEMS for recent in (True, False)}
     assert found == set(sentences.REMEDIES)
 

@@ -1,11 +1,10 @@
-"""Timing and the limit it is held against: what is counted, not how fast this machine is."""
+"""What the speed measurement counts; the speed of this machine is not tested."""
 
 import torch
 
 from helpers.naive import info, tiny_scorer
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
-from rgtg.decoding.runners.factory import make_stepper
-from rgtg.evaluation.benchmark import bytes_per_token, measure_speed, memory_bandwidth, seconds_per_token
+from rgtg.evaluation.benchmark import bytes_per_token, measure_speed, memory_bandwidth, seconds_per_token, start_batch
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.packed_linear import decode_bytes, group_linears
 from rgtg.models.scorers.heads import StateHead
@@ -23,7 +22,7 @@ def test_bytes_of_weights_read_per_token():
     assert decode_bytes(tied) == sum(p.nbytes for p in tied.parameters())
 
 
-def test_a_separate_scorer_adds_its_bytes_and_a_head_its_own():
+def test_a_separate_scorer_and_a_head_add_their_bytes():
     policy = Policy(tiny_policy(), tiny_tokenizer())
     alone = bytes_per_token(policy, None)
     scorer = tiny_scorer()
@@ -34,14 +33,16 @@ def test_a_separate_scorer_adds_its_bytes_and_a_head_its_own():
     assert bytes_per_token(policy, OwnStateScorer(policy, head, about)) == expected
 
 
-def test_as_many_steps_are_timed_as_asked_for():
+def test_the_requested_number_of_steps_is_timed():
     policy = Policy(tiny_policy(), tiny_tokenizer())
-    stepper = make_stepper(policy, None, 20, top_k=4)
-    assert seconds_per_token(stepper, [[3, 4], [5]], top_k=4, tokens=6) > 0
-    assert stepper.policy.calls == 1 + 6  # the prompts, and the tokens that the timed steps read
+    batch = start_batch(policy, None, [[3, 4], [5]], top_k=4, tokens=6)
+    assert seconds_per_token(batch, 6) > 0
+    assert [len(request.token_ids) for request in batch.requests] == [
+        1 + 6
+    ] * 2  # the step that warms up, and the timed
 
 
-def test_rows_are_paired_and_told():
+def test_guided_and_unguided_speed_are_measured_in_turn():
     said = []
     policy = Policy(tiny_policy(), tiny_tokenizer())
     rows = measure_speed(policy, tiny_scorer(), prompt_length=4, top_k=3, tokens=3, repeats=2, progress=said.append)

@@ -19,7 +19,7 @@ from rgtg.evaluation.metrics import (
 )
 
 
-def test_interval_holds_the_mean_and_narrows_with_more_values():
+def test_the_interval_contains_the_mean_and_narrows_with_more_values():
     noise = random.Random(0)
     few = [noise.gauss(1, 1) for _ in range(20)]
     many = few + [noise.gauss(1, 1) for _ in range(980)]
@@ -46,7 +46,7 @@ def test_clusters_are_resampled_whole():
     assert clustered.high - clustered.low > 4 * (flat.high - flat.low)
 
 
-def test_interval_of_nothing_is_refused():
+def test_an_interval_of_no_values_is_an_error():
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_interval([])
 
@@ -69,7 +69,7 @@ def test_distinct_n_by_hand():
     assert distinct_n([[1]], 2) == 1.0
 
 
-def test_paired_difference_ignores_what_units_share():
+def test_paired_difference_cancels_what_units_share():
     noise = random.Random(2)
     base = [noise.gauss(0, 10) for _ in range(100)]
     difference = paired_difference([b + 0.5 for b in base], base)
@@ -119,7 +119,7 @@ def test_random_sign_flips_agree_with_all_of_them():
     assert drawn == pytest.approx(exact, abs=0.02)
 
 
-def test_sign_flips_hold_their_level():
+def test_sign_flip_tests_keep_their_level():
     noise = random.Random(4)
     p_values = sign_flip_p_values([[noise.gauss(0, 1) for _ in range(40)] for _ in range(1000)], permutations=999)
     assert sum(p <= 0.05 for p in p_values) / 1000 == pytest.approx(0.05, abs=0.025)
@@ -143,7 +143,7 @@ def test_self_rouge_l_by_hand():
         self_rouge_l(["alone"])
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_a_missing_extra_is_an_error_with_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     metrics._rouge_l.cache_clear()
     with pytest.raises(MissingExtraError, match=r"rgtg\[report\]"):

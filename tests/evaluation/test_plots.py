@@ -1,4 +1,4 @@
-"""Figures are drawn without matplotlib's global state, and say what to install where it is missing."""
+"""Plots use no global state of matplotlib, and say what to install if it is missing."""
 
 import ast
 import math
@@ -32,12 +32,12 @@ def result(accuracies):
     )  # fmt: skip
 
 
-def test_an_audit_is_drawn_with_its_undecided_points_left_out(tmp_path):
+def test_points_without_an_accuracy_are_not_drawn(tmp_path):
     plot_audit({"a": result([math.nan, 0.5, 0.7]), "b": result([0.6, 0.6, 0.6])}, tmp_path / "audit.png")
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_intervals_are_bars_from_low_to_high_and_none_where_there_is_no_number():
+def test_intervals_are_bars_and_infinite_ends_are_not_drawn():
     _, axes = new_figure()
     values = [Interval(mean=1, low=0.5, high=2, n=9), Interval(mean=3, low=math.nan, high=math.inf, n=1)]
     draw_intervals(axes, [10, 20], values, label="m", color="red")
@@ -47,12 +47,12 @@ def test_intervals_are_bars_from_low_to_high_and_none_where_there_is_no_number()
     assert axes.get_legend_handles_labels()[1] == ["m"]
 
 
-def test_several_panels_come_as_an_array():
+def test_several_panels_are_an_array_of_axes():
     _, axes = new_figure(8, 4, rows=2, columns=2)
     assert axes.shape == (2, 2)
 
 
-def test_no_global_state_is_touched():
+def test_plots_do_not_change_global_state():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
@@ -60,7 +60,7 @@ def test_no_global_state_is_touched():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_no_other_file_loads_matplotlib():
+def test_no_other_module_imports_matplotlib():
     src = Path(rgtg.__file__).parent
     found = {
         path.relative_to(src).as_posix()

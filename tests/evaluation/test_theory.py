@@ -1,4 +1,4 @@
-"""The four exhibits: a world worked by hand, an independent optimum, and the claims in random worlds."""
+"""The four exhibits: a world by hand, an independently computed optimum, and the claims in random worlds."""
 
 import math
 
@@ -36,7 +36,7 @@ betas = st.floats(0.1, 4.0)
 few = settings(max_examples=25, deadline=None)
 
 
-def test_the_hand_worked_world():
+def test_figures_of_a_small_world_by_hand():
     policy = sequence_log_probs(HAND.log_policy).exp()
     torch.testing.assert_close(policy, torch.tensor([0.125, 0.125, 0.15, 0.6]))
     # β = 1: weights ½, ⅛, 0.3, 0.6, whose sum is 1.525
@@ -66,7 +66,7 @@ def test_equal_full_loss_and_opposite_prefixes_by_hand():
     assert found.best_reward == pytest.approx(math.log(4))
 
 
-def test_decoding_tells_the_two_scorers_apart():
+def test_decoding_with_the_two_scorers_differs():
     found = equal_loss_opposite_prefixes(random_world(3, 3, 0), beta=2.0)
     a, b = found.sampled_reward
     assert a > 2.4 > 1.5 > b
@@ -75,7 +75,7 @@ def test_decoding_tells_the_two_scorers_apart():
 
 @few
 @given(worlds, betas)
-def test_full_sequence_loss_never_sees_the_prefixes(world, beta):
+def test_the_full_sequence_loss_ignores_prefix_scores(world, beta):
     found = equal_loss_opposite_prefixes(world, beta)
     assert found.full_loss[0] == found.full_loss[1]
     assert found.opposite == found.prefix_comparisons > 0
@@ -101,7 +101,7 @@ def test_soft_value_guidance_is_rlhf(world, beta):
 
 
 def newton_prefix_scores(world, length):
-    """The minimum at one prefix length in float64: probability of winning given the prefixes, then Newton's method."""
+    """The minimum at one prefix length in float64, by Newton's method on the win probabilities given the prefixes."""
     policy, reward = sequence_log_probs(world.log_policy).double().exp(), world.reward.double()
     vocabulary, total, count = world.vocabulary, world.length, len(reward)
     prefixes = vocabulary**length
@@ -124,7 +124,7 @@ def newton_prefix_scores(world, length):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_minimum_of_the_prefix_loss_against_newton(seed):
+def test_the_minimum_of_the_prefix_loss_agrees_with_newton(seed):
     world = random_world(3, 3, seed)
     found = prefix_bt_scores(world)
     for length in (1, 2):
@@ -143,6 +143,6 @@ def test_prefix_training_comes_much_nearer_to_rlhf_than_arbitrary_prefix_scores(
 @pytest.mark.parametrize(
     "unfit", [{"vocabulary": 1}, {"length": 1}, {"vocabulary": 7}, {"beta": 0.0}, {"beta": math.inf}]
 )
-def test_unfit_worlds_are_refused(unfit):
+def test_worlds_that_cannot_be_enumerated_are_errors(unfit):
     with pytest.raises(UsageError, match="expected"):
         exhibits(**unfit)

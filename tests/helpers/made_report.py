@@ -1,4 +1,4 @@
-"""Results made up for the report's tests: few rows, every part."""
+"""Invented results for the report's tests: few rows, every section."""
 
 import math
 
@@ -18,7 +18,7 @@ def interval(mean, spread=0.5):
 
 
 def method(label, name, reward, kl, text="Fine.", **options):
-    """A row as version 1 of the format had it, unless options say more."""
+    """A row of format version 1, unless options add more."""
     values = {
         "label": label, "method": name, "beta": 1.0,
         "metrics": {"reward": interval(reward), "kl_nats": interval(kl)},

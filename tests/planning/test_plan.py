@@ -1,4 +1,4 @@
-"""rgtg plan: what fits, how it is placed, what is measured here, and what is refused."""
+"""rgtg plan: what fits, batch and split, measured rates, and errors."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def row_of(result, method, scorer="separate"):
     return row
 
 
-def test_the_issues_example_says_what_it_assumes():
+def test_a_plan_states_its_assumptions():
     result = plan(*EIGHT, "--json")
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
@@ -54,7 +54,7 @@ def test_the_issues_example_says_what_it_assumes():
     assert max(map(len, shown.split("batch: ")[0].splitlines())) <= 80
 
 
-def test_seventy_billions_want_more_than_one_device():
+def test_a_70b_policy_needs_more_than_one_device():
     one, eight = planned(policy="70B", scorer="8B"), planned(policy="70B", scorer="8B", hardware="h200x8")
     assert not row_of(one, "pargs").fits
     row = row_of(eight, "pargs")
@@ -99,7 +99,7 @@ def test_the_batch_is_the_one_that_fits():
     assert row.weights_gb + row.caches_gb + row.work_gb <= 0.9 * 22
 
 
-def test_folders_are_counted_and_say_what_they_hold(policy_folder, scorer_folder, tmp_path):
+def test_folders_are_counted_exactly_and_show_their_kind(policy_folder, scorer_folder, tmp_path):
     shape = model_shape(str(policy_folder))
     assert shape == count_shape(tiny_policy(), str(policy_folder))
     assert shape.exact
@@ -120,7 +120,7 @@ def test_folders_are_counted_and_say_what_they_hold(policy_folder, scorer_folder
     assert model_shape(str(tmp_path / "lora")).trunk == shape.trunk
 
 
-def test_of_a_hub_only_the_config_is_read(policy_folder, hub):
+def test_only_the_config_is_downloaded_from_the_hub(policy_folder, hub):
     hub.put("me/policy", {path.name: path.read_bytes() for path in policy_folder.iterdir()})
     assert model_shape("me/policy").trunk == model_shape(str(policy_folder)).trunk
     assert not [path for _, path in hub.requests if "safetensors" in path or "tokenizer" in path]
@@ -147,7 +147,7 @@ def test_sizes_between_known_models_are_scaled():
     assert model_shape("1B").total == 1e9  # a fifth less than the nearest
 
 
-def test_this_machine_is_measured_and_kept(quick, policy_folder, tmp_path):
+def test_measured_rates_are_saved_and_read_back(quick, policy_folder, tmp_path):
     file = tmp_path / "here.json"
     options = ("--policy", policy_folder, "--dtype", "float32", "--prompts", "10", "--new-tokens", "8", "--json")
     ran = plan(*options, "--hardware", "cpu", "--save-hardware", file)
@@ -166,7 +166,7 @@ def test_this_machine_is_measured_and_kept(quick, policy_folder, tmp_path):
     assert (other.exit_code, "was measured in float32" in other.stderr) == (2, True)
 
 
-def test_more_rows_and_layers_are_not_cheaper_here(quick):
+def test_more_rows_and_layers_cost_more_on_this_machine(quick):
     device = calibrate.measure_device("cpu", "float32")
     assert device.pass_seconds < 0.1
     assert 0 < device.layer_seconds < 0.05
@@ -198,14 +198,14 @@ def test_more_rows_and_layers_are_not_cheaper_here(quick):
         (("--hardware", "h200"), "policy"),
     ],
 )
-def test_wrong_inputs_name_what_is_wrong(options, told):
+def test_unusable_inputs_are_errors(options, told):
     ran = plan(*options)
     assert ran.exit_code == 2
     assert told in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_damaged_hardware_and_models_are_refused(tmp_path, policy_folder):
+def test_damaged_hardware_files_and_models_are_errors(tmp_path, policy_folder):
     file = tmp_path / "here.json"
     with pytest.raises(DataError, match="cannot read the hardware"):
         planned(hardware=str(file))

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan, by hand on small numbers, and beside what the engine allocates."""
+"""The arithmetic of a plan, by hand on small numbers, and compared with what the engine allocates."""
 
 import math
 
@@ -55,13 +55,13 @@ def planned_batch(settings, policy=SHAPE, scorer=SHAPE, device=DEVICE, parallel=
     return PlannedBatch(PlanSettings(policy="", **settings), policy, scorer, device, parallel, batch)
 
 
-def test_sizes_of_a_small_shape():
+def test_weights_of_a_small_shape_by_hand():
     assert SHAPE.trunk == 2 * (4 * 16 + 3 * 32) == 320
     assert (SHAPE.head, SHAPE.total) == (40, 320 + 2 * 8 + 4 + 80)
     assert SHAPE.cache_bytes(2) == 2 * 2 * 4 * 2  # keys and values, layers, numbers, bytes
 
 
-def test_a_pass_by_hand():
+def test_time_of_a_pass_by_hand():
     # one row, one new token behind nine, no logits: 640 bytes at 100 a second, 640 operations at 1000
     products = overlapped_seconds(6.4, 0.64)
     # per layer: 1 · 10 columns · 8 bytes of keys and values per head (2 · 2 · 2), two heads, at 50 a second;
@@ -77,7 +77,7 @@ def test_a_pass_by_hand():
     assert sampling_seconds(DEVICE, 3, 10) == pytest.approx(2.3)
 
 
-def test_two_devices_share_a_pass_and_exchange_states():
+def test_two_devices_split_a_pass_and_all_reduce():
     one, two = (pass_time(SHAPE, DEVICE, ForwardPass(4, 3, 7), parallel) for parallel in (1, 2))
     exchange = all_reduce_seconds(DEVICE, 12 * 4 * 2, 2)
     assert exchange == pytest.approx(0.3 + 96 / 10)  # 2 · ½ of what is added up, both ways
@@ -86,7 +86,7 @@ def test_two_devices_share_a_pass_and_exchange_states():
     assert all_reduce_seconds(DEVICE.model_copy(update={"link": 0.0}), 1, 2) == math.inf
 
 
-def test_grouped_heads_are_expanded_where_several_queries_read_them():
+def test_grouped_heads_are_expanded_for_several_queries():
     grouped = SHAPE.model_copy(update={"heads": 4, "kv_heads": 2})
     head = 2 * 1 * 12 * 2 * 2  # keys and values of one head, 12 columns
     many = attention_seconds(grouped, DEVICE, ForwardPass(1, 2, 10))
@@ -170,7 +170,7 @@ def test_candidates_are_the_methods_own_unless_given():
 
 @pytest.fixture
 def made(monkeypatch):
-    """Every cache that is filled."""
+    """Every KV cache that is used."""
     caches, start = {}, TreeCache.start
 
     def noted(self, rows):
@@ -183,7 +183,7 @@ def made(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*was trained on")
 @pytest.mark.parametrize("variant", method_variants(ALL), ids=lambda variant: f"{variant.method.name}, {variant.kind}")
-def test_caches_are_as_large_as_the_engine_makes_them(variant, made):
+def test_planned_caches_have_the_size_of_the_engines(variant, made):
     policy, scorers = kinds()
     scorer = None if variant.kind == "none" else scorers[NAMES[variant.kind]][0]
     guided = GuidedPolicy.from_pretrained(policy, scorer=scorer, method=variant.method.name)
@@ -199,7 +199,7 @@ def test_caches_are_as_large_as_the_engine_makes_them(variant, made):
     assert cache_bytes(variant, planned) == sum(cache.nbytes for cache in made.values()) > 0
 
 
-def test_weights_are_counted():
+def test_weights_are_those_of_the_models():
     model = tiny_policy()
     shape = count_shape(model, "tiny")
     assert shape.total == sum(p.numel() for p in model.parameters())

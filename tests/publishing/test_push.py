@@ -1,4 +1,4 @@
-"""``rgtg push`` against a stand-in of the hub: what goes, what stays, what the card says, what is refused."""
+"""``rgtg push`` with a local hub: published files, files left out, the model card, and errors."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def test_a_scorer_is_published_and_loaded_again(hub, scorer, audited):
     assert loaded.score(["the cat"], [" sat"]) == rgtg.load_scorer(str(scorer)).score(["the cat"], [" sat"])
 
 
-def test_the_card_names_the_repository_its_audit_and_no_folder_of_this_machine(hub, scorer, audited):
+def test_the_card_has_the_repository_and_audit_and_no_local_path(hub, scorer, audited):
     push(scorer, "me/scorer", "--audit", audited, "--revision", "v2")
     there = hub.repos["me/scorer"].files("v2")
     card = there["README.md"].decode()
@@ -118,7 +118,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub, scorer, monkeypatch):
     assert not hub.requests
 
 
-def test_private_means_private(hub, scorer):
+def test_a_public_repository_is_an_error_with_private(hub, scorer):
     push(scorer, "me/secret", "--private")
     assert hub.repos["me/secret"].private
     assert json.loads(push(scorer, "me/secret", "--json").stdout)["private"] is True, "and stays so"
@@ -129,7 +129,7 @@ def test_private_means_private(hub, scorer):
     assert not hub.repos["me/open"].files()
 
 
-def test_a_branch_gets_this_scorer_and_nothing_of_an_earlier_one(hub, scorer):
+def test_a_branch_keeps_no_weights_of_an_earlier_scorer(hub, scorer):
     hub.put("me/scorer", {"head.safetensors": b"old", "audit.json": b"old", "NOTES": b"kept"})
     report = json.loads(push(scorer, "me/scorer", "--json", "--revision", "next").stdout)
     assert report["removed"] == ["audit.json", "head.safetensors"]
@@ -190,7 +190,7 @@ def test_an_adapter_is_published_with_its_base(hub, policy_folder, tmp_path):
         ("dump.parquet", b"x" * 2**21, r"dump.parquet \(2.1 MB\) is no file that a scorer is made of"),
     ],
 )
-def test_what_must_not_leave_is_refused_unless_it_is_left_out(hub, scorer, name, content, message):
+def test_files_that_must_not_be_published_are_errors_unless_excluded(hub, scorer, name, content, message):
     (scorer / name).write_bytes(content)
     refused = push(scorer, "me/scorer")
     assert refused.exit_code == 2
@@ -200,7 +200,7 @@ def test_what_must_not_leave_is_refused_unless_it_is_left_out(hub, scorer, name,
     assert name not in hub.repos["me/scorer"].files()
 
 
-def test_links_out_of_the_folder_are_refused(scorer, tmp_path):
+def test_links_out_of_the_folder_are_errors(scorer, tmp_path):
     (tmp_path / "secret.json").write_text("{}")
     (scorer / "vocab.json").symlink_to(tmp_path / "secret.json")
     refused = push(scorer, "me/scorer", "--dry-run")
@@ -216,13 +216,13 @@ def test_links_out_of_the_folder_are_refused(scorer, tmp_path):
         (lambda folder: (folder / "config.json").unlink(), 3, "is not whole: it has no config.json"),
     ],
 )
-def test_half_a_scorer_is_refused(scorer, spoil, code, message):
+def test_an_incomplete_scorer_is_an_error(scorer, spoil, code, message):
     spoil(scorer)
     refused = push(scorer, "me/scorer", "--dry-run")
     assert (refused.exit_code, message in refused.stderr) == (code, True), refused.stderr
 
 
-def test_an_audit_of_other_weights_is_refused(hub, scorer, audited):
+def test_an_audit_of_other_weights_is_an_error(hub, scorer, audited):
     model = tiny_reward_model()
     with torch.no_grad():
         model.score.weight.add_(1)
@@ -243,12 +243,12 @@ def test_an_audit_of_other_weights_is_refused(hub, scorer, audited):
         ([], "error: repo is required (argument 2)"),
     ],
 )
-def test_unusable_arguments(scorer, arguments, message):
+def test_unusable_arguments_are_errors(scorer, arguments, message):
     refused = push(scorer, *arguments, "--dry-run")
     assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
 
 
-def test_what_is_missing_is_named_as_the_command_takes_it():
+def test_a_missing_argument_is_named_as_the_command_spells_it():
     refused = push()
     assert (refused.exit_code, refused.stderr) == (
         2,
@@ -258,7 +258,7 @@ def test_what_is_missing_is_named_as_the_command_takes_it():
     assert tuple(arguments) == PushSettings.positional
 
 
-def test_the_hub_s_refusals_say_what_to_do_and_leave_no_half(hub, scorer, monkeypatch):
+def test_refusals_of_the_hub_say_what_to_do_and_commit_nothing(hub, scorer, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READ)
     refused = push(scorer, "me/scorer")
     assert (refused.exit_code, "(403, read-only): the token may not write to me/scorer" in refused.stderr) == (1, True)
@@ -273,7 +273,7 @@ def test_the_hub_s_refusals_say_what_to_do_and_leave_no_half(hub, scorer, monkey
     assert not hub.repos["me/scorer"].files()
 
 
-def test_without_a_token_nothing_is_asked(hub, scorer, monkeypatch):
+def test_without_a_token_no_request_is_made(hub, scorer, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(scorer / "no-token"))
     refused = push(scorer, "me/scorer")
@@ -281,14 +281,14 @@ def test_without_a_token_nothing_is_asked(hub, scorer, monkeypatch):
     assert not hub.requests
 
 
-def test_a_hub_that_cannot_be_reached(hub, scorer, monkeypatch):
+def test_an_unreachable_hub_is_an_error(hub, scorer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     clear_snapshot_cache()
     refused = push(scorer, "me/scorer")
     assert (refused.exit_code, "cannot publish to http://127.0.0.1:9" in refused.stderr) == (1, True)
 
 
-def test_names_that_mean_something_elsewhere(tmp_path, monkeypatch):
+def test_public_model_names_are_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert is_public("owner/name@v1")

@@ -1,4 +1,4 @@
-"""The page is well formed, self-contained, escaped, and says what the result holds."""
+"""The page is well-formed, self-contained and escaped, and shows everything in the result."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ _VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Tags that are opened and closed in order, the texts of table cells, and whatever points outside."""
+    """Checks that tags are closed in order; collects the texts of table cells and links to the outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _parse(page: str) -> Page:
 
 @pytest.fixture
 def result():
-    """Version 1: neither seeds nor single rewards."""
+    """Version 1 has no seeds and no rewards per prompt."""
     methods = [
         method("policy", "policy", 0.1, 1.0), method("pargs β=1", "pargs", 2.0, 3.0, EVIL),
         method("args β=1", "args", 1.0, 4.0),
@@ -78,7 +78,7 @@ def test_the_page_is_well_formed_self_contained_and_escaped(result):
     assert "#010203" not in page
 
 
-def test_every_part_is_there_under_its_anchor():
+def test_every_section_has_its_anchor():
     page = html_report(steered(), {"s": audit()}, title="t", judged=judged(("policy", "pargs β=2", 0.2)))
     parsed = _parse(page)
     for key in (
@@ -99,7 +99,7 @@ def test_every_part_is_there_under_its_anchor():
     assert parsed.tags.count("svg") == 3
 
 
-def test_differences_marks_and_recommended_strengths_are_told():
+def test_differences_marks_and_recommended_strengths_are_shown():
     result = steered()
     assert [mark.at for mark in result.over_optimised] == ["pargs β=4"]
     page = html_report(result, title="t")
@@ -113,7 +113,7 @@ def test_differences_marks_and_recommended_strengths_are_told():
     assert "var(--bad)" in page[page.index("<svg") : page.index("</svg>")]  # the cross on the over-optimised point
 
 
-def test_the_frontier_has_a_panel_for_the_same_candidates_only_where_that_is_known(result):
+def test_the_frontier_has_a_second_panel_only_if_the_cut_kl_is_known(result):
     assert "KL over the same" not in html_report(result, title="t")
     wide = html_report(steered(), title="t")
     narrow = html_report(result, title="t")
@@ -121,7 +121,7 @@ def test_the_frontier_has_a_panel_for_the_same_candidates_only_where_that_is_kno
     assert 'width="518' in narrow[: narrow.index("</svg>")]
 
 
-def test_seven_curves_have_seven_colours_and_none_is_lost_on_a_dark_page(result):
+def test_seven_curves_have_seven_colours_that_show_on_a_dark_page(result):
     result.methods = [method(f"m{i}", "policy", i, 1.0 + i) for i in range(7)]
     page = html_report(result, {"s": audit()}, title="t")
     assert "#000000" not in page
@@ -130,13 +130,13 @@ def test_seven_curves_have_seven_colours_and_none_is_lost_on_a_dark_page(result)
     assert all(colour.lower() in curves for colour in COLOURS[:-1])
 
 
-def test_long_tables_are_folded_away_with_what_they_come_to():
+def test_long_tables_are_folded_under_a_summary():
     rows = [grown("policy", 0.0), *(grown(f"m{i}", 1.0 + i) for i in range(13))]
     page = html_report(comparison(rows), title="t")
     assert "<summary>26 differences, 13 of them with an adjusted p below 0.05</summary>" in page
 
 
-def test_the_page_is_made_without_torch():
+def test_the_page_needs_no_torch():
     code = "import sys, rgtg.report; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
@@ -154,7 +154,7 @@ def test_methods_are_sorted_by_reward_with_their_costs(result):
     assert "partial completions" not in page
 
 
-def test_strengths_of_one_cost_are_one_row_of_costs_and_others_are_all_shown():
+def test_strengths_with_the_same_cost_share_one_row_of_the_cost_table():
     rows = [
         grown("policy", 0.0), *(grown(f"pargs β={b}", b, b, "pargs") for b in (1.0, 2.0)),
         *(grown(f"best-of-n n={n}", 1.0 + n / 10, float(n), "best-of-n", policy_calls=100 * n) for n in (2, 8)),
@@ -165,7 +165,7 @@ def test_strengths_of_one_cost_are_one_row_of_costs_and_others_are_all_shown():
     assert costs.count("<td>pargs β=") == 1
 
 
-def test_figures_that_are_missing_are_dashes(result):
+def test_missing_numbers_are_dashes(result):
     result.methods[0].metrics["reward"] = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
     del result.methods[1].metrics["kl_nats"]
     page = html_report(result, {"s": audit()}, title="t")
@@ -183,14 +183,14 @@ def test_a_comparison_without_samples_or_kl_still_renders(result):
     assert "Reward against KL" not in page
 
 
-def test_methods_that_took_no_time_or_wrote_nothing_have_no_costs(result):
+def test_methods_without_time_or_tokens_have_no_costs(result):
     for row in result.methods:
         row.tokens_per_second, row.seconds = 0.0, 0.0
     page = html_report(result, title="t")
     assert "Reward against cost" not in page
 
 
-def test_the_page_comes_last_and_the_figures_beside_the_markdown(tmp_path):
+def test_the_page_is_written_last_and_figures_are_beside_the_markdown(tmp_path):
     written = write_report(steered(), tmp_path / "r.html", audits={"s": audit()}, title="T")
     assert written == [tmp_path / "r.html", tmp_path / "r.md"]
     _parse(written[0].read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The same report in Markdown: tables that hold, texts that mean nothing but themselves."""
+"""The report in Markdown: tables keep their form, and texts are escaped."""
 
 import re
 
@@ -14,7 +14,7 @@ def render(*blocks, title="T", intro=""):
     return render_markdown(title, intro, [Section("k", "S", blocks)], "figures")
 
 
-def test_tables_have_as_many_cells_in_every_line_whatever_the_texts():
+def test_table_lines_have_equal_cells_for_any_text():
     sections = report_sections(steered(), {EVIL: audit(EVIL)}, judged=judged(("policy", EVIL, 0.3)))
     text = render_markdown(EVIL, EVIL, sections, "figures")
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -32,7 +32,7 @@ def test_bold_rows_details_and_marks():
     assert "| **x** *recommended* | **1** (0 to 2) |" in render(table)
 
 
-def test_a_summary_stands_before_its_table():
+def test_a_summary_precedes_its_table():
     assert "12 differences:\n\n| a |" in render(Table(["a"], [[Cell("x")]], summary="12 differences"))
 
 
@@ -47,7 +47,7 @@ def test_a_summary_stands_before_its_table():
         ("3.5 is a number", "3.5 is a number"),
     ],
 )
-def test_nothing_in_a_text_is_markup(text, shown):
+def test_texts_are_escaped(text, shown):
     assert render(Paragraph(text)).splitlines()[-1] == shown
 
 
@@ -58,7 +58,7 @@ def test_completions_are_bullets_with_new_words_in_bold():
     assert "- **pargs** 1.00: The **red<br>old** dog *(cut off)*" in text
 
 
-def test_rows_of_version_one_render_too():
+def test_results_of_version_one_render_too():
     result = steered()
     result.methods = [method("policy", "policy", 0.1, 1.0), method("pargs β=1", "pargs", 2.0, 3.0)]
     result.differences, result.recommended, result.over_optimised, result.budgets = [], [], [], []

@@ -1,4 +1,4 @@
-"""Side by side: the baseline first, words that it lacks marked, a row per method where there are many."""
+"""Completions side by side: the baseline first, words that it lacks marked, one row per method if there are many."""
 
 import pytest
 from hypothesis import given
@@ -21,7 +21,7 @@ from rgtg.report.samples import marked_words, samples
         ("", "x", []),
     ],
 )
-def test_words_that_the_baseline_lacks(text, baseline, marked):
+def test_words_that_the_baseline_lacks_are_marked(text, baseline, marked):
     runs = marked_words(text, baseline)
     assert [run for run, new in runs if new] == marked
     assert "".join(run for run, _ in runs) == text
@@ -47,7 +47,7 @@ def test_the_baseline_comes_first_and_unmarked():
     assert sample.cards[1].notes == ["empty"]
 
 
-def test_many_rows_are_shown_by_one_of_each_curve():
+def test_many_rows_are_reduced_to_one_of_each_curve():
     rows = [grown("policy", 0.0)]
     for name in ("x", "y", "z"):
         rows += [grown(f"{name} β={b:g}", b, b, name) for b in (1.0, 2.0, 3.0)]

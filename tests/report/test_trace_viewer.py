@@ -1,4 +1,4 @@
-"""The report token by token: a comparison keeps steps, the page carries them, the playground's renderer draws them."""
+"""Traces in the report: a comparison keeps steps, the page contains them, the playground's trace viewer draws them."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def result(models):
     return assemble(rows, reward="length", prompts=3, made=made, how=Resampling(resamples=100, permutations=100))
 
 
-def test_the_first_prompts_keep_their_steps_and_those_are_the_decoders(result, models):
+def test_the_first_prompts_keep_the_steps_of_decoding(result, models):
     policy, guided, best, everything = result.methods
     assert [["steps" in sample for sample in row.samples] for row in (policy, guided)] == [[True, True, False]] * 2
     assert not any("steps" in sample for sample in best.samples), "it chose among whole texts"
@@ -76,7 +76,7 @@ def test_no_traces_no_script(models):
     assert "<script" not in html_report(steered(), title="t")
 
 
-def test_parts_keep_traces_and_completions_do_not(tmp_path, policy_folder, scorer_folder, monkeypatch):
+def test_shards_keep_traces_and_completions_do_not(tmp_path, policy_folder, scorer_folder, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS), encoding="utf-8")
     settings = CompareSettings(
@@ -92,7 +92,7 @@ def test_parts_keep_traces_and_completions_do_not(tmp_path, policy_folder, score
     assert sum("steps" in sample for sample in again.methods[0].samples) == 2
 
 
-def test_what_the_page_carries_cannot_end_its_script(result):
+def test_data_in_the_page_cannot_end_the_script(result):
     shown = result.model_copy(deep=True)
     shown.methods[1].label = EVIL + "</script><!--"
     page = html_report(shown, title="t")
@@ -105,7 +105,7 @@ def test_what_the_page_carries_cannot_end_its_script(result):
     assert "candidate_ids" not in text
 
 
-def test_the_report_draws_steps_with_the_playgrounds_renderer(result, tmp_path):
+def test_the_report_draws_steps_with_the_playgrounds_trace_viewer(result, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(html_report(result, title="t"), encoding="utf-8")
     browser = open_browser(tmp_path)

@@ -13,7 +13,7 @@ def row(label, *seeds):
     return grown(label, 0.0, rewards=[list(seed) for seed in seeds])
 
 
-def test_rewards_of_as_many_seeds_meet_seed_by_seed():
+def test_runs_with_equal_seeds_are_compared_seed_by_seed():
     found = gold_win_rates([row("a", [1, 2, 3, 0], [1, 1, 1, 0]), row("b", [0, 2, 4, 1], [0, 2, 1, 1])], "gold")
     # by prompt: 1, (½ + 0)/2, (0 + ½)/2, 0
     rate = found.rates["a"]["b"]
@@ -25,12 +25,12 @@ def test_rewards_of_as_many_seeds_meet_seed_by_seed():
     assert (other.wins, other.losses) == (3, 1)
 
 
-def test_one_seed_meets_every_seed_of_the_other():
+def test_one_seed_is_compared_with_every_seed_of_the_other():
     found = gold_win_rates([row("greedy", [1, 1]), row("sampled", [0, 2], [2, 2])], "gold")
     assert found.rates["greedy"]["sampled"].rate.mean == pytest.approx((0.5 + 0) / 2)
 
 
-def test_a_judge_is_read_both_ways_round():
+def test_a_judges_matches_fill_both_directions():
     found = judge_win_rates(judged(("a", "b", 0.7)))
     assert found.judged_by == "judge-8b"
     assert found.rates["a"]["b"].rate.mean == 0.7
@@ -39,7 +39,7 @@ def test_a_judge_is_read_both_ways_round():
     assert (turned.wins, turned.losses, turned.ties) == (3, 7, 2)
 
 
-def test_a_judge_comes_before_the_result_and_that_before_gold():
+def test_a_judge_takes_precedence_over_the_result_and_gold():
     result = steered()
     assert win_rates(result).title == "Win rates, by gold"
     rate = WinRate(rate=result.methods[0].metrics["reward"], wins=1, losses=0, ties=0)
@@ -61,7 +61,7 @@ def test_a_judge_comes_before_the_result_and_that_before_gold():
     assert "Pairs without a verdict, left out: 1." in note.text
 
 
-def test_rows_the_judge_never_saw_and_pairs_without_verdict():
+def test_rows_that_were_not_judged_and_pairs_without_a_verdict_are_empty():
     missing = judged(("a", "b", 0.5), ("b", "c", 0.5))
     missing.matches[1].win_rate = missing.matches[1].win_rate.model_copy(update={"n": 0, "mean": math.nan})
     matrix = win_rates(steered(), missing).blocks[0]

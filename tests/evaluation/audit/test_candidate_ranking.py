@@ -35,7 +35,7 @@ def rollouts():
 
 
 class Given:
-    """A scorer that says what it is told, by prefix and candidate."""
+    """A scorer with given scores, by prefix and candidate."""
 
     name, info, model = "given", None, tiny_policy()
     tokenizer = tiny_tokenizer()
@@ -56,7 +56,7 @@ def values(rollouts):
 
 
 def by_hand(rows):
-    """Two prefixes of two prompts with given policies and rewards (K = 2, m = 2), everything else made up."""
+    """Two prefixes of two prompts with given probabilities and rewards (K = 2, m = 2)."""
     made = make_rollouts(policy(), PROMPTS[:2], letters, prefixes=2, candidates=2, per_candidate=2, max_new_tokens=4)
     changed = [
         row.model_copy(update={"policy_log_probs": [math.log(p) for p in probabilities], "rewards": rewards})
@@ -65,7 +65,7 @@ def by_hand(rows):
     return CandidateRollouts(made.header, changed)
 
 
-def test_the_values_themselves_order_perfectly_and_regret_nothing(rollouts):
+def test_scores_equal_to_the_values_rank_perfectly_without_regret(rollouts):
     found = audit_rollouts(Given(rollouts, values(rollouts)), rollouts).overall
     assert found.spearman.mean == found.kendall.mean == 1.0
     assert found.scorer.regret.mean == pytest.approx(0, abs=1e-12)
@@ -126,7 +126,7 @@ def test_scale_and_functions_of_the_prefix_drop_out(rollouts):
     assert plain.kl_nats == pytest.approx(0.1, abs=1e-4)
 
 
-def test_prefixes_where_nothing_differs_have_no_order():
+def test_prefixes_whose_candidates_all_tie_have_no_order():
     made = by_hand([([0.6, 0.2], [[1.0, 1.0], [2.0, 4.0]]), ([0.3, 0.3], [[1.0, 1.0], [1.0, 1.0]])])
     found = audit_rollouts(Given(made, [[0.0, 1.0], [0.0, 1.0]]), made).overall
     assert (found.tied, found.spearman.n, found.spearman.mean) == (1, 1, 1.0)
@@ -136,7 +136,7 @@ def test_prefixes_where_nothing_differs_have_no_order():
     assert math.isnan(result.overall.scorer.normalised_regret.mean)
 
 
-def test_the_ceiling_is_low_where_values_are_noise():
+def test_the_ceiling_is_low_if_values_are_noise():
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 2, 2, generator=draw).tolist()
     noisy = by_hand([([0.5, 0.4], noise[0]), ([0.5, 0.4], noise[1])])
@@ -157,7 +157,7 @@ def test_positions_are_parts_of_the_completion(rollouts):
         assert point.tokens == pytest.approx(sum(len(r.written_ids) for r in inside) / len(inside))
 
 
-def test_a_separate_scorer_is_read_as_guidance_reads_it(rollouts):
+def test_a_separate_scorer_gives_the_scores_that_guidance_uses(rollouts):
     scorer = tiny_scorer()
     found = candidate_scores(scorer, rollouts, batch_size=3)
     for row, mine in zip(rollouts.rows, found.tolist(), strict=True):
@@ -166,7 +166,7 @@ def test_a_separate_scorer_is_read_as_guidance_reads_it(rollouts):
 
 
 @pytest.mark.parametrize("objective", ["farma", "autoregressive"])
-def test_a_vocabulary_scorer_is_read_as_guidance_reads_it(rollouts, objective):
+def test_a_vocabulary_scorer_gives_the_scores_that_guidance_uses(rollouts, objective):
     scorer = VocabularyScorer(Policy(tiny_policy(seed=4), tiny_tokenizer()), objective=objective)
     row, found = rollouts.rows[0], candidate_scores(scorer, rollouts)[0]
     logits = scorer.model(torch.tensor([[*row.prompt_ids, *row.written_ids]])).logits[0, -1]
@@ -174,12 +174,12 @@ def test_a_vocabulary_scorer_is_read_as_guidance_reads_it(rollouts, objective):
     assert found.tolist() == pytest.approx(expected[row.candidate_ids].tolist(), abs=1e-4)
 
 
-def test_a_joined_adapter_cannot_be_read_alone(rollouts):
+def test_a_fused_adapter_cannot_score_on_its_own(rollouts):
     with pytest.raises(UsageError, match="load it by its folder"):
         audit_rollouts(object(), rollouts)
 
 
-def test_halves_that_disagree_in_full_are_not_divided_by_zero():
+def test_opposite_halves_do_not_divide_by_zero():
     made = by_hand([([0.5, 0.4], [[1.0, 0.0], [0.0, 1.0]])] * 2)
     found = audit_rollouts(Given(made, [[0.0, 1.0]] * 2), made, bootstrap=100).overall
     assert found.reliability == -math.inf
@@ -214,7 +214,7 @@ def test_a_scorer_with_another_tokenizer_reads_texts(rollouts):
     assert torch.equal(candidate_scores(only, rollouts), found)
 
 
-def test_the_reward_itself_is_refused():
+def test_auditing_the_reward_itself_is_an_error():
     scorer = tiny_scorer()
     made = make_rollouts(policy(), PROMPTS, scorer, prefixes=2, candidates=2, per_candidate=1, max_new_tokens=4)
     with pytest.raises(UsageError, match="judged by itself"):
@@ -231,7 +231,7 @@ def test_one_roll_out_gives_no_ceiling_but_a_gain(rollouts):
     assert found.scorer.regret.mean == 0
 
 
-def test_a_head_of_another_policy_is_refused(rollouts):
+def test_a_head_on_another_policy_is_an_error(rollouts):
     other = Policy(tiny_policy(seed=9), tiny_tokenizer())
     about = info().model_copy(update={"trunk": "own", "head": "state", "layer": 2, "base_model": "other"})
     head = OwnStateScorer(other, StateHead(32, 8), about)
@@ -250,12 +250,12 @@ def test_a_head_of_another_policy_is_refused(rollouts):
         ({"kl_nats": math.nan}, UsageError, "positive number"),
     ],
 )
-def test_unusable_settings(rollouts, options, error, text):
+def test_unusable_settings_are_errors(rollouts, options, error, text):
     with pytest.raises(error, match=text):
         audit_rollouts(Given(rollouts, values(rollouts)), rollouts, **options)
 
 
-def test_nothing_to_audit_with_and_broken_scores(tmp_path, rollouts):
+def test_no_rollouts_and_nan_scores_are_errors(tmp_path, rollouts):
     path = tmp_path / "empty.jsonl"
     write_rollouts(CandidateRollouts(rollouts.header, []), path)
     with pytest.raises(DataError, match="holds no prefix"):
@@ -264,7 +264,7 @@ def test_nothing_to_audit_with_and_broken_scores(tmp_path, rollouts):
         audit_rollouts(Given(rollouts, values(rollouts) * math.nan), rollouts)
 
 
-def test_the_figure_is_drawn(tmp_path, rollouts):
+def test_the_plot_is_written(tmp_path, rollouts):
     result = audit_rollouts(Given(rollouts, values(rollouts)), rollouts, bootstrap=100)
     plot_rollout_audit({"one": result, "two": result}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -69,7 +69,7 @@ def text_of(tokenizer, ids):
     return tokenizer.decode([i for i in ids if i != EOS], skip_special_tokens=True)
 
 
-def test_rows_hold_what_was_read_and_scored():
+def test_a_row_contains_the_texts_and_their_rewards():
     made = make()
     assert [row.index for row in made.rows] == [0, 1, 2, 3, 4]
     assert [row.prompt for row in made.rows] == [*PROMPTS, *PROMPTS[:2]]
@@ -83,7 +83,7 @@ def test_rows_hold_what_was_read_and_scored():
             assert len(row.texts[j]) == (1 if row.ended[j] else 2)
 
 
-def test_a_model_is_a_reward_and_reads_whether_completions_ended():
+def test_a_reward_model_is_told_which_completions_ended():
     scorer = tiny_scorer(objective="full-bt")
     made = make(scorer)
     assert made.header.reward == "tiny"
@@ -93,7 +93,7 @@ def test_a_model_is_a_reward_and_reads_whether_completions_ended():
         assert group[: len(expected)] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_file_gives_back_what_was_made(tmp_path):
+def test_the_file_reads_back_as_written(tmp_path):
     made = make(path=tmp_path / "r.jsonl")
     assert read_rollouts(tmp_path / "r.jsonl") == made
     write_rollouts(made, tmp_path / "copy.jsonl")
@@ -101,7 +101,7 @@ def test_the_file_gives_back_what_was_made(tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_stopped_run_goes_on_to_the_same_file(tmp_path, half):
+def test_a_stopped_run_continues_and_writes_the_same_file(tmp_path, half):
     whole = make(Stops(10**6), path=tmp_path / "whole.jsonl")
     path = tmp_path / "r.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(tmp_path, half):
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_more_prefixes_are_added_and_fewer_are_read(tmp_path):
+def test_asking_for_more_prefixes_adds_them_and_fewer_reads_a_part(tmp_path):
     path = tmp_path / "r.jsonl"
     make(path=path, prefixes=2)
     assert make(path=path, prefixes=5).rows == make(prefixes=5).rows
@@ -127,7 +127,7 @@ def test_more_prefixes_are_added_and_fewer_are_read(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_finished_file_is_not_made_again(tmp_path):
+def test_a_finished_file_is_not_computed_again(tmp_path):
     path = tmp_path / "r.jsonl"
     first = make(Stops(10**6), path=path)
     assert make(Stops(0), path=path) == first
@@ -138,17 +138,17 @@ def test_a_finished_file_is_not_made_again(tmp_path):
     [({"seed": 2}, "seed"), ({"per_candidate": 3}, "per_candidate"), ({"reward": uppercase}, "reward 'vowels'"),
      ({"prompts": PROMPTS[:2]}, "prompts")],
 )  # fmt: skip
-def test_other_roll_outs_are_not_mixed(tmp_path, change, named):
+def test_a_file_with_other_settings_is_an_error(tmp_path, change, named):
     make(path=tmp_path / "r.jsonl")
     with pytest.raises(UsageError, match=named):
         make(path=tmp_path / "r.jsonl", **change)
 
 
-def test_another_reward_on_the_same_texts(tmp_path):
+def test_rescoring_equals_making_them_with_the_other_reward(tmp_path):
     assert rescore_rollouts(make(vowels), uppercase).rows == make(uppercase).rows
 
 
-def test_cuts_are_spread_and_never_twice():
+def test_cuts_are_spread_evenly_and_differ():
     cuts = plan_cuts([10, 1, 4], 12)
     assert len({(cut.prompt, cut.position) for cut in cuts}) == len(cuts)
     assert [cut.index for cut in cuts if cut.prompt == 1] == [1]  # one token has one cut
@@ -160,7 +160,7 @@ def test_cuts_are_spread_and_never_twice():
     assert min(quarters) >= 23
 
 
-def test_a_prompt_that_is_there_twice_is_used_once():
+def test_duplicate_prompts_are_used_once():
     assert make(prompts=[*PROMPTS, PROMPTS[0]]) == make()
 
 
@@ -176,7 +176,7 @@ def test_a_prompt_that_is_there_twice_is_used_once():
         ({"reward": lambda text: math.nan}, NonFiniteError, "reward is NaN"),
     ],
 )
-def test_what_cannot_be_used_is_refused(change, error, text):
+def test_unusable_arguments_are_errors(change, error, text):
     with pytest.raises(error, match=text):
         make(**change)
 
@@ -197,18 +197,18 @@ def _damage(path, line, change):
         (3, lambda row: json.dumps(json.loads(row) | {"candidate_ids": [5]}), "of 3 candidates, with 2 rewards each"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_line(tmp_path, line, change, text):
+def test_a_damaged_file_is_an_error_with_its_line(tmp_path, line, change, text):
     make(path=tmp_path / "r.jsonl")
     _damage(tmp_path / "r.jsonl", line, change)
     with pytest.raises(DataError, match=text):
         read_rollouts(tmp_path / "r.jsonl")
 
 
-def test_no_file_is_a_usage_error(tmp_path):
+def test_a_missing_file_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot read the roll-outs"):
         read_rollouts(tmp_path / "none.jsonl")
 
 
-def test_a_reward_model_is_known_by_its_weights():
+def test_a_reward_model_is_identified_by_its_weights():
     one, other = (make(tiny_scorer(seed=seed)).header for seed in (1, 2))
     assert one.reward_fingerprint != other.reward_fingerprint

@@ -41,7 +41,7 @@ def test_a_scorer_that_sees_the_difference_early_is_fit():
     assert result.by_tokens[1].margin.mean == 1.0
 
 
-def test_a_scorer_that_speaks_only_at_the_end_has_ties_before_it():
+def test_a_scorer_that_differs_only_at_the_end_has_ties_before():
     result = audit_prefixes(CountingScorer(early=False), PAIRS, bootstrap=200)
     assert result.full_accuracy.mean == 1.0
     middle = result.by_fraction[4]
@@ -96,7 +96,7 @@ def test_pairs_that_never_differ_are_an_error():
         audit_prefixes(CountingScorer(early=True), [same])
 
 
-def test_a_list_and_its_file_have_one_fingerprint(tmp_path):
+def test_a_list_and_its_file_have_the_same_fingerprint(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(pair.model_dump_json(exclude={"prompt_templated"}) + "\n" for pair in PAIRS))
     listed, read = (audit_prefixes(CountingScorer(early=True), p, bootstrap=100) for p in (PAIRS, path))
@@ -104,7 +104,7 @@ def test_a_list_and_its_file_have_one_fingerprint(tmp_path):
     assert len(listed.provenance.data["pairs"]) == 16
 
 
-def test_pairs_over_the_context_are_an_error_or_left_out_with_a_count():
+def test_pairs_longer_than_the_context_are_an_error_or_skipped_with_a_warning():
     long = PreferencePair(prompt="x", chosen="a" * 200, rejected="b")
     scorer = tiny_reward_model(), tiny_tokenizer()
     with pytest.raises(DataError, match="exceeds the scorer's context of 128"):
@@ -114,12 +114,12 @@ def test_pairs_over_the_context_are_an_error_or_left_out_with_a_count():
 
 
 @pytest.mark.parametrize(("pairs", "on_bad"), [("pairs.jsonl", "error"), (PAIRS, "skip")])
-def test_rejects_that_would_stay_empty_are_refused(tmp_path, pairs, on_bad):
+def test_rejects_without_a_file_to_skip_rows_of_is_an_error(tmp_path, pairs, on_bad):
     with pytest.raises(UsageError, match="rejects"):
         audit_prefixes(CountingScorer(early=True), pairs, on_bad=on_bad, rejects=tmp_path / "rejects.jsonl")
 
 
-def test_token_positions_end_where_too_few_pairs_reach():
+def test_token_positions_end_when_too_few_pairs_reach_them():
     result = audit_prefixes(CountingScorer(early=True), PAIRS, bootstrap=100)
     # completions of 6 to 31 tokens: all 26 reach 4, 24 reach 8, only 16 reach 16
     assert [(p.position, p.pairs) for p in result.by_tokens] == [(1, 0), (2, 26), (4, 26), (8, 24)]
@@ -133,7 +133,7 @@ def test_calibration_error_by_hand():
     assert found == pytest.approx(1 - sum(sure) / 3)
 
 
-def test_nothing_but_ties_is_no_verdict():
+def test_only_ties_give_no_verdict():
     none = Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
     assert verdict(none, none, "prefix-bt").startswith("No verdict")
     assert audit_prefixes(CountingScorer(early=False), PAIRS, bootstrap=100).verdict.startswith("No verdict")

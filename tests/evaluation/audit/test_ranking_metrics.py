@@ -48,7 +48,7 @@ def test_ranks_are_those_of_sorting(pairs):
     assert ranking_metrics.mid_ranks(a)[0].tolist() == pytest.approx(expected)
 
 
-def test_ties_everywhere_have_no_correlation():
+def test_rows_of_ties_have_no_correlation():
     flat, steep = torch.zeros(1, 3), torch.tensor([[1.0, 2, 3]])
     for measure in (ranking_metrics.spearman, ranking_metrics.kendall):
         assert measure(flat, steep).isnan().all()
@@ -69,7 +69,7 @@ def test_kl_by_hand():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_beta_meets_its_kl_whatever_the_scale(scale):
+def test_beta_meets_its_kl_at_any_scale_of_the_scores(scale):
     scores = scale * torch.tensor([[0.3, -1.0, 2.0]])
     beta = ranking_metrics.beta_for_kl(POLICY, scores, 0.1)
     assert ranking_metrics.mean_kl(POLICY, ranking_metrics.guided_weights(POLICY, scores, beta)) == pytest.approx(
@@ -77,7 +77,7 @@ def test_beta_meets_its_kl_whatever_the_scale(scale):
     )
 
 
-def test_beta_where_the_kl_cannot_be_met():
+def test_beta_if_no_beta_reaches_the_kl():
     assert ranking_metrics.beta_for_kl(POLICY, torch.ones(1, 3), 0.1) == 0.0
     scores = torch.tensor([[1.0, 0.0, 0.0]])  # even the argmax is only ln 2 away
     beta = ranking_metrics.beta_for_kl(POLICY, scores, 5.0)
@@ -86,14 +86,14 @@ def test_beta_where_the_kl_cannot_be_met():
     )
 
 
-def test_the_best_is_picked_on_one_half_and_read_on_the_other():
+def test_the_best_candidate_is_chosen_on_one_half_and_read_on_the_other():
     # halves (3, 0) and (1, 2): the first picks candidate 0, worth 1 there; the second picks 1, worth 0 here
     rewards = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])
     assert ranking_metrics.split_best(rewards).item() == 0.5
     assert ranking_metrics.split_best(rewards[..., :1]).isnan().all()
 
 
-def test_of_equal_candidates_the_mean_is_read():
+def test_tied_candidates_give_their_mean():
     rewards = torch.tensor([[[1.0, 5.0], [1.0, 7.0]]])
     # the first half ties: (5 + 7) / 2; the second picks candidate 1, worth 1
     assert ranking_metrics.split_best(rewards).item() == 3.5
@@ -107,7 +107,7 @@ def test_the_true_best_is_between_the_two_estimates():
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
-def test_the_same_rewards_in_another_order_tie_and_others_do_not(scale):
+def test_equal_rewards_in_another_order_tie(scale):
     rewards = scale * torch.tensor([[[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.2, 0.1001]]]).double()
     means = rewards.mean(-1)
     found = ranking_metrics.with_ties(means)
@@ -125,7 +125,7 @@ def test_moments_by_hand():
     assert ranking_metrics.moments(half, torch.tensor([[0.0, 2.0]]), rewards[..., :1])[0, 2].isnan()
 
 
-def test_moments_are_unbiased_where_plain_variances_are_not():
+def test_moments_are_unbiased_unlike_plain_variances():
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([0.0, 0.3, 0.6]).double()
     noise = torch.randn(20000, 3, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5])[:, None]
@@ -144,21 +144,21 @@ def test_correlation_is_one_with_itself_and_zero_without_spread():
     assert ranking_metrics.correlation(torch.tensor([1.0, 1.0, -0.1])).isnan()
 
 
-def test_a_mean_has_the_interval_of_the_plain_bootstrap():
+def test_the_interval_of_a_mean_equals_the_plain_bootstrap():
     values, clusters = [1.0, 2.0, 3.0, 5.0, 8.0], [0, 0, 1, 2, 2]
     mine = ranking_metrics.clustered_interval(torch.tensor(values)[:, None], lambda m: m[..., 0], clusters, seed=3)
     plain = bootstrap_interval(values, clusters=clusters, seed=3)
     assert mine.model_dump() == pytest.approx(plain.model_dump())
 
 
-def test_a_ratio_is_of_means_and_its_resamples_are_of_whole_clusters():
+def test_a_ratio_of_means_resamples_whole_clusters():
     rows = torch.tensor([[1.0, 2.0], [3.0, 2.0], [8.0, 4.0], [math.nan, 1.0]])
     found = ranking_metrics.clustered_interval(rows, ranking_metrics.ratio, ["a", "a", "b", "c"])
     assert (found.mean, found.n) == (12 / 8, 2)
     assert (found.low, found.high) == (1.0, 2.0)  # all of a, all of b
 
 
-def test_no_rows_are_no_interval():
+def test_no_rows_give_an_empty_interval():
     found = ranking_metrics.clustered_interval(torch.tensor([[math.nan]]), lambda m: m[..., 0], [0])
     assert found.n == 0
     assert math.isnan(found.mean)

@@ -64,8 +64,8 @@ def test_heads_on_the_policys_states_are_compared_too(settings, tmp_path, policy
 
 
 @pytest.mark.parametrize("append_eos", [True, False])
-def test_a_judge_reads_what_was_written(append_eos):
-    """Ended texts closed if it was trained so, cut-off ones left open, an empty one as it is."""
+def test_a_reward_model_reads_completions_as_they_ended(append_eos):
+    """Finished texts get EOS if it was trained with it; cut-off and empty texts get none."""
     judge = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=info(append_eos=append_eos))
     whole = {("ab", "stop"): [11, 5, 6], ("ab", "length"): [11, 5, 6], ("", "stop"): [11]}
     done = [
@@ -81,7 +81,7 @@ def by_length(done):
     return [float(len(c.text)) for c in done]
 
 
-def test_seeds_are_kept_apart_and_what_is_greedy_runs_once(settings):
+def test_seeds_are_independent_and_greedy_runs_have_one(settings):
     settings.seeds = [3, 5]
     settings.methods = [CompareRun(method="policy"), CompareRun(method="pargs-greedy", beta=1)]
     sampled, greedy = compare(settings, reward=by_length).methods
@@ -139,7 +139,7 @@ def test_every_baseline_that_samples_gives_other_completions_with_other_seeds(se
             assert len(set(mine)) == 3, method.name
 
 
-def test_finished_parts_are_not_made_again_and_a_new_proxy_only_scores(settings, tmp_path, monkeypatch):
+def test_finished_shards_are_reused_and_a_new_proxy_only_scores_them(settings, tmp_path, monkeypatch):
     first = compare(settings)
     monkeypatch.setattr(generate, "complete", lambda *_, **__: pytest.fail("completed again"))
     assert compare(settings).methods == first.methods  # to the digit, and in the time it took then
@@ -154,7 +154,7 @@ def test_finished_parts_are_not_made_again_and_a_new_proxy_only_scores(settings,
         compare(settings.model_copy(update={"max_new_tokens": 7}))
 
 
-def test_the_guiding_scorer_is_a_proxy_of_every_row(settings):
+def test_the_guiding_scorer_is_a_proxy_of_every_run(settings):
     result = compare(settings)
     plain, _, strong, _ = result.methods
     scorer = PrefixScorer.from_pretrained(settings.scorer)
@@ -165,7 +165,7 @@ def test_the_guiding_scorer_is_a_proxy_of_every_row(settings):
     assert strong.metrics["proxy:scorer"].mean > plain.metrics["proxy:scorer"].mean
 
 
-def test_a_row_may_have_a_policy_of_its_own(settings, tmp_path):
+def test_a_run_may_have_its_own_policy(settings, tmp_path):
     tuned = tmp_path / "tuned"
     tiny_policy(seed=4).save_pretrained(tuned)
     tiny_tokenizer().save_pretrained(tuned)
@@ -186,7 +186,7 @@ def test_a_row_may_have_a_policy_of_its_own(settings, tmp_path):
     assert "kl_cut_nats" in plain.metrics
 
 
-def test_log_probs_under_a_reference_are_those_it_had_itself(policy_folder):
+def test_reference_log_probs_equal_those_of_generation(policy_folder):
     policy = load_policy(str(policy_folder))
     (row,) = expand_runs([CompareRun(method="policy", max_new_tokens=7)])
     prompts = ["Hello", "A much longer prompt", "So"]
@@ -194,7 +194,7 @@ def test_log_probs_under_a_reference_are_those_it_had_itself(policy_folder):
     assert reference_log_probs(policy, policy, done, 2) == pytest.approx([c.policy_log_prob for c in done], abs=1e-3)
 
 
-def test_rules_as_rewards(settings):
+def test_functions_as_rewards(settings):
     settings.reward, settings.methods = None, [CompareRun(method="policy"), CompareRun(method="pargs", beta=3)]
     result = compare(settings, reward=by_length, proxies={"a's": lambda done: [float(c.text.count("a")) for c in done]})
     assert result.reward == "by_length"
@@ -207,7 +207,7 @@ def test_rules_as_rewards(settings):
         compare(settings, reward=lambda done: [1.0])
 
 
-def test_run_method_and_assemble_are_compare_without_files(settings):
+def test_run_method_and_assemble_give_the_result_of_compare(settings):
     settings.seeds = [0, 1]
     settings.methods = [CompareRun(method="policy"), CompareRun(method="pargs", beta=[1, 4])]
     whole = compare(settings, reward=by_length)
@@ -224,7 +224,7 @@ def test_run_method_and_assemble_are_compare_without_files(settings):
     assert joined.baseline == "policy"
 
 
-def test_an_unknown_baseline_is_refused(settings):
+def test_an_unknown_baseline_is_an_error(settings):
     settings.baseline = "polcy"
     with pytest.raises(UsageError, match="rows: policy, pargs β=1"):
         compare(settings)
@@ -236,13 +236,13 @@ def test_same_seed_same_results(settings):
     assert [row.metrics for row in first.methods] == [row.metrics for row in second.methods]
 
 
-def test_a_reward_that_guides_is_refused(settings):
+def test_a_reward_that_guides_is_an_error(settings):
     settings.reward = settings.scorer
     with pytest.raises(UsageError, match="measured by what it maximises"):
         compare(settings)
 
 
-def test_a_reward_that_is_also_a_proxy_or_taught_a_policy_is_refused(settings, policy_folder):
+def test_a_reward_that_is_a_proxy_or_trained_a_policy_is_an_error(settings, policy_folder):
     with pytest.raises(UsageError, match="is also the proxy p"):
         compare(settings.model_copy(update={"proxies": {"p": settings.reward}}))
     tuned = CompareRun(method="policy", label="rl", policy=str(policy_folder), trained_with=[settings.reward])
@@ -250,7 +250,7 @@ def test_a_reward_that_is_also_a_proxy_or_taught_a_policy_is_refused(settings, p
         compare(settings.model_copy(update={"methods": [tuned]}))
 
 
-def test_a_reward_that_a_scorer_was_trained_from_is_refused():
+def test_a_reward_that_a_scorer_was_trained_with_is_an_error():
     judge, scorer = PrefixScorer(tiny_reward_model(seed=7), tiny_tokenizer(), name="judge"), tiny_scorer()
     require_held_out(judge, {"s": scorer})
     mine = fingerprint_weights(judge.model)
@@ -268,14 +268,14 @@ def test_a_reward_that_a_scorer_was_trained_from_is_refused():
         require_held_out(judge, {"s": scorer})
 
 
-def test_a_method_without_its_scorer_is_refused(settings):
+def test_a_method_without_its_scorer_is_an_error(settings):
     settings.scorer = None
     with pytest.raises(UsageError, match="needs a scorer"):
         compare(settings)
 
 
-def test_zero_is_a_value(settings):
-    """Of beta: the unguided policy, named so. Of temperature: greedy."""
+def test_a_beta_of_zero_is_kept(settings):
+    """A beta of 0 is the unguided policy, and a temperature of 0 is greedy."""
     settings.methods = [
         CompareRun(method="policy"), CompareRun(method="pargs", beta=[0, 1]),
         CompareRun(method="pargs", beta=0, label="off"), CompareRun(method="policy", temperature=0, label="greedy"),
@@ -291,7 +291,7 @@ def test_zero_is_a_value(settings):
     assert [sample["text"] for sample in compare(greedy).methods[0].samples] == texts[4]
 
 
-def test_a_reward_that_fails_does_not_cost_the_completions(settings, monkeypatch):
+def test_completions_are_kept_if_the_reward_fails(settings, monkeypatch):
     settings.methods = [CompareRun(method="policy")]
     with pytest.raises(NonFiniteError):
         compare(settings, reward=lambda done: [float("inf")] * len(done))
@@ -299,7 +299,7 @@ def test_a_reward_that_fails_does_not_cost_the_completions(settings, monkeypatch
     assert len(compare(settings, reward=by_length).methods[0].rewards[0]) == 3
 
 
-def test_a_scorer_called_reward_is_not_taken_for_gold(settings, tmp_path):
+def test_a_scorer_named_reward_is_not_the_held_out_reward(settings, tmp_path):
     named = tmp_path / "elsewhere" / "reward"
     tiny_reward_model().save_pretrained(named)
     tiny_tokenizer().save_pretrained(named)
@@ -310,7 +310,7 @@ def test_a_scorer_called_reward_is_not_taken_for_gold(settings, tmp_path):
     assert row.settings["scorers"] == ["reward"]
 
 
-def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, policy_folder):
+def test_a_scorer_is_loaded_once_for_all_runs_that_share_it(settings, policy_folder):
     settings.reward = None
     alone = CompareRun(method="genarm", scorer=str(policy_folder))
     rows = expand_runs([CompareRun(method="pargs"), CompareRun(method="best-of-n"), alone], settings)
@@ -319,7 +319,7 @@ def test_one_scorer_is_loaded_once_for_all_that_read_it_alike(settings, policy_f
     assert (third.name, third.language_model) == (str(policy_folder), True)
 
 
-def test_several_scorers_and_a_language_model_steer_through_compare(settings, policy_folder):
+def test_compare_supports_several_scorers_and_language_models(settings, policy_folder):
     other = str(policy_folder)
     mixed = {"method": "pargs", "label": "mix", "scorers": [{"scorer": settings.scorer, "beta": [1, 2]},
                                                            {"scorer": settings.scorer, "beta": 0.5}]}  # fmt: skip

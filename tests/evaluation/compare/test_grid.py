@@ -1,4 +1,4 @@
-"""Rows of a settings file to single runs."""
+"""Expanding a settings file into runs."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def shared(**values):
     return CompareSettings(prompts="-", output="-", methods=[CompareRun(method="policy")], **values)
 
 
-def test_one_row_per_combination():
+def test_lists_give_one_run_per_combination():
     rows = expand_runs(
         [
             CompareRun(method="pargs", beta=[0.5, 2], top_k=[5, None], scorer="s"),
@@ -46,7 +46,7 @@ def test_several_scorers_have_one_beta_each():
     ]  # fmt: skip
 
 
-def test_any_decoding_setting_may_be_given_and_a_list_of_stops_is_one_setting():
+def test_any_decoding_setting_can_be_given_and_stop_is_one_value():
     (row,) = expand_runs([CompareRun(method="policy", stop=["a", "b"], top_p=0.9)])
     assert row.given == {"stop": ["a", "b"], "top_p": 0.9}
     two = expand_runs([CompareRun(method="policy", max_new_tokens=[4, 8])])
@@ -55,7 +55,7 @@ def test_any_decoding_setting_may_be_given_and_a_list_of_stops_is_one_setting():
     ]  # fmt: skip
 
 
-def test_shared_settings_reach_the_rows_whose_method_has_them():
+def test_shared_settings_apply_to_runs_whose_method_accepts_them():
     settings = shared(temperature=0.7, top_k=3, decoding={"top_p": 0.8}, scorer="s", max_new_tokens=9)
     runs = [CompareRun(method="policy", top_p=0.5), CompareRun(method="args", beta=2)]
     plain, greedy = expand_runs(runs, settings)
@@ -87,7 +87,7 @@ def test_shared_settings_reach_the_rows_whose_method_has_them():
         ({"method": "cards"}, "cards needs reward_threshold"),
     ],
 )
-def test_what_a_method_would_ignore_is_refused(run, message):
+def test_settings_that_a_method_would_ignore_are_errors(run, message):
     with pytest.raises(UsageError, match=message):
         expand_runs([CompareRun.model_validate(run)])
 
@@ -99,25 +99,25 @@ def test_what_a_method_would_ignore_is_refused(run, message):
         ({"method": "pargs", "scorer": "s", "scorers": [{"scorer": "t"}]}, "leave scorer and beta out"),
     ],
 )
-def test_unusable_rows_are_refused_when_they_are_read(run, message):
+def test_unusable_runs_are_errors_when_the_settings_are_read(run, message):
     with pytest.raises(UsageError, match=message):
         validate(CompareSettings, {"prompts": "-", "output": "-", "methods": [run]})
 
 
 @pytest.mark.parametrize("seeds", [[1, 1], [-1], []])
-def test_seeds_are_different_numbers(seeds):
+def test_seeds_must_be_different_and_not_negative(seeds):
     with pytest.raises(UsageError, match="seeds"):
         validate(CompareSettings, {"prompts": "-", "output": "-", "methods": [{"method": "policy"}], "seeds": seeds})
     assert shared(seed=4).run_seeds == [4]
     assert shared(seeds=[1, 0]).run_seeds == [1, 0]
 
 
-def test_two_rows_of_one_label_are_refused():
+def test_two_runs_with_one_label_are_an_error():
     with pytest.raises(UsageError, match="two rows are called 'policy'"):
         expand_runs([CompareRun(method="policy"), CompareRun(method="policy", temperature=0.5)])
 
 
-def test_what_has_no_randomness_runs_once():
+def test_runs_without_randomness_have_one_seed():
     rows = expand_runs(
         [
             CompareRun(method="policy"),
@@ -129,7 +129,7 @@ def test_what_has_no_randomness_runs_once():
     assert [is_random(row) for row in rows] == [True, False, False, True]
 
 
-def test_every_method_of_the_table_expands():
+def test_every_method_of_the_table_expands_to_one_run():
     for method in METHODS.values():
         needed = {"reward_threshold": 1.0} if method.rule == "accept" else {}
         run = CompareRun.model_validate({"method": method.name, **needed})

@@ -1,4 +1,4 @@
-"""What is measured of completions, by hand."""
+"""Metrics of completions, by hand."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_best_of_n_states_an_estimate_and_the_bound():
     assert found["kl_nats"] < found["kl_bound_nats"]
 
 
-def test_what_choosing_among_drawn_texts_adds_is_counted():
+def test_selection_nats_are_added_to_the_kl():
     drawn = done().model_copy(update={"selection_nats": 0.75})
     assert means([[drawn]], [[1.0]])["kl_nats"] == 2.75
     assert means([[drawn]], [[1.0]])["kl_cut_nats"] == 1.75
@@ -56,7 +56,7 @@ def test_another_policy_is_measured_against_the_reference():
     assert "kl_cut_nats" not in found  # its candidates were another policy's
 
 
-def test_files_without_the_cut_policy_are_measured_without_it():
+def test_old_completions_without_candidate_log_probs_have_no_cut_kl():
     assert "kl_cut_nats" not in means([[done(cut=None)]], [[1.0]])
 
 

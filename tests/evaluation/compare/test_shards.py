@@ -1,4 +1,4 @@
-"""Finished parts: kept, refused, made anew."""
+"""Finished shards are read back, rejected, or replaced."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def part(label="pargs β=2", seed=0):
     return Shard(label=label, seed=seed, made_with=MADE, seconds=1.5, completions=[done], scores=scores)
 
 
-def test_a_part_comes_back_to_the_digit(tmp_path):
+def test_a_shard_reads_back_exactly(tmp_path):
     parts = ShardFolder(tmp_path / "parts")
     assert parts.find("pargs β=2", 0, MADE) is None
     parts.save(part())
@@ -26,7 +26,7 @@ def test_a_part_comes_back_to_the_digit(tmp_path):
     assert len(list((tmp_path / "parts").iterdir())) == 1
 
 
-def test_another_setting_or_model_is_refused_unless_forced(tmp_path):
+def test_a_shard_with_another_setting_is_an_error_unless_forced(tmp_path):
     ShardFolder(tmp_path).save(part())
     with pytest.raises(UsageError, match=r"made with another beta \(beta: 2.0 there, 3.0 now\)"):
         ShardFolder(tmp_path).find("pargs β=2", 0, MADE | {"beta": 3.0})
@@ -37,7 +37,7 @@ def test_another_setting_or_model_is_refused_unless_forced(tmp_path):
     assert forced.find("pargs β=2", 0, MADE) == part()
 
 
-def test_a_file_that_is_no_part_is_named(tmp_path):
+def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
     parts = ShardFolder(tmp_path)
     parts.save(part())
     (path,) = tmp_path.iterdir()
@@ -47,5 +47,5 @@ def test_a_file_that_is_no_part_is_named(tmp_path):
     assert ShardFolder(tmp_path, force=True).find("pargs β=2", 0, MADE) is None
 
 
-def test_texts_are_told_apart_with_their_borders():
+def test_the_fingerprint_depends_on_where_texts_end():
     assert fingerprint_texts(["ab", "c"]) != fingerprint_texts(["a", "bc"])

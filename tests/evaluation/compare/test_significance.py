@@ -1,4 +1,4 @@
-"""Rows against each other, on rewards that are written down."""
+"""Paired tests, over-optimisation and recommendations, on given rewards."""
 
 import random
 
@@ -20,7 +20,7 @@ PROMPTS = 40
 
 
 def row(label, gold, proxy=None, *, curve=None, strength=None, seeds=1, method="pargs", noise=1.0):
-    """A row whose rewards are a level, what the prompt adds (shared by all rows), and noise of its own."""
+    """A run whose rewards are a level, plus an effect of the prompt (shared by all runs), plus its own noise."""
     shared, own = random.Random(0), random.Random(label)
     base = [shared.gauss(0, 5) for _ in range(PROMPTS)]
 
@@ -43,7 +43,7 @@ def curve(levels, proxies):
     ]
 
 
-def test_pairing_sees_what_the_intervals_do_not():
+def test_paired_tests_find_what_separate_intervals_do_not():
     base, better = row("policy", 0.0, method="policy"), row("better", 1.0)
     assert base.metrics["reward"].high > better.metrics["reward"].low  # unpaired, they overlap
     family, methods = differences([base, better], "policy")
@@ -72,14 +72,14 @@ def test_seeds_of_a_prompt_are_one_unit():
     assert found.difference.mean == pytest.approx(sum(means) / PROMPTS)
 
 
-def test_proxies_are_compared_too_where_every_row_has_them():
+def test_proxies_that_every_row_has_are_compared_too():
     rows = [row("policy", 0.0, 0.1, method="policy"), row("a", 1.0, 2.0)]
     assert {d.metric for d in differences(rows, "policy") if d.family == "baseline"} == {"reward", "proxy:s"}
     rows.append(row("b", 0.0))
     assert {d.metric for d in differences(rows, "policy")} == {"reward"}
 
 
-def test_gold_that_falls_while_the_proxy_rises_is_marked():
+def test_lower_gold_with_a_higher_proxy_is_marked():
     marks = over_optimised(curve([0.0, 2.0, 1.9, -1.0], [0.1, 1, 3, 6]))
     assert [(m.at, m.best, m.proxy) for m in marks] == [("m β=3", "m β=1", "s")]
     assert marks[0].gold_difference.high < 0 < marks[0].proxy_difference.low
@@ -114,7 +114,7 @@ def test_the_least_strength_that_is_as_good_as_the_best_is_recommended():
     assert representative([row("policy", 0.0)]).label == "policy"
 
 
-def test_curves_are_ordered_by_strength_and_old_rows_are_left_out():
+def test_curves_are_ordered_by_strength_without_rows_of_version_one():
     rows = curve([0.0, 1.0, 2.0], [0.1, 1, 2])
     old = rows[0].model_copy(update={"rewards": [], "label": "old"})
     assert [r.label for r in curves([rows[2], old, rows[0], rows[1]])["m"]] == ["m β=0", "m β=1", "m β=2"]

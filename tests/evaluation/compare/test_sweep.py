@@ -1,4 +1,4 @@
-"""The search for a beta, on curves that are known, and on a tiny policy."""
+"""The search for a beta, on known curves and on a tiny policy."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def on(curve):
 
 @pytest.mark.parametrize("target", [0.2, 1.0, 5.0, 30.0])
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_a_rising_curve_is_met_in_few_tries(power, target):
+def test_a_target_on_a_rising_curve_is_found_in_few_tries(power, target):
     found = search(on(lambda b: b**power), target, 0.05 * target, 0.001, 10000, 12)
     assert found.reached
     assert found.best.value.mean == pytest.approx(target, rel=0.05)
@@ -33,7 +33,7 @@ def test_a_rising_curve_is_met_in_few_tries(power, target):
     assert len({one.factor for one in found.tries}) == len(found.tries)
 
 
-def test_of_a_reward_that_falls_again_the_first_crossing_is_found():
+def test_the_first_crossing_of_a_reward_that_falls_again_is_found():
     found = search(on(lambda b: 3 - abs(math.log(b / 4))), 2.5, 0.05, 0.01, 100, 12)
     assert found.reached
     assert found.best.factor < 4
@@ -47,7 +47,7 @@ def test_of_a_reward_that_falls_again_the_first_crossing_is_found():
         (lambda b: float(b > 1.7), 0.5, "not within the tolerance after 6 tries"),
     ],
 )
-def test_a_target_that_cannot_be_met_is_said(curve, target, message):
+def test_an_unreachable_target_is_reported(curve, target, message):
     found = search(on(curve), target, 0.01, 0.1, 10, 6)
     assert not found.reached
     assert message in found.verdict
@@ -74,7 +74,7 @@ def run(settings, **more):
     return found, asked
 
 
-def test_a_kl_target_is_met_with_no_reward_at_all_and_is_resumed(settings):
+def test_a_kl_target_needs_no_reward_and_a_stopped_sweep_resumes(settings):
     found, _ = run(settings)
     assert found.reached
     assert found.value.mean == pytest.approx(1.0, abs=0.3)
@@ -87,7 +87,7 @@ def test_a_kl_target_is_met_with_no_reward_at_all_and_is_resumed(settings):
     assert again.tries == found.tries
 
 
-def test_a_reward_target_uses_the_rule(settings):
+def test_a_reward_target_uses_the_reward_function(settings):
     target = settings.model_copy(update={"target_kl": None, "target_reward": 3.5, "tolerance": 0.6})
     found, _ = run(target, reward=lambda done: [float(len(c.text)) for c in done])
     assert found.metric == "reward"
@@ -116,12 +116,12 @@ def test_several_scorers_share_the_factor(settings):
         ({"min_beta": 5.0, "max_beta": 2.0}, "must be below"),
     ],
 )
-def test_unusable_settings(settings, changed, message):
+def test_unusable_settings_are_errors(settings, changed, message):
     with pytest.raises(UsageError, match=message):
         validate(SweepSettings, settings.model_dump() | changed)
 
 
-def test_what_cannot_be_swept_is_said(settings):
+def test_a_method_without_beta_and_a_missing_reward_are_errors(settings):
     with pytest.raises(UsageError, match="policy has no beta to find"):
         run(settings.model_copy(update={"method": "policy"}))
     with pytest.raises(UsageError, match="reward is required"):

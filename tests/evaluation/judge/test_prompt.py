@@ -1,4 +1,4 @@
-"""Prompts are filled once and checked; verdicts are read strictly."""
+"""Prompts are filled and checked; verdicts are parsed strictly."""
 
 import pytest
 
@@ -40,12 +40,12 @@ def test_one_verdict_is_read(answer, verdict):
         ('{verdict: "A"}', "no verdict"),
     ],
 )
-def test_anything_else_is_no_verdict(answer, why):
+def test_other_answers_have_no_verdict(answer, why):
     with pytest.raises(NoVerdictError, match=why.replace("[", r"\[")):
         read_verdict(answer)
 
 
-def test_texts_with_braces_are_put_in_as_they_are():
+def test_braces_in_texts_are_kept():
     (message,) = JudgePrompt.load().ask("{first} {prompt}", "{second}", "{0} {nothing} {{}}")
     assert "<prompt>\n{first} {prompt}\n</prompt>" in message["content"]
     assert "<completion_A>\n{second}\n</completion_A>" in message["content"]
@@ -61,7 +61,7 @@ def test_a_reminder_keeps_the_conversation():
     assert "[[C]]" in again[2]["content"]
 
 
-def test_a_prompt_of_ones_own(tmp_path):
+def test_a_custom_prompt_is_used(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text('{prompt}|{first}|{second}|Say {"verdict": "A"} or {"verdict": "B"}.')
     prompt = JudgePrompt.load(own)
@@ -77,7 +77,7 @@ def test_a_prompt_of_ones_own(tmp_path):
         (None, "cannot read the judge's prompt"),
     ],
 )
-def test_a_prompt_that_cannot_work_is_refused(tmp_path, text, message):
+def test_an_unusable_prompt_is_an_error(tmp_path, text, message):
     own = tmp_path / "own.txt"
     if text is not None:
         own.write_text(text)

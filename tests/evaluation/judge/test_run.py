@@ -1,4 +1,4 @@
-"""A judge behind a server on loopback: orders, ties, retries, answers that are no verdict, and what is paid once."""
+"""A judge behind a local server: both orders, ties, retries, answers without a verdict, and the cache."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_both_orders_are_asked_and_the_better_side_wins(tmp_path, sides):
     assert found.result.failures == []
 
 
-def test_a_biased_judge_is_even_and_found_out(tmp_path, sides):
+def test_position_bias_cancels_and_is_reported(tmp_path, sides):
     with serve(lambda *_: "[[A]]") as server:
         (match,) = judge(settings(tmp_path, server, sides)).result.matches
     assert match.win_rate.mean == 0.5
@@ -79,7 +79,7 @@ def test_ties_and_identical_texts(tmp_path, sides):
     assert found.pairs[3].answers == []
 
 
-def test_a_busy_server_is_asked_again(tmp_path, sides):
+def test_a_busy_server_is_retried(tmp_path, sides):
     def busy_at_first(shown, number):
         return (429, {"error": {"message": "slow down"}}, SOON) if number <= 2 else prefers_good(shown, number)
 
@@ -97,7 +97,7 @@ def test_a_server_that_only_fails_is_an_error_with_its_url_after_bounded_retries
         assert 6 <= server.calls <= 8  # one worker may begin the next call before it is told
 
 
-def test_a_single_failed_call_is_listed_and_the_rest_counts(tmp_path, sides):
+def test_a_single_failed_call_is_listed_and_the_other_pairs_count(tmp_path, sides):
     def one_fails(shown, number):
         return (400, {"error": {"message": "too long"}}) if shown[0] == "bad 2" else prefers_good(shown, number)
 
@@ -113,7 +113,7 @@ def test_a_single_failed_call_is_listed_and_the_rest_counts(tmp_path, sides):
         assert server.calls == 1
 
 
-def test_texts_that_are_refused_never_stop_a_run_that_is_answered_otherwise(tmp_path, sides):
+def test_rejected_texts_do_not_stop_a_run_with_other_answers(tmp_path, sides):
     def choosy(shown, number):
         return prefers_good(shown, number) if "3" in shown[0] else (400, {"error": {"message": "too long"}})
 
@@ -127,14 +127,14 @@ def test_texts_that_are_refused_never_stop_a_run_that_is_answered_otherwise(tmp_
         assert found.result.matches[0].failed == 2
 
 
-def test_a_parameter_that_is_always_refused_stops_the_run(tmp_path, sides):
+def test_a_parameter_that_is_always_rejected_stops_the_run(tmp_path, sides):
     refusal = (400, {"error": {"message": "unknown parameter seed"}})
     with serve(lambda *_: refusal) as server, pytest.raises(EndpointError, match=r"3 calls failed.*unknown parameter"):
         judge(settings(tmp_path, server, sides, concurrency=1))
     assert server.calls <= 5
 
 
-def test_an_answer_without_a_verdict_is_asked_for_again_then_listed(tmp_path, sides):
+def test_an_answer_without_a_verdict_is_retried_and_then_listed(tmp_path, sides):
     said = "They differ."
 
     def unclear(shown, number):
@@ -154,7 +154,7 @@ def test_an_answer_without_a_verdict_is_asked_for_again_then_listed(tmp_path, si
     assert found.result.matches[0].failed == 1
 
 
-def test_an_answer_that_comes_to_its_senses_counts(tmp_path, sides):
+def test_a_verdict_in_a_later_answer_counts(tmp_path, sides):
     seen = set()
 
     def at_second(shown, number):
@@ -173,7 +173,7 @@ def test_an_answer_that_comes_to_its_senses_counts(tmp_path, sides):
     [({"choices": []}, "not in the chat completions format"), (b"<html>", "not JSON"),
      ({"choices": [{"message": {"content": None}}]}, "the answer is empty")],
 )  # fmt: skip
-def test_a_response_that_is_no_answer_is_a_failure_and_no_crash(tmp_path, sides, body, reason):
+def test_a_malformed_response_is_a_failed_call(tmp_path, sides, body, reason):
     def odd(shown, number):
         return (200, body) if shown[0] == "good 0" else prefers_good(shown, number)
 
@@ -182,14 +182,14 @@ def test_a_response_that_is_no_answer_is_a_failure_and_no_crash(tmp_path, sides,
     assert reason in failure.reason
 
 
-def test_nothing_listens_there(tmp_path, sides):
+def test_an_unreachable_server_is_an_error(tmp_path, sides):
     with serve(prefers_good) as server:
         pass
     with pytest.raises(EndpointError, match=rf"the judge at {server.url}: cannot be reached .*is it running\?"):
         judge(settings(tmp_path, server, sides))
 
 
-def test_an_endpoint_that_goes_down_loses_nothing(tmp_path, sides):
+def test_answers_are_kept_if_the_endpoint_goes_down(tmp_path, sides):
     def dies(shown, number):
         return prefers_good(shown, number) if number <= 3 else FAULT
 
@@ -208,7 +208,7 @@ def test_an_endpoint_that_goes_down_loses_nothing(tmp_path, sides):
     assert again.matches == result.matches
 
 
-def test_a_line_that_was_half_written_is_asked_for_again(tmp_path, sides):
+def test_an_incomplete_line_of_the_cache_is_asked_again(tmp_path, sides):
     with serve(prefers_good) as server:
         judge(settings(tmp_path, server, sides))
         answers = tmp_path / "out" / "answers.jsonl"
@@ -220,14 +220,14 @@ def test_a_line_that_was_half_written_is_asked_for_again(tmp_path, sides):
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"temperature": 0.5}, {"seed": 1}, {"request": {"top_p": 0.5}}])
-def test_another_model_or_parameter_is_another_question(tmp_path, sides, change):
+def test_another_model_or_parameter_is_not_cached(tmp_path, sides, change):
     with serve(prefers_good) as server:
         judge(settings(tmp_path, server, sides))
         judge(settings(tmp_path, server, sides, **change))
         assert server.calls == 16
 
 
-def test_request_fields_replace_and_null_leaves_out(tmp_path, sides):
+def test_request_fields_replace_and_null_removes_parameters(tmp_path, sides):
     with serve(prefers_good) as server:
         judge(settings(tmp_path, server, sides, temperature=None, request={"max_tokens": 9, "reasoning_effort": "low"}))
     body = server.bodies[0]
@@ -262,7 +262,7 @@ def test_tokens_and_cost(tmp_path, sides):
     assert counted.prompt_tokens > 100
 
 
-def test_a_plan_makes_no_call_and_knows_what_is_paid(tmp_path, sides, monkeypatch):
+def test_a_dry_run_makes_no_call_and_counts_cached_answers(tmp_path, sides, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with serve(prefers_good) as server:
         before = estimate_calls(settings(tmp_path, server, sides, price_in=1, price_out=1))
@@ -275,7 +275,7 @@ def test_a_plan_makes_no_call_and_knows_what_is_paid(tmp_path, sides, monkeypatc
     assert (after.calls, after.cached) == (6, 2)
 
 
-def test_several_files_meet_pairwise_or_against_a_baseline(tmp_path, sides):
+def test_several_files_are_compared_pairwise_or_with_a_baseline(tmp_path, sides):
     third = write(tmp_path / "third.jsonl", "fair", 4)
     files = [sides[0], f"theirs x={sides[1]}", third]
     with serve(prefers_good) as server:
@@ -328,7 +328,7 @@ def test_human_pairs_of_the_real_data_are_read(tmp_path, shared_data):
     assert (tmp_path / "out" / "rejects.jsonl").read_text().count("\n") == 15
 
 
-def test_unusable_inputs(tmp_path, sides):
+def test_unusable_inputs_are_errors(tmp_path, sides):
     def fails(kind, message, **options):
         with pytest.raises(kind, match=message):
             estimate_calls(JudgeSettings.model_validate({"model": "m", "output": tmp_path / "out"} | options))
@@ -354,7 +354,7 @@ def test_unusable_inputs(tmp_path, sides):
     fails(UsageError, "more than two labels", a=str(both), b=b)
 
 
-def test_files_of_one_name_go_by_their_folders(tmp_path):
+def test_files_with_the_same_name_are_labelled_by_their_folders(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "completions.jsonl", name, 2)
@@ -366,7 +366,7 @@ def test_files_of_one_name_go_by_their_folders(tmp_path):
     assert (found.pairs, found.calls) == (2, 4)
 
 
-def test_openai_itself_needs_a_key_and_the_extra_is_named(tmp_path, sides, monkeypatch):
+def test_openai_needs_a_key_and_a_missing_extra_is_named(tmp_path, sides, monkeypatch):
     import sys
 
     given = {"model": "m", "output": tmp_path / "out", "a": sides[0], "b": sides[1]}
@@ -378,7 +378,7 @@ def test_openai_itself_needs_a_key_and_the_extra_is_named(tmp_path, sides, monke
         judge(JudgeSettings.model_validate(given | {"base_url": "http://127.0.0.1:1/v1"}))
 
 
-def test_the_url_comes_from_the_environment_too(monkeypatch, tmp_path):
+def test_the_url_can_come_from_the_environment(monkeypatch, tmp_path):
     given = JudgeSettings(model="m", output=tmp_path)
     assert client.endpoint_url(given) == client.OPENAI
     monkeypatch.setenv("OPENAI_BASE_URL", "http://10.0.0.1/v1/")

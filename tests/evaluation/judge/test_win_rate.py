@@ -42,20 +42,20 @@ def test_a_match_by_hand():
     assert match.win_rate.low <= match.win_rate.mean <= match.win_rate.high
 
 
-def test_a_judge_that_always_takes_the_first_is_seen_through():
+def test_a_judge_that_always_prefers_the_first_is_detected():
     match = summarise([pair("a", "b", prompt=str(i)) for i in range(20)])
     assert match.win_rate.mean == match.win_rate.low == match.win_rate.high == 0.5
     assert match.first_preferred.mean == 1.0
     assert match.consistent.mean == 0.0
 
 
-def test_one_prompt_is_one_unit_however_many_completions():
+def test_all_completions_of_a_prompt_are_one_unit():
     match = summarise([pair("a", "a", prompt="same") for _ in range(50)] + [pair("b", "b", prompt="other")] * 50)
     assert match.win_rate.n == 2
     assert (match.win_rate.low, match.win_rate.high) == (0.0, 1.0)
 
 
-def test_nothing_but_failures_is_no_figure():
+def test_only_failures_give_empty_figures():
     match = summarise([pair("a", None)])
     assert math.isnan(match.win_rate.mean)
     assert math.isnan(match.length_controlled.mean)
@@ -78,7 +78,7 @@ def test_a_judge_of_length_alone_prefers_nobody_at_equal_length():
     assert length_controlled_win_rate(scores, differences).item() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_where_length_says_nothing_the_figure_is_the_win_rate():
+def test_without_an_effect_of_length_the_figure_is_the_win_rate():
     scores = torch.tensor([1.0, 1, 1, 0] * 50, dtype=torch.float64)
     differences = torch.tensor([5.0] * 4 + [-5.0] * 4, dtype=torch.float64).repeat(25)
     assert length_controlled_win_rate(scores, differences).item() == pytest.approx(0.75, abs=1e-3)
@@ -87,7 +87,7 @@ def test_where_length_says_nothing_the_figure_is_the_win_rate():
     )
 
 
-def test_the_fit_solves_its_own_equation():
+def test_the_fit_satisfies_its_equation():
     differences = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 30 + 20
     z = torch.tanh(differences / differences.std(correction=0))
     expected = torch.sigmoid(0.8 + 1.5 * z)  # scores that are the model's own probabilities: the fit is exact
