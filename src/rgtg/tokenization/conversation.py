@@ -6,6 +6,9 @@ from typing import Any
 from rgtg.errors import DataError, UsageError
 from rgtg.tokenization.encoding import encode_prompt
 
+# A prompt as the user gives it: plain text, or chat messages.
+PromptSource = str | Sequence[dict[str, Any]]
+
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
     """Text of chat messages, written by the tokenizer's own chat template.
@@ -29,7 +32,7 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_gener
         raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
 
-def encode_source(tokenizer: Any, source: str | Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
+def encode_source(tokenizer: Any, source: PromptSource) -> tuple[str, list[int]]:
     """Text and token ids of a prompt: plain text as it is, chat messages through the tokenizer's template.
 
     Raises:

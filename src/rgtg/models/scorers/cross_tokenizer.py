@@ -13,11 +13,10 @@ from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
 from rgtg.models.scorers.token_scorer import Flags, finished_flags
-from rgtg.tokenization.conversation import render_chat
+from rgtg.tokenization.conversation import PromptSource, render_chat
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
 
-Prompt = str | Sequence[dict[str, Any]]
 # Placeholder for the assistant's reply in a rendered chat template.
 _PLACEHOLDER = "rgtgStandIn"
 
@@ -59,7 +58,7 @@ class CrossTokenizerScorer:
         self.retokenizer = Retokenizer(self.tokenizer)
         self._embeddings = self.model.get_input_embeddings().weight.shape[0]
 
-    def render(self, prompt: Prompt) -> RenderedPrompt:
+    def render(self, prompt: PromptSource) -> RenderedPrompt:
         """Text around the completion of a prompt.
 
         Raises:
@@ -100,7 +99,7 @@ class CrossTokenizerScorer:
             return self.before, [*self.after, eos]
         return self.before, self.after
 
-    def require_room(self, prompt: Prompt) -> None:
+    def require_room(self, prompt: PromptSource) -> None:
         """Check that the scorer's context has room for a completion after the prompt.
 
         Raises:
@@ -151,7 +150,12 @@ class CrossTokenizerScorer:
         return encoded
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], *, finished: Flags = True, batch_size: int = 8
+        self,
+        prompts: Sequence[PromptSource],
+        completions: Sequence[str],
+        *,
+        finished: Flags = True,
+        batch_size: int = 8,
     ) -> list[float]:
         """Score each completion after its prompt.
 
@@ -175,7 +179,7 @@ class CrossTokenizerScorer:
         return [reward for reward in rewards if reward is not None]
 
     def rewards(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Flags, batch_size: int = 8
+        self, prompts: Sequence[PromptSource], completions: Sequence[str], finished: Flags, batch_size: int = 8
     ) -> list[float | None]:
         """Like ``score``, but None for a text that exceeds the scorer's context."""
         ended = finished_flags(finished, len(completions))
