@@ -1,8 +1,8 @@
-"""How long does a large job take to begin and to go on, and how much memory does a large file of pairs take?
+"""Time to start and to resume a large job, and time and memory to check a large file of pairs.
 
-Each measurement is a process of its own: seconds of the work, and the process's peak of resident memory, libraries
-included. Prompts and pairs are sentences of made-up words; the tokenizer is a byte-level BPE of 4,096 tokens trained on
-them, the policy and its scorer are tiny, since it is the work around them that is measured.
+Each measurement runs in its own process and reports seconds and peak resident memory, libraries included. Prompts and
+pairs are sentences of made-up words. The tokenizer is a byte-level BPE of 4,096 tokens trained on them. The policy and
+its scorer are tiny, because the benchmark measures the work around them.
 
     python benchmarks/jobs.py [--prompts 100000] [--pairs 1000000] [--work DIR] [--only NAME …]
 
@@ -21,7 +21,7 @@ import zlib
 from pathlib import Path
 
 NAMES = ("begin", "resume", "check", "check with tokenizer", "tokenise for training")
-TRAINED_ON = 20_000  # sentences that the tokenizer is trained on
+TRAINED_ON = 20_000  # sentences for training the tokenizer
 RECORD = 900  # bytes of a finished row
 
 
@@ -73,11 +73,11 @@ def write_models(work: Path) -> None:
 
 
 class Begun(BaseException):
-    """The first batch is finished: the job has begun."""
+    """Raised once the first batch is finished: the job has started."""
 
 
 def begin(work: Path, *, resumed: bool) -> dict[str, float]:
-    """Read, check, plan, and finish one batch; ``resumed``: with half of the rows finished already."""
+    """Read, check and plan a job, and finish one batch. ``resumed``: half of the rows are finished already."""
     from rgtg.batch.output import JobOutput
     from rgtg.batch.run import run_job
     from rgtg.cli.common import hush_libraries
@@ -88,14 +88,14 @@ def begin(work: Path, *, resumed: bool) -> dict[str, float]:
     hush_libraries()
     settings = GenerateSettings(policy="policy", output=work / "out.jsonl", batch_size=8)
     decoding = {"max_new_tokens": 4}
-    log = JobOutput(settings.output).journal
-    log.unlink(missing_ok=True)
+    journal = JobOutput(settings.output).journal
+    journal.unlink(missing_ok=True)
     guided = GuidedPolicy.from_pretrained(str(work / "policy"), str(work / "scorer"))
 
     def once() -> tuple[float, dict]:
         start, state = time.perf_counter(), {}
 
-        def told(now) -> None:
+        def on_progress(now) -> None:
             state.update(before=now.before, rows=now.rows)
             if now.done > now.before:
                 raise Begun
@@ -103,32 +103,32 @@ def begin(work: Path, *, resumed: bool) -> dict[str, float]:
         rows = read_prompt_rows(work / "prompts.jsonl")
         state["read"] = time.perf_counter() - start
         try:
-            run_job(settings, decoding, rows, guided, progress=told)
+            run_job(settings, decoding, rows, guided, progress=on_progress)
         except Begun:
             return time.perf_counter() - start, state
-        raise AssertionError("it ended before it began")
+        raise AssertionError("the job ended without a batch")
 
     seconds, state = once()
     if resumed:
-        finish_half(log, state["rows"])
+        finish_half(journal, state["rows"])
         seconds, state = once()
         assert state["before"] >= state["rows"] // 2, state
     return {"seconds": seconds, "seconds_reading": state["read"], "rows": state["rows"], "finished": state["before"]}
 
 
-def finish_half(log: Path, rows: int) -> None:
-    """Lines of the size of real ones for half of the rows, in the order in which a job finishes them: none."""
+def finish_half(journal: Path, rows: int) -> None:
+    """Append journal lines of realistic size for half of the rows, in random order."""
     record = json.dumps({"version": 1, "text": "x" * RECORD}).encode()
     crc = f"{zlib.crc32(record):08x}".encode()
     order = list(range(rows // 2))
     random.Random(3).shuffle(order)
-    with log.open("ab") as file:
+    with journal.open("ab") as file:
         for index in order:
             file.write(b'{"index":%d,"counts":[0,0,0],"crc":"%s","record":%s}\n' % (index, crc, record))
 
 
 def check(work: Path, *, tokenizer: bool) -> dict[str, float]:
-    """``rgtg data check``, as the command runs it."""
+    """Run the reading of ``rgtg data check``."""
     from rgtg.cli.data import _read
     from rgtg.config import DataCheckSettings
 
@@ -140,7 +140,7 @@ def check(work: Path, *, tokenizer: bool) -> dict[str, float]:
 
 
 def tokenise(work: Path) -> dict[str, float]:
-    """What ``rgtg train`` does before it trains: check, tokenise and split, then the dataset that trl reads."""
+    """Do what ``rgtg train`` does before training: check, tokenize and split, then make the dataset for trl."""
     from types import SimpleNamespace
 
     from rgtg.config import TrainSettings

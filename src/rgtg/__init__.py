@@ -34,7 +34,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use: importing rgtg must stay cheap."""
+    """Import a public name on first use, so that ``import rgtg`` is fast."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rgtg' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -5,9 +5,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; SIGTERM and Ctrl-C end it with exit code 75, from its first moment on.
+    """Run the command line. SIGTERM and Ctrl-C end it with exit code 75 and one line, even during imports.
 
-    Work that can be resumed says how to go on (``rgtg.cli.common.resumable``); before that, nothing is lost.
+    Commands that can be resumed say how (`rgtg.cli.common.resumable`).
     """
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt

@@ -244,7 +244,7 @@ def _complete(
     report(progress)
     failed: list[FailedTask] = []
     for outcomes in complete(pending):
-        # A batch that was interrupted is repeated whole; its rows that are finished already are dropped.
+        # An interrupted batch is repeated as a whole; its rows that are finished already are dropped.
         new = [outcome for outcome in outcomes if outcome.task.index not in journal]
         done = [outcome for outcome in new if isinstance(outcome, CompletedTask)]
         new_failed = [outcome for outcome in new if isinstance(outcome, FailedTask)]

@@ -241,7 +241,7 @@ def _split(group: list[Task], rows: int | None, tokens: int) -> Iterator[TaskBat
 def complete_batch(
     guided: GuidedPolicy, batch: TaskBatch, settings: dict[str, Any], *, trace: bool = False
 ) -> list[TaskOutcome]:
-    """Complete a batch. A row that fails has no completion, and the others go on.
+    """Complete a batch. A row that fails has no completion; the others are completed.
 
     A batch that is too large for the memory is halved.
 
@@ -265,7 +265,7 @@ def complete_batch(
             outcomes[task.index] = _failed(task, error)
     # 2. completed together
     guided.complete(list(requests.values()))
-    # 3. what became of each
+    # 3. the outcome of each row
     too_much = []
     for task in batch.tasks:
         if (request := requests.pop(task.index, None)) is None:
@@ -283,7 +283,7 @@ def complete_batch(
                 "decode less at once (--batch-tokens)"
             ) from request.error
     del request
-    # 4. halves of what was too large; the tensors of the failed attempt are free by now
+    # 4. repeat what was too large in halves; the tensors of the failed attempt are free by now
     half = (len(too_much) + 1) // 2
     for part in (too_much[:half], too_much[half:]):
         if part:
@@ -293,7 +293,7 @@ def complete_batch(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, or the CPU, had not enough memory."""
+    """Whether a GPU or the CPU is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 

@@ -258,6 +258,6 @@ def to_json(content: Any) -> str:
 
 
 def save_settings(output: Path, settings: BaseModel) -> None:
-    """Write the resolved settings: ``FILE.settings.json`` beside a file, or settings.json in a folder."""
+    """Write the resolved settings: as FILE.settings.json for a file, as settings.json in a folder."""
     path = output / "settings.json" if output.is_dir() else output.with_name(output.name + ".settings.json")
     write_json(path, settings)

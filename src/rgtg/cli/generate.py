@@ -123,8 +123,8 @@ def _complete_file(settings: GenerateSettings, invocation: Invocation, *, first:
             raise_for_bad_rows(prompts.source, prompts.bad, prompts.total)
         if first:
             JobOutput(settings.output).check(force=settings.force)
-        with _ready(settings, prompts, first) as run, job_bar("generating", quiet=invocation.silent) as tell:
-            result = run(progress=tell)
+        with _ready(settings, prompts, first) as run, job_bar("generating", quiet=invocation.silent) as progress:
+            result = run(progress=progress)
     if result is None:
         return
     _save_settings(settings, result)
@@ -163,10 +163,10 @@ def _save_settings(settings: GenerateSettings, result: "JobResult") -> None:
 
     used = {name: value for name, value in result.made_with.items() if name in DecodingSettings.model_fields}
     foreign = foreign_settings(find_method(settings.method))
-    whole = settings.model_dump(mode="json", exclude={"force"}) | used
+    resolved = settings.model_dump(mode="json", exclude={"force"}) | used
     assert settings.output is not None, "checked before anything is loaded"
     path = settings.output.with_name(settings.output.name + ".settings.json")
-    write_json(path, {name: value for name, value in whole.items() if name not in foreign})
+    write_json(path, {name: value for name, value in resolved.items() if name not in foreign})
 
 
 def _summarise(result: "JobResult", settings: GenerateSettings, invocation: Invocation) -> None:

@@ -52,7 +52,7 @@ class DecodingSettings(Settings):
     @classmethod
     def _some_candidates(cls, top_k: int | None) -> int | None:
         if top_k is not None and top_k < 1:
-            raise ValueError("top_k must be at least 1 (leave it out for the whole vocabulary)")
+            raise ValueError("top_k must be at least 1 (omit it for the whole vocabulary)")
         return top_k
 
     @field_validator("stop")
