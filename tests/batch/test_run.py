@@ -11,10 +11,10 @@ from rgtg.batch import output as output_module
 from rgtg.batch import run as run_module
 from rgtg.batch.output import JobOutput
 from rgtg.batch.run import run_job
-from rgtg.batch.tasks import complete_batch
+from rgtg.batch.tasks import FailedTask, complete_batch
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import read_prompt_rows
-from rgtg.errors import DataError, NonFiniteError, OutputError, RgtgError, UsageError
+from rgtg.errors import DataError, OutputError, RgtgError, UsageError
 from rgtg.types.batch import JobResult, RowFailure
 from rgtg.types.generation import Completion
 
@@ -272,19 +272,10 @@ def failing(guided, bad, calls):
 
     def complete(pending):
         for batch in pending:
-            whole = guided.generate
-
-            def generate(prompts, **given):
-                calls.append(prompts)
-                if bad in prompts:
-                    raise NonFiniteError("the scorer returned NaN")
-                return whole(prompts, **given)  # noqa: B023
-
-            guided.generate = generate
-            try:
-                yield complete_batch(guided, batch, SHORT)
-            finally:
-                del guided.generate
+            calls.append([task.row.prompt for task in batch.tasks])
+            outcomes = complete_batch(guided, batch, SHORT)
+            nan = "not a finite number", "the scorer returned NaN"
+            yield [FailedTask(o.task, *nan) if o.task.row.prompt == bad else o for o in outcomes]
 
     return complete
 
@@ -321,7 +312,7 @@ def test_the_job_stops_if_every_row_fails(job, guided, monkeypatch):
     def complete(pending):
         for batch in pending:
             calls.append(batch)
-            yield [run_module.FailedTask(task, "not a finite number", "NaN") for task in batch.tasks]
+            yield [FailedTask(task, "not a finite number", "NaN") for task in batch.tasks]
 
     with pytest.raises(RgtgError, match=r"the first [34] rows all failed; the last error is: NaN"):
         job(ROWS, complete=complete)

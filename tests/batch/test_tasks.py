@@ -10,7 +10,7 @@ from helpers.naive import make_guided
 from rgtg.batch import tasks as tasks_module
 from rgtg.batch.tasks import CompletedTask, FailedTask, Task, TaskBatch, complete_batch, plan_batches, prepare_tasks
 from rgtg.data.prompts import PromptRow
-from rgtg.errors import NonFiniteError, RgtgError, UsageError
+from rgtg.errors import DataError, NonFiniteError, RgtgError, UsageError
 
 SHORT = {"max_new_tokens": 4}
 
@@ -96,47 +96,62 @@ def test_a_batch_gives_the_same_completions_as_generate(guided):
     assert pickle.loads(pickle.dumps(outcomes)) == outcomes
 
 
-def test_out_of_memory_is_an_error_if_processes_split_the_models(guided, monkeypatch):
-    def failing(prompts, **given):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def fail_for(guided, monkeypatch, prompt, error, *, whole_batch=False):
+    """Fail the requests of ``prompt``, or every batch that holds it; return the sizes of the batches."""
+    complete, sizes = guided.complete, []
 
-    tasks, _ = prepare_tasks(guided, rows("ab", "abc"), SHORT, seed=1)
-    monkeypatch.setattr(guided, "generate", failing)
+    def failing(requests):
+        sizes.append(len(requests))
+        bad = [request for request in requests if request.prompt == prompt]
+        bad = list(requests) if bad and whole_batch else bad
+        complete([request for request in requests if request not in bad])
+        for request in bad:
+            request.error = error
+
+    monkeypatch.setattr(guided, "complete", failing)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "message"),
+    [
+        (NonFiniteError("the scorer returned NaN"), "not a finite number", "the scorer returned NaN"),
+        (DataError("no token"), "bad prompt", "no token"),
+        (RuntimeError("shape mismatch"), "error", "RuntimeError: shape mismatch"),
+    ],
+)
+def test_only_the_row_that_fails_is_lost(guided, monkeypatch, error, reason, message):
+    tasks, _ = prepare_tasks(guided, rows("ab", "bad", "abc"), SHORT, seed=1)
+    sizes = fail_for(guided, monkeypatch, "bad", error)
+    outcomes = complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
+    assert [type(o) for o in outcomes] == [CompletedTask, FailedTask, CompletedTask]
+    assert (outcomes[1].task.index, outcomes[1].reason, outcomes[1].error) == (1, reason, message)
+    assert sizes == [3], "no row is completed twice"
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_without_memory_is_halved_until_the_row_is_alone(guided, monkeypatch, error):
+    tasks, _ = prepare_tasks(guided, rows("ab", "bad", "abc", "abcd", "a"), SHORT, seed=1)
+    sizes = fail_for(guided, monkeypatch, "bad", error, whole_batch=True)
+    outcomes = complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
+    assert [o.task.index for o in outcomes] == [0, 1, 2, 3, 4]
+    assert [type(o) for o in outcomes] == [CompletedTask, FailedTask, CompletedTask, CompletedTask, CompletedTask]
+    assert (outcomes[1].reason, outcomes[1].error) == ("out of memory", str(error))
+    assert sizes == [5, 3, 2, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_is_an_error_if_processes_split_the_models(guided, monkeypatch, error):
+    tasks, _ = prepare_tasks(guided, rows("ab", "bad"), SHORT, seed=1)
+    fail_for(guided, monkeypatch, "bad", error, whole_batch=True)
     monkeypatch.setattr(tasks_module, "is_tensor_parallel", lambda model: model is guided.policy.model)
     with pytest.raises(RgtgError, match="decode less at once"):
         complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (NonFiniteError("the scorer returned NaN"), "not a finite number"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory"), "out of memory"),
-    ],
-)
-def test_only_the_row_that_fails_is_lost(guided, monkeypatch, error, reason):
-    tasks, _ = prepare_tasks(guided, rows("ab", "bad", "abc", "abcd", "a"), SHORT, seed=1)
-    whole, calls = guided.generate, []
-
-    def failing(prompts, **given):
-        calls.append(len(prompts))
-        if "bad" in prompts:
-            raise error
-        return whole(prompts, **given)
-
-    monkeypatch.setattr(guided, "generate", failing)
-    outcomes = complete_batch(guided, TaskBatch(tuple(tasks)), SHORT)
-    assert [o.task.index for o in outcomes] == [0, 1, 2, 3, 4]
-    assert [type(o) for o in outcomes] == [CompletedTask, FailedTask, CompletedTask, CompletedTask, CompletedTask]
-    assert (outcomes[1].reason, outcomes[1].error) == (reason, str(error))
-    assert calls == [5, 3, 2, 1, 1, 1, 2]
-
-
-def test_any_other_error_is_raised(guided, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(guided, "generate", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        complete_batch(guided, TaskBatch((task(0, 5),)), SHORT)
+def test_invalid_settings_are_raised(guided):
+    with pytest.raises(UsageError, match="temperature"):
+        complete_batch(guided, TaskBatch((task(0, 5),)), SHORT | {"temperature": -1.0})
