@@ -48,13 +48,16 @@ CASES = decoding.cases()
 
 def make(unit):
     """A group's records, or one case's; an error is a record too."""
-    made = GROUPS[unit]() if unit in GROUPS else [(unit, CASES[unit])]
-    return {name: attempted(record) for name, record in made}
+    if unit in CASES:
+        return {unit: attempted(CASES[unit])}
+    found = {}
+    failed = attempted(lambda: found.update((name, attempted(record)) for name, record in GROUPS[unit]()))
+    return found | ({f"{unit}/": failed} if failed else {})
 
 
-def attempted(make_record):
+def attempted(work):
     try:
-        return make_record()
+        return work()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -119,7 +122,8 @@ def about():
 def write(path, cases):
     """One case a line, so that a change shows as one."""
     lines = [f"{json.dumps(name)}: {json.dumps(record, ensure_ascii=False)}" for name, record in cases.items()]
-    path.write_text(f'{{"made_with": {json.dumps(about())},\n"cases": {{\n' + ",\n".join(lines) + "\n}}\n")
+    head = json.dumps(about())
+    path.write_text(f'{{"made_with": {head},\n"cases": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 def compare(before, cases, patterns, tolerance, real):
@@ -169,7 +173,7 @@ def main():
     if args.list:
         print("\n".join([f"{group}/…" for group in GROUPS] + list(CASES)))
         return
-    before = json.loads(args.against.read_text()) if args.against else None
+    before = json.loads(args.against.read_text(encoding="utf-8")) if args.against else None
     real = args.real.resolve() if args.real.is_dir() else None
     if real is None:
         say(f"cases of a pretrained model are left out: there is no {args.real}")
