@@ -143,16 +143,19 @@ def compare(before, cases, patterns, tolerance, real):
         differ += bool(found)
         print(f"{'DIFFERS' if found else 'equal':<8}{name}")
         for field, then, now in found[:4]:
-            print(f"        {field.lstrip('.')}: {short(then)} then, {short(now)} now")
+            print(f"        {field.lstrip('.')}: {short(then, now)} then, {short(now, then)} now")
         if len(found) > 4:
             print(f"        and {len(found) - 4} more fields")
     print(f"{len(expected) - differ} of {len(expected)} cases are what they were")
     return differ
 
 
-def short(value):
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 90 else f"{text[:80]} …"
+def short(value, other):
+    """A value, of a long one the place where it leaves the other."""
+    text, against = (json.dumps(each, ensure_ascii=False) for each in (value, other))
+    same = next((i for i, (a, b) in enumerate(zip(text, against, strict=False)) if a != b), len(text))
+    begin = max(0, same - 30) if len(text) > 90 else 0
+    return f"{'… ' if begin else ''}{text[begin : begin + 90]}{' …' if len(text) > begin + 90 else ''}"
 
 
 def main():

@@ -37,9 +37,13 @@ def completions(done):
 
 
 def lasting(value):
-    """A JSON value without what passes; NaN and infinities, which JSON has not, as texts."""
+    """A JSON value without what passes; NaN and infinities, which JSON has not, as texts.
+
+    Of a verdict in words the first ones are kept: advice behind the colon may be put better.
+    """
     if isinstance(value, dict):
-        return {name: lasting(inner) for name, inner in value.items() if name not in PASSING}
+        kept = {name: lasting(inner) for name, inner in value.items() if name not in PASSING}
+        return kept | ({"verdict": kept["verdict"].partition(":")[0]} if isinstance(kept.get("verdict"), str) else {})
     if isinstance(value, list):
         return [lasting(inner) for inner in value]
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
