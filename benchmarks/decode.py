@@ -17,13 +17,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from rgtg.decoding.engine.tokenwise import TokenRule
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rgtg.config import DecodingSettings
 from rgtg.decoding.engine.speculative import speculate
-from rgtg.decoding.engine.tokenwise import TokenRule
 from rgtg.decoding.request import Request, Stopping
 from rgtg.decoding.runners.factory import make_speculation, make_stepper
 from rgtg.decoding.runners.model_runner import TreeRunner

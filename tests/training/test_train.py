@@ -104,7 +104,7 @@ def test_a_trained_reward_model_is_trained_further_with_its_own_head(scorer_fold
 
 
 def test_new_head_depends_on_the_seed_alone(policy_folder):
-    from rgtg.training.base_model import load_base
+    from rgtg.training.trainers.reward import load_base
 
     torch.manual_seed(123)
     one, _ = load_base(str(policy_folder), 0)

@@ -18,12 +18,19 @@ from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, read_info
 from rgtg.models.scorers.base import load_scorer
 from rgtg.training.arguments import reward_config
-from rgtg.training.base_model import moments, new_head, starting_table
 from rgtg.training.data import state_cache
 from rgtg.training.data.state_cache import cache_states
 from rgtg.training.train import train_scorer
 from rgtg.training.train_head import RANK, TABLE_ENTRIES, table_rank
-from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate_pairs, head_pair_scores
+from rgtg.training.trainers.head import (
+    HeadTrainer,
+    StatePairs,
+    collate_pairs,
+    head_pair_scores,
+    moments,
+    new_head,
+    starting_table,
+)
 from rgtg.types.generation import PreferencePair
 
 QUICK = {"per_device_train_batch_size": 8, "num_train_epochs": 8, "logging_steps": 20}

@@ -11,11 +11,13 @@ from typing import Any
 from accelerate.state import PartialState
 
 from rgtg.config import LoraSettings, TrainSettings
-from rgtg.errors import UsageError
+from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.hub import absolute_source
+from rgtg.models.loading.lora_merge import output_name
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
+from rgtg.models.ops.lm_head import scalar_head
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.training.arguments import (
     defaults_of,
@@ -25,7 +27,6 @@ from rgtg.training.arguments import (
     summarize_arguments,
     validate_settings,
 )
-from rgtg.training.base_model import load_base, load_language_base, lora_config
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.checkpoint.resume import Start, find_start
 from rgtg.training.checkpoint.save import drop_empty_checkpoints, require_output, save_scorer
@@ -34,9 +35,15 @@ from rgtg.training.data.pair_weights import add_pair_weights
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.report import LOG_FILE, FinishedRun, TrainLog, TrainReport, model_card, select_figures
 from rgtg.training.train_head import HeadTraining
-from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer
+from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer, load_language_base
 from rgtg.training.trainers.resumable import StopRequest, TrainedModel, TrainingRun
-from rgtg.training.trainers.reward import CoherentRewardTrainer, FullRewardTrainer, PrefixRewardTrainer, ScorerTrainer
+from rgtg.training.trainers.reward import (
+    CoherentRewardTrainer,
+    FullRewardTrainer,
+    PrefixRewardTrainer,
+    ScorerTrainer,
+    load_base,
+)
 from rgtg.training.trainers.value import CumulativePairTrainer, CumulativeTrainer, ValueTrainer
 from rgtg.utils.files import lock_folder, make_folder
 from rgtg.version import __version__
@@ -244,6 +251,31 @@ class ModelTraining:
             peft_config=lora,
             callbacks=[TrainLog(settings.output / LOG_FILE, show=run.show)],
         )
+
+
+def lora_config(model: Any, settings: LoraSettings, *, own_output: bool = False, revision: str | None = None) -> Any:
+    """Configuration for peft of a scorer: LoRA on the trunk, and the reward head trained in full.
+
+    Args:
+        model: with a scalar head, or a language model.
+        settings: of the LoRA.
+        own_output: train a language model's output layer in full (after `untie_output`); else it stays as it is.
+        revision: of the base's hub repository.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingExtraError("LoRA needs peft: pip install 'rgtg[train]'") from error
+    from transformers.pytorch_utils import Conv1D
+
+    stored_transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    what: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    if scalar_head(model) is None:
+        what = {"task_type": "CAUSAL_LM", "modules_to_save": [output_name(model)] if own_output else None}
+    return LoraConfig(**what, fan_in_fan_out=stored_transposed, revision=revision, **settings.model_dump())
 
 
 def gathered_weights(trainer: Any) -> dict[str, Any] | None:

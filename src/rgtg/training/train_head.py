@@ -13,7 +13,6 @@ from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weigh
 from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import round_to_half
 from rgtg.training.arguments import longest_sequence, reward_config
-from rgtg.training.base_model import new_head, starting_table, vocabulary_size
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.checkpoint.resume import (
     TrainedHead,
@@ -25,7 +24,15 @@ from rgtg.training.checkpoint.resume import (
 from rgtg.training.data.dataset import TrainData
 from rgtg.training.data.state_cache import StateCache, cache_states
 from rgtg.training.report import LOG_FILE, HeadChoice, TrainLog, progress, select_figures
-from rgtg.training.trainers.head import HeadTrainer, RolloutHeadTrainer, StatePairs, StateRollouts
+from rgtg.training.trainers.head import (
+    HeadTrainer,
+    RolloutHeadTrainer,
+    StatePairs,
+    StateRollouts,
+    new_head,
+    starting_table,
+    vocabulary_size,
+)
 from rgtg.training.trainers.resumable import TrainedModel, TrainingRun
 
 WIDTHS = (64, 256)  # that an automatic choice tries

@@ -1,7 +1,6 @@
 """Branches of each row of its own shape: shared beginnings, who sees whom."""
 
 import torch
-
 from rgtg.decoding.runners.branches import BranchBatch, Branches
 
 

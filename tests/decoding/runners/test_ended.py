@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from rgtg.decoding.runners.ended import InParts, read_ended, rewards_of
 
 from helpers.naive import EOS, make_guided, tiny_scorer
 from helpers.tiny_models import tiny_tokenizer
 from rgtg.config import DecodingSettings
 from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners.ended import InParts, read_ended, rewards_of
 from rgtg.decoding.runners.model_runner import TreeRunner, read
 from rgtg.decoding.runners.scorer_runner import read_chain
 from rgtg.decoding.runners.token_tree import TokenTree

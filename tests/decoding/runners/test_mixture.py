@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+from rgtg.decoding.engine.tokenwise import TokenRule, decode
 
 from helpers.naive import entropy_of, make_guided, next_log_probs, step_distribution, tiny_scorer
 from helpers.scorer_kinds import kinds
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import Request, Stopping
 from rgtg.decoding.runners.factory import make_stepper

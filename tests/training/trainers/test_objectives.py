@@ -18,13 +18,12 @@ from rgtg.models.loading.scorer_info import fingerprint_weights, read_info
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
-from rgtg.training.base_model import load_language_base, new_head, starting_table
 from rgtg.training.data.pair_weights import pair_weights
 from rgtg.training.data.state_cache import cache_states
 from rgtg.training.objectives import OBJECTIVES
 from rgtg.training.train import TRAINERS, train_scorer
-from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate_pairs
-from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer
+from rgtg.training.trainers.head import HeadTrainer, StatePairs, collate_pairs, new_head, starting_table
+from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer, load_language_base
 from rgtg.training.trainers.reward import PrefixRewardTrainer
 from rgtg.training.trainers.value import ValueTrainer
 

@@ -1,6 +1,5 @@
 """Where a model's weights are: on one device, spread over several by a device map, or sharded among processes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,19 +100,6 @@ def synchronize() -> None:
     """Wait until the GPU, if there is one, has finished its work, so that a clock can be read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def iter_full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The name and full tensor of each weight, sorted by name. Weights on the disk are read one at a time.
-
-    If the model is sharded, all ranks must iterate, because each contributes its shard.
-    """
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.device.type == "meta":
-            module, _, leaf = name.rpartition(".")
-            yield name, model.get_submodule(module)._hf_hook.weights_map[leaf]
-        else:
-            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _return_outputs_to_input_device(model: Any) -> None:

@@ -9,15 +9,10 @@ from safetensors import SafetensorError
 
 from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import is_on_one_device
-from rgtg.models.loading.hub import local_folder, with_revision
+from rgtg.models.loading.hub import with_revision
 from rgtg.models.loading.policy import load_pretrained
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.tokenization.encoding import ensure_pad_token
-
-
-def is_adapter(source: str) -> bool:
-    """Whether a folder or hub repository holds a LoRA adapter, whose base model is elsewhere."""
-    return (Path(local_folder(source)) / "adapter_config.json").is_file()
 
 
 def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, **kwargs: Any) -> Any:

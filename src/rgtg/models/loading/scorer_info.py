@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
+from torch import Tensor
 
 from rgtg.config.training import Objective as Objective
 from rgtg.errors import DataError, ModelNotFoundError, UsageError
-from rgtg.models.loading.device_map import iter_full_weights
 from rgtg.models.loading.hub import holds_only_pickles, local_folder
 from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.utils.files import write_text_synced
@@ -132,7 +133,7 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
     if isinstance(stored, str) and dtype is None:
         return stored
     digest = hashlib.sha256()
-    for name, tensor in iter_full_weights(model):
+    for name, tensor in _full_weights(model):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)]
         if dtype is not None and sample.is_floating_point():
@@ -140,6 +141,19 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The name and full tensor of each weight, sorted by name. Weights on the disk are read one at a time.
+
+    If the model is sharded, all ranks must iterate, because each contributes its shard.
+    """
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            module, _, leaf = name.rpartition(".")
+            yield name, model.get_submodule(module)._hf_hook.weights_map[leaf]
+        else:
+            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def cast_fingerprints(model: Any) -> dict[str, str]:

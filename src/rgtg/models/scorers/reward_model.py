@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
-from rgtg.models.loading.lora_merge import is_adapter, load_merged
+from rgtg.models.loading.hub import is_adapter
+from rgtg.models.loading.lora_merge import load_merged
 from rgtg.models.loading.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0

@@ -1,12 +1,15 @@
 """Training data: pairs or rollouts, read once, tokenised, split by prompt, and batched for the trainers."""
 
+import os
 import tempfile
 import warnings
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -17,14 +20,16 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import pad
 
 from rgtg.config import TrainSettings
-from rgtg.data.pairs import PairReader, held_out_prompts, split_position
+from rgtg.data.pairs import PairReader, TokenizedPair, held_out_prompts, split_position
 from rgtg.data.rollouts import TokenizedRollout, read_rollouts, tokenize_rollouts
-from rgtg.data.token_store import TokenizedPairs, TokenStore
 from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.training.objectives import DataKind
 from rgtg.training.report import progress
 
-IN_MEMORY = 100_000  # pairs
+STORE_LIMIT = 2**27  # bytes of token ids kept in memory
+DATASET_LIMIT = 100_000  # pairs of a dataset kept in memory
+_PARTS_OF_PAIR = 3
+_IDS_PER_WRITE = 2**20
 PAIR_COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")
 ROLLOUT_COLUMNS = ("completion_ids", "prompt_length", "reward")
 
@@ -77,8 +82,8 @@ def read_data(
 ) -> TrainData:
     """Read training and held-out pairs or rollouts.
 
-    Pairs are kept as token ids in flat arrays (`rgtg.data.token_store`), on disk beyond 128 MB, so that a million of
-    them need little memory.
+    Pairs are kept as token ids in flat arrays (`TokenStore`), on disk beyond 128 MB, so that a million of them need
+    little memory.
 
     Args:
         settings: of the run.
@@ -152,16 +157,113 @@ def _read_rollouts(
     return _Source(tokenize_rollouts(found.rows, tokenizer), hashes, found.fingerprint)
 
 
+class TokenStore:
+    """Token ids of pairs as int32, in memory up to a limit, beyond it in an unnamed file.
+
+    The file is in the temporary folder (TMPDIR). The system removes it however the process ends.
+
+    Args:
+        memory_limit: bytes of token ids kept in memory.
+    """
+
+    def __init__(self, *, memory_limit: int = STORE_LIMIT) -> None:
+        self._limit = memory_limit
+        self._ids = array("i")
+        self._ends = array("q", [0])  # of each part of each pair, in order
+        self._file: BinaryIO | None = None
+
+    def append(self, pair: TokenizedPair) -> None:
+        """Add a pair.
+
+        Raises:
+            OutputError: no room in the temporary folder.
+        """
+        for part in pair.parts:
+            self._ids.extend(part)
+            self._ends.append(self._ends[-1] + len(part))
+        if self._file is not None:
+            if len(self._ids) >= _IDS_PER_WRITE:
+                self._spill()
+        elif self._ids.itemsize * len(self._ids) > self._limit:
+            self._file = tempfile.TemporaryFile(prefix="rgtg-tokens-")  # noqa: SIM115  # open as long as the store
+            weakref.finalize(self, self._file.close)
+            self._spill()
+
+    def __len__(self) -> int:
+        return (len(self._ends) - 1) // _PARTS_OF_PAIR
+
+    def pair(self, index: int) -> TokenizedPair:
+        """Read one pair."""
+        first = index * _PARTS_OF_PAIR
+        ends = self._ends[first : first + _PARTS_OF_PAIR + 1]
+        ids = self._read(ends[0], ends[-1])
+        prompt, chosen, rejected = (ids[a - ends[0] : b - ends[0]].tolist() for a, b in pairwise(ends))
+        return TokenizedPair(prompt, chosen, rejected)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the ids are in a file."""
+        return self._file is not None
+
+    def _spill(self) -> None:
+        assert self._file is not None, "opened before"
+        try:
+            self._file.seek(0, 2)
+            self._ids.tofile(self._file)
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"no room for the token ids in {tempfile.gettempdir()}: {error.strerror or error}; use another "
+                "folder (TMPDIR=...)"
+            ) from error
+        self._ids = array("i")
+
+    def _read(self, begin: int, end: int) -> "array[int]":
+        """Read a range of ids. The file is not memory-mapped, because mapped pages count as memory of the process."""
+        if self._file is None:
+            return self._ids[begin:end]
+        if self._ids:
+            self._spill()
+        ids, size = array("i"), self._ids.itemsize
+        ids.frombytes(os.pread(self._file.fileno(), size * (end - begin), size * begin))
+        return ids
+
+
+class TokenizedPairs(Sequence[TokenizedPair]):
+    """Some pairs of a store as a sequence; each pair is read when it is accessed."""
+
+    def __init__(self, store: TokenStore, indices: "np.ndarray[Any, Any]") -> None:
+        self._store, self._indices = store, indices
+
+    def take(self, chosen: "np.ndarray[Any, Any]") -> "TokenizedPairs":
+        """The pairs at the given indices."""
+        return TokenizedPairs(self._store, self._indices[chosen])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "TokenizedPairs": ...
+
+    def __getitem__(self, index: int | slice) -> "TokenizedPair | TokenizedPairs":
+        if isinstance(index, slice):
+            return TokenizedPairs(self._store, self._indices[index])
+        return self._store.pair(int(self._indices[index]))
+
+
 def pairs_dataset(pairs: Sequence[Any], weights: Sequence[Sequence[float]] | None = None) -> Dataset:
     """A dataset of tokenised pairs in trl's columns: prompt and completion together, and the prompt's length.
 
-    More than ``IN_MEMORY`` pairs are kept in a file in the temporary folder (TMPDIR), removed with the dataset.
+    More than ``DATASET_LIMIT`` pairs are kept in a file in the temporary folder (TMPDIR), removed with the dataset.
 
     Args:
         pairs: anything with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (completions only).
         weights: weight of each pair at each prefix, as many as the longer completion has tokens.
     """
-    if len(pairs) <= IN_MEMORY:
+    if len(pairs) <= DATASET_LIMIT:
         return Dataset.from_dict(_pair_columns(pairs, weights))
     folder = tempfile.TemporaryDirectory(prefix="rgtg-pairs-")
     path = Path(folder.name) / "pairs.arrow"

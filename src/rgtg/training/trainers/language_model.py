@@ -1,4 +1,4 @@
-"""Trainers of causal language models that score next tokens: FaRMA and GenARM."""
+"""Causal language models that score next tokens, and their trainers: FaRMA and GenARM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,52 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rgtg.errors import UsageError
 from rgtg.losses import completion_window, token_log_probs
-from rgtg.training.base_model import load_language_base
+from rgtg.models.loading.hub import is_adapter
+from rgtg.models.loading.lora_merge import load_merged, untie_output
+from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.loading.scorer_info import read_info
 from rgtg.training.objectives import PairScores, needs_best_next, pair_scores
 from rgtg.training.trainers.reward import PairwiseRewardTrainer, position_ids, require_causal
+
+
+def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a causal language model, in fp32 unless ``dtype`` is given, and its tokenizer; LoRA adapters are merged.
+
+    Args:
+        source: a language model, or a scorer of next tokens that is trained further.
+        output_scale: the output layer is multiplied by it. If it is not 1 and the layer is tied to the input embedding,
+            the layer gets weights of its own.
+        kwargs: of ``from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: ``source`` cannot be loaded.
+        UsageError: a reward model, which has no output layer over the vocabulary.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
+    info = read_info(source)
+    if info is not None and info.head != "vocab":
+        raise UsageError(
+            f"{source} is a scorer with a {info.head} head; start from a language model, such as the policy"
+        )
+    tokenizer = load_tokenizer(source, "base model")
+    if is_adapter(source):
+        return load_merged(AutoModelForCausalLM, source, "base model", dtype=dtype).requires_grad_(True), tokenizer
+    model, report = load_pretrained(
+        AutoModelForCausalLM, source, "base model",
+        dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs,
+    )  # fmt: skip
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(
+            f"{source} is not a complete language model ({missing} not in its weights): start from the policy"
+        )
+    if output_scale != 1:
+        untie_output(model, output_scale)
+    return model, tokenizer
 
 
 class LanguageModelTrainer(PairwiseRewardTrainer):

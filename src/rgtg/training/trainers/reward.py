@@ -1,4 +1,4 @@
-"""Trainers of reward models on pairs; one forward pass scores every prefix of both completions."""
+"""Reward models and their trainers on pairs; one forward pass scores every prefix of both completions."""
 
 import copy
 import warnings
@@ -14,10 +14,11 @@ from trl import RewardConfig, RewardTrainer
 from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.losses import last_score, mean_of_counted
-from rgtg.models.loading.policy import load_tokenizer
+from rgtg.models.loading.hub import is_adapter
+from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.ops.lm_head import scalar_head
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
-from rgtg.training.base_model import load_base
 from rgtg.training.data.dataset import PAIR_COLUMNS, PrefixCollator, prepare_pairs
 from rgtg.training.objectives import (
     OBJECTIVES,
@@ -29,6 +30,46 @@ from rgtg.training.objectives import (
     pair_losses,
 )
 from rgtg.training.trainers.resumable import ResumableTrainer
+
+
+def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a sequence-classification model with one label, in fp32 unless ``dtype`` is given, and its tokenizer.
+
+    A language model gets a new head, drawn from ``seed`` alone. A reward model keeps its head (a LoRA scorer is merged
+    into its base). The tokenizer has a padding token that is not its EOS.
+
+    Raises:
+        ModelNotFoundError: ``source`` cannot be loaded.
+        UsageError: a classifier with several labels, or a model without a classification head in transformers.
+    """
+    dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
+    if is_adapter(source):
+        scorer = PrefixScorer.from_pretrained(source, dtype=dtype, device="cpu")
+        return scorer.model.requires_grad_(True), scorer.tokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(source, "base model")
+    config = load_pretrained(AutoConfig, source, "base model")
+    classifier = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if classifier and config.num_labels != 1:
+        raise UsageError(f"{source} is a classifier with {config.num_labels} labels; a scorer gives one number")
+    model, report = load_pretrained(
+        AutoModelForSequenceClassification, source, "base model",
+        dtype=dtype, num_labels=1, use_safetensors=True, output_loading_info=True, **kwargs,
+    )  # fmt: skip
+    ensure_pad_token(tokenizer, model)
+    if any(key.startswith("score.") for key in report["missing_keys"]):
+        init_scalar_head(model, seed)
+    return model, tokenizer
+
+
+def init_scalar_head(model: Any, seed: int) -> None:
+    """Draw the scalar head from N(0, initializer_range²) with a generator of its own: same seed, same head."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in scalar_head(model).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 class ScorerTrainer(ResumableTrainer, RewardTrainer):  # type: ignore[misc]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rgtg.data.pairs import TokenizedPair, held_out_prompts, split_pairs, split_position
-from rgtg.data.token_store import TokenizedPairs, TokenStore
 from rgtg.errors import OutputError
+from rgtg.training.data.dataset import TokenizedPairs, TokenStore
 from rgtg.types.generation import PreferencePair
 
 
@@ -17,7 +17,7 @@ def some_pairs(count, seed=0):
 
 @pytest.mark.parametrize("memory_limit", [0, 4000, 2**27])
 def test_pairs_are_read_back_unchanged(memory_limit, monkeypatch):
-    monkeypatch.setattr("rgtg.data.token_store._BUFFER", 50)  # ids that are written at once
+    monkeypatch.setattr("rgtg.training.data.dataset._IDS_PER_WRITE", 50)  # ids that are written at once
     store, pairs = TokenStore(memory_limit=memory_limit), some_pairs(100)
     for i, pair in enumerate(pairs):
         store.append(pair)
@@ -54,7 +54,7 @@ def test_a_full_temporary_folder_is_named(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr("rgtg.data.token_store.tempfile.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr("rgtg.training.data.dataset.tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(OutputError, match=r"no room for the token ids in .*No space left on device; use another"):
         TokenStore(memory_limit=0).append(some_pairs(1)[0])
 
