@@ -89,7 +89,7 @@ def test_the_batch_is_the_one_that_fits():
     assert held.batch == 64
     from rgtg.planning import plan as module
 
-    row = module._row(
+    row = module._best_row(
         module.MethodVariant(METHODS["pargs"], "separate"),
         PlanSettings(policy="8B", prompt_tokens=4096, new_tokens=2048),
         model_shape("8B"), model_shape("1B"), small, 1,
@@ -213,7 +213,7 @@ def test_damaged_hardware_files_and_models_are_errors(tmp_path, policy_folder):
     with pytest.raises(DataError, match="is not what --save-hardware writes"):
         planned(hardware=str(file))
     (policy_folder / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}')
-    with pytest.raises(ModelNotFoundError, match="cannot tell the sizes"):
+    with pytest.raises(ModelNotFoundError, match="cannot determine the sizes"):
         planned(policy=str(policy_folder))
     (policy_folder / "config.json").unlink()
     (policy_folder / "adapter_config.json").write_text("[]")

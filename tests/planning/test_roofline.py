@@ -171,13 +171,13 @@ def test_candidates_are_the_methods_own_unless_given():
 @pytest.fixture
 def made(monkeypatch):
     """Every KV cache that is used."""
-    caches, start = {}, TreeCache.start
+    caches, reset = {}, TreeCache.reset
 
     def noted(self, rows):
         caches[id(self)] = self
-        start(self, rows)
+        reset(self, rows)
 
-    monkeypatch.setattr(TreeCache, "start", noted)
+    monkeypatch.setattr(TreeCache, "reset", noted)
     return caches
 
 

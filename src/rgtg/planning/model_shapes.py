@@ -135,8 +135,8 @@ def _from_config(source: str) -> ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
-        told = f"cannot tell the sizes of {source} by its config.json: {first_line(error)}"
-        raise ModelNotFoundError(told) from error
+        message = f"cannot determine the sizes of {source} from its config.json: {first_line(error)}"
+        raise ModelNotFoundError(message) from error
     return count_shape(model, source)
 
 

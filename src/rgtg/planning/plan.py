@@ -79,18 +79,18 @@ def make_plan(settings: PlanSettings) -> PlanResult:
         DataError: a damaged hardware file.
     """
     policy = model_shape(settings.policy)
-    scorer, kinds = _scorer(settings.scorer)
-    device, devices = _hardware(settings)
+    scorer, kinds = _scorer_shape(settings.scorer)
+    device, devices = _load_device(settings)
     if settings.tensor_parallel is not None and devices % settings.tensor_parallel:
         raise UsageError(f"tensor_parallel {settings.tensor_parallel} does not divide {devices} devices")
-    rows = [_row(variant, settings, policy, scorer, device, devices) for variant in method_variants(kinds)]
+    rows = [_best_row(variant, settings, policy, scorer, device, devices) for variant in method_variants(kinds)]
     return PlanResult(
         policy=policy, scorer=scorer, device=device, devices=devices, rows=rows,
         settings=settings.model_dump(mode="json"), assumptions=_assumptions(settings, policy, scorer, device),
     )  # fmt: skip
 
 
-def _scorer(source: str | None) -> tuple[ModelShape | None, set[Kind]]:
+def _scorer_shape(source: str | None) -> tuple[ModelShape | None, set[Kind]]:
     """The shape of the scorer, and the kinds of scorers that the plan covers."""
     small: set[Kind] = {"none", "adapter", "state head", "vocabulary head"}
     if source is None:
@@ -108,10 +108,14 @@ def _scorer(source: str | None) -> tuple[ModelShape | None, set[Kind]]:
     return model_shape(source), {*small, "separate", "vocabulary"}
 
 
-def _hardware(settings: PlanSettings) -> tuple[Device, int]:
+def _load_device(settings: PlanSettings) -> tuple[Device, int]:
+    """The device, from a data sheet, a file or a measurement, and the number of devices."""
     path = Path(settings.hardware)
     if path.suffix == ".json":
-        return _read_device(path, settings.dtype), 1
+        device = Device.from_file(path, "hardware", "--save-hardware")
+        if device.dtype != settings.dtype:
+            raise UsageError(f"{path} was measured in {device.dtype}, and --dtype is {settings.dtype}")
+        return device, 1
     name, count = parse_hardware(settings.hardware)
     if name not in HERE:
         return from_sheet(name, settings.dtype), count
@@ -127,14 +131,7 @@ def _hardware(settings: PlanSettings) -> tuple[Device, int]:
     return device, count
 
 
-def _read_device(path: Path, dtype: str) -> Device:
-    device = Device.from_file(path, "hardware", "--save-hardware")
-    if device.dtype != dtype:
-        raise UsageError(f"{path} was measured in {device.dtype}, and --dtype is {dtype}")
-    return device
-
-
-def _row(
+def _best_row(
     variant: MethodVariant,
     settings: PlanSettings,
     policy: ModelShape,
@@ -143,15 +140,16 @@ def _row(
     devices: int,
 ) -> PlanRow:
     """The batch size and split with the fewest device-hours; if none fits, the smallest."""
-    splits = (
-        [settings.tensor_parallel] if settings.tensor_parallel else [d for d in _powers(devices) if not devices % d]
-    )
+    given = settings.tensor_parallel
+    splits = [given] if given else [count for count in _powers(devices) if not devices % count]
     batches = [settings.batch_size] if settings.batch_size else _powers(min(LARGEST_BATCH, settings.prompts))[::-1]
-    placed = [
-        _placed(variant, PlannedBatch(settings, policy, scorer, device, p, b), devices) for p in splits for b in batches
+    rows = [
+        _plan_row(variant, PlannedBatch(settings, policy, scorer, device, parallel, batch), devices)
+        for parallel in splits
+        for batch in batches
     ]
-    fitting = [row for row in placed if row.fits]
-    return min(fitting, key=lambda row: row.device_hours) if fitting else placed[-1]
+    fitting = [row for row in rows if row.fits]
+    return min(fitting, key=lambda row: row.device_hours) if fitting else rows[-1]
 
 
 def _powers(limit: int) -> list[int]:
@@ -164,7 +162,7 @@ def _powers(limit: int) -> list[int]:
     return sorted({limit, *(2**i for i in range(limit.bit_length()) if 2**i <= limit)})
 
 
-def _placed(variant: MethodVariant, planned: PlannedBatch, devices: int) -> PlanRow:
+def _plan_row(variant: MethodVariant, planned: PlannedBatch, devices: int) -> PlanRow:
     s, parallel = planned.settings, planned.parallel
     weights = weight_bytes(variant, planned) / parallel
     caches = cache_bytes(variant, planned) / min(parallel, planned.policy.kv_heads)
@@ -191,11 +189,11 @@ def _assumptions(settings: PlanSettings, policy: ModelShape, scorer: ModelShape 
         "start and end together; loading the models is not counted",
         f"weights and caches in {settings.dtype}, {BYTES[settings.dtype]} bytes a number; {USABLE:.0%} of a device's "
         "memory is used",
-        "policy and scorer lie on the same devices and take turns; batch and split are those of fewest device-hours",
+        "policy and scorer are on the same devices and take turns; batch and split have the fewest device-hours",
         f"heads are {HEAD_WIDTH} wide, and of rank {HEAD_RANK} where they score the vocabulary; adapters have rank "
         f"{LORA_RANK}; no speculation, no entropy gate",
-        f"cards draws {settings.cards_drawn:g} tokens and scores {settings.cards_scored:g} segments for a token that "
-        "stays, as on average in docs/results/study-stories.json; its threshold moves both (--set cards_drawn=…)",
+        f"cards draws {settings.cards_drawn:g} tokens and scores {settings.cards_scored:g} segments for each token "
+        "it keeps, the averages of docs/results/study-stories.json; its threshold changes both (--set cards_drawn=…)",
     ]
 
 

@@ -186,10 +186,10 @@ def _explained(endpoint: str, repo: str) -> Iterator[None]:
             401: "the token is not known there: hf auth login, or set HF_TOKEN",
             403: f"the token may not write to {repo}: use one with write access, or another owner",
         }.get(status, "nothing was committed; try again")
-        said = (error.server_message or "").strip().partition("\n")[0]
-        raise EndpointError(f"{endpoint} refuses ({status}{f', {said}' if said else ''}): {remedy}") from error
+        reason = (error.server_message or "").strip().partition("\n")[0]
+        raise EndpointError(f"{endpoint} refuses ({status}{f', {reason}' if reason else ''}): {remedy}") from error
     except HFValidationError as error:
         raise UsageError(first_line(error)) from error
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        told = ": ".join(first_line(one) for one in (error, error.__cause__) if one is not None)
-        raise EndpointError(f"cannot publish to {endpoint}: {told} (nothing was committed)") from error
+        message = ": ".join(first_line(one) for one in (error, error.__cause__) if one is not None)
+        raise EndpointError(f"cannot publish to {endpoint}: {message} (nothing was committed)") from error

@@ -92,7 +92,7 @@ def test_no_pairs_is_an_error():
 
 def test_pairs_that_never_differ_are_an_error():
     same = PreferencePair(prompt="x", chosen="ab", rejected="ab")
-    with pytest.raises(DataError, match="nothing to tell apart"):
+    with pytest.raises(DataError, match="nothing to distinguish"):
         audit_prefixes(CountingScorer(early=True), [same])
 
 

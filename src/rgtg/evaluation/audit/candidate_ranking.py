@@ -137,7 +137,7 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
     """
     share, gain = overall.steering, overall.guided.gain
     if overall.tied == overall.prefixes:
-        return "No verdict: at every prefix all candidates have the same value; this reward does not tell them apart."
+        return "No verdict: at every prefix all candidates have the same value; this reward does not distinguish them."
     figures = (
         f"at {kl_nats:.2f} nats per token one guided token gains {gain.mean:+.3g} in the reward ({gain.low:+.3g} to "
         f"{gain.high:+.3g}); always taking the best candidate gains between {overall.best_gain_low.mean:+.3g} and "
@@ -176,12 +176,14 @@ def _require_auditable(model: Any, rollouts: CandidateRollouts) -> None:
 
 
 def _score_ids(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
+    """Scores of all candidates, prefix by prefix, from the policy's token ids."""
     prefixes = [[*row.prompt_ids, *row.written_ids] for row in rows for _ in row.candidate_ids]
     candidates = [[token] for row in rows for token in row.candidate_ids]
     return [float(s[-1]) for s in scorer.score_prefixes(prefixes, candidates, batch_size=batch_size)]
 
 
 def _score_texts(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
+    """Scores of all candidates, prefix by prefix, from the decoded texts."""
     texts = [text for row in rows for text in row.candidate_texts]
     prompts = [row.prompt for row in rows for _ in row.candidate_texts]
     finished = [end and of[0] for row in rows for end, of in zip(row.ended, row.finished, strict=True)]
@@ -231,8 +233,8 @@ def _figures(
     tied = (order == order[:, :1]).all(-1)
     reliability = _reliability(rewards)
 
-    def choice(weights: Tensor) -> ChoiceFigures:
-        value = (weights * q).sum(-1)
+    def choice(weights: Tensor) -> ChoiceFigures:  # (N, K)
+        value = (weights * q).sum(-1)  # (N,)
         return ChoiceFigures(
             gain=interval(value - drawn),
             regret=interval(best - value),

@@ -75,7 +75,7 @@ def audit_prefixes(
     kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
-        raise DataError("chosen and rejected are the same tokens in every pair: there is nothing to tell apart")
+        raise DataError("chosen and rejected are the same tokens in every pair: there is nothing to distinguish")
     options = {"seed": seed, "resamples": bootstrap}
     by_fraction = [
         _point(q / fractions, margins, [_at_fraction(m, q / fractions) for m in margins], options)

@@ -95,10 +95,6 @@ def search(
     """
     tries: list[SweepTry] = []
 
-    def gap_at(factor: float) -> float:
-        tries.append(measure(factor))
-        return tries[-1].value.mean - target
-
     def outcome(verdict: str = "") -> SearchOutcome:
         best = min(tries, key=lambda one: abs(one.value.mean - target))
         reached = abs(best.value.mean - target) <= tolerance
@@ -110,7 +106,8 @@ def search(
     factor = min(max(1.0, low), high)
     while True:
         # 1. Measure, and move the end of the bracket on that side.
-        gap = gap_at(factor)
+        tries.append(measure(factor))
+        gap = tries[-1].value.mean - target
         if gap < 0:
             below = (factor, gap)
         else:

@@ -71,17 +71,17 @@ def read_verdict(answer: str) -> Verdict:
     >>> read_verdict('{"reason": "equal", "verdict": "tie"}')
     'tie'
     """
-    said = answer.rpartition("</think>")[2]
-    found = {_VERDICTS[mark] for mark in _MARK.findall(said)} | set(_json_verdicts(said))
+    conclusion = answer.rpartition("</think>")[2]
+    found = {_VERDICTS[mark] for mark in _MARK.findall(conclusion)} | set(_json_verdicts(conclusion))
     if len(found) > 1:
         raise NoVerdictError(f"the answer holds {len(found)} verdicts")
     if not found:
-        raise NoVerdictError("the answer is empty" if not said.strip() else "the answer holds no verdict")
+        raise NoVerdictError("the answer is empty" if not conclusion.strip() else "the answer holds no verdict")
     return found.pop()
 
 
-def _json_verdicts(said: str) -> Iterator[Verdict]:
-    for text in _OBJECT.findall(said):
+def _json_verdicts(answer: str) -> Iterator[Verdict]:
+    for text in _OBJECT.findall(answer):
         try:
             verdict = json.loads(text).get("verdict")
         except ValueError:

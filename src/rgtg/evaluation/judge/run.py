@@ -207,8 +207,8 @@ def _collect(
             verdicts = [r.verdict and names[r.verdict] for r, names in zip(both, _WINNERS, strict=True)]
             answers = [r.answers[-1] if r.answers else "" for r in both]
             failures += [
-                JudgeFailure(**sides, shown_first=shown, reason=r.problem, answer=said)
-                for r, said, shown in zip(both, answers, (pair.a, pair.b), strict=True)
+                JudgeFailure(**sides, shown_first=shown, reason=r.problem, answer=answer)
+                for r, answer, shown in zip(both, answers, (pair.a, pair.b), strict=True)
                 if r.verdict is None
             ]
         judged.append(
