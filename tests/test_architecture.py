@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,18 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
 
 
 IMPORTS = {module: imports(path) for module, path in MODULES.items() if module != "rgtg"}
+# Private words of the first build, each with the standard term that replaced it (docs/notation.md).
+PRIVATE_WORDS = {
+    "Lane": "Batch", "Lanes": "Batch", "Member": "running request", "Seat": "sequence", "Solo": "non-batched request",
+    "Arrival": "prefilling request", "Ticket": "handle", "Flight": "response stream", "Duel": "comparison",
+    "Planner": "input processor", "Stepper": "policy runner", "Reader": "scorer runner", "Mixture": "ScorerSum",
+    "Gate": "middleware", "Guarded": "middleware", "Written": "parameter names", "Contestants": "models",
+    "Alone": "unguided", "Apart": "sequential", "AtOnce": "overlapped", "Ahead": "lookahead",
+    "OnCandidates": "StateHead", "OnPrefix": "VocabHead", "InOnePass": "fused LoRA", "TwoHalves": "doubled batch",
+    "OwnPass": "separate scorer", "Branches": "token tree", "Twin": "packed copy", "Tracks": "masked rows",
+    "Fitted": "trained head", "read_ahead": "lookahead", "unread": "pending tokens", "teller": "stream formatter",
+    "readout": "lm_head", "settle": "roll back", "ridge": "roofline", "together": "distributed",
+}  # fmt: skip
 
 
 def test_no_module_imports_from_a_higher_layer():
@@ -61,6 +75,42 @@ def test_no_module_imports_from_a_higher_layer():
         if name.startswith("rgtg.") and layer(name) > layer(module)
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_no_import_cycles():
+    """Imports inside functions count too."""
+    try:
+        TopologicalSorter({m: imports(path) & set(MODULES) - {m} for m, path in MODULES.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_no_private_word_is_a_name():
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        names = {node.name for node in ast.walk(tree) if isinstance(node, kinds)} | {module.rpartition(".")[2]}
+        found = {name: PRIVATE_WORDS[name.strip("_")] for name in names if name.strip("_") in PRIVATE_WORDS}
+        assert not found, f"{module} has names with a standard term: {found}"
+
+
+def test_the_map_of_contributing_names_existing_modules_and_names():
+    section = CONTRIBUTING.partition("## Where to find things")[2].partition("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`(?:: ((?:`[\w.]+`(?:, )?)+))?", section)
+    assert len(places) > 20
+    for path, names in places:
+        tree = ast.parse((SRC / path).read_text(encoding="utf-8"))
+        defined = {node.name: node for node in tree.body if hasattr(node, "name")} | {
+            target.id: node
+            for node in tree.body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+        }
+        for name in re.findall(r"[\w.]+", names):
+            first, _, method = name.partition(".")
+            assert first in defined, f"{path} has no {name}"
+            assert not method or method in {getattr(item, "name", "") for item in defined[first].body}, f"no {name}"
 
 
 def test_contributing_shows_the_layers():
