@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rgtg.data.rejects import rejects_writer
+from rgtg.data.sources import rejects_writer
 from rgtg.errors import ModelNotFoundError, OutputError, UsageError
 from rgtg.utils.files import (
     LOCK_FILE,

@@ -11,8 +11,15 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from rgtg.data.formats import to_pair
-from rgtg.data.rejects import BadRowCounter, check_arguments, usable_rows
-from rgtg.data.sources import PAIR_COLUMNS, ReadProgress, RejectReason, RowError
+from rgtg.data.sources import (
+    PAIR_COLUMNS,
+    BadRowCounter,
+    ReadProgress,
+    RejectReason,
+    RowError,
+    check_arguments,
+    usable_rows,
+)
 from rgtg.errors import DataError, UsageError
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
 from rgtg.types.base import FORMAT_VERSION, Record

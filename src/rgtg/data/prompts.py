@@ -10,8 +10,17 @@ from typing import Any
 from rgtg.config import DecodingSettings, validate
 from rgtg.data.formats import Message, require_unicode, to_prompt, to_prompt_or_chat
 from rgtg.data.openai_batch import Endpoint, is_batch_line, to_request
-from rgtg.data.rejects import CORRECT_OR_SKIP, BadRowCounter, usable_rows
-from rgtg.data.sources import PAIR_COLUMNS, ReadProgress, RejectReason, RowError, iter_rows, parse_row
+from rgtg.data.sources import (
+    CORRECT_OR_SKIP,
+    PAIR_COLUMNS,
+    BadRowCounter,
+    ReadProgress,
+    RejectReason,
+    RowError,
+    iter_rows,
+    parse_row,
+    usable_rows,
+)
 from rgtg.errors import DataError, UsageError
 
 _COLUMNS = ("prompt", "messages", "id", "custom_id", "chosen", "rejected")

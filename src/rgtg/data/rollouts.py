@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rgtg.data.completions import completion_text
-from rgtg.data.rejects import BadRowCounter, check_arguments, usable_rows
-from rgtg.data.sources import ReadProgress, RejectReason, RowError
+from rgtg.data.sources import BadRowCounter, ReadProgress, RejectReason, RowError, check_arguments, usable_rows
 from rgtg.errors import DataError
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
 

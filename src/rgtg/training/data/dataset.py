@@ -30,7 +30,7 @@ STORE_LIMIT = 2**27  # bytes of token ids kept in memory
 DATASET_LIMIT = 100_000  # pairs of a dataset kept in memory
 _PARTS_OF_PAIR = 3
 _IDS_PER_WRITE = 2**20
-PAIR_COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")
+TOKENIZED_PAIR_COLUMNS = ("chosen_ids", "rejected_ids", "prompt_length")
 ROLLOUT_COLUMNS = ("completion_ids", "prompt_length", "reward")
 
 
@@ -372,7 +372,7 @@ def prepare_pairs(dataset: Any, tokenizer: Any, max_length: int | None, name: st
     """Tokenise a dataset of texts if it is not tokenised, and check its rows.
 
     Args:
-        dataset: with texts (prompt, chosen, rejected) or token ids (`PAIR_COLUMNS`).
+        dataset: with texts (prompt, chosen, rejected) or token ids (`TOKENIZED_PAIR_COLUMNS`).
         tokenizer: of the model.
         max_length: longest prompt + completion in tokens.
         name: of the dataset, for messages.
@@ -386,12 +386,12 @@ def prepare_pairs(dataset: Any, tokenizer: Any, max_length: int | None, name: st
     columns = set(dataset.column_names)
     if "margin" in columns:
         raise UsageError(f"the {name} dataset has a margin column, which these objectives do not use; remove it")
-    if {"prompt", "chosen", "rejected"} <= columns and not columns >= set(PAIR_COLUMNS):
+    if {"prompt", "chosen", "rejected"} <= columns and not columns >= set(TOKENIZED_PAIR_COLUMNS):
         dataset = _tokenize_texts(dataset, tokenizer)
-    elif not columns >= set(PAIR_COLUMNS):
+    elif not columns >= set(TOKENIZED_PAIR_COLUMNS):
         raise UsageError(
             f"the {name} dataset has columns {sorted(columns)}; expected texts in prompt, chosen and rejected, or "
-            f"token ids in {', '.join(PAIR_COLUMNS)}"
+            f"token ids in {', '.join(TOKENIZED_PAIR_COLUMNS)}"
         )
     for i, row in enumerate(dataset):
         shorter, longer = sorted((len(row["chosen_ids"]), len(row["rejected_ids"])))

@@ -19,7 +19,7 @@ from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_
 from rgtg.models.ops.lm_head import scalar_head
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
-from rgtg.training.data.dataset import PAIR_COLUMNS, PrefixCollator, prepare_pairs
+from rgtg.training.data.dataset import TOKENIZED_PAIR_COLUMNS, PrefixCollator, prepare_pairs
 from rgtg.training.objectives import (
     OBJECTIVES,
     PAIR_FIGURES,
@@ -218,7 +218,7 @@ class PairwiseRewardTrainer(ScorerTrainer):
     FSDP, peft), and a hook on its scalar head records the scores of *all* positions.
     """
 
-    columns = (*PAIR_COLUMNS, "pair_weights")
+    columns = (*TOKENIZED_PAIR_COLUMNS, "pair_weights")
     figure_names = PAIR_FIGURES
 
     def make_collator(self, pad_token_id: int, pad_to_multiple_of: int | None) -> Any:
