@@ -51,15 +51,12 @@ def rollout_audits(found: Mapping[str, RolloutAuditResult]) -> Section:
     )
     rows = [
         [
-            Cell(name),
-            interval_cell(audit.overall.spearman),
-            Cell(number(audit.overall.ceiling)),
-            interval_cell(audit.overall.steering),
-            Cell(signed(audit.overall.guided.gain.mean), detail=spread(audit.overall.guided.gain)),
-            interval_cell(audit.overall.scorer.normalised_regret),
+            Cell(name), interval_cell(of.spearman), Cell(number(of.ceiling)), interval_cell(of.steering),
+            Cell(signed(of.guided.gain.mean), detail=spread(of.guided.gain)),
+            interval_cell(of.scorer.normalised_regret),
         ]
-        for name, audit in found.items()
-    ]
+        for name, of in ((name, audit.overall) for name, audit in found.items())
+    ]  # fmt: skip
     headings = ["scorer", "rank correlation", "its ceiling", "steering", "gain of a guided token", "regret, policy = 1"]
     blocks: list[Block] = [
         figure,

@@ -115,29 +115,24 @@ def frontier(result: ComparisonResult) -> Section:
 def cost(result: ComparisonResult) -> Section:
     """Reward against calls and against time, with one run of each method whose strengths all cost the same."""
     calls = {run.label: calls_per_token(run) for run in result.methods}
-    known = [run for run in result.methods if math.isfinite(sum(calls[run.label]) + _reward(run).mean)]
-    drawn = _one_per_cost(result, known, calls)
+    measured = [run for run in result.methods if math.isfinite(sum(calls[run.label]) + _reward(run).mean)]
+    drawn = _one_per_cost(result, measured, calls)
     if not drawn:
         return Section("cost", "", [])
+    total = {label: sum(of_both) for label, of_both in calls.items()}
     figure = Figure(
         "cost",
         "Reward against cost, with 95 % intervals",
-        lambda figure, axes: draw_costs(
-            figure, axes, drawn, result.reward, curve_of, {label: sum(c) for label, c in calls.items()}
-        ),
+        lambda figure, axes: draw_costs(figure, axes, drawn, result.reward, curve_of, total),
         columns=2,
         height=4.0 + legend_height(len({curve_of(run) for run in drawn})),
     )
     headings = ["method", "policy calls per token", "scorer calls per token", "ms per token", "tokens/s", result.reward]
     rows = [
-        [
-            Cell(run.label),
-            *(Cell(number(value)) for value in (*calls[run.label], 1000 / run.tokens_per_second)),
-            Cell(number(run.tokens_per_second)),
-            Cell(number(_reward(run).mean)),
-        ]
+        [Cell(run.label), *(Cell(number(value)) for value in (
+            *calls[run.label], 1000 / run.tokens_per_second, run.tokens_per_second, _reward(run).mean))]
         for run in by_reward(drawn)
-    ]
+    ]  # fmt: skip
     note = (
         "Calls per output token. A method whose strengths all cost the same has one row: the recommended one, or else "
         "the best. Times are those of whole batches on the machine that ran them; other machines differ."

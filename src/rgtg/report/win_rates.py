@@ -59,11 +59,9 @@ def _win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: 
         sum((mine[i] > theirs[i]) + 0.5 * (mine[i] == theirs[i]) for mine, theirs in compared) / len(compared)
         for i in range(len(a[0]))
     ]
+    wins, losses = sum(p > 0.5 for p in points), sum(p < 0.5 for p in points)
     return WinRate(
-        rate=bootstrap_interval(points, seed=seed),
-        wins=sum(p > 0.5 for p in points),
-        losses=sum(p < 0.5 for p in points),
-        ties=sum(p == 0.5 for p in points),
+        rate=bootstrap_interval(points, seed=seed), wins=wins, losses=losses, ties=len(points) - wins - losses
     )
 
 
@@ -93,15 +91,12 @@ def _matches(matches: Sequence[JudgeMatch]) -> Table:
     headings = ["pair", "win rate", "at equal length", "won / tied / lost", "same in both orders", "first preferred"]
     rows = [
         [
-            Cell(f"{match.a} against {match.b}"),
-            _share(match.win_rate),
-            _share(match.length_controlled),
-            Cell(f"{match.wins} / {match.ties} / {match.losses}"),
-            Cell(percent(match.consistent.mean)),
+            Cell(f"{match.a} against {match.b}"), _share(match.win_rate), _share(match.length_controlled),
+            Cell(f"{match.wins} / {match.ties} / {match.losses}"), Cell(percent(match.consistent.mean)),
             Cell(percent(match.first_preferred.mean)),
         ]
         for match in matches
-    ]
+    ]  # fmt: skip
     return Table(headings, rows)
 
 

@@ -160,10 +160,8 @@ def _require_auditable(model: Any, rollouts: CandidateRollouts) -> None:
         raise UsageError(
             f"{type(model).__name__} is fused with a policy and cannot score on its own: load it by its folder"
         )
-    if isinstance(model, OwnStateScorer) and header.policy not in {
-        fingerprint_weights(model.model),
-        *model.info.base_fingerprints,
-    }:
+    own_state = isinstance(model, OwnStateScorer)
+    if own_state and header.policy not in {fingerprint_weights(model.model), *model.info.base_fingerprints}:
         raise UsageError(
             f"the head {model.name} reads the states of {model.info.base_model}, and the roll-outs are of another "
             "policy: make roll-outs with that one"
@@ -235,12 +233,11 @@ def _figures(
 
     def choice(weights: Tensor) -> ChoiceFigures:  # (N, K)
         value = (weights * q).sum(-1)  # (N,)
+        normalised = interval(torch.stack([best - value, best - drawn], -1), ranking_metrics.ratio)
         return ChoiceFigures(
-            gain=interval(value - drawn),
-            regret=interval(best - value),
-            regret_low=interval(split - value),
-            normalised_regret=interval(torch.stack([best - value, best - drawn], -1), ranking_metrics.ratio),
-        )
+            gain=interval(value - drawn), regret=interval(best - value), regret_low=interval(split - value),
+            normalised_regret=normalised,
+        )  # fmt: skip
 
     return CandidateFigures(
         position=position, tokens=float(table.tokens.mean()), prefixes=len(q), tied=int(tied.sum()),

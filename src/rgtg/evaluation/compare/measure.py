@@ -125,14 +125,13 @@ def budgets_of(results: Sequence[MethodResult]) -> tuple[list[Budget], str]:
     """What an output token of each run cost, and a sentence that says whether all runs cost the same."""
     budgets = [
         Budget(
-            label=result.label,
-            policy_calls_per_token=result.policy_calls / result.tokens,
+            label=result.label, policy_calls_per_token=result.policy_calls / result.tokens,
             scorer_calls_per_token=result.scorer_calls / result.tokens,
             tokens_per_completion=result.metrics["length_tokens"].mean,
         )
         for result in results
         if result.tokens
-    ]
+    ]  # fmt: skip
     if not budgets:
         return [], ""
     policy, scorer = [b.policy_calls_per_token for b in budgets], [b.scorer_calls_per_token for b in budgets]

@@ -37,21 +37,15 @@ def summarise(pairs: Sequence[JudgedPair], *, seed: int = 0, resamples: int = 10
 
     lengths = {name: [(p, s) for p, s in scored if _length(p) == name] for name in ("shorter", "similar", "longer")}
     return JudgeMatch(
-        a=pairs[0].a,
-        b=pairs[0].b,
-        win_rate=interval(scores, [pair for pair, _ in scored]),
+        a=pairs[0].a, b=pairs[0].b, win_rate=interval(scores, [pair for pair, _ in scored]),
         length_controlled=_length_controlled([pair for pair, _ in scored], scores, seed, resamples),
-        by_length={
-            name: interval([s for _, s in some], [p for p, s in some]) for name, some in lengths.items() if some
-        },
-        wins=sum(score > 0.5 for score in scores),
-        ties=sum(score == 0.5 for score in scores),
+        by_length={name: interval([s for _, s in of], [p for p, _ in of]) for name, of in lengths.items() if of},
+        wins=sum(score > 0.5 for score in scores), ties=sum(score == 0.5 for score in scores),
         losses=sum(score < 0.5 for score in scores),
         consistent=interval([float(len(set(pair.verdicts)) == 1) for pair in asked], asked),
         first_preferred=interval([first for _, first in decided], [pair for pair, _ in decided]),
-        identical=len(scored) - len(asked),
-        failed=len(pairs) - len(scored),
-    )
+        identical=len(scored) - len(asked), failed=len(pairs) - len(scored),
+    )  # fmt: skip
 
 
 def length_controlled_win_rate(
