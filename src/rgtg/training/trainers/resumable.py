@@ -212,7 +212,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         require_finite_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX}{self.state.global_step}"
         if (blocking := blocking_file(folder)) is not None:
-            raise OutputError(f"cannot write {folder}: {blocking} is a file")
+            raise OutputError(
+                f"cannot save a checkpoint: {blocking} is a file, not a folder; move it away, then resume"
+            )
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, incomplete or skipped
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             # 1. transformers' files, and what it leaves out
