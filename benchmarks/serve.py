@@ -30,9 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from decode import DTYPES, build, ratio, table
-from rgtg.config import DecodingSettings
 from rgtg.serving import server as serving
-from rgtg.serving.engine.request import Job, Row, Step
+from rgtg.serving.engine.request import TokenEvent
 from rgtg.serving.settings import ServeSettings
 
 SHORT, LONG = 16, 1000  # tokens of prompts in the part on prefilling
@@ -79,14 +78,12 @@ def serve_here(args, folder):
 
 def by_engine(args, engine, prompt):
     """Seconds of one completion without HTTP, text and JSON."""
-    method = {"method": "policy"} if args.unguided else {"method": "pargs"}
-    row = Row(
-        DecodingSettings(**method, top_k=args.top_k, max_new_tokens=args.tokens),
-        () if args.unguided else ("scorer",),
-    )
+    method, scorers = ("policy", ()) if args.unguided else ("pargs", ("scorer",))
+    settings = {"top_k": args.top_k, "max_new_tokens": args.tokens}
+    requests = engine.models.guided(method, scorers).make_requests([prompt], [""], [None], [0], settings)
     ended = threading.Event()
     start = time.perf_counter()
-    engine.submit(Job("", tuple(prompt), (row,)), lambda event: None if isinstance(event, Step) else ended.set())
+    engine.submit([requests], lambda event: None if isinstance(event, TokenEvent) else ended.set())
     ended.wait()
     return time.perf_counter() - start
 
