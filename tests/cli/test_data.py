@@ -50,11 +50,15 @@ def test_bad_rows_exit_with_3_and_the_reasons(bad_pairs):
     assert [path.name for path in bad_pairs.parent.iterdir()] == ["pairs.jsonl"]
 
 
-def test_skip_writes_rejects_to_the_current_folder_and_nothing_beside_the_data(bad_pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [False, True])
+def test_skip_writes_rejects_to_output_or_the_current_folder_and_nothing_beside_the_data(
+    bad_pairs, tmp_path, monkeypatch, named
+):
     here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    result = check(bad_pairs, "--on-bad", "skip")
+    if not named:
+        here.mkdir()
+        monkeypatch.chdir(here)
+    result = check(bad_pairs, "--on-bad", "skip", *(["--output", here] if named else []))
     assert result.exit_code == 0, result.stderr
     assert "left out: not JSON" in result.stdout
     assert [json.loads(line)["line"] for line in (here / "rejects.jsonl").read_text().splitlines()] == [4, 5]
@@ -77,6 +81,7 @@ def test_lengths_and_the_limit_are_in_tokens(pairs, policy_folder):
         (["FILE", "--max-length", "10"], "max_length counts tokens"),
         (["FILE", "--on-bad", "ignore"], "on_bad = 'ignore'"),
         (["FILE", "--rejects", "r.jsonl"], "it has no use with --on-bad error"),
+        (["FILE", "--output", "folder"], "it has no use with --on-bad error"),
         (["FILE", "--on-bad", "skip", "--rejects", "FILE"], "would overwrite the data"),
         (["FILE", "--set", "on_bda=skip"], "did you mean on_bad?"),
         (["FILE", "--tokenizer", "./absent"], "no model folder ./absent"),

@@ -22,12 +22,14 @@ def _group() -> None:
 
 
 @app.command("check")
-@command(DataCheckSettings, "file tokenizer max_length on_bad rejects")
+@command(DataCheckSettings, "file tokenizer max_length on_bad output rejects")
 def check(settings: DataCheckSettings, invocation: Invocation) -> None:
     """Check preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
-    if settings.on_bad == "error" and settings.rejects is not None:
-        raise UsageError("--rejects is the file for --on-bad skip; it has no use with --on-bad error")
-    target = settings.rejects or Path("rejects.jsonl") if settings.on_bad == "skip" else None
+    for name, given in (("--rejects", settings.rejects), ("--output", settings.output)):
+        if settings.on_bad == "error" and given is not None:
+            raise UsageError(f"{name} is for the rows that --on-bad skip leaves out; it has no use with --on-bad error")
+    folder = settings.output or Path()
+    target = settings.rejects or folder / "rejects.jsonl" if settings.on_bad == "skip" else None
     pairs = _read(settings, target, quiet=invocation.silent)
     if target is not None:
         save_settings(target, settings)

@@ -18,7 +18,8 @@ class DataCheckSettings(Settings):
     tokenizer: str | None = Field(None, description="folder or hub id; needed for chat messages and lengths in tokens")
     max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
     on_bad: OnBad = "error"
-    rejects: Path | None = Field(None, description="file of skipped rows; default: rejects.jsonl in the current folder")
+    output: Path | None = Field(None, description="folder for rejects.jsonl; default: the current folder")
+    rejects: Path | None = Field(None, description="file of skipped rows; default: rejects.jsonl in --output")
 
 
 class DemoSettings(Settings):

@@ -323,7 +323,9 @@ def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, metho
         found.append(end.cached_tokens)
         if each is asked:
             require_same(end.completion, alone)
-    assert found == [0, *[len(ids) - 1] * 3]
+    # a fused scorer's batch has entries of its own: its rows may be doubled
+    first = 0 if models.factory.key(scorers).fused is not None and method == "pargs" else len(ids) - 1
+    assert found == [0, first, len(ids) - 1, len(ids) - 1]
 
 
 def test_a_row_that_decodes_apart_can_be_given_up_while_its_prompt_is_read(models):

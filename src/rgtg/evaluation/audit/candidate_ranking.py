@@ -143,9 +143,10 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
         f"{gain.high:+.3g}); always taking the best candidate gains between {overall.best_gain_low.mean:+.3g} and "
         f"{overall.best_gain.mean:+.3g}"
     )
-    if gain.high < 0:
+    rounding = 1e-6 * abs(overall.best_gain.mean)  # a scorer that prefers nothing gains this much in fp32
+    if gain.high < -rounding:
         return f"Steers away from the reward: {figures}."
-    if gain.low <= 0:
+    if gain.low <= rounding:
         return f"No evidence that it steers: {figures}."
     if math.isnan(share.mean) or share.high - share.low > 1:
         return f"Steers, but the noise of the roll-outs hides how well (use more prefixes): {figures}."
