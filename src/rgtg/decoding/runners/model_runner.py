@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry, tree_depths
+from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
@@ -82,9 +82,7 @@ class TreeRunner:
 
     def read(self, tree: TokenTree) -> States:
         """States (B, N, H) at every node of a tree after the prefixes; nothing is committed."""
-        positions = torch.tensor(self.cache.lengths)[:, None] + tree_depths(
-            tree.parents
-        )  # (B, N): after the prefix, by depth
+        positions = torch.tensor(self.cache.lengths)[:, None] + tree.depths  # (B, N): after the prefix, by depth
         masks = {}
         for kind, window in self.windows.items():
             masks[kind] = self._tree_mask(tree, window)

@@ -42,7 +42,9 @@ class TokenTree:
 
     @property
     def depths(self) -> Int[Tensor, " nodes"]:
-        """Ancestors of each node, counted: (N,)."""
+        """Ancestors of each node, counted: (N,). Refuses what is no tree."""
+        if len(self.parents) != self.tokens.shape[1]:
+            raise ValueError(f"{self.tokens.shape[1]} nodes need as many parents, got {len(self.parents)}")
         return tree_depths(self.parents)
 
     @property
