@@ -50,7 +50,11 @@ class TorchPolicyRunner:
     def step(self, tokens: Tensor) -> PolicyState:
         """Append one token (B, 1) to each row: one forward pass."""
         each = tokens if self.copies == 1 else tokens.repeat(self.copies, 1)
-        return self.predict(self.split(append_tokens(self.runner, each)))
+        final, hooked = self.runner.read(TokenTree.chain(each))
+        state = self.predict(self.split(States(final[:, -1], None if hooked is None else hooked[:, -1])))
+        # committed last: nothing has changed where the output head raises
+        self.runner.commit(torch.zeros(len(each), 1, dtype=torch.long))
+        return state
 
     def tree(self, candidate_ids: Tensor) -> States:
         """States (B, K, H) at candidates (B, K), in passes of at most ``MAX_WIDTH`` of them; nothing is appended."""
