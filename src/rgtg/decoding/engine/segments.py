@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -134,17 +134,23 @@ class MaskedRowsRunner(TorchPolicyRunner):
         """Only these rows go on."""
         self._active = [self._active[row] for row in rows]
 
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """Not possible: stopped rows stay in the cache."""
+        raise NotImplementedError("rows that stop one by one are not copied")
+
     def step(self, tokens: Tensor) -> PolicyState:
         """One token (A, 1) of each of the A rows that go on."""
         every = torch.zeros(len(self.read), 1, dtype=torch.long, device=tokens.device)
         every[self._active] = tokens
         final = self.runner.read(TokenTree.chain(every)).final[:, 0]
+        state = PolicyState(self.runner.head(final[self._active]), None)
+        # committed last: nothing has changed where the output head raises
         counts = [0] * len(self.read)
         for row in self._active:
-            self.read[row] += 1
             counts[row] = 1
         self.runner.commit(torch.zeros(len(every), 1, dtype=torch.long), counts)
-        return PolicyState(self.runner.head(final[self._active]), None)
+        self.read = [read + count for read, count in zip(self.read, counts, strict=True)]
+        return state
 
 
 @dataclass

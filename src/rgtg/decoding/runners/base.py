@@ -5,7 +5,7 @@ To add an engine, implement `PolicyRunner` over its cache. A method that needs a
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class States(NamedTuple):
 
     final: Tensor
     hooked: Tensor | None
+
+    def at(self, index: Any) -> "States":
+        """The states at an index of the first dimensions: some rows, or one node of each row."""
+        return States(self.final[index], None if self.hooked is None else self.hooked[index])
 
 
 class PolicyState(NamedTuple):

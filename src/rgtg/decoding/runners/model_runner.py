@@ -74,11 +74,10 @@ class TreeRunner:
         # columns after a shorter prompt are overwritten by its first nodes
         ids = torch.tensor(list(zip_longest(*prompts, fillvalue=0)), device=self.device).T
         self.cache.reset(len(prompts))
-        final, hooked = self.read(TokenTree.chain(ids))
+        states = self.read(TokenTree.chain(ids))
         lengths = list(map(len, prompts))
         self.cache.commit_first(lengths)
-        rows, last = torch.arange(len(prompts)), torch.tensor(lengths) - 1
-        return States(final[rows, last], None if hooked is None else hooked[rows, last])
+        return states.at((torch.arange(len(prompts)), torch.tensor(lengths) - 1))
 
     def read(self, tree: TokenTree) -> States:
         """States (B, N, H) at every node of a tree after the prefixes; nothing is committed."""
@@ -282,10 +281,10 @@ def outputs(runner: Runner, tree: TokenTree) -> Tensor:
 
 def append_tokens(runner: Runner, tokens: Tensor) -> States:
     """Read tokens (B, n), one after the other, and commit them; states (B, H) at the last ones."""
-    final, hooked = runner.read(TokenTree.chain(tokens))
+    states = runner.read(TokenTree.chain(tokens))
     n = tokens.shape[1]
     runner.commit(torch.zeros(len(tokens), 1, dtype=torch.long) if n == 1 else torch.arange(n).expand(len(tokens), -1))
-    return States(final[:, -1], None if hooked is None else hooked[:, -1])
+    return states.at((slice(None), -1))
 
 
 def make_runner(

@@ -50,8 +50,7 @@ class TorchPolicyRunner:
     def step(self, tokens: Tensor) -> PolicyState:
         """Append one token (B, 1) to each row: one forward pass."""
         each = tokens if self.copies == 1 else tokens.repeat(self.copies, 1)
-        final, hooked = self.runner.read(TokenTree.chain(each))
-        state = self.predict(self.split(States(final[:, -1], None if hooked is None else hooked[:, -1])))
+        state = self.predict(self.split(self.runner.read(TokenTree.chain(each)).at((slice(None), -1))))
         # committed last: nothing has changed where the output head raises
         self.runner.commit(torch.zeros(len(each), 1, dtype=torch.long))
         return state

@@ -142,8 +142,9 @@ class SeparateScorerRunner(_CachedScorer):
         path = choice[:, None] + n
         if n:
             path = torch.cat([torch.arange(n, device=path.device).expand(len(path), -1), path], 1)
-            self._pending = self._pending[:, :0]
         self.runner.commit(path)
+        if n:
+            self._pending = self._pending[:, :0]
 
     def copy_rows(self, rows: Sequence[int]) -> "SeparateScorerRunner":
         """A runner of its own with copies of some rows."""
@@ -257,11 +258,9 @@ class SecondPassRunner:
         if self._tree is None:
             self._pending = candidate_ids.gather(1, choice[:, None])
             return
+        state = self.policy.predict(self._tree.at((torch.arange(len(choice), device=candidate_ids.device), choice)))
         self.policy.commit(candidate_ids, choice)
-        at = torch.arange(len(choice), device=candidate_ids.device), choice
-        hooked = self._tree.hooked
-        self.state = self.policy.predict(States(self._tree.final[at], None if hooked is None else hooked[at]))
-        self._tree = None
+        self.state, self._tree = state, None
 
     def append(self, tokens: Tensor) -> None:
         """Append tokens (B, 1) that were not scored."""
