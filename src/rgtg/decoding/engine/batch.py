@@ -6,11 +6,13 @@ exception belongs to the request that caused it: the others go on.
 """
 
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, join_states, select_state
 from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
 from rgtg.errors import NonFiniteError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -312,23 +316,13 @@ class Batch:
         reads = self.fused is not None or self._thread is not None
         if reads and any(g.candidates.any_steered() for g in groups) and (failed := self._read_candidates(groups)):
             return failed
-        if self.fused is not None and self._tree is not None:
-            name, state_head = self.fused
-            start = time.perf_counter()
-            scores = state_head.score(self._tree[1])
-            for group in groups:
-                if group.candidates.any_steered():
-                    group.scores[name] = scores[group.rows, : group.candidates.ids.shape[1]]
-            self.seconds[name] += time.perf_counter() - start
+        if self._tree is not None and self.fused is not None and (failed := self._score_fused(groups, *self.fused)):
+            return failed
         # 2. heads that read the policy's state at the prefix
         for name, head in self.heads.items():
-            start = time.perf_counter()
             for group in groups:
-                mine = [i for i, row in enumerate(group.rows) if name in self.requests[row].scorers]
-                if mine and group.candidates.any_steered():
-                    states = self._hidden[[group.rows[i] for i in mine]]
-                    group.set_scores(name, mine, head.score(states, group.candidates.ids[mine]))
-            self.seconds[name] += time.perf_counter() - start
+                if failed := self._score_by_head(name, head, group):
+                    return failed
         # 3. scorers that make passes of their own
         if self._thread is None:
             for name, entry in self.separate.items():
@@ -343,42 +337,72 @@ class Batch:
         """Let the policy read all candidates, beside the separate scorer's pass where passes overlap."""
         ids = rectangle([(group.rows, group.candidates.ids) for group in groups])
         other = self._score_in_thread(groups) if self._thread is not None else None
-        failed: list[Request] = []
-        try:
-            self._tree = ids, self._policy.tree(ids)
-        except Exception as error:
-            failed = self._find_failed(
-                error, lambda row: self._policy.copy_rows([row]).tree(ids[row : row + 1]), self.requests
-            )
-            if not failed:  # it was not a row's fault
-                self._tree = ids, self._policy.tree(ids)
+        tree, failed = self._attempt(
+            lambda: self._policy.tree(ids),
+            lambda row: self._policy.copy_rows([row]).tree(ids[row : row + 1]),
+            self.requests,
+        )
+        self._tree = None if tree is None else (ids, tree)
         return [*failed, *other()] if other is not None else failed
+
+    def _score_fused(self, groups: list[Group], name: str, head: StateHeadRunner) -> list[Request]:
+        """Scores from the policy's states at the candidates; returns requests that failed."""
+        assert self._tree is not None, "the policy has read the candidates"
+        start, tree = time.perf_counter(), self._tree[1]
+        scores, failed = self._attempt(lambda: head.score(tree), lambda row: head.score(tree.at([row])), self.requests)
+        for group in groups:
+            if scores is not None and group.candidates.any_steered():
+                group.scores[name] = scores[group.rows, : group.candidates.ids.shape[1]]
+        self.seconds[name] += time.perf_counter() - start
+        return failed
+
+    def _score_by_head(self, name: str, head: VocabHeadRunner, group: Group) -> list[Request]:
+        """Scores of a group's requests from the policy's states at their prefixes; returns requests that failed."""
+        mine = [i for i, row in enumerate(group.rows) if name in self.requests[row].scorers]
+        if not mine or not group.candidates.any_steered():
+            return []
+        start = time.perf_counter()
+        states, ids = self._hidden[[group.rows[i] for i in mine]], group.candidates.ids[mine]
+        scores, failed = self._attempt(
+            lambda: head.score(states, ids),
+            lambda row: head.score(states[row : row + 1], ids[row : row + 1]),
+            [self.requests[group.rows[i]] for i in mine],
+        )
+        if scores is not None:
+            group.set_scores(name, mine, scores)
+        self.seconds[name] += time.perf_counter() - start
+        return failed
 
     def _score_separate(self, name: str, entry: ScorerRows, groups: list[Group]) -> list[Request]:
         """Scores of a scorer of its own, if any of its requests is steered; returns requests that failed."""
         start = time.perf_counter()
         entry.scored = None
         # 1. all requests are one group: its candidates are the scorer's rows as they stand
-        whole = groups[0].candidates.ids if len(groups) == 1 and entry.requests == self.requests else None
-        if whole is not None and groups[0].candidates.steered is None:
-            try:
-                groups[0].scores[name] = entry.runner.score(whole)
-            except Exception as error:
-                return self._score_again(name, entry, groups, error)
-            entry.scored = whole
-            self.seconds[name] += time.perf_counter() - start
-            return []
+        if len(groups) == 1 and entry.requests == self.requests and groups[0].candidates.steered is None:
+            blocks, ids = [], groups[0].candidates.ids
+
+            def score() -> None:
+                groups[0].scores[name] = entry.runner.score(ids)
+                entry.scored = ids
+
         # 2. else: each block is (group, places in the group, rows of the scorer)
-        blocks = self._blocks(entry, groups)
-        steered = [block for block in blocks if block[0].candidates.any_steered()]
-        if not steered:
-            return []
-        try:
-            self._score_blocks(name, entry, blocks, steered)
-        except Exception as error:
-            return self._score_again(name, entry, groups, error)
+        else:
+            blocks = self._blocks(entry, groups)
+            steered = [block for block in blocks if block[0].candidates.any_steered()]
+            if not steered:
+                return []
+
+            def score() -> None:
+                self._score_blocks(name, entry, blocks, steered)
+
+        def probe(row: int) -> None:
+            every = blocks or self._blocks(entry, groups)
+            group, place = next((group, mine[rows.index(row)]) for group, mine, rows in every if row in rows)
+            entry.runner.copy_rows([row]).score(group.candidates.ids[place : place + 1])
+
+        _, failed = self._attempt(score, probe, entry.requests)
         self.seconds[name] += time.perf_counter() - start
-        return []
+        return failed
 
     def _blocks(self, entry: ScorerRows, groups: list[Group]) -> list[tuple[Group, list[int], list[int]]]:
         row_of = {request: row for row, request in enumerate(entry.requests)}
@@ -405,22 +429,6 @@ class Batch:
         entry.scored = ids
         for group, mine, rows in steered:
             group.set_scores(name, mine, scores[rows, : group.candidates.ids.shape[1]])
-
-    def _score_again(self, name: str, entry: ScorerRows, groups: list[Group], error: Exception) -> list[Request]:
-        """Find out which requests a scorer cannot score; if none alone, try once more, then all of them fail."""
-        blocks = self._blocks(entry, groups)
-
-        def probe(row: int) -> None:
-            group, place = next((group, mine[rows.index(row)]) for group, mine, rows in blocks if row in rows)
-            entry.runner.copy_rows([row]).score(group.candidates.ids[place : place + 1])
-
-        if failed := self._find_failed(error, probe, entry.requests):
-            return failed
-        try:
-            self._score_blocks(name, entry, blocks, [b for b in blocks if b[0].candidates.any_steered()])
-        except Exception as again:
-            return _fail_all(entry.requests, again)
-        return []
 
     def _score_in_thread(self, groups: list[Group]) -> Callable[[], list[Request]]:
         """Start the only scorer's pass in the other thread; the result waits for it."""
@@ -505,95 +513,113 @@ class Batch:
         choice = rectangle([(rows, draws.choice[:, None]) for rows, draws in drawn])[:, 0]
         # 1. the scorers' caches
         row_of = {request: row for row, request in enumerate(self.requests)}
-        for entry in self.separate.values():
+        for name, entry in list(self.separate.items()):
             self._commit_scorer(entry, tokens, choice, row_of)
+            if not entry.requests:
+                del self.separate[name]
         # 2. the policy's cache, where it has read the candidates, and its states at the chosen ones
         chosen = None
         if self._tree is not None:
             ids, tree = self._tree
-            self._policy.commit(ids, choice)
-            at = torch.arange(len(choice), device=tree.final.device), choice.to(tree.final.device)
-            chosen = States(tree.final[at], None if tree.hooked is None else tree.hooked[at])
+            with suppress(Exception):  # below, the policy reads the tokens again, or shows whose fault it is
+                self._policy.commit(ids, choice)
+                chosen = tree.at((torch.arange(len(choice), device=tree.final.device), choice.to(tree.final.device)))
         # 3. ended requests leave
         kept = self._drop([request for request in self.requests if request.ended])
         if kept is not None:
-            tokens = tokens[kept]
-            if chosen is not None:
-                chosen = States(chosen.final[kept], None if chosen.hooked is None else chosen.hooked[kept])
-        # 4. what the policy says next: of states that are there, or of a pass over the new tokens
-        if chosen is not None:
-            self.state = self._policy.predict(chosen)
-        else:
-            self._advance(tokens)
+            tokens, chosen = tokens[kept], None if chosen is None else chosen.at(kept)
+        # 4. what the policy says next
+        self._advance(tokens, chosen)
 
     def _commit_scorer(self, entry: ScorerRows, tokens: Tensor, choice: Tensor, row_of: dict[Request, int]) -> None:
         """Commit the drawn tokens with a scorer of its own: candidates that it has read, or tokens to read later."""
 
-        def commit(runner: ScorerRunner, requests: list[Request], ids: Tensor | None) -> None:
-            rows = [row_of[request] for request in requests]
-            if ids is None:
-                runner.append(tokens[rows])
+        def commit() -> None:
+            rows = [row_of[request] for request in entry.requests]
+            if entry.scored is None:
+                entry.runner.append(tokens[rows])
             else:
-                runner.commit(ids, choice[rows])
+                entry.runner.commit(entry.scored, choice[rows])
 
         def probe(row: int) -> None:
-            ids = None if entry.scored is None else entry.scored[row : row + 1]
-            commit(entry.runner.copy_rows([row]), [entry.requests[row]], ids)
+            runner, at = entry.runner.copy_rows([row]), row_of[entry.requests[row]]
+            if entry.scored is None:
+                runner.append(tokens[at : at + 1])
+            else:  # a copy holds no candidates
+                runner.score(entry.scored[row : row + 1])
+                runner.commit(entry.scored[row : row + 1], choice[at : at + 1])
 
-        for attempt in range(2):
-            try:
-                return commit(entry.runner, entry.requests, entry.scored)
-            except Exception as error:
-                failed = self._find_failed(error, probe, entry.requests)
-                if attempt and not failed:
-                    failed = _fail_all(entry.requests, error)
+        while failed := self._attempt(commit, probe, entry.requests)[1]:
             rows = [row for row, request in enumerate(entry.requests) if request not in failed]
-            entry.runner.select_rows(rows)
-            entry.scored = None if entry.scored is None else entry.scored[rows]
             entry.requests = [entry.requests[row] for row in rows]
             if not rows:
                 return
+            entry.runner.select_rows(rows)
+            entry.scored = None if entry.scored is None else entry.scored[rows]
 
-    def _advance(self, tokens: Tensor) -> None:
-        """Let the policy read one token (B, 1) of each request; requests that it cannot read leave."""
-        for attempt in range(2):
-            try:
-                self.state = self._policy.step(tokens)
+    def _advance(self, tokens: Tensor, chosen: States | None) -> None:
+        """Set what the policy says next: at states (B, H) that are there, or after reading one token (B, 1) each."""
+
+        def advance() -> PolicyState:
+            state: PolicyState = self._policy.step(tokens) if chosen is None else self._policy.predict(chosen)
+            return state
+
+        def probe(row: int) -> None:
+            if chosen is None:
+                self._policy.copy_rows([row]).step(tokens[row : row + 1])
+            else:
+                self._policy.predict(chosen.at([row]))
+
+        while self.requests:
+            state, failed = self._attempt(advance, probe, self.requests)
+            if not failed:
+                self.state = state
                 return
-            except Exception as error:
-                failed = self._find_failed(error, self._probe_step(tokens), self.requests)
-                if attempt and not failed:
-                    failed = _fail_all(self.requests, error)
             if (kept := self._drop(failed)) is not None:
-                tokens = tokens[kept]
-            if not self.requests:
-                return
-
-    def _probe_step(self, tokens: Tensor) -> Callable[[int], Any]:
-        return lambda row: self._policy.copy_rows([row]).step(tokens[row : row + 1])
+                tokens, chosen = tokens[kept], None if chosen is None else chosen.at(kept)
 
     # -- whose error it is -----------------------------------------------------------------------------------------
 
-    def _find_failed(self, error: Exception, probe: Callable[[int], Any], requests: Sequence[Request]) -> list[Request]:
-        """Requests whose row raises alone, with their own error; none if it was not a row's fault.
+    def _attempt(
+        self, run: Callable[[], T], probe: Callable[[int], Any], requests: Sequence[Request]
+    ) -> tuple[T | None, list[Request]]:
+        """Run something for all rows; its result, or the requests that failed.
+
+        If it raises, requests whose row raises alone fail with their own error. If none does, it was not a row's fault:
+        what is raised a second time fails all.
 
         Args:
-            error: what all rows together raised.
+            run: changes nothing where it raises.
             probe: does the same for a copy of one row.
-            requests: of the rows. If there is only one, it fails with ``error``.
+            requests: of the rows.
         """
-        if len(requests) == 1:
-            return _fail_all(requests, error)
-        failed = []
-        for row, request in enumerate(requests):
+        try:
+            return run(), []
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # the tensors of the failed pass leave room for the probes
+        if failed := self._find_failed(probe, requests):
+            return None, failed
+        try:
+            return run(), []
+        except Exception as error:
+            for request in requests:
+                _fail(request, error)
+            return None, list(requests)
+
+    def _find_failed(self, probe: Callable[[int], Any], requests: Sequence[Request]) -> list[Request]:
+        """Requests whose row raises alone, with their own error."""
+        errors: dict[Request, Exception] = {}
+        for row, request in enumerate(requests if len(requests) > 1 else ()):
             try:
                 probe(row)
             except NotImplementedError:  # this runner's rows cannot be copied
                 return []
-            except Exception as own:
-                request.error = own
-                failed.append(request)
-        return failed
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)
+                errors[request] = error
+        for request, own in errors.items():
+            _fail(request, own)
+        return list(errors)
 
     # -- the prefix cache ------------------------------------------------------------------------------------------
 
@@ -629,10 +655,10 @@ class Batch:
         return self._state.hidden
 
 
-def _fail_all(requests: Sequence[Request], error: Exception) -> list[Request]:
-    for request in requests:
+def _fail(request: Request, error: Exception) -> None:
+    """Fail a request, unless it is complete already."""
+    if request.finish_reason is None:
         request.error = error
-    return list(requests)
 
 
 def rectangle(blocks: list[tuple[list[int], Tensor]]) -> Tensor:
