@@ -1,6 +1,8 @@
 """GuidedPolicy: a frozen policy, its scorers and a method, behind one ``generate``."""
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -457,14 +459,16 @@ class GuidedPolicy:
         try:
             for _ in self.steps(requests):
                 pass
+            return
         except Exception as error:
-            # methods that draw segments or drafts complete each request alone, to find the one that fails
-            for request in requests:
-                if len(requests) == 1:
-                    request.error = error
-                else:
-                    request.restart()
-                    self.complete([request])
+            traceback.clear_frames(error.__traceback__)  # and with them the caches
+            if len(requests) == 1:
+                requests[0].error = error
+                return
+        # methods that draw segments or drafts complete each request alone, to find the one that fails
+        for request in requests:
+            request.restart()
+            self.complete([request])
 
     def steps(self, requests: list[Request]) -> Iterator[list[Request]]:
         """Complete requests with the same settings in one batch; yields them after each step.
@@ -495,20 +499,23 @@ class GuidedPolicy:
         narrow = settings.top_k is not None and settings.top_k <= MAX_WIDTH
         overlap = self._can_overlap and narrow and settings.entropy_gate is None
         batch = Batch(**self._runners.options, overlap=overlap)
-        try:
+        # 1. all together
+        with suppress(Exception):
             batch.add(requests, self._prefill(requests, self._runners, overlap))
-        except Exception as error:
-            for request in requests:
-                try:
-                    self._prefill([request], self._runners, overlap)
-                except Exception as own:
-                    request.error = own
-            rest = [request for request in requests if request.error is None]
-            if len(rest) == len(requests):  # all of them together are too much
-                for request in requests:
-                    request.error = error
-            elif rest:
+            return batch
+        # 2. those that cannot be read alone fail, and the others are read again
+        for request in requests:
+            try:
+                self._prefill([request], self._runners, overlap)
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)
+                request.error = error
+        if rest := [request for request in requests if request.error is None]:
+            try:
                 batch.add(rest, self._prefill(rest, self._runners, overlap))
+            except Exception as error:
+                for request in rest:
+                    request.error = error
         return batch
 
     @torch.inference_mode()

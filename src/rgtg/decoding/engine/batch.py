@@ -136,7 +136,7 @@ class Batch:
 
     @torch.inference_mode()
     def add(self, requests: Sequence[Request], prefilled: Prefilled) -> None:
-        """Add requests whose prompts have been read, between two steps.
+        """Add requests whose prompts have been read, between two steps; all of them, or none where it raises.
 
         Args:
             requests: one for each row that was prefilled, with the same scorers; or several that share one row.
@@ -154,6 +154,7 @@ class Batch:
                 self._add_row(request, prefilled, forked=i > 0)
             except Exception:
                 self._undo_add(request)
+                self.remove(requests[:i])
                 raise
 
     def _add_row(self, request: Request, prefilled: Prefilled, *, forked: bool) -> None:
