@@ -54,6 +54,13 @@ class Candidates:
         """Whether any row needs scores."""
         return self.steered is None or bool(self.steered.any())
 
+    def steered_rows(self) -> list[int]:
+        """Rows that need scores."""
+        if self.steered is None:
+            return list(range(len(self.ids)))
+        rows: list[int] = self.steered.nonzero()[:, 0].tolist()
+        return rows
+
 
 @dataclass(frozen=True)
 class Draws:

@@ -330,8 +330,9 @@ class Batch:
                 if failed := self._score_separate(name, entry, groups):
                     return failed
         for entry in self.separate.values():
-            if entry.scored is not None and entry.runner.record is not None:
-                entry.runner.record()  # only now: a step that starts over counts nothing twice
+            if entry.scored is not None and entry.runner.record is not None:  # a step that starts over counts once
+                steered = {self.requests[group.rows[i]] for group in groups for i in group.candidates.steered_rows()}
+                entry.runner.record([row for row, request in enumerate(entry.requests) if request in steered])
         return []
 
     def _read_candidates(self, groups: list[Group]) -> list[Request]:

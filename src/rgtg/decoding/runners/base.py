@@ -144,9 +144,9 @@ class ScorerRunner(Protocol):
         """Scores (B, K) of candidates (B, K), fp32, on their device; ``rows`` are those of the candidates."""
         ...
 
-    # Writes into the requests what ``score`` has counted, once nothing of the step can fail any more; None counts
-    # nothing.
-    record: Callable[[], None] | None
+    # Writes into the requests of some rows what ``score`` has counted, once nothing of the step can fail any more; None
+    # counts nothing.
+    record: Callable[[Sequence[int]], None] | None
 
     def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
         """Append candidate ``choice[b]`` (B,) of row b, after ``score``."""

@@ -141,9 +141,10 @@ class TextScorerRunner:
         self._scored, self._counts = scored, counts
         return scored.to(candidate_ids.device)
 
-    def record(self) -> None:
-        """Add the candidates that were scored last to their requests' counts."""
-        for row, (candidates, retokenized) in zip(self.rows, self._counts, strict=True):
+    def record(self, rows: Sequence[int]) -> None:
+        """Add the candidates of some rows that were scored last to their requests' counts."""
+        for i in rows:
+            row, (candidates, retokenized) = self.rows[i], self._counts[i]
             row.request.candidates += candidates
             row.request.retokenised += retokenized
             row.request.unscored += row.full
