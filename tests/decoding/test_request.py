@@ -1,15 +1,15 @@
-"""Seeds, processors and endings of single rows."""
+"""Seeds, processors and endings of single requests."""
 
 import pytest
 import torch
 
 from helpers.tiny_models import tiny_tokenizer
 from rgtg.config import DecodingSettings
-from rgtg.decoding.request import Request, Stopping, derive_seed, make_processors, require_room, row_seeds
+from rgtg.decoding.request import Request, StoppingCriteria, derive_seed, make_processors, require_room, row_seeds
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 
 
-def test_row_seeds():
+def test_seeds_depend_on_the_prompt_and_not_on_its_place():
     a, b = [0, 1], [0, 2]
     there, back = row_seeds(3, [a, b, a]), row_seeds(3, [b, a, a])
     assert there == [back[1], back[0], back[2]]
@@ -24,7 +24,7 @@ def test_derived_seeds_are_stable_and_fit():
     assert derive_seed(0, (1, 2), 0) != derive_seed(1, (1, 2), 0)
 
 
-def test_processors_see_one_rows_tokens():
+def test_processors_see_the_tokens_of_their_request():
     settings = DecodingSettings(repetition_penalty=2.0, no_repeat_ngram_size=2, min_new_tokens=3)
     row = Request("", [0, 5, 6], 0, make_processors(settings, 3, {2}, "cpu"), token_ids=[5])
     logits = row.process(torch.ones(8))
@@ -32,9 +32,9 @@ def test_processors_see_one_rows_tokens():
     assert not make_processors(DecodingSettings(), 3, {2}, "cpu")
 
 
-def test_stopping():
+def test_an_eos_token_a_stop_text_or_the_limit_ends_a_request():
     tokenizer = tiny_tokenizer()
-    stopping = Stopping(tokenizer, {2}, DecodingSettings(max_new_tokens=6, stop=["lo"]))
+    stopping = StoppingCriteria(tokenizer, {2}, DecodingSettings(max_new_tokens=6, stop=["lo"]))
 
     def end(text, *more):
         row = Request("", [0, 4], 0, None, token_ids=[*tokenizer(text, add_special_tokens=False).input_ids, *more])
@@ -47,7 +47,7 @@ def test_stopping():
     assert end("heyhey") == ("length", "heyhey")
 
 
-def test_room():
+def test_prompts_that_do_not_fit_a_context_are_refused():
     require_room([1] * 4, 4, 8, "policy")
     require_room([1] * 4, 4, None, "policy")
     with pytest.raises(

@@ -1,24 +1,34 @@
-"""The token loop against enumeration, alone and in company, with and without the tree."""
+"""The loop: distributions by enumeration, requests alone and in company, with and without token trees."""
 
+import itertools
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 
+from helpers.batches import prefill_chunked
 from helpers.naive import (
     accepted_among,
     best_among,
     completion_distribution,
+    info,
     make_guided,
     reward,
     segmented_distribution,
     step_distribution,
+    tiny_scorer,
     winner_distribution,
 )
+from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with
+from helpers.scorer_kinds import kinds
+from rgtg.decoding.engine.batch import Batch
+from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
-from rgtg.decoding.runners import factory as join
-from rgtg.decoding.runners import policy_runner as steps
-from rgtg.decoding.runners import scorer_runner as readers
+from rgtg.decoding.runners import policy_runner, scorer_runner
+from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 
 PROMPT = [0, 9, 14, 30]
 PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52], [0, 11, 25]]
@@ -154,7 +164,7 @@ def test_every_traced_figure_is_the_enumerated_one(method, named):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_row_depends_on_neither_neighbours_nor_order(method, family):
+def test_a_request_depends_on_neither_neighbours_nor_order(method, family):
     guided = make_guided(method, family, top_k=8)
     seeds = [3, 1, 4, 1]
 
@@ -172,8 +182,111 @@ def test_a_row_depends_on_neither_neighbours_nor_order(method, family):
     assert {1: run([1], 8)[1]} == {1: alone[1]}
 
 
+# Requests of every kind of scorer: method, scorers, settings.
+COMPANY = [
+    ("policy", (), {}),
+    ("policy", (), {"temperature": 0.0, "stop": ["e"]}),
+    ("policy", (), {"top_k": None, "repetition_penalty": 1.3}),
+    ("pargs", ("separate",), {"beta": 2.0, "temperature": 0.8}),
+    ("pargs", ("separate",), {"beta": 0.5, "top_k": 4, "max_new_tokens": 5}),
+    ("args", ("other",), {"beta": 1.5, "top_k": 7}),
+    ("pargs", ("other",), {"beta": 1.5, "entropy_gate": 3.3}),
+    ("pargs", ("separate", "other"), {"beta": [1.0, -2.0], "top_p": 0.8}),
+    ("pargs", ("separate", "other"), {"beta": [2.0, 1.0], "entropy_gate": 3.35}),
+    ("pargs", ("vocab",), {"beta": 1.0}),
+    ("pargs", ("vocab", "separate"), {"beta": [1.0, 0.7], "no_repeat_ngram_size": 2}),
+    ("farma", ("vocabulary scorer",), {"beta": 0.7}),
+    ("genarm", ("vocabulary scorer",), {"beta": 0.7}),
+    ("pargs", ("text",), {"beta": 2.0, "top_k": 4}),
+    ("pargs-greedy", ("text",), {"beta": 2.0, "top_k": 5}),
+    ("pargs", ("text", "separate"), {"beta": [1.0, 1.0], "entropy_gate": 3.3}),
+    ("pargs", ("encoder",), {"beta": 2.0, "top_k": 5}),
+    ("pargs", ("state",), {"beta": 1.0}),
+    ("pargs", ("state",), {"beta": 2.0, "top_k": 3, "entropy_gate": 3.3}),
+    ("pargs", ("state", "vocab", "other"), {"beta": [0.5, 0.5, 1.0]}),
+    ("pargs", ("state", "text"), {"beta": [0.5, 1.0]}),
+    ("pargs", ("adapter",), {"beta": 1.0, "top_k": 8}),
+    ("args-sample", ("adapter", "other"), {"beta": [0.3, 0.3], "top_k": 5}),
+    ("pargs", ("adapter", "state"), {"beta": [0.3, 0.3], "entropy_gate": 3.3}),
+]
+
+
+def every_scorer():
+    """A policy, and a scorer of every kind by name."""
+    policy, found = kinds()
+    words = byte_level()
+    text, encoder = (
+        PrefixScorer(make(words), words, info=info(), name="text") for make in (reward_model_with, encoder_with)
+    )
+    more = {"other": tiny_scorer(seed=5), "text": text, "encoder": encoder}
+    return policy, {
+        name: fit_scorer(policy, one) for name, one in ({n: s for n, (s, _) in found.items()} | more).items()
+    }
+
+
+def require_same(request, alone):
+    """A request has ended like the completion that it gets alone."""
+    assert request.error is None
+    done = request.to_completion()
+    assert done.token_ids == alone.token_ids
+    assert (done.text, done.finish_reason) == (alone.text, alone.finish_reason)
+    for name in ("policy_log_prob", "guided_log_prob", "candidates_log_prob", "score"):
+        assert getattr(done, name) == pytest.approx(getattr(alone, name), abs=1e-4), name
+    for name in ("seed", "scorer_calls", "policy_calls", "candidates", "retokenised", "unscored", "method"):
+        assert getattr(done, name) == getattr(alone, name), name
+    for mine, theirs in zip(done.trace, alone.trace, strict=True):
+        assert mine.candidate_ids == theirs.candidate_ids
+        for name in ("policy_log_probs", "scores", "guided_log_probs"):
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name), abs=1e-3), name
+        assert (mine.scores_of_each is None) == (theirs.scores_of_each is None)
+
+
+@pytest.mark.parametrize(("keep_order", "budget"), [(True, 0), (False, 2**24)])
+def test_requests_that_join_and_leave_at_any_step_draw_what_they_draw_alone(keep_order, budget):
+    """Every kind of scorer and several sampling parameters; some share a prompt, and one is removed on the way."""
+    policy, scorers = every_scorer()
+    factory = RunnerFactory(policy, scorers)
+    waiting, alone = defaultdict(list), {}
+    for i, (method, names, settings) in enumerate(COMPANY):
+        chosen = {name: scorers[name] for name in names}
+        guided = GuidedPolicy(policy, chosen or None, method=method, beta=settings.get("beta"))
+        settings = {"max_new_tokens": 9} | settings
+        prompt = PROMPTS[i % len(PROMPTS)]
+        same = [guided.make_requests([prompt], [""], [None], [seed], settings, trace=True)[0] for seed in (i, i + 99)]
+        runners = factory.token_runners(names)
+        waiting[runners.key].append((runners, same if i % 3 == 0 else same[:1]))
+        for request in waiting[runners.key][-1][1]:
+            (alone[request],) = guided.generate_ids([prompt], seed=[request.seed], trace=True, **settings)
+    assert {key.fused for key in waiting} == {None, "state", "adapter"}
+    cache, removed = PrefixCache(budget), []
+    for arriving in waiting.values():
+        batch = Batch(**arriving[0][0].options, keep_order=keep_order, prefix_cache=cache if budget else None)
+        for step in itertools.count():
+            # every other step, somebody joins
+            if arriving and (step % 2 == 0 or not batch.requests):
+                runners, requests = arriving.pop(0)
+                batch.add(requests, prefill_chunked(runners, requests[0], chunk=4, cache=cache if budget else None))
+            if step == 3:
+                removed.append(batch.requests[1])
+                batch.remove(removed[-1:])
+            if not batch.requests and not arriving:
+                break
+            before = list(batch.requests)
+            left = batch.step()
+            assert set(before) - set(batch.requests) == set(left)
+        assert batch.nbytes == 0
+    assert (cache.hits > 0) == (budget > 0)
+    assert any(0 < one.scorer_calls < one.policy_calls for one in alone.values()), "a gate opens and closes"
+    for request in alone:
+        if request not in removed:
+            require_same(request, alone[request])
+    for request in removed:
+        assert request.finish_reason is None
+        assert request.token_ids == alone[request].token_ids[: len(request.token_ids)]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_one_seed_for_all_is_order_free_and_samples_repeats_anew(method):
+def test_one_seed_for_all_gives_each_prompt_its_own(method):
     guided, own = make_guided(method), OWN.get(method, {})
     there = guided.generate_ids(PROMPTS, seed=7, max_new_tokens=6, **own)
     back = guided.generate_ids(PROMPTS[::-1], seed=7, max_new_tokens=6, **own)
@@ -186,7 +299,7 @@ def test_one_seed_for_all_is_order_free_and_samples_repeats_anew(method):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_tree_gives_what_recomputing_gives(method, family):
+def test_token_trees_and_whole_texts_give_the_same(method, family):
     fast, slow = (
         make_guided(method, family, top_k=6, token_tree=tree).generate_ids(
             PROMPTS, max_new_tokens=8, seed=2, **OWN.get(method, {})
@@ -200,10 +313,10 @@ def test_the_tree_gives_what_recomputing_gives(method, family):
         assert a.score is None or a.score == pytest.approx(b.score, abs=1e-4)
 
 
-def test_more_candidates_than_one_pass_takes(monkeypatch):
+def test_more_candidates_than_one_pass_takes_are_read_in_several(monkeypatch):
     guided = make_guided("pargs", beta=1.5, top_k=None)
     whole = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
-    for module in (steps, readers, join):
+    for module in (policy_runner, scorer_runner):
         monkeypatch.setattr(module, "MAX_WIDTH", 7)
     parts = guided.generate_ids(PROMPTS, max_new_tokens=5, seed=1)
     assert [c.token_ids for c in whole] == [c.token_ids for c in parts]
@@ -215,7 +328,7 @@ def test_beta_zero_is_the_policy():
     assert [c.token_ids for c in policy] == [c.token_ids for c in guided]
 
 
-def test_models_that_want_gradients_are_read_without():
+def test_models_that_require_gradients_are_run_without():
     for method in ("pargs", "best-of-n"):
         guided = make_guided(method)
         guided.policy.model.requires_grad_(True)

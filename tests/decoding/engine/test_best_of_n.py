@@ -1,12 +1,10 @@
 """Best-of-n: n different completions, each scored once, the best one kept."""
 
-import math
-
 import pytest
 
 from helpers.naive import EOS, info, make_guided, reward
-from rgtg.decoding import decoder as decoder_module
-from rgtg.decoding.engine.segments import _highest
+from rgtg.decoding import guided_policy
+from rgtg.decoding.request import derive_seed
 from rgtg.errors import NonFiniteError
 
 PROMPTS = [[0, 9, 14, 30], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
@@ -49,8 +47,6 @@ def test_draws_n_distinct_completions_and_takes_the_best(drawn):
 
 
 def test_n_of_one_is_the_policy_with_that_rows_seed():
-    from rgtg.decoding.request import derive_seed
-
     best = make_guided("best-of-n", n=1).generate_ids(PROMPTS, seed=[1, 2, 3], max_new_tokens=8)
     seeds = [derive_seed(s, 0) for s in (1, 2, 3)]
     policy = make_guided("policy").generate_ids(PROMPTS, seed=seeds, max_new_tokens=8)
@@ -63,13 +59,13 @@ def test_the_trace_is_the_winners():
 
 
 def test_the_prompt_is_read_once_whatever_n(monkeypatch):
-    calls, make = [], decoder_module.make_runner
+    calls, make = [], guided_policy.make_runner
 
     def counting(*args, **more):
         calls.append(make(*args, **more))
         return calls[-1]
 
-    monkeypatch.setattr(decoder_module, "make_runner", counting)
+    monkeypatch.setattr(guided_policy, "make_runner", counting)
     make_guided("best-of-n", n=5, token_tree=True).generate_ids([PROMPTS[0]], max_new_tokens=6, min_new_tokens=6)
     assert [runner.calls for runner in calls] == [6]  # the prompt, and each token but the last
 
@@ -110,12 +106,3 @@ def test_nan_rewards_are_refused():
     guided.scorer.model.score.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="scorer returned NaN"):
         guided.generate_ids(PROMPTS, max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("rewards", "place"),
-    [([0.1, 0.5, 0.4], 1), ([0.5, 0.5 + 1e-8], 0), ([0.5, 0.501], 1), ([-math.inf, -math.inf], 0),
-     ([-math.inf, 3.0], 1), ([1e6, 1e6 + 0.1, 2e6], 2)],
-)  # fmt: skip
-def test_of_equals_up_to_rounding_the_first_is_the_highest(rewards, place):
-    assert _highest(rewards) == place

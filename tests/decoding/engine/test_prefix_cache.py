@@ -1,83 +1,80 @@
-"""What is kept of texts that were read: the longest common beginning is found, the budget holds, copies are exact."""
+"""The prefix cache: the longest common prefix is found, the budget holds, copies are exact."""
 
 import torch
 
 from helpers.tiny_models import tiny_policy
-from rgtg.decoding.engine.chunked_prefill import Feed
-from rgtg.decoding.engine.prefix_cache import PrefixStore
-from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.scorer_runner import read_chain
+from rgtg.decoding.engine.chunked_prefill import PrefillTask
+from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.runners.model_runner import TreeRunner, append_tokens
 from rgtg.models.ops.lm_head import policy_logits
 
+KEY, OTHER = ("policy", None), ("scorer", "other")
 TEXT = [0, 5, 9, 12, 33, 40, 8, 21, 17, 60, 11, 4, 30]
 
 
-def read(tokens, copies=1):
+def read(tokens):
     runner = TreeRunner(tiny_policy(), policy_logits, len(tokens))
-    feed = Feed("", runner, tokens, copies)
-    feed.start(None)
-    feed.read(len(tokens))
+    task = PrefillTask(KEY, runner, [tokens])
+    task.start(None)
+    task.read(len(tokens))
     return runner
 
 
 @torch.inference_mode()
-def test_the_longest_common_beginning_is_found():
-    store = PrefixStore(2**20)
-    store.add("", TEXT[:9], read(TEXT[:9]).cache)
-    store.add("", [*TEXT[:10], 3, 3], read([*TEXT[:10], 3, 3]).cache)
-    store.add("other", TEXT, read(TEXT).cache)
-    cache, shared = store.find("", TEXT)
+def test_the_longest_common_prefix_is_found():
+    prefixes = PrefixCache(2**20)
+    prefixes.add(KEY, TEXT[:9], read(TEXT[:9]).cache)
+    prefixes.add(KEY, [*TEXT[:10], 3, 3], read([*TEXT[:10], 3, 3]).cache)
+    prefixes.add(OTHER, TEXT, read(TEXT).cache)
+    held, shared = prefixes.find(KEY, TEXT)
     assert shared == 10
-    assert cache.lengths == [12]
-    assert store.find("", [*TEXT[:10], 3, 3])[1] == 11, "one token is left to read"
-    assert store.find("", [9, *TEXT]) is None
-    assert store.find("", TEXT[:7]) is None, "too little to be worth a copy"
-    assert (store.asked, store.found) == (13 + 12 + 14 + 7, 10 + 11)
+    assert held.lengths == [12]
+    assert prefixes.find(KEY, [*TEXT[:10], 3, 3])[1] == 11, "one token is left to read"
+    assert prefixes.find(KEY, [9, *TEXT]) is None
+    assert prefixes.find(KEY, TEXT[:7]) is None, "too little to be worth a copy"
+    assert (prefixes.queried, prefixes.hits) == (13 + 12 + 14 + 7, 10 + 11)
 
 
 @torch.inference_mode()
-def test_a_text_goes_into_the_one_that_continues_it():
-    store = PrefixStore(2**20)
-    store.add("", TEXT[:9], read(TEXT[:9]).cache)
-    alone = store.nbytes
-    store.add("", TEXT, read(TEXT).cache)
-    assert store.nbytes == alone * 13 // 9
-    store.add("", TEXT[:9], read(TEXT[:9]).cache)
-    assert store.nbytes == alone * 13 // 9
+def test_a_text_is_dropped_for_one_that_continues_it():
+    prefixes = PrefixCache(2**20)
+    prefixes.add(KEY, TEXT[:9], read(TEXT[:9]).cache)
+    alone = prefixes.nbytes
+    prefixes.add(KEY, TEXT, read(TEXT).cache)
+    assert prefixes.nbytes == alone * 13 // 9
+    prefixes.add(KEY, TEXT[:9], read(TEXT[:9]).cache)
+    assert prefixes.nbytes == alone * 13 // 9
 
 
 @torch.inference_mode()
-def test_the_budget_holds_and_the_oldest_go_first():
+def test_the_least_recently_used_are_evicted_when_the_budget_is_full():
     texts = [[0, first, *TEXT] for first in (50, 51, 52)]
     size = read(texts[0]).cache.nbytes
-    store = PrefixStore(2 * size)
+    prefixes = PrefixCache(2 * size)
     for text in texts[:2]:
-        store.add("", text, read(text).cache)
-    store.find("", texts[0])
-    store.add("", texts[2], read(texts[2]).cache)
-    assert store.nbytes == 2 * size
-    assert [store.find("", text) is not None for text in texts] == [True, False, True]
-    tiny = PrefixStore(size - 1)
-    tiny.add("", texts[0], read(texts[0]).cache)
+        prefixes.add(KEY, text, read(text).cache)
+    prefixes.find(KEY, texts[0])
+    prefixes.add(KEY, texts[2], read(texts[2]).cache)
+    assert prefixes.nbytes == 2 * size
+    assert [prefixes.find(KEY, text) is not None for text in texts] == [True, False, True]
+    tiny = PrefixCache(size - 1)
+    tiny.add(KEY, texts[0], read(texts[0]).cache)
     assert tiny.nbytes == 0
 
 
 @torch.inference_mode()
-def test_going_on_from_a_copy_equals_reading_everything():
-    store = PrefixStore(2**20)
+def test_decoding_from_a_copied_prefix_equals_reading_everything():
+    prefixes = PrefixCache(2**20)
     whole = read([*TEXT, 7, 8])
-    store.keep_rows("", whole, [*TEXT, 7, 8], [0])
+    prefixes.add_rows(KEY, whole, [*TEXT, 7, 8], [0])
     runner = TreeRunner(tiny_policy(), policy_logits, len(TEXT) + 2)
-    feed = Feed("", runner, [*TEXT, 9, 10])
-    assert feed.start(store) == len(TEXT)
-    feed.read(1)
-    assert feed.left == 1
-    feed.read(5)
-    torch.testing.assert_close(feed.states, read_chain_of([*TEXT, 9, 10]), atol=1e-5, rtol=1e-5)
+    task = PrefillTask(KEY, runner, [[*TEXT, 9, 10]])
+    assert task.start(prefixes) == len(TEXT)
+    task.read(1)
+    assert task.left == 1
+    task.read(5)
+    whole = TreeRunner(tiny_policy(), policy_logits, len(TEXT) + 2)
+    whole.reset(1)
+    states = append_tokens(whole, torch.tensor([[*TEXT, 9, 10]]))
+    torch.testing.assert_close(task.states.final, states.final, atol=1e-5, rtol=1e-5)
     assert runner.cache.lengths == [15]
-
-
-def read_chain_of(tokens):
-    runner = TreeRunner(tiny_policy(), policy_logits, len(tokens))
-    runner.start(1)
-    return read_chain(runner, torch.tensor([tokens]))[:, -1]

@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 
-from decoding.engine.test_tokenwise import PROMPT, PROMPTS, SETTINGS, require_frequencies
+from decoding.engine.test_batch import PROMPT, PROMPTS, SETTINGS, require_frequencies
 from helpers.naive import completion_distribution, info, make_guided, tiny_scorer
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_tokenizer
-from rgtg.decoding.engine.drafters import MAX_DRAFT, Acceptance, Costs, FromModel, FromPolicy, FromText, look_up
+from rgtg.decoding.engine.drafters import (
+    MAX_DRAFT,
+    Acceptance,
+    Costs,
+    ModelDrafter,
+    PolicyDrafter,
+    PromptLookupDrafter,
+    look_up,
+)
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.sampling import accept_draft
 from rgtg.models.loading.policy import Policy
@@ -101,7 +109,7 @@ def test_greedy_tokens_are_the_plain_loops(draft, family, length):
 
 @pytest.mark.parametrize("tree", [True, False])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_a_row_depends_on_no_neighbour(draft, tree):
+def test_a_request_depends_on_no_neighbour(draft, tree):
     guided = speculating(draft, top_k=6, token_tree=tree)
     prompts, seeds = [*PROMPTS, ECHO], [3, 1, 4, 1, 5]
 
@@ -195,19 +203,19 @@ def prices(drafter, c):
 
 
 def test_lengths_follow_acceptance_and_costs():
-    dear = prices(FromPolicy(None, costs()), costs())
+    dear = prices(PolicyDrafter(None, costs()), costs())
     assert Acceptance(9.5, 10).best_length(dear) > Acceptance(5, 10).best_length(dear) >= 1
-    cheap_scorer = prices(FromPolicy(None, costs(scorer=0.05)), costs(scorer=0.05))
+    cheap_scorer = prices(PolicyDrafter(None, costs(scorer=0.05)), costs(scorer=0.05))
     assert Acceptance(3, 10).best_length(cheap_scorer) == 0
-    tight = prices(FromPolicy(None, costs(ridge=5.0)), costs(ridge=5.0))
+    tight = prices(PolicyDrafter(None, costs(ridge=5.0)), costs(ridge=5.0))
     assert Acceptance(5, 10).best_length(tight) == 0
-    assert Acceptance(9, 10).best_length(prices(FromText(costs()), costs())) == MAX_DRAFT
-    assert Acceptance(9, 10).best_length(prices(FromModel(None, 50.0, costs()), costs())) == 0
+    assert Acceptance(9, 10).best_length(prices(PromptLookupDrafter(costs()), costs())) == MAX_DRAFT
+    assert Acceptance(9, 10).best_length(prices(ModelDrafter(None, 50.0, costs()), costs())) == 0
 
 
 def test_a_row_that_stopped_drafting_tries_again():
     record = Acceptance()
-    price = prices(FromPolicy(None, costs()), costs())
+    price = prices(PolicyDrafter(None, costs()), costs())
     for _ in range(30):
         record.update(0, 1)
     assert record.best_length(price) == 0
@@ -226,7 +234,7 @@ def test_a_row_that_stopped_drafting_tries_again():
         ({"draft": "no-such-folder/x/y"}, "no-such-folder"),
     ],
 )
-def test_what_cannot_be_verified_is_refused(settings, message):
+def test_drafts_that_cannot_be_verified_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_guided(**settings)
 

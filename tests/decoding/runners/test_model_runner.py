@@ -1,4 +1,4 @@
-"""One pass over a tree against the stock model on every whole text; the fallback, and when it is taken."""
+"""One pass over a tree equals the stock model on every whole text; the fallback, and when it is used."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ from rgtg.decoding.runners.model_runner import (
     TreeRunner,
     make_runner,
     mask_windows,
-    read,
-    sees,
+    outputs,
     supports_token_tree,
+    visible_columns,
 )
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
@@ -38,18 +38,18 @@ def candidates(step: int, rows: int) -> torch.Tensor:
 
 
 def walk(runner, prompts, steps=4):
-    """Grow every row a few tokens; row 1 is dropped after the second step. Yields (prefixes, tree, readout)."""
+    """Grow every row a few tokens; row 1 is dropped after the second step. Yields (prefixes, tree, outputs)."""
     rows = [list(p) for p in prompts]
     runner.prefill(rows)
     for step in range(steps):
         tree = TokenTree.leaves(candidates(step, len(rows)))
-        yield [list(r) for r in rows], tree, read(runner, tree)
+        yield [list(r) for r in rows], tree, outputs(runner, tree)
         nodes = torch.tensor([(step + i) % 4 for i in range(len(rows))])
-        runner.keep(nodes[:, None])
+        runner.commit(nodes[:, None])
         for row, tokens, node in zip(rows, tree.tokens.tolist(), nodes.tolist(), strict=True):
             row.append(tokens[node])
         if step == 1:
-            runner.select_rows(torch.tensor([0, 2]))
+            runner.select_rows([0, 2])
             rows = [rows[0], rows[2]]
 
 
@@ -67,7 +67,7 @@ def test_candidate_scores_equal_the_stock_reward_of_each_whole_text(family, kind
 def test_policy_log_probs_equal_the_stock_model(family, kind):
     model = tiny_policy(family)
     runner = kind(model, policy_logits, 32)
-    first = policy_logits(model, runner.prefill(PROMPTS))
+    first = runner.head(runner.prefill(PROMPTS).final)
     for row, logits in zip(PROMPTS, first, strict=True):
         torch.testing.assert_close(logits.double().log_softmax(-1), next_log_probs(model, row), atol=1e-5, rtol=1e-5)
     for rows, tree, logits in walk(kind(model, policy_logits, 32), PROMPTS, steps=3):
@@ -78,7 +78,7 @@ def test_policy_log_probs_equal_the_stock_model(family, kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_branching_tree_reads_each_path(family):
+def test_outputs_of_a_branching_tree_are_those_of_each_path(family):
     model = tiny_reward_model(family)
     runner = TreeRunner(model, scorer_scores, 64)
     runner.prefill(PROMPTS)
@@ -86,7 +86,7 @@ def test_a_branching_tree_reads_each_path(family):
     parents = (-1, 0, 1, 0, 3, 4, 5, 6, 7, 8)
     tokens = torch.randint(3, VOCAB, (3, len(parents)), generator=torch.Generator().manual_seed(5))
     tree = TokenTree(tokens, parents)
-    scores = read(runner, tree)
+    scores = outputs(runner, tree)
     for b, prompt in enumerate(PROMPTS):
         naive = [reward(model, [*prompt, *(int(tokens[b, i]) for i in tree.path(n))]) for n in range(tree.width)]
         torch.testing.assert_close(scores[b], torch.tensor(naive), atol=1e-5, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_a_branching_tree_reads_each_path(family):
 
 @pytest.mark.parametrize("kind", [TreeRunner, RecomputeRunner])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_keep_paths_of_different_lengths(family, kind):
+def test_rows_commit_paths_of_different_lengths(family, kind):
     model = tiny_reward_model(family)
     runner = kind(model, scorer_scores, 64)
     runner.prefill(PROMPTS)
@@ -103,27 +103,27 @@ def test_rows_keep_paths_of_different_lengths(family, kind):
     paths = [[[0, 2, 3, 0], [1, 0, 0, 0], [0, 2, 4, 5]], [[1, 0, 0, 0], [0, 2, 4, 5], [0, 2, 0, 0]]]
     for ids, nodes, counts in zip(tokens, paths, [[3, 1, 4], [1, 4, 2]], strict=True):
         tree = TokenTree(ids, (-1, -1, 0, 2, 2, 4))
-        scores = read(runner, tree)
+        scores = outputs(runner, tree)
         for b, row in enumerate(rows):
             naive = [reward(model, [*row, *(int(ids[b, i]) for i in tree.path(n))]) for n in range(6)]
             torch.testing.assert_close(scores[b], torch.tensor(naive), atol=1e-5, rtol=1e-5)
-        runner.keep(torch.tensor(nodes), counts)
+        runner.commit(torch.tensor(nodes), counts)
         for row, path, n, mine in zip(rows, nodes, counts, ids.tolist(), strict=True):
             row.extend(mine[node] for node in path[:n])
 
 
-def test_who_sees_whom():
+def test_each_node_attends_to_its_prefix_its_ancestors_and_itself():
     tree = TokenTree(torch.zeros(2, 3, dtype=torch.long), (-1, 0, -1))
-    seen = sees(tree, [1, 3], None).int().tolist()
-    assert seen[0] == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
-    assert seen[1] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
-    windowed = sees(tree, [1, 3], 2).int().tolist()
+    visible = visible_columns(tree, [1, 3], None).int().tolist()
+    assert visible[0] == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
+    assert visible[1] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+    windowed = visible_columns(tree, [1, 3], 2).int().tolist()
     assert windowed[0] == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
     assert windowed[1] == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_listed_family_takes_the_tree(family):
+def test_every_listed_family_reads_trees(family):
     assert supports_token_tree(tiny_policy(family), policy_logits)
     assert isinstance(make_runner(tiny_reward_model(family), scorer_scores, 16), TreeRunner)
 
@@ -132,14 +132,14 @@ def test_rows_can_be_repeated():
     model = tiny_policy()
     runner = TreeRunner(model, policy_logits, 24)
     runner.prefill(PROMPTS)
-    runner.select_rows(torch.tensor([1, 1, 0]))
-    logits = read(runner, TokenTree.leaves(torch.tensor([[4], [5], [6]])))[:, 0]
+    runner.select_rows([1, 1, 0])
+    logits = outputs(runner, TokenTree.leaves(torch.tensor([[4], [5], [6]])))[:, 0]
     texts = [[*PROMPTS[1], 4], [*PROMPTS[1], 5], [*PROMPTS[0], 6]]
     naive = torch.stack([next_log_probs(model, text) for text in texts])
     torch.testing.assert_close(logits.double().log_softmax(-1), naive, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_keeps_the_tree():
+def test_models_in_bfloat16_read_trees():
     model = tiny_reward_model().to(torch.bfloat16)
     assert supports_token_tree(model, scorer_scores)
 
@@ -165,7 +165,7 @@ def bloom(kind=BloomForCausalLM, **extra):
 
 
 @pytest.mark.parametrize("build", [mamba, bloom])
-def test_fallback_policies_are_declared_and_exact(build):
+def test_a_policy_that_cannot_read_a_tree_is_warned_about_and_exact(build):
     model = build()
     assert not supports_token_tree(model, policy_logits)
     scorer = PrefixScorer(tiny_reward_model(), tiny_tokenizer(), info=info(), name="tiny")
@@ -175,7 +175,7 @@ def test_fallback_policies_are_declared_and_exact(build):
     require_naive_traces(guided, done, beta=1.5, top_k=4)
 
 
-def test_a_fallback_scorer_is_declared_and_exact():
+def test_a_scorer_that_cannot_read_a_tree_is_warned_about_and_exact():
     model = bloom(BloomForSequenceClassification, num_labels=1)
     assert not supports_token_tree(model, scorer_scores)
     scorer = PrefixScorer(model, tiny_tokenizer(), info=info(), name="bloom")

@@ -1,31 +1,26 @@
-"""Every way to join a policy with a scorer, against scores and logits of whole texts read one by one."""
+"""Runners of the policy with a scorer of every kind equal scores and logits of whole texts read one by one."""
 
 import json
 
 import pytest
 import torch
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
 from safetensors.torch import save_file
 
+from helpers.batches import make_request, run, start
 from helpers.naive import info, make_guided, next_log_probs, tiny_scorer
 from helpers.scorer_kinds import final_states, lora, merged, noisy, own
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
-from rgtg.config import DecodingSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners import factory as join
-from rgtg.decoding.runners import policy_runner as steps
-from rgtg.decoding.runners import scorer_runner as readers
-from rgtg.decoding.runners.factory import make_stepper
+from rgtg.decoding.runners import policy_runner, scorer_runner
+from rgtg.decoding.runners.base import States
+from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.policy_runner import (
-    Alone,
-    Apart,
-    AtOnce,
-    InOnePass,
-    InOnePassOnPrefix,
-    OnCandidates,
-    OnPrefix,
+from rgtg.decoding.runners.policy_runner import LoraPolicyRunner, TorchPolicyRunner
+from rgtg.decoding.runners.scorer_runner import (
+    SeparateScorerRunner,
+    StateHeadRunner,
+    TokenRewardRunner,
+    VocabHeadRunner,
 )
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -38,20 +33,23 @@ from rgtg.tokenization.encoding import tokenizer_hash
 
 PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52]]
 FAMILIES = ["llama", "mistral", "gpt2", "opt", "gpt_neox", "qwen3"]
+# How a scorer scores: by a model of its own (with the policy reading the candidates at the same time, or not), in the
+# policy's pass over the candidates, or from the policy's state at the prefix.
+KINDS = ["separate", "overlapped", "lora", "state head", "vocab head"]
 
 
 def case(kind, family):
-    """A policy, a scorer, what joins them, and the score of a whole text by definition."""
+    """A policy, a scorer, and the score of a whole text by definition."""
     policy = Policy(tiny_policy(family), tiny_tokenizer())
-    if kind in (Apart, AtOnce):
+    if kind in ("separate", "overlapped"):
         scorer = tiny_scorer(family)
         return policy, scorer, lambda ids: scorer.score_prefixes([ids[:-1]], [ids[-1:]])[0]
-    if kind is InOnePass:
+    if kind == "lora":
         adapter, head = lora(policy.model)
         scorer = SharedTrunkScorer(policy, adapter, head)
         stock = merged(family, adapter)
         return policy, scorer, lambda ids: head @ final_states(stock, ids)[-1]
-    if kind is OnCandidates:
+    if kind == "state head":
         policy, scorer = own(family, "state")
         return policy, scorer, lambda ids: scorer.head(final_states(policy.model, ids, 1)[-1])
     policy, scorer = own(family, "vocab")
@@ -62,57 +60,86 @@ def case(kind, family):
     )
 
 
-def require_steps(stepper, policy, definition, scored=True):
-    """Walk four tokens, dropping a row on the way; every score and every logit is the definition's."""
-    rows = [list(p) for p in PROMPTS]
-    logits = stepper.prefill(rows)
+def runners_of(policy, scorer=None, tree=None):
+    named = {} if scorer is None else {"scorer": scorer}
+    return RunnerFactory(policy, named, tree).token_runners(tuple(named))
+
+
+def require_steps(runners, policy, definition=None, overlapped=False):
+    """Walk four tokens, removing a row on the way; every score and all logits are those of the definition."""
+    rows = [list(prompt) for prompt in PROMPTS]
+    reader = runners.policy.fresh(24, 5)
+    state = reader.prefill(rows)
+    separate = [runner.fresh(24, 5) for runner in runners.scorers.values()]
+    for runner in separate:
+        runner.prefill([make_request(policy, prompt) for prompt in rows], rows)
     for step in range(4):
-        for row, mine in zip(rows, logits, strict=True):
+        for row, mine in zip(rows, state.logits, strict=True):
             expected = next_log_probs(policy.model, row)
             torch.testing.assert_close(mine.double().log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
         ids = torch.randint(3, VOCAB, (len(rows), 5), generator=torch.Generator().manual_seed(step))
-        scores = stepper.score(ids)
-        if scored:
+        choice = torch.tensor([(step + i) % 5 for i in range(len(rows))])
+        tree, scores = None, None
+        if overlapped or runners.options["fused"] is not None:
+            tree = reader.tree(ids)
+        if runners.options["fused"] is not None:
+            scores = runners.options["fused"][1].score(tree)
+        for head in runners.options["heads"].values():
+            scores = head.score(state.hidden, ids)
+        for runner in separate:
+            scores = runner.score(ids)
+        if definition is not None:
             for row, mine, candidates in zip(rows, scores, ids.tolist(), strict=True):
                 naive = torch.tensor([float(definition([*row, token])) for token in candidates])
                 torch.testing.assert_close(mine, naive, atol=2e-5, rtol=2e-5)
-        choice = torch.tensor([(step + i) % 5 for i in range(len(rows))])
-        stepper.keep(ids, choice)
-        for row, candidates, chosen in zip(rows, ids.tolist(), choice.tolist(), strict=True):
-            row.append(candidates[chosen])
+        for runner in separate:
+            runner.commit(ids, choice)
+        tokens, at = ids.gather(1, choice[:, None]), torch.arange(len(rows))
+        if tree is not None:
+            reader.commit(ids, choice)
+            tree = States(tree.final[at, choice], None if tree.hooked is None else tree.hooked[at, choice])
+        for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+            row.append(token)
         if step == 1:
-            stepper.select_rows(torch.tensor([0, 2]))
-            rows = [rows[0], rows[2]]
-        logits = stepper.advance()
+            for runner in (reader, *separate):
+                runner.select_rows([0, 2])
+            rows, tokens = [rows[0], rows[2]], tokens[[0, 2]]
+            tree = None if tree is None else States(*(None if part is None else part[[0, 2]] for part in tree))
+        state = reader.step(tokens) if tree is None else reader.predict(tree)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tree", [True, False])
-@pytest.mark.parametrize("kind", [Apart, AtOnce, InOnePass, OnCandidates, OnPrefix])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_and_logits_are_those_of_whole_texts(family, kind, tree):
+def test_scores_and_logits_equal_those_of_whole_texts(family, kind, tree):
     policy, scorer, definition = case(kind, family)
-    stepper = make_stepper(policy, scorer, 24, top_k=5, tree=tree, overlap=kind is AtOnce)
-    assert type(stepper) is kind
-    require_steps(stepper, policy, definition)
+    runners = runners_of(policy, scorer, tree)
+    assert type(runners.policy) is (LoraPolicyRunner if kind == "lora" else TorchPolicyRunner)
+    fused, heads = runners.options["fused"], runners.options["heads"]
+    assert (type(fused[1]) is StateHeadRunner) if kind in ("lora", "state head") else fused is None
+    assert list(map(type, heads.values())) == [VocabHeadRunner] * (kind == "vocab head")
+    separate = kind in ("separate", "overlapped")
+    assert list(map(type, runners.scorers.values())) == [SeparateScorerRunner] * separate
+    require_steps(runners, policy, definition, overlapped=kind == "overlapped")
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", [Apart, InOnePass, OnCandidates])
-def test_more_candidates_than_one_pass_takes(kind, monkeypatch):
-    for module in (steps, readers, join):
+@pytest.mark.parametrize("kind", ["separate", "lora", "state head"])
+def test_more_candidates_than_one_pass_takes_are_read_in_several(kind, monkeypatch):
+    for module in (policy_runner, scorer_runner):
         monkeypatch.setattr(module, "MAX_WIDTH", 2)
     policy, scorer, definition = case(kind, "llama")
-    require_steps(make_stepper(policy, scorer, 24, top_k=5), policy, definition)
+    require_steps(runners_of(policy, scorer), policy, definition)
 
 
 @torch.inference_mode()
-def test_a_vocabulary_scorer_of_its_own():
+def test_a_vocabulary_scorer_with_a_model_of_its_own():
     policy, model = Policy(tiny_policy(), tiny_tokenizer()), tiny_policy(seed=9)
     scorer = VocabularyScorer(Policy(model, tiny_tokenizer()), info=info())
-    stepper = make_stepper(policy, scorer, 24, top_k=5)
-    assert type(stepper) is Apart
-    require_steps(stepper, policy, lambda ids: model(input_ids=torch.tensor([ids[:-1]])).logits[0, -1, ids[-1]])
+    runners = runners_of(policy, scorer)
+    assert type(runners.scorers["scorer"]) is TokenRewardRunner
+    require_steps(runners, policy, lambda ids: model(input_ids=torch.tensor([ids[:-1]])).logits[0, -1, ids[-1]])
 
 
 @torch.inference_mode()
@@ -121,31 +148,49 @@ def test_a_vocabulary_head_on_an_adapted_trunk():
     adapter, head = lora(policy.model)
     twin = SharedTrunkScorer(policy, adapter, head).model
     table = noisy(VocabularyHead(32, 8, 5, VOCAB))
-    stepper = InOnePassOnPrefix(TreeRunner(twin, policy_logits, 32, layer=2), table)
+    doubled = LoraPolicyRunner(TreeRunner(twin, policy_logits, layer=2))
+    runners = TokenRunners(None, doubled, {}, {"fused": None, "heads": {"table": VocabHeadRunner(twin, table)}})
     stock = merged("llama", adapter)
-    require_steps(stepper, policy, lambda ids: table(final_states(stock, ids[:-1])[-1:], torch.tensor([ids[-1:]])))
+    require_steps(runners, policy, lambda ids: table(final_states(stock, ids[:-1])[-1:], torch.tensor([ids[-1:]])))
 
 
 @torch.inference_mode()
 def test_the_policy_alone():
     policy = Policy(tiny_policy(), tiny_tokenizer())
-    stepper = make_stepper(policy, None, 24)
-    assert type(stepper) is Alone
-    assert stepper.score(torch.tensor([[1]])) is None
-    require_steps(stepper, policy, None, scored=False)
+    runners = runners_of(policy)
+    assert type(runners.policy) is TorchPolicyRunner
+    assert (runners.scorers, runners.options) == ({}, {"fused": None, "heads": {}})
+    require_steps(runners, policy)
 
 
-PASSES = [(Apart, (10, 11)), (InOnePass, (11, 0)), (OnCandidates, (11, 0)), (OnPrefix, (10, 0))]
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["separate", "lora", "vocab head"])
+def test_a_step_that_raises_in_the_output_head_changes_nothing(kind, monkeypatch):
+    policy, scorer, _ = case(kind, "llama")
+    runner = runners_of(policy, scorer).policy.fresh(24, 5)
+    runner.prefill(PROMPTS)
+    again = runner.copy_rows([0, 1, 2])
+    head = runner.runner.head
+    monkeypatch.setattr(runner.runner, "head", lambda states: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.step(torch.tensor([[4], [5], [6]]))
+    monkeypatch.setattr(runner.runner, "head", head)
+    one, other = (each.step(torch.tensor([[4], [5], [6]])) for each in (runner, again))
+    torch.testing.assert_close(one.logits, other.logits)
+
+
+PASSES = [("separate", (10, 11)), ("lora", (11, 0)), ("state head", (11, 0)), ("vocab head", (10, 0))]
 
 
 @pytest.mark.parametrize(("kind", "passes"), PASSES)
 def test_passes_for_ten_tokens(kind, passes):
     policy, scorer, _ = case(kind, "llama")
-    stepper = make_stepper(policy, scorer, 24, top_k=5, overlap=False)
-    rule = TokenRule(beta=1.0, top_k=5, top_p=1.0, temperature=1.0, greedy=False)
-    stopping = Stopping(policy.tokenizer, set(), DecodingSettings(max_new_tokens=10))
-    list(decode([Request("", PROMPTS[0], 0, [])], stepper, rule, stopping))
-    assert (stepper.policy.calls, getattr(getattr(stepper, "reader", None), "calls", 0)) == passes
+    request = make_request(policy, PROMPTS[0], ["scorer"], [1.0], top_k=5, max_new_tokens=10)
+    request.stopping.eos_ids = set()
+    batch = start(policy, {"scorer": scorer}, [request])
+    reader, separate = batch.policy.runner, [entry.runner for entry in batch.separate.values()]
+    assert run(batch) == 10
+    assert (reader.calls, sum(runner.calls for runner in separate)) == passes
 
 
 # Adapters on disk
@@ -212,22 +257,26 @@ def test_best_of_n_reads_finished_completions_with_a_vocabulary_scorer():
     assert drawn.score == pytest.approx(float(whole), abs=1e-4)
 
 
-NOT_AT_ONCE = [({"top_k": None}, "set top_k"), ({"draft": "policy"}, "a draft"), ({"method": "policy"}, "of its own")]
+NOT_OVERLAPPED = [
+    ({"top_k": None}, "set top_k"),
+    ({"draft": "policy"}, "a draft"),
+    ({"method": "policy"}, "of its own"),
+]
 
 
-@pytest.mark.parametrize(("settings", "message"), NOT_AT_ONCE)
-def test_what_cannot_run_at_once_is_refused(settings, message):
+@pytest.mark.parametrize(("settings", "message"), NOT_OVERLAPPED)
+def test_setups_that_cannot_overlap_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_guided(overlap=True, **settings)
 
 
 @pytest.mark.parametrize("method", ["pargs", "pargs-greedy"])
-def test_at_once_gives_what_apart_gives(method):
-    apart, at_once = (
+def test_overlapped_passes_draw_the_same_tokens(method):
+    apart, overlapped = (
         make_guided(method, beta=1.5, overlap=overlap).generate_ids(PROMPTS, max_new_tokens=10, seed=3)
         for overlap in (False, True)
     )
-    assert [c.token_ids for c in apart] == [c.token_ids for c in at_once]
+    assert [c.token_ids for c in apart] == [c.token_ids for c in overlapped]
 
 
 def test_the_scorer_may_be_asked_for_elsewhere_only_by_name():

@@ -1,18 +1,15 @@
-"""Several scorers with one beta each, and steering only where the policy is unsure, against the definition."""
+"""Several scorers with one beta each, and steering only where the policy is uncertain, equal the definition."""
 
 import itertools
 
 import pytest
 import torch
-from rgtg.decoding.engine.tokenwise import TokenRule, decode
 
+from helpers.batches import make_request, run, start
 from helpers.naive import entropy_of, make_guided, next_log_probs, step_distribution, tiny_scorer
 from helpers.scorer_kinds import kinds
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
-from rgtg.config import DecodingSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners.factory import make_stepper
 from rgtg.errors import UsageError
 from rgtg.models.loading.policy import Policy
 
@@ -29,7 +26,7 @@ PAIRS = [*itertools.combinations(["separate", "state", "vocab", "adapter", "voca
 @torch.no_grad()
 @pytest.mark.parametrize("gate", [None, 3.35])
 @pytest.mark.parametrize("names", [*PAIRS, ("separate", "state", "vocabulary scorer")])
-def test_the_score_is_the_weighted_sum_whatever_the_kinds(names, gate):
+def test_the_score_is_the_weighted_sum_of_all_scorers(names, gate):
     policy, every = kinds()
     betas = [1.5, -0.5, 0.25][: len(names)]
     guided = GuidedPolicy(policy, [every[name][0] for name in names], beta=betas, top_k=4)
@@ -56,7 +53,7 @@ def test_the_score_is_the_weighted_sum_whatever_the_kinds(names, gate):
 
 @pytest.mark.parametrize("gate", [3.2, 3.45])
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_gated_steps_are_the_policys_and_others_guided(gate, temperature):
+def test_gated_steps_are_unguided_and_the_others_guided(gate, temperature):
     guided = GuidedPolicy(
         Policy(tiny_policy(), tiny_tokenizer()), [tiny_scorer(), tiny_scorer(seed=5)], beta=[1.5, -1.0]
     )
@@ -73,7 +70,7 @@ def test_gated_steps_are_the_policys_and_others_guided(gate, temperature):
 
 
 @pytest.mark.parametrize("method", ["pargs", "rad", "farma", "genarm"])
-def test_a_gate_that_never_opens_is_the_policy_and_one_that_always_does_changes_nothing(method):
+def test_a_closed_gate_leaves_the_policy_and_an_open_one_changes_nothing(method):
     closed = make_guided(method, beta=2.0, top_k=6).generate_ids(PROMPTS, max_new_tokens=8, seed=3, entropy_gate=99.0)
     policy = make_guided("policy", top_k=6).generate_ids(PROMPTS, max_new_tokens=8, seed=3)
     assert [c.token_ids for c in closed] == [c.token_ids for c in policy]
@@ -86,25 +83,14 @@ def test_a_gate_that_never_opens_is_the_policy_and_one_that_always_does_changes_
 
 
 def test_a_gate_saves_scorer_passes():
-    guided = make_guided("pargs", top_k=5)
-    stepper = make_stepper(guided.policy, guided.scorer, 40, top_k=5)
-    rule = TokenRule(beta=1.0, top_k=5, top_p=1.0, temperature=1.0, greedy=False, entropy_gate=3.35)
-    row = Request("", PROMPTS[0], 0, [])
-    list(decode([row], stepper, rule, Stopping(guided.policy.tokenizer, set(), DecodingSettings(max_new_tokens=20))))
-    assert 0 < row.scorer_calls < 20
-    assert stepper.reader.calls == 1 + row.scorer_calls  # the prompt, and each step that was steered
-
-
-def test_a_mixture_alone_equals_a_mixture_in_company():
-    guided = GuidedPolicy(
-        Policy(tiny_policy(), tiny_tokenizer()), [tiny_scorer(), tiny_scorer(seed=5)], beta=[2.0, 1.0]
-    )
-    seeds = [4, 5, 6]
-    for gate in (None, 3.35):
-        together = guided.generate_ids(PROMPTS, seed=seeds, max_new_tokens=12, entropy_gate=gate)
-        alone = guided.generate_ids(PROMPTS, seed=seeds, max_new_tokens=12, entropy_gate=gate, batch_size=1)
-        assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-        assert [c.scorer_calls for c in together] == [c.scorer_calls for c in alone]
+    policy = Policy(tiny_policy(), tiny_tokenizer())
+    request = make_request(policy, PROMPTS[0], ["scorer"], [1.0], top_k=5, max_new_tokens=20, entropy_gate=3.35)
+    request.stopping.eos_ids = set()
+    batch = start(policy, {"scorer": tiny_scorer()}, [request])
+    runner = batch.separate["scorer"].runner
+    run(batch)
+    assert 0 < request.scorer_calls < 20
+    assert runner.calls == 1 + request.scorer_calls  # the prompt, and each step that was steered
 
 
 def test_one_scorer_in_two_halves_is_the_scorer():
@@ -124,12 +110,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
-def test_what_several_scorers_do_not_do_is_refused(settings, message):
+def test_settings_that_several_scorers_do_not_take_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         two_scorers(**settings)
 
 
-def test_drafts_score_every_token():
+def test_an_entropy_gate_with_drafts_is_refused():
     guided = make_guided("pargs", draft="policy")
     with pytest.raises(UsageError, match="leave entropy_gate out"):
         guided.generate_ids(PROMPTS, entropy_gate=1.0)

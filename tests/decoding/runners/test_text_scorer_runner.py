@@ -1,4 +1,4 @@
-"""A scorer with a tokenizer of its own beside the policy: every score is that of the decoded text from scratch."""
+"""A scorer with a tokenizer of its own: every score equals that of the decoded text, tokenized from scratch."""
 
 import random
 import warnings
@@ -12,7 +12,7 @@ from helpers.naive import info, reward
 from helpers.other_tokenizers import CORPUS, KINDS, encoder_with, policy_with, reward_model_with, tokenizer_of
 from rgtg.decoding.request import Request
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.text_scorer_runner import BranchReader, TextReader
+from rgtg.decoding.runners.text_scorer_runner import CachedTextScorerRunner, TextScorerRunner
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import scorer_scores
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
@@ -29,17 +29,28 @@ def text_scorer(kind, *, causal=True, trained=None, **more):
     return CrossTokenizerScorer(PrefixScorer(model, tokenizer, info=trained, name=kind))
 
 
-def reader_of(scorer, policy_kind, requests=(), eos=(1,), capacity=8):
+def runner_of(scorer, policy_kind, eos=(1,), capacity=8):
     policy = Policy(policy_with(tokenizer_of(policy_kind)), tokenizer_of(policy_kind))
     if not scorer.causal:
-        return TextReader(scorer, policy, set(eos), requests)
-    runner = TreeRunner(scorer.model, scorer_scores, capacity)  # far too small: it grows
-    return BranchReader(scorer, policy, set(eos), requests, runner=runner)
+        return TextScorerRunner(scorer, policy, set(eos))
+    model_runner = TreeRunner(scorer.model, scorer_scores, capacity)  # far too small: it grows
+    return CachedTextScorerRunner(scorer, policy, set(eos), runner=model_runner)
 
 
 def requests_of(kind, prompts):
     tokenizer = tokenizer_of(kind)
     return [Request(text, encode_prompt(tokenizer, text), 0, [], source=text) for text in prompts]
+
+
+def prefill(runner, requests):
+    runner.prefill(requests, [request.prompt_ids for request in requests])
+
+
+def score(runner, ids):
+    """Scores of one step, counted in the requests."""
+    scores = runner.score(ids)
+    runner.record(range(len(runner.rows)))
+    return scores
 
 
 @torch.no_grad()
@@ -51,26 +62,26 @@ def naive(scorer, prompt, said, *, finished=False):
     return reward(scorer.model, ids)
 
 
-def walk(reader, requests, draw, steps=5, k=3):
+def walk(runner, requests, draw, steps=5, k=3):
     """Random candidates of all rows, step by step; the scores and what they must be."""
-    tokenizer = reader.policy_tokenizer
-    reader.prefill([request.prompt_ids for request in requests])
+    tokenizer = runner.policy.tokenizer
+    prefill(runner, requests)
     said = [[] for _ in requests]
     for _ in range(steps):
         ids = torch.tensor([[draw.randrange(2, len(tokenizer)) for _ in range(k)] for _ in said])
-        got = reader.score(ids)
+        got = runner.score(ids)
         want = [
-            [naive(reader.scorer, r.prompt, decode_completion(tokenizer, r.prompt_ids, [*mine, t])) for t in row]
+            [naive(runner.scorer, r.prompt, decode_completion(tokenizer, r.prompt_ids, [*mine, t])) for t in row]
             for r, mine, row in zip(requests, said, ids.tolist(), strict=True)
         ]
         torch.testing.assert_close(got, torch.tensor(want), atol=2e-4, rtol=2e-4)
         choice = torch.tensor([draw.randrange(k) for _ in said])
-        reader.keep(ids, choice)
+        runner.commit(ids, choice)
         for mine, row, j in zip(said, ids.tolist(), choice.tolist(), strict=True):
             mine.append(row[j])
         if draw.random() < 0.3:
             tokens = torch.tensor([[draw.randrange(2, len(tokenizer))] for _ in said])
-            reader.skip(tokens)
+            runner.append(tokens)
             for mine, (token,) in zip(said, tokens.tolist(), strict=True):
                 mine.append(token)
 
@@ -81,7 +92,7 @@ def walk(reader, requests, draw, steps=5, k=3):
 @given(seed=st.integers(0, 10**6))
 def test_scores_are_those_of_the_text_from_scratch(policy_kind, scorer_kind, seed):
     requests = requests_of(policy_kind, PROMPTS)
-    walk(reader_of(text_scorer(scorer_kind), policy_kind, requests), requests, random.Random(seed))
+    walk(runner_of(text_scorer(scorer_kind), policy_kind), requests, random.Random(seed))
 
 
 @pytest.mark.parametrize("policy_kind", ["byte-level", "llama"])
@@ -89,7 +100,7 @@ def test_scores_are_those_of_the_text_from_scratch(policy_kind, scorer_kind, see
 @given(seed=st.integers(0, 10**6))
 def test_an_encoder_reads_whole_texts(policy_kind, seed):
     requests = requests_of(policy_kind, PROMPTS)
-    walk(reader_of(text_scorer("word-piece", causal=False), policy_kind, requests), requests, random.Random(seed))
+    walk(runner_of(text_scorer("word-piece", causal=False), policy_kind), requests, random.Random(seed))
 
 
 def test_rows_do_not_depend_on_their_neighbours():
@@ -98,100 +109,100 @@ def test_rows_do_not_depend_on_their_neighbours():
     draw = torch.Generator().manual_seed(0)
     size = len(tokenizer_of(kind))
     steps = [torch.randint(2, size, (3, 4), generator=draw) for _ in range(5)]
-    together = reader_of(scorer, kind, requests)
-    alone = [reader_of(scorer, kind, [request]) for request in requests_of(kind, PROMPTS)]
-    together.prefill([request.prompt_ids for request in requests])
-    for reader, request in zip(alone, requests, strict=True):
-        reader.prefill([request.prompt_ids])
+    together = runner_of(scorer, kind)
+    alone = [runner_of(scorer, kind) for _ in requests]
+    prefill(together, requests)
+    for runner, request in zip(alone, requests_of(kind, PROMPTS), strict=True):
+        prefill(runner, [request])
     for ids in steps:
-        scores = together.score(ids)
-        for i, reader in enumerate(alone):
-            torch.testing.assert_close(scores[i : i + 1], reader.score(ids[i : i + 1]), atol=1e-4, rtol=1e-4)
-            reader.keep(ids[i : i + 1], torch.tensor([i]))
-        together.keep(ids, torch.arange(3))
-    for row, reader in zip(together.rows, alone, strict=True):
-        assert row.request.retokenised == reader.rows[0].request.retokenised > 0
+        scores = score(together, ids)
+        for i, runner in enumerate(alone):
+            torch.testing.assert_close(scores[i : i + 1], score(runner, ids[i : i + 1]), atol=1e-4, rtol=1e-4)
+            runner.commit(ids[i : i + 1], torch.tensor([i]))
+        together.commit(ids, torch.arange(3))
+    for row, runner in zip(together.rows, alone, strict=True):
+        assert row.request.retokenised == runner.rows[0].request.retokenised > 0
 
 
 def test_rows_leave_the_batch():
     requests = requests_of("byte-level", PROMPTS)
-    reader = reader_of(text_scorer("byte-level-cl100k"), "byte-level", requests)
-    reader.prefill([request.prompt_ids for request in requests])
+    runner = runner_of(text_scorer("byte-level-cl100k"), "byte-level")
+    prefill(runner, requests)
     ids = torch.tensor([[70, 300], [80, 310], [90, 320]])
-    reader.score(ids)
-    reader.keep(ids, torch.tensor([1, 0, 1]))
-    reader.select_rows(torch.tensor([2, 0]))
+    runner.score(ids)
+    runner.commit(ids, torch.tensor([1, 0, 1]))
+    runner.select_rows([2, 0])
     tokenizer = tokenizer_of("byte-level")
     for i, (request, first) in enumerate([(requests[2], 320), (requests[0], 300)]):
         said = decode_completion(tokenizer, request.prompt_ids, [first, 75])
-        got = reader.score(torch.tensor([[75], [75]]))[i, 0]
-        assert float(got) == pytest.approx(naive(reader.scorer, request.prompt, said), abs=1e-4)
+        got = runner.score(torch.tensor([[75], [75]]))[i, 0]
+        assert float(got) == pytest.approx(naive(runner.scorer, request.prompt, said), abs=1e-4)
 
 
 @pytest.mark.parametrize("scorer_kind", ["llama", "unigram"])
-def test_more_candidates_than_one_pass_reads(scorer_kind):
+def test_more_candidates_than_one_pass_takes_are_read_in_several(scorer_kind):
     """The whole vocabulary: several passes, and what is chosen is read again with the next candidates."""
     requests = requests_of("byte-level", PROMPTS[:2])
-    reader = reader_of(text_scorer(scorer_kind), "byte-level", requests)
-    reader.prefill([request.prompt_ids for request in requests])
+    runner = runner_of(text_scorer(scorer_kind), "byte-level")
+    prefill(runner, requests)
     tokenizer = tokenizer_of("byte-level")
     ids = torch.arange(2, len(tokenizer)).repeat(2, 1)
-    calls = reader.calls
+    calls = runner.calls
     for step in range(2):
-        scores = reader.score(ids)
-        assert reader.calls > calls + 2
+        scores = runner.score(ids)
+        assert runner.calls > calls + 2
         for j in (5, 111, 400):
             said = decode_completion(tokenizer, requests[1].prompt_ids, [*[30] * step, int(ids[1, j])])
-            assert float(scores[1, j]) == pytest.approx(naive(reader.scorer, PROMPTS[1], said), abs=1e-4)
-        reader.keep(ids, torch.tensor([28, 28]))  # token 30
+            assert float(scores[1, j]) == pytest.approx(naive(runner.scorer, PROMPTS[1], said), abs=1e-4)
+        runner.commit(ids, torch.tensor([28, 28]))  # token 30
 
 
-def test_many_skipped_tokens_are_read_in_a_pass_of_their_own():
+def test_many_appended_tokens_are_read_in_a_pass_of_their_own():
     requests = requests_of("byte-level", PROMPTS[:2])
-    reader = reader_of(text_scorer("llama"), "byte-level", requests)
-    reader.prefill([request.prompt_ids for request in requests])
+    runner = runner_of(text_scorer("llama"), "byte-level")
+    prefill(runner, requests)
     tokenizer = tokenizer_of("byte-level")
     said = tokenizer(" slower than the then lowest and any old thing in the woods", add_special_tokens=False).input_ids
     for token in said:
-        reader.skip(torch.tensor([[token], [token]]))
-    calls = reader.calls
-    scores = reader.score(torch.tensor([[70, 71], [72, 73]]))
-    assert reader.calls == calls + 2
+        runner.append(torch.tensor([[token], [token]]))
+    calls = runner.calls
+    scores = runner.score(torch.tensor([[70, 71], [72, 73]]))
+    assert runner.calls == calls + 2
     for i, request in enumerate(requests):
         text = decode_completion(tokenizer, request.prompt_ids, [*said, 70 + 2 * i])
-        assert float(scores[i, 0]) == pytest.approx(naive(reader.scorer, request.prompt, text), abs=1e-4)
-    reader.keep(torch.tensor([[70, 71], [72, 73]]), torch.tensor([0, 0]))
-    calls = reader.calls
-    reader.score(torch.tensor([[70, 71], [72, 73]]))
-    assert reader.calls == calls + 1
+        assert float(scores[i, 0]) == pytest.approx(naive(runner.scorer, request.prompt, text), abs=1e-4)
+    runner.commit(torch.tensor([[70, 71], [72, 73]]), torch.tensor([0, 0]))
+    calls = runner.calls
+    runner.score(torch.tensor([[70, 71], [72, 73]]))
+    assert runner.calls == calls + 1
 
 
-def test_candidates_that_are_not_one_token_are_counted():
+def test_candidates_that_are_not_one_more_token_are_counted():
     """By hand: the scorer has ' the' and ' them', so the policy's 'm' behind ' the' replaces a token."""
     scorer = text_scorer("byte-level")
     (request,) = requests_of("llama", ["so"])
-    reader = reader_of(scorer, "llama", [request])
-    reader.prefill([request.prompt_ids])
+    runner = runner_of(scorer, "llama")
+    prefill(runner, [request])
     vocabulary = tokenizer_of("llama").get_vocab()
     theirs = tokenizer_of("byte-level").get_vocab()
     assert {"Ġthe", "Ġthem"} <= theirs.keys()
-    reader.score(torch.tensor([[vocabulary["▁the"], vocabulary["</s>"]]]))
-    assert (request.candidates, request.retokenised) == (1 if 1 in reader.eos_ids else 2, 0)
-    reader.keep(torch.tensor([[vocabulary["▁the"], vocabulary["</s>"]]]), torch.tensor([0]))
-    reader.score(torch.tensor([[vocabulary["m"], vocabulary["▁a"]]]))
+    score(runner, torch.tensor([[vocabulary["▁the"], vocabulary["</s>"]]]))
+    assert (request.candidates, request.retokenised) == (1 if 1 in runner.eos_ids else 2, 0)
+    runner.commit(torch.tensor([[vocabulary["▁the"], vocabulary["</s>"]]]), torch.tensor([0]))
+    score(runner, torch.tensor([[vocabulary["m"], vocabulary["▁a"]]]))
     assert (request.candidates, request.retokenised) == (3, 1)
 
 
-def test_half_a_character_says_nothing_yet():
+def test_half_a_character_is_scored_as_the_text_before_it():
     (request,) = requests_of("byte-level", ["so"])
-    reader = reader_of(text_scorer("llama"), "byte-level", [request])
-    reader.prefill([request.prompt_ids])
+    runner = runner_of(text_scorer("llama"), "byte-level")
+    prefill(runner, [request])
     first, second = (tokenizer_of("byte-level").get_vocab()[mark] for mark in ("Ã", "©"))
-    (half,) = reader.score(torch.tensor([[first]])).tolist()
-    assert half[0] == pytest.approx(naive(reader.scorer, "so", ""), abs=1e-4)
-    reader.keep(torch.tensor([[first]]), torch.tensor([0]))
-    (whole,) = reader.score(torch.tensor([[second]])).tolist()
-    assert whole[0] == pytest.approx(naive(reader.scorer, "so", "é"), abs=1e-4)
+    (half,) = runner.score(torch.tensor([[first]])).tolist()
+    assert half[0] == pytest.approx(naive(runner.scorer, "so", ""), abs=1e-4)
+    runner.commit(torch.tensor([[first]]), torch.tensor([0]))
+    (whole,) = runner.score(torch.tensor([[second]])).tolist()
+    assert whole[0] == pytest.approx(naive(runner.scorer, "so", "é"), abs=1e-4)
 
 
 @pytest.mark.parametrize("trained", [None, info(), info(append_eos=False)])
@@ -200,9 +211,9 @@ def test_a_finished_candidate_is_closed_as_the_scorer_was_trained(kind, trained)
     """The unigram tokenizer puts EOS behind every text: a scorer trained here has seen it behind finished ones only."""
     (request,) = requests_of("byte-level", ["so it goes"])
     scorer = text_scorer(kind, trained=trained)
-    reader = reader_of(scorer, "byte-level", [request])
-    reader.prefill([request.prompt_ids])
-    finished, going = reader.score(torch.tensor([[1, 70]]))[0].tolist()
+    runner = runner_of(scorer, "byte-level")
+    prefill(runner, [request])
+    finished, going = runner.score(torch.tensor([[1, 70]]))[0].tolist()
     said = decode_completion(tokenizer_of("byte-level"), request.prompt_ids, [70])
     bare = [scorer.tokenizer(text).input_ids for text in ("so it goes", "so it goes" + said)]
     if trained:
@@ -217,38 +228,38 @@ def test_a_finished_candidate_is_closed_as_the_scorer_was_trained(kind, trained)
 def test_a_full_context_leaves_the_rest_unsteered():
     (request,) = requests_of("byte-level", ["the dog"])
     scorer = text_scorer("llama", positions=12)
-    reader = reader_of(scorer, "byte-level", [request])
-    reader.prefill([request.prompt_ids])
+    runner = runner_of(scorer, "byte-level")
+    prefill(runner, [request])
     word = tokenizer_of("byte-level").get_vocab()["Ġthe"]
     ids = torch.tensor([[word, 70, 71]])
     seen = []
     for _ in range(4):
-        seen.append(reader.score(ids))
-        reader.keep(ids, torch.tensor([0]))
+        seen.append(score(runner, ids))
+        runner.commit(ids, torch.tensor([0]))
     assert request.unscored == 0
-    while len(reader.rows[0].held) < 12:
-        seen.append(reader.score(ids))
-        reader.keep(ids, torch.tensor([0]))
+    while len(runner.rows[0].cached) < 12:
+        seen.append(score(runner, ids))
+        runner.commit(ids, torch.tensor([0]))
     with pytest.warns(UserWarning, match=r"context of 12 of its own tokens, .*Completion.unscored counts"):
-        seen.append(reader.score(ids))
-    reader.keep(ids, torch.tensor([0]))
+        seen.append(score(runner, ids))
+    runner.commit(ids, torch.tensor([0]))
     assert (seen[-1] == seen[-2][0, 0]).all(), "no candidate is preferred any more"
-    calls = reader.calls
-    reader.score(ids)
-    assert (request.unscored, reader.calls) == (2, calls)
+    calls = runner.calls
+    score(runner, ids)
+    assert (request.unscored, runner.calls) == (2, calls)
 
 
 def test_a_full_row_does_not_disturb_others():
     requests = requests_of("byte-level", ["the", "the dog is the dog and the dog" * 2 + " in it is old"])
-    reader = reader_of(text_scorer("llama", positions=30), "byte-level", requests)
-    reader.prefill([request.prompt_ids for request in requests])
+    runner = runner_of(text_scorer("llama", positions=30), "byte-level")
+    prefill(runner, requests)
     ids = torch.tensor([[70, 71], [70, 71]])
     said = []
     for _ in range(24):
         with warnings.catch_warnings(action="ignore"):
-            got = reader.score(ids)
+            got = score(runner, ids)
         text = decode_completion(tokenizer_of("byte-level"), requests[0].prompt_ids, [*said, 71])
-        assert float(got[0, 1]) == pytest.approx(naive(reader.scorer, "the", text), abs=1e-4)
-        reader.keep(ids, torch.tensor([0, 0]))
+        assert float(got[0, 1]) == pytest.approx(naive(runner.scorer, "the", text), abs=1e-4)
+        runner.commit(ids, torch.tensor([0, 0]))
         said.append(70)
     assert requests[1].unscored > 17 > 0 == requests[0].unscored

@@ -9,7 +9,8 @@ import torch
 from helpers.naive import info, next_log_probs
 from helpers.other_tokenizers import byte_level, encoder_with, policy_with, reward_model_with, tokenizer_of
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.runners.text_scorer_runner import BranchReader, TextReader
+from rgtg.decoding.request import derive_seed
+from rgtg.decoding.runners.text_scorer_runner import CachedTextScorerRunner, TextScorerRunner
 from rgtg.errors import PromptTooLongError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
@@ -76,12 +77,12 @@ def test_the_distribution_is_the_one_enumerated(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "unigram", "word-piece"])
-@pytest.mark.parametrize("method", ["pargs", "pargs-greedy", "best-of-n", "cd-blockwise", "cards"])
-def test_a_row_is_the_same_alone_and_in_a_batch(method, kind):
+@pytest.mark.parametrize("method", ["best-of-n", "cd-blockwise", "cards"])
+def test_a_request_is_the_same_alone_and_in_a_batch(method, kind):
     own = {
         "best-of-n": {"n": 3}, "cd-blockwise": {"n": 2, "segment_length": 3},
         "cards": {"reward_threshold": 0.5, "segment_length": 4, "retries": 3},
-    }.get(method, {"beta": 2.0})  # fmt: skip
+    }[method]  # fmt: skip
     guided = GuidedPolicy(policy(), scorer(kind), method=method, top_k=5)
     together = guided.generate(PROMPTS, max_new_tokens=9, seed=3, **own)
     alone = [guided.generate(prompt, max_new_tokens=9, seed=3, **own)[0] for prompt in PROMPTS]
@@ -104,8 +105,6 @@ def test_best_of_n_takes_the_text_of_highest_reward():
     guided = GuidedPolicy(policy(), scorer("unigram"), method="best-of-n", top_k=5, n=6)
     (done,) = guided.generate(PROMPTS[0], max_new_tokens=6, seed=1)
     drawn = GuidedPolicy(policy(), method="policy", top_k=5)
-    from rgtg.decoding.request import derive_seed
-
     seeds = [derive_seed(guided.row_seeds([PROMPTS[0]], 1)[0], j) for j in range(6)]
     texts = drawn.generate([PROMPTS[0]] * 6, max_new_tokens=6, seed=seeds)
     ended = [c.finish_reason == "stop" for c in texts]
@@ -143,14 +142,14 @@ def test_scorers_of_several_makes_steer_together():
             assert scores == pytest.approx(read.score([PROMPTS[1]] * 4, texts, finished=ended), abs=1e-3)
 
 
-def test_two_passes_at_once():
+def test_overlapped_passes_draw_the_same_tokens():
     settings = {"beta": 2.0, "top_k": 4}
-    apart = GuidedPolicy(policy(), scorer("llama"), **settings).generate(PROMPTS, max_new_tokens=6)
-    at_once = GuidedPolicy(policy(), scorer("llama"), overlap=True, **settings).generate(PROMPTS, max_new_tokens=6)
-    assert [c.token_ids for c in at_once] == [c.token_ids for c in apart]
+    plain = GuidedPolicy(policy(), scorer("llama"), **settings).generate(PROMPTS, max_new_tokens=6)
+    overlapped = GuidedPolicy(policy(), scorer("llama"), overlap=True, **settings).generate(PROMPTS, max_new_tokens=6)
+    assert [c.token_ids for c in overlapped] == [c.token_ids for c in plain]
 
 
-def test_a_model_that_reads_no_tree_reads_whole_texts():
+def test_without_token_trees_whole_texts_are_read():
     settings = {"beta": 2.0, "top_k": 4}
     tree = GuidedPolicy(policy(), scorer("llama"), **settings).generate(PROMPTS, max_new_tokens=6)
     whole = GuidedPolicy(policy(), scorer("llama"), token_tree=False, **settings).generate(PROMPTS, max_new_tokens=6)
@@ -158,15 +157,10 @@ def test_a_model_that_reads_no_tree_reads_whole_texts():
     assert [c.retokenised for c in whole] == [c.retokenised for c in tree]
 
 
-@pytest.mark.parametrize(("kind", "reader"), [("llama", BranchReader), ("word-piece", TextReader)])
-def test_which_reader_it_is(kind, reader, monkeypatch):
-    from rgtg.decoding import decoder as module
-
-    seen = []
-    make = module.make_stepper
-    monkeypatch.setattr(module, "make_stepper", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
-    GuidedPolicy(policy(), scorer(kind), top_k=3).generate(PROMPTS[0], max_new_tokens=2)
-    assert type(seen[0].reader) is reader
+@pytest.mark.parametrize(("kind", "runner"), [("llama", CachedTextScorerRunner), ("word-piece", TextScorerRunner)])
+def test_causal_scorers_get_a_cache_and_encoders_read_whole_texts(kind, runner):
+    guided = GuidedPolicy(policy(), scorer(kind), top_k=3)
+    assert type(guided.factory.scorer_runner(guided.names[0])) is runner
 
 
 def test_chats_are_rendered_by_both_templates():
@@ -191,7 +185,7 @@ def test_chats_are_rendered_by_both_templates():
     )
 
 
-def test_token_ids_are_read_as_what_they_say():
+def test_prompts_of_token_ids_are_read_as_their_text():
     guided = GuidedPolicy(policy("llama"), scorer("byte-level"), beta=2.0, top_k=4)
     by_text = guided.generate(PROMPTS[0], max_new_tokens=6, seed=[7])
     by_ids = guided.generate_ids([guided.policy.tokenizer(PROMPTS[0]).input_ids], max_new_tokens=6, seed=[7])
