@@ -381,28 +381,24 @@ class Batch:
         entry.scored = None
         # 1. all requests are one group: its candidates are the scorer's rows as they stand
         if len(groups) == 1 and entry.requests == self.requests and groups[0].candidates.steered is None:
-            blocks, ids = [], groups[0].candidates.ids
-
-            def score() -> None:
-                groups[0].scores[name] = entry.runner.score(ids)
-                entry.scored = ids
-
-        # 2. else: each block is (group, places in the group, rows of the scorer)
-        else:
-            blocks = self._blocks(entry, groups)
-            steered = [block for block in blocks if block[0].candidates.any_steered()]
-            if not steered:
+            try:
+                groups[0].scores[name] = entry.runner.score(groups[0].candidates.ids)
+                entry.scored = groups[0].candidates.ids
+                self.seconds[name] += time.perf_counter() - start
                 return []
-
-            def score() -> None:
-                self._score_blocks(name, entry, blocks, steered)
+            except Exception:  # once more below, where it is found out whose error it is
+                entry.scored = None
+        # 2. else: each block is (group, places in the group, rows of the scorer)
+        blocks = self._blocks(entry, groups)
+        steered = [block for block in blocks if block[0].candidates.any_steered()]
+        if not steered:
+            return []
 
         def probe(row: int) -> None:
-            every = blocks or self._blocks(entry, groups)
-            group, place = next((group, mine[rows.index(row)]) for group, mine, rows in every if row in rows)
+            group, place = next((group, mine[rows.index(row)]) for group, mine, rows in blocks if row in rows)
             entry.runner.copy_rows([row]).score(group.candidates.ids[place : place + 1])
 
-        _, failed = self._attempt(score, probe, entry.requests)
+        _, failed = self._attempt(lambda: self._score_blocks(name, entry, blocks, steered), probe, entry.requests)
         self.seconds[name] += time.perf_counter() - start
         return failed
 

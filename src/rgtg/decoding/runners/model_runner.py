@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry
+from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
@@ -74,14 +74,16 @@ class TreeRunner:
         # columns after a shorter prompt are overwritten by its first nodes
         ids = torch.tensor(list(zip_longest(*prompts, fillvalue=0)), device=self.device).T
         self.cache.reset(len(prompts))
-        states = self.read(TokenTree.chain(ids))
+        final, hooked = self.read(TokenTree.chain(ids))
         lengths = list(map(len, prompts))
         self.cache.commit_first(lengths)
-        return states.at((torch.arange(len(prompts)), torch.tensor(lengths) - 1))
+        rows, last = torch.arange(len(prompts)), torch.tensor(lengths) - 1
+        return States(final[rows, last], None if hooked is None else hooked[rows, last])
 
     def read(self, tree: TokenTree) -> States:
         """States (B, N, H) at every node of a tree after the prefixes; nothing is committed."""
-        positions = torch.tensor(self.cache.lengths)[:, None] + tree.depths  # (B, N): after the prefix, by depth
+        depths = tree_depths(tree.parents, tree.tokens.shape[1])
+        positions = torch.tensor(self.cache.lengths)[:, None] + depths  # (B, N): after the prefix, by depth
         masks = {}
         for kind, window in self.windows.items():
             masks[kind] = self._tree_mask(tree, window)

@@ -43,9 +43,7 @@ class TokenTree:
     @property
     def depths(self) -> Int[Tensor, " nodes"]:
         """Ancestors of each node, counted: (N,). Refuses what is no tree."""
-        if len(self.parents) != self.tokens.shape[1]:
-            raise ValueError(f"{self.tokens.shape[1]} nodes need as many parents, got {len(self.parents)}")
-        return tree_depths(self.parents)
+        return tree_depths(self.parents, self.tokens.shape[1])
 
     @property
     def ancestry(self) -> Bool[Tensor, "nodes nodes"]:
@@ -62,8 +60,14 @@ class TokenTree:
 
 # A decoding loop reads trees of few shapes, thousands of times.
 @lru_cache(maxsize=256)
-def tree_depths(parents: tuple[int, ...]) -> Tensor:
-    """Number of ancestors of each node, (N,)."""
+def tree_depths(parents: tuple[int, ...], nodes: int) -> Tensor:
+    """Number of ancestors of each node, (N,).
+
+    Raises:
+        ValueError: another number of parents than of nodes, or a parent that does not come before its node.
+    """
+    if len(parents) != nodes:
+        raise ValueError(f"{nodes} nodes need as many parents, got {len(parents)}")
     depths: list[int] = []
     for node, parent in enumerate(parents):
         if not -1 <= parent < node:
