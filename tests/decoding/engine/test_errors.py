@@ -1,0 +1,235 @@
+"""An error of one request fails that request alone: its neighbours draw what they draw alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decoding.engine.test_batch import every_scorer
+from helpers import faults
+from helpers.batches import make_request, run, start
+from helpers.faults import BOOM
+from rgtg.errors import NonFiniteError
+
+PROMPTS = [[0, 5, 9, 12, 33], [0, 44], [0, 7, 7, 30, 31], [0, 11, 25]]
+LENGTH = 8
+# Where it fails: the requests' scorers, and the fault of the policy or of one of them.
+PLACES = {
+    "policy": ((), lambda patch, policy, scorers: faults.of_tokens(patch, policy.model)),
+    "separate scorer": (
+        ("separate",), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["separate"].model),
+    ),
+    "second separate scorer": (
+        ("other", "separate"), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["separate"].model),
+    ),
+    "token reward": (
+        ("vocabulary scorer",),
+        lambda patch, policy, scorers: faults.of_tokens(patch, scorers["vocabulary scorer"].model),
+    ),
+    "the policy's tree": (("state",), lambda patch, policy, scorers: faults.of_tokens(patch, policy.model)),
+    "state head": (("state",), lambda patch, policy, scorers: faults.of_states(patch, scorers["state"].head)),
+    "vocabulary head": (("vocab",), lambda patch, policy, scorers: faults.of_candidates(patch, scorers["vocab"].head)),
+    "fused adapter": (("adapter",), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["adapter"].model)),
+    "second pass": (
+        ("state", "adapter"), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["adapter"].model),
+    ),
+    "text": (("text",), lambda patch, policy, scorers: faults.of_texts(patch, scorers["text"])),
+    "committed text": (("text",), lambda patch, policy, scorers: faults.of_committed_texts(patch, scorers["text"])),
+    "text scorer's model": (("text",), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["text"].model)),
+    "encoder": (("encoder",), lambda patch, policy, scorers: faults.of_whole_texts(patch, scorers["encoder"])),
+    "overlapped scorer": (
+        ("separate",), lambda patch, policy, scorers: faults.of_tokens(patch, scorers["separate"].model),
+    ),
+    "overlapped policy": (("separate",), lambda patch, policy, scorers: faults.of_tokens(patch, policy.model)),
+}  # fmt: skip
+
+
+def requests_of(policy, names):
+    """Four requests; the last one has other sampling parameters."""
+    requests = [
+        make_request(policy, prompt, names, [1.5] * len(names), seed=i, top_k=4, max_new_tokens=LENGTH)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    requests[3].params = replace(requests[3].params, temperature=0.7, top_k=3)
+    for request in requests:
+        request.stopping.eos_ids = set()  # all of them draw as many tokens
+    return requests
+
+
+class Setup:
+    """A policy and scorers with a fault, and what each request draws alone, with what the faulty function reads."""
+
+    def __init__(self, place, patch):
+        self.policy, every = every_scorer()
+        self.names, make = PLACES[place]
+        self.scorers = {name: every[name] for name in self.names}
+        self.fault = make(patch, self.policy, self.scorers)
+        self.options = {"overlap": place.startswith("overlapped")}
+        self.alone, self.seen = [], []
+        for request in requests_of(self.policy, self.names):
+            (done,) = self.complete([request])
+            assert done.error is None
+            self.alone.append(done.token_ids)
+            self.seen.append(self.last)
+
+    def complete(self, requests, mode=None, bad=None, **options):
+        """Complete requests in one batch, whose function fails in some way once the prompts have been read."""
+        batch = start(self.policy, self.scorers, requests, **self.options | options)
+        self.fault.start(mode, bad)
+        run(batch)
+        self.last = self.fault.seen
+        self.fault.start(None)
+        return requests
+
+    def victim(self):
+        """A request, and a value that only it reads, as late as possible."""
+        prompts = {token for prompt in PROMPTS for token in prompt}
+        found = []
+        for i, seen in enumerate(self.seen):
+            others = set().union(*(other for j, other in enumerate(self.seen) if j != i))
+            found += [(first, i, value) for value, first in seen.items() if value not in others | prompts]
+        _, i, value = max(found, key=lambda one: one[:2])
+        return i, value
+
+
+@pytest.mark.parametrize("keep_order", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_exception_of_one_request_fails_it_alone(place, keep_order, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    victim, bad = setup.victim()
+    requests = setup.complete(requests_of(setup.policy, setup.names), "row", bad, keep_order=keep_order)
+    for i, request in enumerate(requests):
+        if i == victim:
+            assert request.error is BOOM
+            assert request.finish_reason is None
+            assert 0 < len(request.token_ids) < LENGTH
+            assert request.token_ids == setup.alone[i][: len(request.token_ids)]
+        else:
+            assert request.error is None
+            assert request.token_ids == setup.alone[i]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_exception_that_is_raised_once_fails_nobody(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    requests = setup.complete(requests_of(setup.policy, setup.names), "once")
+    assert [request.error for request in requests] == [None] * 4
+    assert [request.token_ids for request in requests] == setup.alone
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_exception_that_is_raised_for_all_fails_all(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    requests = setup.complete(requests_of(setup.policy, setup.names), "always")
+    assert [request.error for request in requests] == [BOOM] * 4
+    assert all(request.token_ids == tokens[: len(request.token_ids)] for request, tokens in
+               zip(requests, setup.alone, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_same_holds_for_a_request_that_is_alone(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    (once,) = setup.complete(requests_of(setup.policy, setup.names)[:1], "once")
+    assert (once.error, once.token_ids) == (None, setup.alone[0])
+    (always,) = setup.complete(requests_of(setup.policy, setup.names)[:1], "always")
+    assert always.error is BOOM
+
+
+def raising(steps):
+    """A logits processor that raises in these calls."""
+    calls = []
+
+    def processor(ids, logits):
+        calls.append(ids)
+        if len(calls) in steps:
+            raise BOOM
+        return logits
+
+    return processor
+
+
+@pytest.mark.parametrize("names", [("separate",), ("state",)])
+def test_a_processor_that_raises_fails_its_request_alone(names, monkeypatch):
+    setup = Setup("separate scorer" if names == ("separate",) else "state head", monkeypatch)
+    requests = requests_of(setup.policy, names)
+    requests[1].processors = raising(range(3, 99))
+    requests[2].processors = raising([5])  # once: it is called again, and nobody is harmed
+    setup.complete(requests)
+    assert [request.error for request in requests] == [None, BOOM, None, None]
+    assert [request.token_ids for i, request in enumerate(requests) if i != 1] == [
+        tokens for i, tokens in enumerate(setup.alone) if i != 1
+    ]
+
+
+class Raising:
+    """Stopping criteria that raise at the third token."""
+
+    def __init__(self, stopping):
+        self.stopping, self.limit = stopping, stopping.limit
+
+    def update(self, request):
+        if len(request.token_ids) == 3:
+            raise BOOM
+        self.stopping.update(request)
+
+
+@pytest.mark.parametrize("place", ["separate scorer", "state head", "text"])
+def test_stopping_criteria_that_raise_fail_their_request_alone(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    requests = requests_of(setup.policy, setup.names)
+    requests[2].stopping = Raising(requests[2].stopping)
+    setup.complete(requests)
+    assert [request.error for request in requests] == [None, None, BOOM, None]
+    assert [request.token_ids for request in requests] == [
+        tokens[:3] if i == 2 else tokens for i, tokens in enumerate(setup.alone)
+    ]
+    assert requests[2].finish_reason is None
+
+
+def test_an_error_in_a_completed_request_comes_too_late(monkeypatch):
+    """The text scorer would have to read the last token, which nobody needs."""
+    setup = Setup("committed text", monkeypatch)
+    requests = requests_of(setup.policy, setup.names)
+    requests[1].stopping.limit = 3
+    setup.complete(requests, "row", setup.policy.tokenizer.decode(PROMPTS[1]) + "?")
+    seen = requests[1]
+    assert (seen.error, seen.finish_reason, seen.token_ids) == (None, "length", setup.alone[1][:3])
+
+
+# NaN
+
+
+SOUND = ["policy", "separate scorer", "second separate scorer", "token reward", "state head", "vocabulary head",
+         "text scorer's model", "overlapped scorer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", SOUND)
+def test_nan_of_one_request_fails_it_alone(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    victim, bad = setup.victim()
+    requests = setup.complete(requests_of(setup.policy, setup.names), "nan", bad)
+    for i, request in enumerate(requests):
+        if i == victim:
+            assert isinstance(request.error, NonFiniteError)
+            whose = "policy gives no finite" if place == "policy" else f"scorer {setup.names[-1]} returned NaN"
+            assert whose in str(request.error)
+            assert request.token_ids[:-1] == setup.alone[i][: len(request.token_ids) - 1]
+        else:
+            assert request.error is None
+            assert request.token_ids == setup.alone[i]
+
+
+@pytest.mark.parametrize("place", [place for place in SOUND if place != "policy"])
+def test_nan_of_one_request_can_be_left_to_the_policy(place, monkeypatch):
+    setup = Setup(place, monkeypatch)
+    victim, bad = setup.victim()
+    requests = setup.complete(requests_of(setup.policy, setup.names), "nan", bad, on_nan="unguided")
+    (alone,) = setup.complete(
+        requests_of(setup.policy, setup.names)[victim : victim + 1], "nan", bad, on_nan="unguided"
+    )
+    for i, request in enumerate(requests):
+        assert request.error is None
+        assert (request.scores_not_finite > 0) == (i == victim)
+        assert request.token_ids == (alone.token_ids if i == victim else setup.alone[i])
+        assert torch.tensor(request.guided_log_prob).isfinite()
+    assert requests[victim].scorer_calls == LENGTH - requests[victim].scores_not_finite
