@@ -17,18 +17,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from rgtg.decoding.engine.tokenwise import TokenRule
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rgtg.config import DecodingSettings
-from rgtg.decoding.engine.speculative import speculate
-from rgtg.decoding.request import Request, Stopping
-from rgtg.decoding.runners.factory import make_speculation, make_stepper
+from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.engine.speculative import SpeculativeBatch
+from rgtg.decoding.request import Request, StoppingCriteria
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.policy_runner import InOnePassOnPrefix
-from rgtg.evaluation.benchmark import bytes_per_token, memory_bandwidth, seconds_per_token
+from rgtg.decoding.runners.policy_runner import LoraPolicyRunner
+from rgtg.decoding.runners.scorer_runner import VocabHeadRunner
+from rgtg.decoding.sampling import SamplingParams
+from rgtg.evaluation.benchmark import bytes_per_token, memory_bandwidth, seconds_per_token, start_batch
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.ops.lm_head import policy_logits
@@ -94,7 +95,7 @@ class Models:
         self.vocab_head = OwnStateScorer(self.policy, self.table, info.model_copy(update={"head": "vocab"}))
 
     def ways(self):
-        """Name → scorer of each way that ``make_stepper`` knows."""
+        """Name → scorer of each kind that rgtg chooses the runners for."""
         return {
             UNGUIDED: None,
             SEPARATE: self.separate,
@@ -105,18 +106,36 @@ class Models:
         }
 
     def step(self, name, *, prompt, k, tokens, batch=1):
-        """Seconds per step of one way."""
-        longest = prompt + tokens + 2
+        """Seconds per step of one variant."""
+        prompts = [random_prompt(self.args, prompt, i) for i in range(batch)]
         if name == "fused trunk, vocabulary head":
-            runner = TreeRunner(self.fused.model, policy_logits, longest + 1, layer=self.args.layers)
-            stepper = InOnePassOnPrefix(runner, self.table)
+            runner = TreeRunner(self.fused.model, policy_logits, prompt + tokens + 3, layer=self.args.layers)
+            head = {"scorer": VocabHeadRunner(self.fused.model, self.table)}
+            running = batch_of(LoraPolicyRunner(runner), {}, prompts, k=k, tokens=tokens, heads=head)
         else:
             overlap = name.endswith("at once")
             scorer = self.separate if overlap else self.ways()[name]
-            stepper = make_stepper(self.policy, scorer, longest, top_k=k, overlap=overlap)
-        return seconds_per_token(
-            stepper, [random_prompt(self.args, prompt, i) for i in range(batch)], top_k=k, tokens=tokens
-        )
+            running = start_batch(self.policy, scorer, prompts, top_k=k, tokens=tokens, overlap=overlap)
+        return seconds_per_token(running, tokens)
+
+
+@torch.inference_mode()
+def batch_of(policy, scorers, prompts, *, k, tokens, heads=None):
+    """``start_batch`` for runners that rgtg does not choose by itself; all scorers steer all requests."""
+    names = (*scorers, *(heads or {}))
+    requests = [request(prompt, seed, k=k, tokens=tokens, names=names) for seed, prompt in enumerate(prompts)]
+    for scorer in scorers.values():
+        scorer.prefill(requests, prompts)
+    batch = Batch(heads=heads)
+    batch.add(requests, Prefilled(policy, policy.prefill(prompts), scorers))
+    return batch
+
+
+def request(prompt, seed, *, k, tokens, names=(), beta=1.0):
+    """A request that no token ends before ``tokens`` timed ones."""
+    stopping = StoppingCriteria(None, set(), DecodingSettings(max_new_tokens=tokens + 2))
+    params = SamplingParams(beta=beta, top_k=k)
+    return Request("", prompt, seed, params=params, stopping=stopping, scorers=names, betas=(beta,) * len(names))
 
 
 def random_prompt(args, length, seed=0):
@@ -280,9 +299,9 @@ def by_k(args, models, dtype):
 @torch.inference_mode()
 def cache_bytes(args, models, k):
     """Bytes of the separate scorer's cache after 16 steps over k candidates, and of one column of it."""
-    stepper = make_stepper(models.policy, models.separate, args.prompt + 20, top_k=k)
-    seconds_per_token(stepper, [random_prompt(args, args.prompt)], top_k=k, tokens=16)
-    cache = stepper.reader.runner.cache
+    batch = start_batch(models.policy, models.separate, [random_prompt(args, args.prompt)], top_k=k, tokens=18)
+    seconds_per_token(batch, 16)
+    cache = batch.separate["scorer"].runner.runner.cache
     return {"bytes": cache.nbytes, "columns": cache.capacity, "bytes_per_column": cache.nbytes // cache.capacity}
 
 
@@ -326,22 +345,20 @@ def by_draft(args, models, dtype):
     longest, prompt = args.prompt + 2 * args.tokens, random_prompt(args, args.prompt)
 
     def run(length, beta):
-        rule = TokenRule(beta=beta, top_k=args.top_k, top_p=1.0, temperature=1.0, greedy=False)
-        stopping = Stopping(None, set(), DecodingSettings(max_new_tokens=2 * args.tokens))
         kept = acceptance.setdefault(length, [])
-        request = Request("", prompt, len(kept), [])
-        made = make_speculation(small, scorer, "policy", longest, top_k=args.top_k)
-        steps = speculate([request], made.policy, made.scorer, made.drafter, made.costs, rule, stopping, length)
-        next(steps)
+        drafted = request(prompt, len(kept), k=args.top_k, tokens=2 * args.tokens - 2, names=("scorer",), beta=beta)
+        batch = SpeculativeBatch(small, scorer, "policy", longest, top_k=args.top_k, length=length)
+        batch.start([drafted])
+        batch.step()
         start = time.perf_counter()
-        while len(request.token_ids) <= args.tokens:
-            next(steps)
-        kept.append((request.accepted, request.drafted))
-        return (time.perf_counter() - start) / (len(request.token_ids) - 1)
+        while len(drafted.token_ids) <= args.tokens:
+            batch.step()
+        kept.append((drafted.accepted, drafted.drafted))
+        return (time.perf_counter() - start) / (len(drafted.token_ids) - 1)
 
     def plain(scorer, beta):
-        stepper = make_stepper(small, scorer, longest, top_k=args.top_k)
-        return seconds_per_token(stepper, [prompt], top_k=args.top_k, tokens=args.tokens, beta=beta)
+        batch = start_batch(small, scorer, [prompt], top_k=args.top_k, tokens=args.tokens, beta=beta)
+        return seconds_per_token(batch, args.tokens)
 
     results = {}
     for label, beta in betas.items():

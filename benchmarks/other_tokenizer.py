@@ -27,10 +27,12 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from decode import batch_of
+from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.policy_runner import Alone, Apart
-from rgtg.decoding.runners.scorer_runner import CandidateReader
-from rgtg.decoding.runners.text_scorer_runner import BranchReader
+from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
+from rgtg.decoding.runners.scorer_runner import SeparateScorerRunner
+from rgtg.decoding.runners.text_scorer_runner import CachedTextScorerRunner
 from rgtg.evaluation.benchmark import seconds_per_token
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
@@ -89,38 +91,30 @@ class Bigrams:
         return rows.log().to(self.device)
 
 
-class Saying:
-    """A stepper whose policy reads what is chosen, and proposes what a bigram model would."""
+class BigramPolicy(TorchPolicyRunner):
+    """A policy that makes its pass over each token, and then says what a bigram model says."""
 
-    def __init__(self, stepper, bigrams):
-        self.stepper, self.bigrams = stepper, bigrams
-        self.score, self.newest = stepper.score, []
+    def __init__(self, runner, bigrams):
+        super().__init__(runner)
+        self.bigrams = bigrams
 
     def prefill(self, prompts):
-        self.stepper.prefill(prompts)
-        return self.bigrams([prompt[-1] for prompt in prompts])
+        super().prefill(prompts)
+        return PolicyState(self.bigrams([prompt[-1] for prompt in prompts]), None)
 
-    def keep(self, candidate_ids, choice):
-        self.newest = candidate_ids.gather(1, choice[:, None])[:, 0].tolist()
-        self.stepper.keep(candidate_ids, choice)
-
-    def skip(self, tokens):
-        self.newest = tokens[:, 0].tolist()
-        self.stepper.skip(tokens)
-
-    def advance(self):
-        self.stepper.advance()
-        return self.bigrams(self.newest)
+    def step(self, tokens):
+        super().step(tokens)
+        return PolicyState(self.bigrams(tokens[:, 0].tolist()), None)
 
 
-class Timed(BranchReader):
+class TimedScorer(CachedTextScorerRunner):
     """Counts the nodes that the scorer reads and the time that the text takes."""
 
     seconds = nodes = steps = 0
 
-    def _look_at(self, candidate_ids):
+    def _set_candidates(self, candidate_ids):
         start = time.perf_counter()
-        super()._look_at(candidate_ids)
+        super()._set_candidates(candidate_ids)
         self.seconds += time.perf_counter() - start
         self.steps += 1
 
@@ -151,31 +145,33 @@ class Bench:
             model = head(config).to(DTYPES[dtype]).eval().requires_grad_(False)
         return pack_linears(model) if args.pack else model
 
-    def stepper(self, way):
-        """One way to take a step, with caches of its own."""
+    def runners(self, way, kind):
+        """The policy's runner and the scorer's (None without one), with caches of their own."""
         room = self.args.prompt + self.args.tokens + 8
-        policy = TreeRunner(self.policy.model, policy_logits, room)
-        scorer = TreeRunner(self.scorer, scorer_scores, 2 * room)
+        runner = TreeRunner(self.policy.model, policy_logits, room)
+        policy = BigramPolicy(runner, self.bigrams) if kind == "likely" else TorchPolicyRunner(runner)
         if way == UNGUIDED:
-            return Alone(policy)
+            return policy, None
+        scorer = TreeRunner(self.scorer, scorer_scores, 2 * room)
         if way == SAME:
-            return Apart(policy, CandidateReader(scorer))
+            return policy, SeparateScorerRunner(scorer)
         text_scorer = CrossTokenizerScorer(PrefixScorer(self.scorer, self.tokenizers[way]))
-        return Apart(policy, Timed(text_scorer, self.policy, set(), runner=scorer))
+        return policy, TimedScorer(text_scorer, self.policy, set(), runner=scorer)
 
     def run(self, way, kind, batch):
         """Seconds per step."""
-        stepper = self.stepper(way)
-        saying = Saying(stepper, self.bigrams) if kind == "likely" else stepper
-        took = seconds_per_token(saying, self.prompts[:batch], top_k=self.args.top_k, tokens=self.args.tokens)
-        if isinstance(reader := getattr(stepper, "reader", None), Timed):
-            requests = [row.request for row in reader.rows]
-            candidates = sum(request.candidates for request in requests)
+        args = self.args
+        policy, scorer = self.runners(way, kind)
+        scorers = {} if scorer is None else {"scorer": scorer}
+        running = batch_of(policy, scorers, self.prompts[:batch], k=args.top_k, tokens=args.tokens)
+        took = seconds_per_token(running, args.tokens)
+        if isinstance(scorer, TimedScorer):
+            candidates = sum(request.candidates for request in running.requests)
             self.counts[way, kind, batch].append(
                 {
-                    "nodes_per_candidate": reader.nodes / candidates,
-                    "retokenised": sum(request.retokenised for request in requests) / candidates,
-                    "text_ms_per_step": 1e3 * reader.seconds / reader.steps,
+                    "nodes_per_candidate": scorer.nodes / candidates,
+                    "retokenised": sum(request.retokenised for request in running.requests) / candidates,
+                    "text_ms_per_step": 1e3 * scorer.seconds / scorer.steps,
                 }
             )
         return took

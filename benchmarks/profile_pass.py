@@ -64,11 +64,11 @@ def operators(runner, tree, repeats=10):
     """Milliseconds per pass of the dearest operators, of all operators, and of the pass as a whole."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):
-            runner.states(tree)
+            runner.read(tree)
     events = profiler.key_averages()
     own = sorted(((e.self_cpu_time_total / 1e3 / repeats, e.key) for e in events), reverse=True)
     return {
-        "wall": median_ms(lambda: runner.states(tree)),
+        "wall": median_ms(lambda: runner.read(tree)),
         "all operators": round(sum(t for t, _ in own), 2),
         "dearest": {name: round(t, 2) for t, name in own[:10]},
     }
