@@ -143,10 +143,9 @@ def verdict(overall: CandidateFigures, kl_nats: float) -> str:
         f"{gain.high:+.3g}); always taking the best candidate gains between {overall.best_gain_low.mean:+.3g} and "
         f"{overall.best_gain.mean:+.3g}"
     )
-    rounding = 1e-6 * abs(overall.best_gain.mean)  # a scorer that prefers nothing gains this much in fp32
-    if gain.high < -rounding:
+    if gain.high < 0:
         return f"Steers away from the reward: {figures}."
-    if gain.low <= rounding:
+    if gain.low <= 0:
         return f"No evidence that it steers: {figures}."
     if math.isnan(share.mean) or share.high - share.low > 1:
         return f"Steers, but the noise of the roll-outs hides how well (use more prefixes): {figures}."
