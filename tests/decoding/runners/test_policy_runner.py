@@ -12,7 +12,6 @@ from helpers.scorer_kinds import final_states, lora, merged, noisy, own
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.runners import policy_runner, scorer_runner
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.policy_runner import LoraPolicyRunner, TorchPolicyRunner
@@ -22,6 +21,7 @@ from rgtg.decoding.runners.scorer_runner import (
     TokenRewardRunner,
     VocabHeadRunner,
 )
+from rgtg.decoding.runners.token_tree import States
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.lm_head import policy_logits

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import Request, process
-from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner, States
+from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, join_states, select_state
+from rgtg.decoding.runners.token_tree import States
 from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
 from rgtg.errors import NonFiniteError
 

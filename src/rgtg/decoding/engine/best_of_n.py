@@ -8,11 +8,11 @@ import torch
 
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.request import Request, StoppingCriteria, derive_seed
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import Runner
 from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
 from rgtg.decoding.runners.segment_scorer import ChunkedRewards, rewards_of
 from rgtg.decoding.runners.shared_prefix_runner import fork
+from rgtg.decoding.runners.token_tree import States
 from rgtg.decoding.sampling import best_of_n_kl
 from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer

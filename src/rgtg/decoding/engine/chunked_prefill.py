@@ -9,9 +9,9 @@ import torch
 from rgtg.decoding.engine.batch import Prefilled
 from rgtg.decoding.engine.prefix_cache import CacheKey, PrefixCache
 from rgtg.decoding.request import Request
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.factory import TokenRunners
 from rgtg.decoding.runners.model_runner import Runner, TreeRunner, append_tokens
+from rgtg.decoding.runners.token_tree import States
 
 
 @dataclass

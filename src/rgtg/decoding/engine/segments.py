@@ -12,7 +12,7 @@ from rgtg.config import DecodingSettings
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.engine.best_of_n import adopt, draw_all
 from rgtg.decoding.request import Request, StoppingCriteria, derive_seed
-from rgtg.decoding.runners.base import PolicyState, States
+from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import Runner
 from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
 from rgtg.decoding.runners.segment_scorer import (
@@ -23,7 +23,7 @@ from rgtg.decoding.runners.segment_scorer import (
     rewards_of,
 )
 from rgtg.decoding.runners.shared_prefix_runner import SharedPrefixRunner, fork
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import States, TokenTree
 from rgtg.decoding.sampling import accept_segment, best_of_n_kl, entropy, segment_threshold
 from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer

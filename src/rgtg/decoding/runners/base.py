@@ -5,27 +5,12 @@ To add an engine, implement `PolicyRunner` over its cache. A method that needs a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from rgtg.decoding.request import Request
-
-
-class States(NamedTuple):
-    """Hidden states of one forward pass.
-
-    Attributes:
-        final: (B, H) or (B, N, H) the final states, which the output head reads.
-        hooked: the same positions of the layer that scorers read; None where they read none.
-    """
-
-    final: Tensor
-    hooked: Tensor | None
-
-    def at(self, index: Any) -> "States":
-        """The states at an index of the first dimensions: some rows, or one node of each row."""
-        return States(self.final[index], None if self.hooked is None else self.hooked[index])
+from rgtg.decoding.runners.token_tree import States
 
 
 class PolicyState(NamedTuple):

@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.decoding.runners.token_tree import TokenTree, tree_ancestry, tree_depths
+from rgtg.decoding.runners.token_tree import States, TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states

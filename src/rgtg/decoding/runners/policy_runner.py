@@ -7,9 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runners.base import PolicyState, States
+from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import append_tokens
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import States, TokenTree
 
 # Widest tree read in one pass; more candidates are read in several, so that memory stays bounded.
 MAX_WIDTH = 128

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.request import Request
-from rgtg.decoding.runners.base import PolicyState, States
+from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import Runner, append_tokens, outputs
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH, TorchPolicyRunner
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import States, TokenTree
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
 _NOTHING = torch.zeros(0, 0, dtype=torch.long)
@@ -161,6 +161,10 @@ class TokenRewardRunner(_CachedScorer):
         super().__init__(runner)
         self.head = VocabHeadRunner(runner.model, head)
         self.hidden: Tensor | None = None  # (B, H) at the newest token read
+
+    def fresh(self, longest: int, width: int) -> Self:
+        """A runner of the same scorer without rows, with room for ``longest`` tokens; no tree is ever read."""
+        return super().fresh(longest, 1)
 
     def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
         """Start with these requests' prompts as rows, and read them."""

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.request import Request, StoppingCriteria, prompt_source
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import Runner, TreeRunner, append_tokens, outputs
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import States, TokenTree
 from rgtg.errors import NonFiniteError
 from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import RecomputeRunner, Runner, TreeRunner
-from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.runners.token_tree import States, TokenTree
 
 
 class SharedPrefixRunner:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from rgtg.decoding.request import Request, prompt_source
-from rgtg.decoding.runners.base import States
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
-from rgtg.decoding.runners.token_tree import RaggedTree, TokenTrie
+from rgtg.decoding.runners.token_tree import RaggedTree, States, TokenTrie
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer, RenderedPrompt
 from rgtg.tokenization.retokenizer import CompletionText, Detokenizer, TokenizedText, TokenSuffix

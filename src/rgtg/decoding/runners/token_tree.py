@@ -1,9 +1,9 @@
-"""Token trees over a cached prefix: tokens, positions, and which tokens each node attends to."""
+"""Token trees over a cached prefix: tokens, positions, which tokens each node attends to, and the states read there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -56,6 +56,22 @@ class TokenTree:
         while (parent := self.parents[walked[-1]]) >= 0:
             walked.append(parent)
         return walked[::-1]
+
+
+class States(NamedTuple):
+    """Hidden states of one forward pass.
+
+    Attributes:
+        final: (B, H) or (B, N, H) the final states, which the output head reads.
+        hooked: the same positions of the layer that scorers read; None where they read none.
+    """
+
+    final: Tensor
+    hooked: Tensor | None
+
+    def at(self, index: Any) -> "States":
+        """The states at an index of the first dimensions: some rows, or one node of each row."""
+        return States(self.final[index], None if self.hooked is None else self.hooked[index])
 
 
 # A decoding loop reads trees of few shapes, thousands of times.
