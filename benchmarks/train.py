@@ -1,8 +1,8 @@
-"""How many preference pairs per second does one-pass prefix training handle, against one row per prefix?
+"""Pairs per second of prefix training in one forward pass per pair, compared with one row per prefix.
 
-The published way makes every prefix of every completion its own row. Both sides here take a whole optimiser step on the
-same pairs with the same loss; the twin's rows are sorted by length and packed, little padding, into batches of the size
-that is fastest for it, with gradients accumulated. Repeats alternate between the two sides; medians are compared.
+The published method makes a row of every prefix of every completion. Both methods take a whole optimizer step on the
+same pairs with the same loss. The rows of the second are sorted by length, so that they need little padding, in batches
+of the size that is fastest for it, with accumulated gradients. Repeats alternate between the two; medians are compared.
 
     python benchmarks/train.py [--layers 4] [--width 256] [--prompt 128] [--completion 64] [--pairs 1] [--repeats 3]
 
@@ -35,7 +35,7 @@ def make_model(layers: int, width: int) -> LlamaForSequenceClassification:
 
 
 def make_pairs(count: int, prompt: int, completion: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Pairs whose completions differ from their first token on."""
+    """Pairs whose completions differ from the first token."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, size: int) -> list[int]:
@@ -49,7 +49,7 @@ def make_pairs(count: int, prompt: int, completion: int) -> list[tuple[list[int]
 
 
 def one_pass(model, pairs) -> torch.Tensor:
-    """Loss of a step; the gradient is left in the model."""
+    """Loss of a step; its gradient is in the model."""
     rows = [p + chosen for p, chosen, _ in pairs] + [p + rejected for p, _, rejected in pairs]
     ids, mask = pad_right(rows, PAD, model.device)
     scores, _ = score_every_position(model, model, ids, mask)
@@ -81,7 +81,7 @@ def row_per_prefix(model, pairs, batch: int) -> torch.Tensor:
 
 
 def timed(model, optimizer, step) -> tuple[float, float]:
-    """Seconds of one whole optimiser step, and its loss."""
+    """Seconds of one optimizer step, and its loss."""
     optimizer.zero_grad(set_to_none=True)
     _synchronise(model)
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = make_model(args.layers, args.width).to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # time a step, but keep both sides on the same weights
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # a learning rate of 0 keeps the same weights for both
     pairs = make_pairs(args.pairs, args.prompt, args.completion)
 
     loss = one_pass(model, pairs)

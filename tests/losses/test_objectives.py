@@ -1,4 +1,4 @@
-"""Objectives beyond Bradley–Terry: numbers worked by hand, and masks that keep padding out."""
+"""Objectives other than Bradley–Terry: hand-worked numbers, and masks that exclude padding."""
 
 import math
 
@@ -43,14 +43,14 @@ DIFFERS = mask([0, 1, 1])  # margins there: 2 and (held) 3
         ("inverse", (1 / 2, 1 / 3)),
     ],
 )
-def test_positions_are_weighed(weighting, weights):
+def test_positions_are_weighted(weighting, weights):
     losses, counted = prefix_bradley_terry_pair_losses(CHOSEN, REJECTED, *BOTH, DIFFERS, weighting=weighting)
     expected = (weights[0] * softplus(-2) + weights[1] * softplus(-3)) / sum(weights)
     assert losses.tolist() == pytest.approx([expected])
     assert counted.tolist() == [True]
 
 
-def test_judgements_are_trusted_as_far_as_the_reference_agrees():
+def test_pair_weights_scale_the_loss_of_each_position():
     weights = agreement(torch.tensor([[9.0, 0.0, -1.0]]))
     losses, _ = prefix_bradley_terry_pair_losses(
         CHOSEN, REJECTED, *BOTH, DIFFERS, weighting="linear", pair_weights=weights
@@ -162,7 +162,7 @@ def test_tcrm_by_hand_and_without_a_gradient_into_what_follows():
         lambda s, m: tcrm_pair_losses(s, s.flip(0), m, m.flip(0), lookahead_weight=1.0, smoothness_weight=1.0),
     ],
 )
-def test_what_lies_behind_the_end_is_never_read(loss):
+def test_columns_after_the_end_are_not_used(loss):
     scores = torch.tensor([[1.0, 2.0, 7.0, 8.0], [0.0, 1.0, 3.0, 5.0]])
     inside = mask([1, 1, 0, 0], [1, 1, 1, 0])
     other = torch.where(inside, scores, -99.0)

@@ -1,4 +1,4 @@
-"""What each objective converges to, on a world small enough to enumerate and a scorer that is a table of prefixes.
+"""The optimum of each objective, for a few completions that are enumerated and a table of scores by prefix.
 
 Tokens are 0 (the end), 1 and 2; a completion ends with 0 or at three tokens. The policy and the rewards are random.
 """
@@ -51,13 +51,13 @@ POLICY = torch.tensor([probability(text) for text in TEXTS])
 
 
 def expected(values, weights, prefix):
-    """Mean of a value over the completions that a prefix opens, by their weights."""
+    """Weighted mean of a value over the completions that begin with a prefix."""
     opens = torch.tensor([text[: len(prefix)] == prefix for text in TEXTS])
     return float((values * weights)[opens].sum() / weights[opens].sum())
 
 
 def fit(table, loss, steps=500, rate=0.1):
-    """Adam with a falling step on the exact expectation of a loss."""
+    """Adam with a decaying learning rate on the exact expectation of a loss."""
     optimizer = torch.optim.Adam([table], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -72,7 +72,7 @@ def new_table(*shape):
     return torch.zeros(*(shape or (len(PREFIXES),)), requires_grad=True)
 
 
-def test_the_world_is_whole():
+def test_the_probabilities_of_all_completions_add_up_to_one():
     assert len(TEXTS) == 1 + 2 + 12
     assert POLICY.sum().item() == pytest.approx(1.0)
 
@@ -103,7 +103,7 @@ def test_bellman_targets_find_the_value_of_their_backup(backup):
 
     def loss(_):
         ahead = None if backup == "sampled" else backed_up(table, backup)
-        # with the exact sum any completions will do, not only the policy's own
+        # with the exact sum, the completions need not come from the policy
         weights = POLICY if backup == "sampled" else torch.full_like(POLICY, 1 / len(POLICY))
         return weights @ bellman_losses(table[ROWS], REWARD, MASK, ahead)
 
@@ -121,7 +121,7 @@ def test_cumulative_mse_finds_the_weighted_mean_label():
 
 
 def every_pair(reward):
-    """All ordered pairs of different completions, each weighing as often as it is drawn and judged so."""
+    """All ordered pairs of different completions, weighted by how often they are drawn and judged so."""
     pairs = [(a, b) for a, b in itertools.product(range(len(TEXTS)), repeat=2) if a != b]
     won, lost = (torch.tensor(side) for side in zip(*pairs, strict=True))
     return won, lost, POLICY[won] * POLICY[lost] * (reward[won] - reward[lost]).sigmoid()
@@ -132,8 +132,8 @@ def centred(values):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "linear", "inverse"])
-def test_position_weights_leave_the_optimum_of_a_table_alone(weighting):
-    # what people prefer is said by the first token, so that every prefix's preferences follow Bradley–Terry
+def test_position_weights_do_not_change_the_optimum_of_a_table(weighting):
+    # the first token decides the preference, so that the preferences of every prefix follow Bradley–Terry
     said = torch.tensor([[0.0, 1.5, -1.0][text[0]] for text in TEXTS])
     won, lost, weight = every_pair(said)
     table = new_table()
@@ -151,7 +151,7 @@ def test_position_weights_leave_the_optimum_of_a_table_alone(weighting):
         1,
         2,
         3,
-    ):  # of one length only differences are said anything about; an ended text is held at its last score
+    ):  # only differences within one length are determined; a completion keeps its last score after its end
         held = sorted({text[: min(i, len(text))] for text in TEXTS})
         values = torch.stack([found[ROW[p]] for p in held])
         target = torch.tensor([[0.0, 1.5, -1.0][p[0]] for p in held])
@@ -160,7 +160,7 @@ def test_position_weights_leave_the_optimum_of_a_table_alone(weighting):
 
 def test_full_bt_and_coherence_find_the_expected_reward():
     won, lost, weight = every_pair(REWARD)
-    times = torch.zeros(len(TEXTS)).index_add(0, won, weight).index_add(0, lost, weight)  # how often each is read
+    times = torch.zeros(len(TEXTS)).index_add(0, won, weight).index_add(0, lost, weight)  # how often each occurs
     shares = times / (MASK.sum(-1) - 1).clamp(min=1)
     for weights in (
         {"lookahead_weight": 1.0, "smoothness_weight": 0.0},
@@ -223,5 +223,5 @@ def test_autoregressive_log_probabilities_differ_by_the_reward():
     assert log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_mean_counts_only_what_differs():
+def test_the_mean_counts_only_pairs_that_differ():
     assert mean_of_counted(torch.tensor([2.0, 9.0]), torch.tensor([True, False])).item() == 2.0

@@ -1,4 +1,4 @@
-"""The objectives: hand-worked numbers, and one pass against every prefix run alone."""
+"""Bradley–Terry losses: hand-worked numbers, and one forward pass equals one pass per prefix."""
 
 import math
 
@@ -109,7 +109,7 @@ def one_pass(model, side):
 
 
 def row_per_prefix(model):
-    """The published way: every prefix of every completion alone through the stock model."""
+    """The published method: each prefix of each completion is a row of the stock model."""
     losses = []
     for prompt, chosen, rejected in zip(PROMPTS, CHOSEN, REJECTED, strict=True):
         terms = []
@@ -125,7 +125,7 @@ def row_per_prefix(model):
 def test_one_pass_equals_row_per_prefix(family):
     torch.set_num_threads(1)
     model = tiny_reward_model(family).requires_grad_(True)
-    with torch.no_grad():  # scores of order one: at saturated margins any two gradients agree
+    with torch.no_grad():  # scores of order one, because all gradients agree at saturated margins
         model.score.weight.mul_(0.1)
     slow = row_per_prefix(model)
     slow.backward()

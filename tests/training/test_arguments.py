@@ -1,4 +1,4 @@
-"""Values of train. settings that nothing can be trained with: refused in a line, before anything is loaded."""
+"""Values of train. settings: impossible ones raise a one-line error before anything is loaded."""
 
 import pytest
 
@@ -29,7 +29,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (values, _) in WRONG.items() for value in values])
-def test_wrong_values_are_refused_before_anything_is_read(tmp_path, name, value):
+def test_impossible_values_raise_an_error_before_anything_is_read(tmp_path, name, value):
     given = ["--pairs", tmp_path / "none.jsonl", "--base", tmp_path / "none", "--output", tmp_path / "out"]
     result = verb("train")(*given, "--set", f"train.{name}={value}")
     assert result.exit_code == 2, result.output
@@ -39,7 +39,7 @@ def test_wrong_values_are_refused_before_anything_is_read(tmp_path, name, value)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_can_be_trained_with_is_not_refused():
+def test_possible_values_are_accepted():
     for values in (DEFAULTS, HEAD_DEFAULTS):
         require_values(values)
     require_values(
@@ -48,12 +48,12 @@ def test_what_can_be_trained_with_is_not_refused():
             "num_train_epochs": 0.5, "weight_decay": 0, "adam_beta1": 0, "adam_epsilon": 0, "warmup_steps": 0.1,
         }
     )  # fmt: skip
-    require_values({"max_steps": 3, "num_train_epochs": 0})  # epochs have no say
+    require_values({"max_steps": 3, "num_train_epochs": 0})  # epochs are not used
     with pytest.raises(UsageError, match="num_train_epochs = 0"):
         require_values({"max_steps": -1, "num_train_epochs": 0})
 
 
-def test_whole_numbers_are_whole_for_trl(tmp_path):
+def test_whole_numbers_become_integers_for_trl(tmp_path):
     train = {"max_steps": "1e2", "per_device_train_batch_size": 4.0, "learning_rate": "1e-3", "use_cpu": True}
     config = reward_config(TrainSettings(pairs="p", base="b", output=tmp_path, train=train), None)
     assert [type(value) for value in (config.max_steps, config.per_device_train_batch_size)] == [int, int]
@@ -65,7 +65,7 @@ KINDS = pytest.mark.parametrize("about", [{}, {"trunk": "own", "head": "state", 
 
 
 @KINDS
-def test_less_than_a_batch_is_refused_where_it_is_dropped(world, about):  # noqa: F811
+def test_less_data_than_a_batch_raises_an_error_if_incomplete_batches_are_dropped(world, about):  # noqa: F811
     train = {"dataloader_drop_last": True, "per_device_train_batch_size": 33}
     with pytest.raises(UsageError, match="nothing to train on: 31 rows are less than a batch of 33"):
         train_scorer(settings(**about, train=train))

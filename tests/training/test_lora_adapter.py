@@ -30,7 +30,7 @@ def trained(policy_folder, tmp_path):
     return output, report
 
 
-def test_trained_on_pairs_it_steers_in_one_pass(trained, policy_folder):
+def test_a_trained_adapter_steers_in_one_pass(trained, policy_folder):
     folder, report = trained
     assert report.evaluation["accuracy_100"] > 0.75
     assert read_info(folder).trunk == "shared"
@@ -49,13 +49,13 @@ def test_trained_on_pairs_it_steers_in_one_pass(trained, policy_folder):
             assert mine.scores == pytest.approx(theirs.scores, abs=1e-4)
 
 
-def test_best_of_n_reads_it_as_a_reward_model(trained, policy_folder):
+def test_best_of_n_uses_the_adapter_as_a_reward_model(trained, policy_folder):
     guided = GuidedPolicy.from_pretrained(str(policy_folder), str(trained[0]), method="best-of-n", n=2)
     assert isinstance(guided.scorer, PrefixScorer)
     assert len(guided.generate_ids(PROMPTS, max_new_tokens=4)) == 2
 
 
-def test_settings_of_heads_do_not_fit_it(policy_folder, tmp_path):
+def test_settings_of_heads_raise_an_error_for_an_adapter(policy_folder, tmp_path):
     with pytest.raises(UsageError, match="--trunk shared --head vocab is not supported"):
         train_scorer(
             TrainSettings(pairs="p.jsonl", base=str(policy_folder), trunk="shared", head="vocab", output=tmp_path / "x")

@@ -1,4 +1,4 @@
-"""train_scorer end to end on tiny models: what is learnt, what is saved, what is refused."""
+"""train_scorer end to end on tiny models: what it learns and saves, and the errors it raises."""
 
 import itertools
 import json
@@ -140,7 +140,7 @@ def test_train_names_are_checked(policy_folder, pairs_file, tmp_path, train, mes
 
 
 @pytest.mark.parametrize("changes", [{}, {"trunk": "own", "head": "state", "layer": 1, "width": 8}])
-def test_reports_go_where_they_are_asked_to(policy_folder, pairs_file, tmp_path, monkeypatch, changes):
+def test_figures_are_sent_to_the_reporters_that_are_set(policy_folder, pairs_file, tmp_path, monkeypatch, changes):
     output, real, ticks = tmp_path / "out", time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: real() + next(ticks))  # files of the same second have the same name
     start, writers = TensorBoardCallback._init_summary_writer, []
@@ -164,7 +164,7 @@ def test_reports_go_where_they_are_asked_to(policy_folder, pairs_file, tmp_path,
 
 
 def read_events(path):
-    """Records of a TFRecord file: length, its checksum, what is told, its checksum."""
+    """Records of a TFRecord file: length, its checksum, the data, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     data = path.read_bytes()
@@ -174,7 +174,7 @@ def read_events(path):
         data = data[16 + size :]
 
 
-def test_where_no_report_can_go_is_told_first(policy_folder, pairs_file, tmp_path, monkeypatch):
+def test_an_unusable_reporter_raises_an_error_before_training(policy_folder, pairs_file, tmp_path, monkeypatch):
     from transformers.integrations import integration_utils
 
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
@@ -191,7 +191,7 @@ def test_scientific_notation_in_yaml_is_a_number(tmp_path):
     assert reward_config(values, 64).learning_rate == 5e-6
 
 
-def test_outputs_that_cannot_be_used_are_refused_first(policy_folder, scorer_folder, pairs_file, tmp_path):
+def test_unusable_outputs_raise_an_error_before_training(policy_folder, scorer_folder, pairs_file, tmp_path):
     taken = tmp_path / "file"
     taken.write_text("x")
     with pytest.raises(UsageError, match="is a file"):
@@ -202,7 +202,7 @@ def test_outputs_that_cannot_be_used_are_refused_first(policy_folder, scorer_fol
         train_scorer(settings(policy_folder, pairs_file, taken / "below"))
 
 
-def test_bad_input(policy_folder, pairs_file, tmp_path):
+def test_unusable_input_raises_an_error(policy_folder, pairs_file, tmp_path):
     with pytest.raises(UsageError, match="exceeds the context"):
         train_scorer(settings(policy_folder, pairs_file, tmp_path / "a", max_length=4096))
     with pytest.raises(DataError, match="10"):
@@ -229,7 +229,7 @@ def test_skipped_rows_are_written_beside_the_scorer(policy_folder, tmp_path):
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 1
 
 
-def test_shared_prompts_in_eval_pairs_are_told(policy_folder, pairs_file, tmp_path):
+def test_prompts_that_are_also_in_eval_pairs_cause_a_warning(policy_folder, pairs_file, tmp_path):
     run = settings(policy_folder, pairs_file, tmp_path / "out", eval_pairs=str(pairs_file), train={"max_steps": 1})
     with pytest.warns(UserWarning, match="evaluation is optimistic"):
         train_scorer(run)

@@ -1,4 +1,4 @@
-"""Heads from pairs to folder on a tiny policy: what is learnt, what is cached, what is saved, what is refused."""
+"""Heads end to end on a tiny policy: what they learn, cache and save, and the errors they raise."""
 
 import json
 import random
@@ -82,7 +82,7 @@ def test_learns_a_rule_and_keeps_the_best_held_out(policy_folder, pairs_file, tm
 
 
 @pytest.mark.parametrize("head", ["state", "vocab"])
-def test_what_is_read_back_is_what_was_evaluated(policy_folder, pairs_file, tmp_path, head):
+def test_a_loaded_head_scores_as_it_was_evaluated(policy_folder, pairs_file, tmp_path, head):
     rows = [row | {"prompt": "New. " + row["prompt"]} for row in synthetic_rows(12, seed=3)]
     held = write_rows(tmp_path / "held.jsonl", rows)
     report = train_scorer(
@@ -98,7 +98,7 @@ def test_what_is_read_back_is_what_was_evaluated(policy_folder, pairs_file, tmp_
 
 
 @pytest.mark.parametrize("kind", ["state", "vocab"])
-def test_cache_holds_the_states_that_transformers_gives(kind):
+def test_the_cache_holds_the_hidden_states_of_transformers(kind):
     model = tiny_policy()
     cache = cache_states(model, PAIRS, [1, 2], kind)
     back = 1 if kind == "vocab" else 0
@@ -113,7 +113,7 @@ def test_cache_holds_the_states_that_transformers_gives(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_on_disk_equals_cache_in_memory(dtype, monkeypatch):
+def test_a_cache_on_disk_equals_one_in_memory(dtype, monkeypatch):
     monkeypatch.setattr(state_cache, "TOKENS", 20)  # several batches
     model = tiny_policy().to(dtype)
     memory = cache_states(model, PAIRS, [1, 2], "state")
@@ -134,14 +134,14 @@ def test_training_from_disk_gives_the_same_head(policy_folder, pairs_file, tmp_p
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_no_room_for_the_states_is_told(monkeypatch):
+def test_too_little_disk_space_for_the_states_raises_an_error(monkeypatch):
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr(state_cache.shutil, "disk_usage", lambda _folder: usage)
     with pytest.raises(OutputError, match="TMPDIR"):
         cache_states(tiny_policy(), PAIRS, [2], "state", memory_limit=100)
 
 
-def test_the_policy_runs_once_whatever_the_epochs(policy_folder, pairs_file, tmp_path, monkeypatch):
+def test_the_policy_runs_once_for_any_number_of_epochs(policy_folder, pairs_file, tmp_path, monkeypatch):
     read = []
     real = state_cache.hidden_states_of
     monkeypatch.setattr(state_cache, "hidden_states_of", lambda *a: read.append(len(a[1])) or real(*a))
@@ -152,7 +152,7 @@ def test_the_policy_runs_once_whatever_the_epochs(policy_folder, pairs_file, tmp
 def test_moments_by_hand():
     mean, std = moments(torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 8.0]]))
     assert mean.tolist() == [2.0, 5.0, 4.0]
-    assert std.tolist() == pytest.approx([1.0, 1e-3 * (17 / 3) ** 0.5, 4.0])  # a constant dimension is not blown up
+    assert std.tolist() == pytest.approx([1.0, 1e-3 * (17 / 3) ** 0.5, 4.0])  # the constant one has a floor
 
 
 def test_the_table_starts_along_the_principal_directions():
@@ -190,14 +190,14 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
         scores.chosen, scores.rejected, scores.chosen_mask, scores.rejected_mask, scores.differs
     )
     assert trainer.compute_loss(head, batch).item() == pytest.approx(expected.item(), abs=1e-6)
-    # whatever the batches, the figures are means over pairs
+    # the figures are means over pairs for any batch size
     one = trainer.evaluate(StatePairs(cache, 2))
     trainer.args.per_device_eval_batch_size = 2
     assert trainer.evaluate(StatePairs(cache, 2)) == pytest.approx(one, abs=1e-6)
     assert one["eval_loss"] == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_same_seed_same_head(policy_folder, pairs_file, tmp_path):
+def test_the_same_seed_gives_the_same_head(policy_folder, pairs_file, tmp_path):
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         random.seed(name)
         torch.manual_seed(len(name))
@@ -217,7 +217,7 @@ def test_a_large_vocabulary_gets_a_lower_rank(tmp_path):
         table_rank(settings("p", "x", tmp_path, "vocab", rank=33), model)
 
 
-def test_without_held_out_pairs_nothing_is_chosen(policy_folder, pairs_file, tmp_path):
+def test_a_choice_among_heads_needs_held_out_pairs(policy_folder, pairs_file, tmp_path):
     with pytest.raises(UsageError, match="chosen by held-out pairs"):
         train_scorer(settings(policy_folder, pairs_file, tmp_path / "a", eval_fraction=0))
     report = train_scorer(settings(policy_folder, pairs_file, tmp_path / "b", eval_fraction=0, layer=1, width=8))
@@ -244,14 +244,14 @@ def test_without_held_out_pairs_nothing_is_chosen(policy_folder, pairs_file, tmp
         ({"train": {"eval_strategy": "epoch"}, "eval_fraction": 0, "layer": 1, "width": 8}, "needs held-out pairs"),
     ],
 )
-def test_what_cannot_be_carried_out_is_refused(policy_folder, pairs_file, tmp_path, changes, message):
+def test_unsupported_settings_raise_an_error(policy_folder, pairs_file, tmp_path, changes, message):
     values = settings(policy_folder, pairs_file, tmp_path / "out", **({"head": "state"} | changes))
     with pytest.raises(UsageError, match=message):
         train_scorer(values)
     assert not (tmp_path / "out" / "rgtg.json").exists()
 
 
-def test_several_processes_are_refused(policy_folder, pairs_file, tmp_path, monkeypatch):
+def test_several_processes_raise_an_error(policy_folder, pairs_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="without torchrun"):
         train_scorer(settings(policy_folder, pairs_file, tmp_path / "out"))
@@ -264,7 +264,7 @@ def test_non_finite_loss_stops_and_names_the_step(policy_folder, pairs_file, tmp
     assert not (tmp_path / "out" / "rgtg.json").exists()
 
 
-def test_a_failed_save_leaves_nothing_that_looks_complete(policy_folder, pairs_file, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_scorer(policy_folder, pairs_file, tmp_path, monkeypatch):
     from rgtg.training.checkpoint import save
 
     def full(*_):
@@ -283,7 +283,7 @@ def test_a_policy_in_16_bits_keeps_its_dtype(pairs_file, tmp_path):
     tiny_tokenizer().save_pretrained(folder)
     report = train_scorer(settings(folder, pairs_file, tmp_path / "head", "vocab", layer=2, width=16))
     assert report.evaluation["prefix_accuracy"] > 0.7
-    wide = load_policy(str(folder), dtype="float32", device="cpu")  # the same values, held in more bits
+    wide = load_policy(str(folder), dtype="float32", device="cpu")  # the same values in a wider dtype
     assert load_scorer(str(tmp_path / "head"), policy=wide).model is wide.model
 
 

@@ -1,4 +1,4 @@
-"""Two processes against one: DDP, FSDP2, and shards by hand, through gloo on CPUs."""
+"""Two processes give what one gives: DDP, FSDP2 and manual sharding, with gloo on CPUs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.training.train import train_scorer
 
 TESTS = Path(__file__).parents[1]
-# On a machine without GPUs, --multi_gpu is what starts processes that meet through gloo.
+# On a machine without GPUs, --multi_gpu starts processes that communicate through gloo.
 LAUNCH = [
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
     "no", "--dynamo_backend", "no",
@@ -48,7 +48,7 @@ def launch(*parts):
 
 
 def require_close(one, other):
-    """Weights and loss curve; adding up in another order moves the last digits."""
+    """Compare weights and loss curves; another order of summation changes the last digits."""
     first, second = (load_file(next(Path(name).glob("*model.safetensors"))) for name in (one, other))
     assert first.keys() == second.keys()
     for name in first:
@@ -61,7 +61,7 @@ def require_close(one, other):
 
 
 def test_two_processes_give_what_one_gives_at_the_same_global_batch(world):
-    """In one test, since starting two processes takes longer than all they do."""
+    """One test for all, because starting two processes takes longer than what they do."""
     launch("replicated", "sharded", "sharded_by_hand")
     for objective in ("prefix-bt", "farma"):
         train_scorer(settings(f"one-{objective}", 8, objective=objective))

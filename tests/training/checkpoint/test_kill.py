@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a training run: started again, it gives what an undisturbed run gives, file by file."""
+"""kill -9 at random moments of a training run: after a restart, every file equals that of an uninterrupted run."""
 
 import random
 import shutil
@@ -36,7 +36,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def settings(kind, epochs=None):
-    """More epochs make a run that is rather killed while it trains than while it starts."""
+    """More epochs, so that a run is more likely killed during training than during start-up."""
     values = {"base": "policy", "pairs": "pairs.jsonl", "output": "out", "eval_fraction": 0.2, "resume": True}
     settings = TrainSettings(**(values | KINDS[kind]))
     return settings.model_copy(update={"train": settings.train | ({"num_train_epochs": epochs} if epochs else {})})
@@ -50,7 +50,7 @@ def undisturbed(runs, folder, run):
 
 
 def kill_and_rerun(runs, folder, run, whole, seconds, kills, seed):
-    """Runs that are killed, some of them twice, each started again until it ends."""
+    """Runs that are killed, some of them twice, and restarted until they end."""
     draw, done, resumed = random.Random(seed), 0, 0
     while done < kills:
         shutil.rmtree("out")
@@ -68,7 +68,7 @@ def kill_and_rerun(runs, folder, run, whole, seconds, kills, seed):
 
 def stop_and_rerun(runs, folder, run, whole, after):
     code = 0
-    while code != 75:  # a run that was quicker this time is cut shorter
+    while code != 75:  # a run that was faster this time is stopped earlier
         shutil.rmtree("out", ignore_errors=True)
         code, _ = runs.run(run, after=after, number=signal.SIGTERM)
         assert code in (0, 75)
@@ -77,8 +77,8 @@ def stop_and_rerun(runs, folder, run, whole, after):
     require_same(written(folder / "out"), whole)
 
 
-def test_killed_stopped_and_started_again(runs, tmp_path):
-    """In one test, since it takes an interpreter that has imported everything."""
+def test_a_killed_or_stopped_run_resumes_to_the_same_result(runs, tmp_path):
+    """One test for all, because it needs an interpreter that has imported everything."""
     scorer, heads = settings("scorer"), settings("heads")
     whole, seconds = undisturbed(runs, tmp_path, scorer)
     kill_and_rerun(runs, tmp_path, scorer, whole, seconds, 2, seed=1)
@@ -90,9 +90,9 @@ def test_killed_stopped_and_started_again(runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "epochs"), [("scorer", 6), ("heads", 40)])
-def test_killed_twenty_times(runs, tmp_path, kind, epochs):
+def test_a_run_killed_twenty_times_gives_the_same_result(runs, tmp_path, kind, epochs):
     run = settings(kind, epochs)
     whole, seconds = undisturbed(runs, tmp_path, run)
     done, resumed = kill_and_rerun(runs, tmp_path, run, whole, seconds, 20, seed=2)
     assert done >= 20
-    assert resumed >= 5  # enough of them had something to go on from
+    assert resumed >= 5  # enough of them had a checkpoint to resume from

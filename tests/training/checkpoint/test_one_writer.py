@@ -18,7 +18,7 @@ KINDS = {
 
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_run_is_refused_while_the_first_trains(world, monkeypatch, kind, resume):  # noqa: F811
+def test_a_second_run_on_the_same_output_raises_an_error(world, monkeypatch, kind, resume):  # noqa: F811
     run, refused = settings(**KINDS[kind], resume=resume, train={"max_steps": 4, "logging_steps": 1}), []
 
     def start_another():
@@ -32,7 +32,7 @@ def test_a_second_run_is_refused_while_the_first_trains(world, monkeypatch, kind
     assert not (world / "out" / LOCK_FILE).exists()
 
 
-def test_the_command_says_so_in_a_line(world):  # noqa: F811
+def test_the_command_reports_a_locked_output_in_one_line(world):  # noqa: F811
     given = ["--pairs", "pairs.jsonl", "--base", "policy", "--output", "out", "--resume"]
     with lock_folder(world / "out"):
         result = verb("train")(*given)
@@ -43,7 +43,7 @@ def test_the_command_says_so_in_a_line(world):  # noqa: F811
     ]
 
 
-def test_of_several_processes_the_first_holds_the_folder_for_all(world, monkeypatch):  # noqa: F811
+def test_the_main_process_locks_the_output_for_all(world, monkeypatch):  # noqa: F811
     with _locked_output(settings()):
         monkeypatch.setenv("RANK", "1")
         with _locked_output(settings()):

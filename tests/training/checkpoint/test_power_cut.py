@@ -1,4 +1,4 @@
-"""What is on the disk, rather than in memory only, before something relies on it; and what is in a checkpoint's way."""
+"""The order of syncs, renames and deletions, so that a power failure loses nothing; and files in place of folders."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ HEAD = {"trunk": "own", "head": "state", "layer": 1, "width": 8}
 
 @pytest.fixture
 def events(monkeypatch):
-    """What is brought to the disk, renamed and rotated, in order."""
+    """The syncs, renames and deletions, in order."""
     seen = []
     fsync, replace, rotate = os.fsync, Path.replace, resumable.rotate_checkpoints
 
@@ -43,7 +43,7 @@ def events(monkeypatch):
 
 
 @on_linux
-def test_a_checkpoint_is_on_the_disk_before_it_is_sealed_and_sealed_before_others_go(world, events):  # noqa: F811
+def test_a_checkpoint_is_synced_before_it_is_sealed_and_sealed_before_older_ones_are_deleted(world, events):  # noqa: F811
     reward_trainer("run", save_total_limit=1).train()
     run = world / "run"
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_sealed_and_sealed_before_other
 
 @on_linux
 @pytest.mark.parametrize("about", [{}, HEAD])
-def test_a_scorer_is_on_the_disk_before_its_rgtg_json_says_so(world, events, about):  # noqa: F811
+def test_a_scorer_is_synced_before_its_rgtg_json_is_written(world, events, about):  # noqa: F811
     out = world / "out"
     train_scorer(settings(**about, resume=False, train={"max_steps": 1}))
     files = {path.name for path in out.iterdir() if path.is_file()} - {INFO_FILE, "train-log.jsonl"}
@@ -75,7 +75,7 @@ def test_a_scorer_is_on_the_disk_before_its_rgtg_json_says_so(world, events, abo
 
 
 @on_linux
-def test_what_a_power_cut_left_to_finish_is_moved_in_that_order(tmp_path, events):
+def test_a_save_that_a_power_failure_interrupted_is_finished_in_the_same_order(tmp_path, events):
     stage = tmp_path / ".unfinished-x"
     stage.mkdir()
     for name in (INFO_FILE, "model.safetensors"):
@@ -89,7 +89,7 @@ def test_what_a_power_cut_left_to_finish_is_moved_in_that_order(tmp_path, events
     "where", ["checkpoints", "checkpoints/checkpoint-5", "checkpoints/layer-1-width-8/checkpoint-3"]
 )
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_file_where_checkpoints_go_is_told_before_training(world, where, resume):  # noqa: F811
+def test_a_file_in_place_of_a_checkpoint_folder_raises_an_error_before_training(world, where, resume):  # noqa: F811
     path = world / "out" / where
     path.parent.mkdir(parents=True)
     path.write_text("mine")
@@ -100,7 +100,7 @@ def test_a_file_where_checkpoints_go_is_told_before_training(world, where, resum
     assert path.read_text() == "mine"
 
 
-def test_a_file_that_comes_into_the_way_while_training_is_told(world):  # noqa: F811
+def test_a_file_that_takes_the_place_of_a_checkpoint_during_training_raises_an_error(world):  # noqa: F811
     trainer = reward_trainer("run")
     (world / "run").mkdir(exist_ok=True)
     (world / "run" / "checkpoint-2").write_text("mine")
@@ -109,7 +109,7 @@ def test_a_file_that_comes_into_the_way_while_training_is_told(world):  # noqa: 
     assert (world / "run" / "checkpoint-2").read_text() == "mine"
 
 
-def test_a_file_where_a_heads_checkpoints_go_is_told_too(world):  # noqa: F811
+def test_a_file_in_place_of_the_checkpoints_of_a_head_raises_an_error(world):  # noqa: F811
     (world / "out" / "checkpoints").mkdir(parents=True)
     (world / "out" / "checkpoints" / "layer-1-width-8").write_text("mine")
     with pytest.raises(UsageError, match="layer-1-width-8 is a file"):

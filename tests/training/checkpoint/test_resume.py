@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged, and started again, gives what it would have given, to the bit."""
+"""A run that is stopped, killed or damaged, and then resumed, gives the result of an uninterrupted run, to the bit."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TIMES = ("runtime", "_per_second")
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A policy, pairs and rollouts, in a folder that runs are started from."""
+    """A policy, pairs and rollouts in the working folder."""
     torch.set_num_threads(1)
     tiny_policy().save_pretrained(tmp_path / "policy")
     tiny_tokenizer().save_pretrained(tmp_path / "policy")
@@ -49,7 +49,7 @@ def settings(output="out", **changes):
 
 
 def die_at(monkeypatch, step, how):
-    """Something happens at a step, once its figures are logged."""
+    """Call ``how`` at a step, after its figures are logged."""
     real, done = TrainLog.on_log, []
 
     def on_log(self, args, state, *rest, **named):
@@ -66,7 +66,7 @@ def ask_to_stop():
 
 
 def written(output):
-    """What a run has written, but for its checkpoints and for how long it took."""
+    """What a run has written, except for its checkpoints and timings."""
     files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     files.pop("train-report.json")
     lines = [json.loads(line) for line in files.pop("train-log.jsonl").splitlines()]
@@ -96,30 +96,30 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_goes_on_to_the_same_result(world, monkeypatch, name):
+def test_a_stopped_run_resumes_to_the_same_result(world, monkeypatch, name):
     train_scorer(settings(**RUNS[name]))
     whole = written(world / "out")
     shutil.move("out", "whole")
     with monkeypatch.context() as patch:
-        die_at(patch, 8, ask_to_stop)  # in the next epoch, where no checkpoint is due and figures wait to be logged
+        die_at(patch, 8, ask_to_stop)  # in the next epoch, when no checkpoint is due and figures are pending
         with pytest.raises(StoppedError, match=r"stopped after step 9 of \d+; a checkpoint is in") as stopped:
             train_scorer(settings(**RUNS[name]))
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     evaluated = [line for line in (world / "out" / "train-log.jsonl").read_text().splitlines() if "eval_loss" in line]
-    assert not evaluated or json.loads(evaluated[-1])["step"] == 8  # no time is spent on an evaluation
+    assert not evaluated or json.loads(evaluated[-1])["step"] == 8  # a stop evaluates nothing
     report = train_scorer(settings(**RUNS[name]))
     assert "checkpoint-9" in report.resumed_from
     require_same(written(world / "out"), whole)
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL."""
+    """Not an Exception, so that nothing catches it, like SIGKILL."""
 
 
 @pytest.mark.parametrize("step", [4, 10])
-def test_killed_right_after_a_checkpoint(world, monkeypatch, step):
-    """At the end of an epoch, whose evaluation is still to come in transformers; and after the last step."""
+def test_a_run_killed_right_after_a_checkpoint_resumes_to_the_same_result(world, monkeypatch, step):
+    """At the end of an epoch, before whose evaluation transformers would save; and after the last step."""
     run = settings(train={"save_steps": 4, "max_steps": 10, "eval_strategy": "epoch"}, prefix_bt={"prefixes": 1})
     train_scorer(run)
     whole = written(world / "out")
@@ -137,7 +137,7 @@ def test_killed_right_after_a_checkpoint(world, monkeypatch, step):
     require_same(written(world / "out"), whole)
 
 
-def test_killed_while_the_scorer_is_moved_into_its_place(world, monkeypatch):
+def test_a_run_killed_while_it_saves_the_scorer_is_finished_by_resume(world, monkeypatch):
     from rgtg.training.checkpoint import save
 
     run = settings(train={"max_steps": 2})
@@ -173,7 +173,7 @@ def test_a_finished_run_has_nothing_to_do(world):
         train_scorer(run.model_copy(update={"seed": 1}))
     with pytest.raises(UsageError, match="already holds a model"):
         train_scorer(run.model_copy(update={"resume": False}))
-    with pytest.raises(UsageError, match="already holds a model"):  # not of ours: nothing of it may be overwritten
+    with pytest.raises(UsageError, match="already holds a model"):  # not a scorer of rgtg train
         train_scorer(run.model_copy(update={"output": world / "policy"}))
 
 
@@ -210,7 +210,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
-def test_the_newest_valid_checkpoint_is_taken(world, unfinished, name, damage, reason):
+def test_a_damaged_checkpoint_is_skipped_for_the_newest_valid_one(world, unfinished, name, damage, reason):
     run, whole = unfinished
     damage(world / "out" / "checkpoints" / "checkpoint-4" / name)
     with pytest.warns(UserWarning, match=rf"checkpoint-4 is skipped: {reason}"):
@@ -218,7 +218,7 @@ def test_the_newest_valid_checkpoint_is_taken(world, unfinished, name, damage, r
     require_same(written(world / "out"), whole)
 
 
-def test_where_none_is_valid_it_starts_anew(world, unfinished):
+def test_without_a_valid_checkpoint_the_run_starts_anew(world, unfinished):
     run, whole = unfinished
     for step in (2, 4):
         (world / "out" / "checkpoints" / f"checkpoint-{step}" / MARKER).unlink()
@@ -227,7 +227,7 @@ def test_where_none_is_valid_it_starts_anew(world, unfinished):
     require_same(written(world / "out"), whole)
 
 
-def test_changed_data_or_settings_are_refused_unless_forced(world, unfinished):
+def test_changed_data_or_settings_raise_an_error_unless_forced(world, unfinished):
     run, _ = unfinished
     write_rows(world / "other.jsonl", synthetic_rows(40, seed=9))
     changed = {
@@ -240,11 +240,11 @@ def test_changed_data_or_settings_are_refused_unless_forced(world, unfinished):
     for message, change in changed.items():
         with pytest.raises(UsageError, match=rf"cannot resume from checkpoint-4: .*{message}.*--force"):
             train_scorer(TrainSettings.model_validate(run.model_dump() | change))
-    aside = run.train | {"logging_steps": 1, "save_total_limit": 1}  # what the result does not depend on
+    aside = run.train | {"logging_steps": 1, "save_total_limit": 1}  # the result does not depend on these
     assert train_scorer(run.model_copy(update={"train": aside})).resumed_from.endswith("checkpoint-4")
 
 
-def test_force_goes_on_regardless_and_says_so(world, unfinished):
+def test_force_resumes_in_any_case_and_warns(world, unfinished):
     run, _ = unfinished
     more = run.model_copy(update={"force": True, "train": run.train | {"max_steps": 6}})
     with pytest.warns(UserWarning, match=r"in any case \(--force\): train.max_steps \(was 4, is 6\) changed"):
@@ -253,7 +253,7 @@ def test_force_goes_on_regardless_and_says_so(world, unfinished):
 
 
 @pytest.mark.parametrize(("name", "missing"), [("optimizer.pt", "optimizer state"), ("rng_state.pth", "random state")])
-def test_a_checkpoint_without_a_state_is_refused_unless_forced(world, unfinished, name, missing):
+def test_a_checkpoint_that_lacks_a_state_raises_an_error_unless_forced(world, unfinished, name, missing):
     run, _ = unfinished
     folder = world / "out" / "checkpoints" / "checkpoint-4"
     (folder / name).unlink()
@@ -283,7 +283,7 @@ def test_a_run_without_checkpoints_saves_one_when_it_is_stopped(world, monkeypat
     assert train_scorer(run.model_copy(update={"resume": True})).resumed_from.endswith("checkpoint-5")
 
 
-def test_heads_trained_before_a_stop_are_not_lost(world, monkeypatch):
+def test_heads_trained_before_a_stop_are_kept(world, monkeypatch):
     about = {"trunk": "own", "head": "state", "width": 8, "train": HEADS}  # two layers are tried
     seen = []
 
@@ -302,7 +302,7 @@ def test_heads_trained_before_a_stop_are_not_lost(world, monkeypatch):
         patch.setattr(TrainLog, "on_log", on_log)
         with pytest.raises(StoppedError, match="layer-1-width-8"):
             train_scorer(settings(resume=False, **about))
-    assert seen == [0]  # without --resume nothing is written before it must be
+    assert seen == [0]  # without --resume, heads are saved only when the run stops
     trained = world / "out" / "checkpoints" / "layer-2-width-8" / "finished"
     assert verify(trained).step == 12
     when = (trained / "head.safetensors").stat().st_mtime_ns
@@ -315,7 +315,7 @@ def test_heads_trained_before_a_stop_are_not_lost(world, monkeypatch):
     require_same(written(world / "out"), written(world / "resumed"))
 
 
-def test_a_damaged_trained_head_is_trained_again_and_another_run_s_refused(world):
+def test_a_damaged_trained_head_is_trained_again_and_one_of_another_run_raises_an_error(world):
     about = {"trunk": "own", "head": "state", "width": 8, "layer": 1, "train": HEADS | {"max_steps": 3}}
     train_scorer(settings(**about))
     whole = written(world / "out")
@@ -329,7 +329,7 @@ def test_a_damaged_trained_head_is_trained_again_and_another_run_s_refused(world
     require_same(written(world / "out"), whole)
 
 
-def test_a_full_disk_costs_no_earlier_checkpoint(world, monkeypatch):
+def test_a_full_disk_leaves_earlier_checkpoints_untouched(world, monkeypatch):
     run = settings(train={"max_steps": 6, "save_steps": 2, "save_total_limit": 1})
     train_scorer(run)
     whole = written(world / "out")
@@ -351,7 +351,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(world, monkeypatch):
     assert [path.name for path in (world / "out" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_outputs_that_cannot_be_written_are_told_before_training(world):
+def test_an_unwritable_output_raises_an_error_before_training(world):
     with pytest.raises(OutputError, match="cannot write to /proc/rgtg-out"):
         train_scorer(settings("/proc/rgtg-out"))
 
@@ -389,7 +389,7 @@ def test_an_infinite_gradient_stops_before_the_weights_are_lost(world, monkeypat
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
-def test_lost_weights_are_not_saved(world):
+def test_non_finite_weights_are_not_saved(world):
     trainer = reward_trainer("run")
     with torch.no_grad():
         trainer.model.score.weight[0, 0] = torch.nan
@@ -398,13 +398,17 @@ def test_lost_weights_are_not_saved(world):
     assert not list((world / "run").glob("checkpoint-*"))
 
 
-def test_a_second_ctrl_c_ends_what_was_deferred(monkeypatch):
+def test_a_second_ctrl_c_interrupts_a_deferred_block(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def impatient():
         with StopRequest("go on") as request, request.defer():
-            for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # the same one, passed on by a launcher
+            for number in (
+                signal.SIGINT,
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # the first again, passed on
                 os.kill(os.getpid(), number)
             assert request.asked
             now[0] += 2
@@ -415,7 +419,7 @@ def test_a_second_ctrl_c_ends_what_was_deferred(monkeypatch):
         impatient()
 
 
-def test_a_stage_that_was_not_filled_is_dropped(tmp_path):
+def test_an_incomplete_stage_is_removed(tmp_path):
     (tmp_path / ".unfinished-x").mkdir()
     (tmp_path / ".unfinished-x" / "config.json").write_text("{}")
     finish_saving(tmp_path)
@@ -423,7 +427,7 @@ def test_a_stage_that_was_not_filled_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
-def test_a_marker_with_a_name_that_no_file_can_have_is_passed_over(tmp_path, name):
+def test_a_checkpoint_whose_marker_names_an_impossible_file_is_skipped(tmp_path, name):
     (tmp_path / "weights").write_bytes(b"1")
     seal(tmp_path, step=1, processes=1, run={})
     marker = json.loads((tmp_path / MARKER).read_text())

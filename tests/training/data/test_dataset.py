@@ -17,11 +17,11 @@ def some_pairs(count, seed=0):
 
 @pytest.mark.parametrize("memory_limit", [0, 4000, 2**27])
 def test_pairs_are_read_back_unchanged(memory_limit, monkeypatch):
-    monkeypatch.setattr("rgtg.training.data.dataset._IDS_PER_WRITE", 50)  # ids that are written at once
+    monkeypatch.setattr("rgtg.training.data.dataset._IDS_PER_WRITE", 50)  # ids per write
     store, pairs = TokenStore(memory_limit=memory_limit), some_pairs(100)
     for i, pair in enumerate(pairs):
         store.append(pair)
-        if i % 7 == 0:  # reading in between does no harm
+        if i % 7 == 0:  # reads may come between writes
             assert store.pair(i) == pair
     assert len(store) == 100
     assert store.on_disk == (memory_limit < 2**27)

@@ -1,4 +1,4 @@
-"""Every objective end to end on tiny models: what is learnt, saved and read back, what is refused."""
+"""Every objective end to end on tiny models: what it learns, saves and loads, and the errors it raises."""
 
 import json
 
@@ -134,7 +134,7 @@ def trainer(cls, tmp_path, model, rows=None, **kwargs):
 
 
 def left_padded(batch):
-    """The same batch with its padding moved in front."""
+    """The same batch with its padding on the left."""
     ids, mask = batch["input_ids"].clone(), batch["attention_mask"]
     for row, inside in zip(ids, mask, strict=True):
         row.copy_(torch.cat([row[inside == 0], row[inside == 1]]))
@@ -167,7 +167,7 @@ def test_one_forward_reads_what_single_prefixes_give(cls, family, side, tmp_path
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rollouts_are_read_on_either_side(tmp_path, side):
+def test_rollouts_may_be_padded_on_either_side(tmp_path, side):
     rows = {"completion_ids": ROWS["chosen_ids"], "prompt_length": [2, 1], "reward": [1.0, -2.0]}
     ours = trainer(ValueTrainer, tmp_path, tiny_reward_model(), rows)
     batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
@@ -193,11 +193,11 @@ def test_farma_alternates_its_two_losses(tmp_path):
     assert both == pytest.approx(losses[0] + losses[1], rel=1e-5)
 
 
-def test_farma_never_takes_tokens_the_tokenizer_has_not(tmp_path):
+def test_farma_ignores_tokens_that_the_tokenizer_does_not_have(tmp_path):
     model = tiny_policy()
     with torch.no_grad():
         model.resize_token_embeddings(len(tiny_tokenizer()) + 3)
-        model.lm_head.weight[-3:] = 1e3 * model.lm_head.weight[-4]  # huge values that no text can have
+        model.lm_head.weight[-3:] = 1e3 * model.lm_head.weight[-4]  # huge values of tokens that no text contains
     ours = trainer(FarmaTrainer, tmp_path, model)
     scores, _ = ours.read(ours.model.eval(), ours.data_collator([ours.train_dataset[0]]))
     assert scores.best_next.abs().max() < 100
@@ -226,7 +226,7 @@ def test_a_head_reads_the_best_next_token_at_the_state_after_each_prefix(tmp_pat
 
 def test_the_output_layer_starts_scaled_and_untied(tmp_path):
     folder = tmp_path / "policy"
-    tiny_policy("gpt2").save_pretrained(folder)  # its input and output embeddings are one
+    tiny_policy("gpt2").save_pretrained(folder)  # its input and output embeddings are tied
     tiny_tokenizer().save_pretrained(folder)
     plain, _ = load_language_base(str(folder))
     scaled, tokenizer = load_language_base(str(folder), output_scale=0.5)
@@ -241,7 +241,7 @@ def test_the_output_layer_starts_scaled_and_untied(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt"])
-def test_an_adapter_with_its_own_output_layer_comes_back_whole(data, tmp_path, family, monkeypatch):
+def test_an_adapter_with_its_own_output_layer_is_loaded_as_it_was_trained(data, tmp_path, family, monkeypatch):
     from rgtg.training import train as run
 
     folder, seen, real = tmp_path / "policy", {}, run.save_scorer
@@ -284,7 +284,7 @@ def test_a_tokenizer_without_padding_keeps_its_vocabulary(data, tmp_path):
     assert scorer.model.get_input_embeddings().weight.shape[0] == 64
 
 
-def test_evaluation_reads_and_trusts_every_prefix(tmp_path):
+def test_evaluation_uses_every_prefix_with_weight_one(tmp_path):
     trust = [[0.1, 0.2, 0.3], [0.4, 0.5]]
     plain = trainer(PrefixRewardTrainer, tmp_path, tiny_reward_model())
     options = TrainSettings(base="b", output="o", prefix_bt={"prefixes": 1}).options
@@ -297,7 +297,7 @@ def test_evaluation_reads_and_trusts_every_prefix(tmp_path):
     assert ours.compute_loss(ours.model.train(), batch).item() < 0.9 * expected
 
 
-def test_trust_is_how_sure_the_reference_is_of_the_same():
+def test_pair_weights_are_the_agreement_of_the_reference_scorer():
     pairs = [TokenizedPair([0, 9], [7, 30, 2], [8, 2]), TokenizedPair([0], [40, 2], [41, 42, 43, 2])]
     reference = PrefixScorer(tiny_reward_model(), tiny_tokenizer())
     whole, prefixes = (pair_weights(reference, pairs, kind) for kind in ("pair", "prefix"))
@@ -310,8 +310,8 @@ def test_trust_is_how_sure_the_reference_is_of_the_same():
 
 
 @pytest.mark.parametrize("trunk", [{}, {"trunk": "own", "head": "state", "layer": 2, "width": 8, "train": HEADS}])
-def test_a_reference_scorer_decides_what_is_learnt(policy_folder, data, tmp_path, trunk):
-    """Half of the judgements are turned round; a reference that knows better keeps them from being learnt."""
+def test_a_reference_scorer_changes_what_is_learned(policy_folder, data, tmp_path, trunk):
+    """Half of the judgements are reversed; a reference scorer that disagrees keeps them from being learned."""
     rows = synthetic_rows(64)
     wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[::2]]
     mixed = {"pairs": str(write_rows(tmp_path / "mixed.jsonl", [*wrong, *rows[1::2]]))}
@@ -325,12 +325,12 @@ def test_a_reference_scorer_decides_what_is_learnt(policy_folder, data, tmp_path
     helped = train_scorer(settings(policy_folder, mixed, tmp_path / "helped", "prefix-bt", **given))
     assert alone.evaluation["accuracy_50"] < 0.7
     assert helped.evaluation["accuracy_50"] > 0.8
-    reference = PrefixScorer.from_pretrained(str(tmp_path / "reference"))  # what rgtg compare refuses as gold
+    reference = PrefixScorer.from_pretrained(str(tmp_path / "reference"))  # rgtg compare rejects it as gold
     assert read_info(tmp_path / "helped").reference_fingerprint == fingerprint_weights(reference.model)
     assert read_info(tmp_path / "alone").reference_fingerprint is None
 
 
-def test_a_reference_with_another_tokenizer_is_refused(policy_folder, scorer_folder, data, tmp_path):
+def test_a_reference_scorer_with_another_tokenizer_raises_an_error(policy_folder, scorer_folder, data, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "Z"
     tokenizer.save_pretrained(scorer_folder)
@@ -339,7 +339,7 @@ def test_a_reference_with_another_tokenizer_is_refused(policy_folder, scorer_fol
         train_scorer(run)
 
 
-def test_labels_out_of_range_are_told_by_line(policy_folder, data, tmp_path):
+def test_labels_out_of_range_are_reported_by_line(policy_folder, data, tmp_path):
     with pytest.raises(DataError, match=r"rollouts\.jsonl:1: .*not in \[0, 1\]"):
         train_scorer(settings(policy_folder, data, tmp_path / "s", "cumulative-mse", "rollouts"))
 
@@ -374,14 +374,14 @@ def test_held_out_rollouts_can_be_given(policy_folder, data, tmp_path):
         ("farma", "pairs", {"train": {"center_rewards_coefficient": 0.1}}, "has no meaning for farma"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path, objective, kind, changes, message):
+def test_incompatible_settings_raise_an_error_before_anything_is_read(tmp_path, objective, kind, changes, message):
     paths = {"pairs": "./nowhere.jsonl", "rollouts": "./nowhere.jsonl"}
     with pytest.raises(UsageError, match=message):
         train_scorer(settings("./nowhere", paths, tmp_path / "out", objective, kind, **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_model_is_no_start_for_a_language_model(scorer_folder, policy_folder, data, tmp_path):
+def test_a_reward_model_cannot_be_the_base_of_a_language_model(scorer_folder, policy_folder, data, tmp_path):
     with pytest.raises(UsageError, match="not a complete language model"):
         train_scorer(settings(scorer_folder, data, tmp_path / "a", "farma"))
     train_scorer(settings(policy_folder, data, tmp_path / "trained", "full-bt", train=FAST | {"max_steps": 1}))

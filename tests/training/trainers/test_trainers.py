@@ -1,4 +1,4 @@
-"""The trainers as trl users meet them, their batches and figures, and two processes against one."""
+"""The trainers as trl users call them, their batches and figures."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_full_trainer_reads_what_the_stock_model_pools(tmp_path):
     assert ours.compute_loss(ours.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_one_forward_whatever_the_number_of_prefixes(tmp_path):
+def test_one_forward_pass_scores_any_number_of_prefixes(tmp_path):
     ours = trainer(PrefixRewardTrainer, tmp_path)
     calls = []
     ours.model.model.register_forward_hook(lambda *_: calls.append(1))
@@ -64,7 +64,7 @@ def test_one_forward_whatever_the_number_of_prefixes(tmp_path):
     assert len(calls) == 1
 
 
-def test_evaluation_is_the_mean_over_pairs_whatever_the_batches(tmp_path):
+def test_evaluation_is_the_mean_over_pairs_for_any_batch_size(tmp_path):
     rows = {name: values + values[:1] for name, values in ROWS.items()}  # 3 pairs: the last batch is smaller
     few = trainer(PrefixRewardTrainer, tmp_path, rows, per_device_eval_batch_size=2).evaluate()
     one = trainer(PrefixRewardTrainer, tmp_path, rows, per_device_eval_batch_size=3).evaluate()
@@ -97,7 +97,7 @@ def test_gradient_accumulation_gives_the_gradient_of_one_batch(tmp_path):
         torch.testing.assert_close(states[0][name], states[1][name], atol=1e-6, rtol=1e-5)
 
 
-def test_texts_are_tokenised_here_and_a_folder_will_do_as_model(policy_folder, tmp_path):
+def test_datasets_of_texts_and_a_model_folder_are_accepted(policy_folder, tmp_path):
     data = Dataset.from_list(synthetic_rows(4))
     ours = PrefixRewardTrainer(str(policy_folder), config(tmp_path / "out"), train_dataset=data)
     assert set(ours.train_dataset.column_names) == {"chosen_ids", "rejected_ids", "prompt_length"}
@@ -105,7 +105,7 @@ def test_texts_are_tokenised_here_and_a_folder_will_do_as_model(policy_folder, t
     assert ours.processing_class.pad_token_id != ours.processing_class.eos_token_id
 
 
-def test_centring_pulls_rewards_together(tmp_path):
+def test_centring_adds_its_penalty_to_the_loss(tmp_path):
     plain = trainer(PrefixRewardTrainer, tmp_path)
     centred = trainer(PrefixRewardTrainer, tmp_path, center_rewards_coefficient=0.5)
     batch = plain.data_collator([plain.train_dataset[i] for i in range(2)])
@@ -123,17 +123,17 @@ def test_centring_pulls_rewards_together(tmp_path):
         ({"margin": [1.0, 1.0]}, UsageError, "margin"),
     ],
 )
-def test_unusable_rows_are_refused(tmp_path, change, error, message):
+def test_unusable_rows_raise_an_error(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         trainer(PrefixRewardTrainer, tmp_path, ROWS | change, max_length=16)
 
 
-def test_unknown_columns_are_refused(tmp_path):
+def test_unknown_columns_raise_an_error(tmp_path):
     with pytest.raises(UsageError, match="expected texts"):
         trainer(PrefixRewardTrainer, tmp_path, {"text": ["a"]})
 
 
-def test_a_model_that_looks_ahead_is_refused(tmp_path):
+def test_a_model_that_is_not_causal_raises_an_error(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
     bert = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes))
     with pytest.raises(UsageError, match="causal"):
