@@ -41,7 +41,7 @@ def load_models(
     loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}))
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
-        loaded = laid_out(loaded, pack=pack, grouped=joined)
+        loaded = lay_out_policy(loaded, pack=pack, grouped=joined)
     if apart and not all(isinstance(one, str) for one in sources):
         raise UsageError(f"{_PLACES} apply to a scorer loaded by name; move a loaded model yourself")
     where = of_scorers if apart else replace(of_scorers, device=of_policy.device)
@@ -54,7 +54,7 @@ def load_models(
     return loaded, scorers, draft
 
 
-def laid_out(policy: Policy, *, pack: bool = True, grouped: bool) -> Policy:
+def lay_out_policy(policy: Policy, *, pack: bool = True, grouped: bool) -> Policy:
     """The policy as decoding wants it, in place of the stock layout: weights are held once.
 
     Args:
@@ -91,10 +91,10 @@ def load_for_method(source: ScorerSource, policy: Policy, method: str, where: Pl
         where = replace(where, device=where.device or policy.model.device)
     placed = vars(where) if isinstance(source, str) else {}
     scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)
-    return packed_beside(scorer) if pack and isinstance(source, str) else scorer
+    return pack_separate(scorer) if pack and isinstance(source, str) else scorer
 
 
-def packed_beside(scorer: AnyScorer) -> AnyScorer:
+def pack_separate(scorer: AnyScorer) -> AnyScorer:
     """A scorer with its weights laid out for a CPU, where it is a model of its own and not part of the policy."""
     if isinstance(scorer, PrefixScorer | VocabularyScorer):
         scorer.model = pack_linears(scorer.model)

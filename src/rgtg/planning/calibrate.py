@@ -88,10 +88,10 @@ def _products(device: torch.device, dtype: str, best: Best) -> tuple[float, floa
         return best(lambda: [weight(x) for weight, x in pairs])
 
     reading = run(1)
-    return size / reading, 2 * size / kind.itemsize * _ROWS / _apart(run(_ROWS), reading)
+    return size / reading, 2 * size / kind.itemsize * _ROWS / _subtract_overlapped(run(_ROWS), reading)
 
 
-def _apart(together: float, one: float) -> float:
+def _subtract_overlapped(together: float, one: float) -> float:
     """The second of two times that overlap by ``overlapped_seconds``; at least half of the whole."""
     return float(max(together**OVERLAP - one**OVERLAP, (0.5 * together) ** OVERLAP) ** (1 / OVERLAP))
 
@@ -115,7 +115,7 @@ def _attention(device: torch.device, dtype: str, best: Best) -> tuple[float, flo
     numbers = _BATCH * _HEADS * _COLUMNS * _HEAD_DIM
     size = 2 * _CACHES * numbers * kind.itemsize
     compute = 4 * 256 * numbers / run(256, caches[:1])
-    several = _apart(run(8, caches), 4 * 8 * _CACHES * numbers / compute)
+    several = _subtract_overlapped(run(8, caches), 4 * 8 * _CACHES * numbers / compute)
     return size / run(1, caches), size / several, compute
 
 

@@ -11,10 +11,10 @@ from helpers.tiny_models import VOCAB, tiny_policy, tiny_tokenizer
 from rgtg.decoding.engine.drafters import (
     MAX_DRAFT,
     Acceptance,
-    Costs,
     ModelDrafter,
     PolicyDrafter,
     PromptLookupDrafter,
+    Roofline,
     look_up,
 )
 from rgtg.decoding.guided_policy import GuidedPolicy
@@ -194,8 +194,8 @@ def test_look_up_takes_the_last_longest_match():
     assert look_up([4, 4], 3) == [4]
 
 
-def costs(policy=1.0, scorer=4.0, ridge=256.0):
-    return Costs(policy, scorer, ridge, 10)
+def roofline(policy=1.0, scorer=4.0, compute_bound_rows=256.0):
+    return Roofline(policy, scorer, compute_bound_rows, 10)
 
 
 def prices(drafter, c):
@@ -203,19 +203,19 @@ def prices(drafter, c):
 
 
 def test_lengths_follow_acceptance_and_costs():
-    dear = prices(PolicyDrafter(None, costs()), costs())
+    dear = prices(PolicyDrafter(None, roofline()), roofline())
     assert Acceptance(9.5, 10).best_length(dear) > Acceptance(5, 10).best_length(dear) >= 1
-    cheap_scorer = prices(PolicyDrafter(None, costs(scorer=0.05)), costs(scorer=0.05))
+    cheap_scorer = prices(PolicyDrafter(None, roofline(scorer=0.05)), roofline(scorer=0.05))
     assert Acceptance(3, 10).best_length(cheap_scorer) == 0
-    tight = prices(PolicyDrafter(None, costs(ridge=5.0)), costs(ridge=5.0))
+    tight = prices(PolicyDrafter(None, roofline(compute_bound_rows=5.0)), roofline(compute_bound_rows=5.0))
     assert Acceptance(5, 10).best_length(tight) == 0
-    assert Acceptance(9, 10).best_length(prices(PromptLookupDrafter(costs()), costs())) == MAX_DRAFT
-    assert Acceptance(9, 10).best_length(prices(ModelDrafter(None, 50.0, costs()), costs())) == 0
+    assert Acceptance(9, 10).best_length(prices(PromptLookupDrafter(roofline()), roofline())) == MAX_DRAFT
+    assert Acceptance(9, 10).best_length(prices(ModelDrafter(None, 50.0, roofline()), roofline())) == 0
 
 
 def test_a_row_that_stopped_drafting_tries_again():
     record = Acceptance()
-    price = prices(PolicyDrafter(None, costs()), costs())
+    price = prices(PolicyDrafter(None, roofline()), roofline())
     for _ in range(30):
         record.update(0, 1)
     assert record.best_length(price) == 0

@@ -21,7 +21,7 @@ from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import Request, process
 from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner
 from rgtg.decoding.runners.model_runner import TreeRunner
-from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, join_states, select_state
+from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, concat_states, select_state
 from rgtg.decoding.runners.token_tree import States
 from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
 from rgtg.errors import NonFiniteError
@@ -175,7 +175,7 @@ class Batch:
                 self.separate[name] = ScorerRows(mine.copy_rows([0]))
             self.separate[name].requests.append(request)
         # 3. what the policy says after the prompt
-        self.state = join_states(self.state, prefilled.state)
+        self.state = concat_states(self.state, prefilled.state)
         self.requests.append(request)
 
     def _undo_add(self, request: Request) -> None:

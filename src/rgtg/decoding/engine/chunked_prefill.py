@@ -88,9 +88,9 @@ class ChunkedPrefill:
             self.cached_tokens = saved if task is self.tasks[0] else self.cached_tokens
         task.read(chunk)
         if cache is not None and not task.left and isinstance(task.runner, TreeRunner):
-            self._keep(task, task.runner, cache)
+            self._store_prefix(task, task.runner, cache)
 
-    def _keep(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
+    def _store_prefix(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
         """Give the prefix cache a copy, since decoding goes on in the runner's own."""
         cache.add_rows(task.key, runner, task.texts[0], range(len(task.texts)))
 
@@ -128,7 +128,7 @@ class BatchPrefill(ChunkedPrefill):
         state = self.policy.predict(self.policy.split(self.tasks[0].states))
         return Prefilled(self.policy, state, self.scorers, self._shared)
 
-    def _keep(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
+    def _store_prefix(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
         """Give the prefix cache the runner's own keys and values: the batch copies them."""
         cache.add(task.key, task.texts[0], runner.cache)
         self._shared = True

@@ -62,7 +62,7 @@ class Drafter(Protocol):
         ...
 
     def cost(self, n: int) -> float:
-        """Of drafting n tokens and reading them with the policy, in the units of ``Costs``."""
+        """Of drafting n tokens and reading them with the policy, in the units of ``Roofline``."""
         ...
 
 
@@ -82,31 +82,31 @@ class DraftSampler:
 
 
 @dataclass(frozen=True)
-class Costs:
+class Roofline:
     """Cost of one forward pass. The draft length comes from this model, not from timings, so outputs are reproducible.
 
-    A pass over R rows costs ``weight bytes · max(1, 0.6 + R / ridge)``, as in the roofline model: it reads the weights,
-    or it is bound by arithmetic.
+    A pass over R rows costs ``weight bytes · max(1, 0.6 + R / compute_bound_rows)``: it is bound by reading the
+    weights, or by arithmetic.
 
     Attributes:
         policy: bytes of the policy's weights.
         scorer: bytes of the scorer's weights; 0 without one.
-        ridge: rows from which on a pass is bound by arithmetic.
+        compute_bound_rows: rows from which on a pass is bound by arithmetic.
         candidates: per step.
     """
 
     policy: float
     scorer: float
-    ridge: float
+    compute_bound_rows: float
     candidates: int
 
-    def one(self, size: float, rows: int) -> float:
+    def pass_cost(self, size: float, rows: int) -> float:
         """Of one pass over so many rows."""
-        return size * max(1.0, 0.6 + rows / self.ridge)
+        return size * max(1.0, 0.6 + rows / self.compute_bound_rows)
 
     def verify(self, n: int) -> float:
         """Of the scorer's pass over n drafted tokens and the candidates at each place."""
-        return self.one(self.scorer, n + (n + 1) * self.candidates) if self.scorer else 0.0
+        return self.pass_cost(self.scorer, n + (n + 1) * self.candidates) if self.scorer else 0.0
 
 
 @dataclass
@@ -139,8 +139,8 @@ class PolicyDrafter:
     The passes that draft are those the policy has to make anyway, so only the scorer's are saved.
     """
 
-    def __init__(self, policy: Runner, costs: Costs) -> None:
-        self.policy, self.costs = policy, costs
+    def __init__(self, policy: Runner, roofline: Roofline) -> None:
+        self.policy, self.roofline = policy, roofline
 
     def prefill(self, rows: Sequence[Request]) -> None:
         """Does nothing: the policy has read the prompts."""
@@ -157,14 +157,14 @@ class PolicyDrafter:
 
     def cost(self, n: int) -> float:
         """N + 1 passes of one row."""
-        return (n + 1) * self.costs.policy
+        return (n + 1) * self.roofline.policy
 
 
 class ModelDrafter:
     """Drafts with a small causal model that has the policy's tokenizer."""
 
-    def __init__(self, runner: Runner, size: float, costs: Costs) -> None:
-        self.runner, self.size, self.costs = runner, size, costs
+    def __init__(self, runner: Runner, size: float, roofline: Roofline) -> None:
+        self.runner, self.size, self.roofline = runner, size, roofline
         self._read: list[int] = []
 
     def prefill(self, rows: Sequence[Request]) -> None:
@@ -189,7 +189,7 @@ class ModelDrafter:
 
     def cost(self, n: int) -> float:
         """N + 1 passes of the small model, one of the policy over n + 1 rows."""
-        return (n + 1) * self.size + self.costs.one(self.costs.policy, n + 1)
+        return (n + 1) * self.size + self.roofline.pass_cost(self.roofline.policy, n + 1)
 
 
 class PromptLookupDrafter:
@@ -198,8 +198,8 @@ class PromptLookupDrafter:
     Source: Saxena 2023 (prompt lookup decoding). Costs nothing; good where completions quote their prompt.
     """
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, roofline: Roofline) -> None:
+        self.roofline = roofline
 
     def prefill(self, rows: Sequence[Request]) -> None:
         """Does nothing: there is no cache."""
@@ -221,7 +221,7 @@ class PromptLookupDrafter:
 
     def cost(self, n: int) -> float:
         """One pass of the policy over n + 1 rows."""
-        return self.costs.one(self.costs.policy, n + 1)
+        return self.roofline.pass_cost(self.roofline.policy, n + 1)
 
 
 def draft_with(

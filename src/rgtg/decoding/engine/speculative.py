@@ -15,13 +15,13 @@ from rgtg.decoding.engine.batch import Batch
 from rgtg.decoding.engine.drafters import (
     MAX_DRAFT,
     Acceptance,
-    Costs,
     Draft,
     Drafter,
     DraftSampler,
     ModelDrafter,
     PolicyDrafter,
     PromptLookupDrafter,
+    Roofline,
     no_draft,
 )
 from rgtg.decoding.request import Request, process, step_trace
@@ -82,20 +82,20 @@ class SpeculativeBatch(Batch):
         width = MAX_DRAFT + (MAX_DRAFT + 1) * k
         self.policy_runner = make_runner(policy.model, policy_logits, columns + MAX_DRAFT + 1, tree=tree)
         self.scorer_runner = make_runner(scorer.model, scorer_scores, columns + width, tree=tree) if scorer else None
-        costs = Costs(
+        roofline = Roofline(
             decode_bytes(policy.model), decode_bytes(scorer.model) if scorer else 0.0,
             32.0 if policy.model.device.type == "cpu" else 256.0, k,
         )  # fmt: skip
         self.drafter: Drafter
         if isinstance(draft, Policy):
             small = make_runner(draft.model, policy_logits, columns + MAX_DRAFT + 1, tree=tree)
-            self.drafter = ModelDrafter(small, decode_bytes(draft.model), costs)
+            self.drafter = ModelDrafter(small, decode_bytes(draft.model), roofline)
         elif draft == "policy":
-            self.drafter = PolicyDrafter(self.policy_runner, costs)
+            self.drafter = PolicyDrafter(self.policy_runner, roofline)
         else:
-            self.drafter = PromptLookupDrafter(costs)
+            self.drafter = PromptLookupDrafter(roofline)
         self.length = length
-        self.costs = [self.drafter.cost(n) + costs.verify(n) for n in range(MAX_DRAFT + 1)]
+        self.costs = [self.drafter.cost(n) + roofline.verify(n) for n in range(MAX_DRAFT + 1)]
         self.acceptance: dict[Request, Acceptance] = {}
         self._draft = no_draft(0, "cpu")
         self._logits = torch.zeros(0)  # (B, n + 1, V) at the newest token and at every drafted one

@@ -82,7 +82,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         self.pools: list[Tensor] = []
         self._used: list[int] = []
         self._where: tuple[int, Any] | None = None
-        self._written = 0  # columns that any pass has reached
+        self._filled = 0  # columns that any pass has reached
         super().__init__(layers=list(map(TreeLayer, [self] * layers)))
 
     @property
@@ -127,7 +127,7 @@ class TreeCache(Cache):  # type: ignore[misc]
                 rows = torch.arange(len(self.lengths), device=device)[:, None]
                 where = rows, torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
             self._where = (width, (where, end))
-            self._written = max(self._written, end)
+            self._filled = max(self._filled, end)
         found: tuple[Any, int] = self._where[1]
         return found
 
@@ -192,7 +192,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         if moved:
             to, source = torch.tensor(moved).T
             for pool in self.pools:
-                pool[:, to, :, : self._written] = pool[:, source, :, : self._written]
+                pool[:, to, :, : self._filled] = pool[:, source, :, : self._filled]
         self._set_lengths([self.lengths[i] for i in rows])
 
     def add(self, other: "TreeCache") -> None:
@@ -206,8 +206,8 @@ class TreeCache(Cache):  # type: ignore[misc]
         self._allocate_rows(rows + more)
         for pool, theirs in zip(self.pools, other.pools, strict=True):
             pool[:, rows : rows + more, :, : other.longest] = theirs[:, :more, :, : other.longest]
-            pool[:, rows : rows + more, :, other.longest : self._written] = 0  # see select_rows
-        self._written = max(self._written, other.longest)
+            pool[:, rows : rows + more, :, other.longest : self._filled] = 0  # see select_rows
+        self._filled = max(self._filled, other.longest)
         self._set_lengths([*self.lengths, *other.lengths])
 
     def copy_prefix(self, other: "TreeCache", columns: int) -> None:
@@ -217,7 +217,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         self._allocate_rows(len(other.lengths))
         for pool, theirs in zip(self.pools, other.pools, strict=True):
             pool[:, :, :, :columns] = theirs[:, : len(other.lengths), :, :columns]
-        self._written = columns
+        self._filled = columns
         self._set_lengths([columns] * len(other.lengths))
 
     def copy_rows(self, rows: Sequence[int]) -> "TreeCache":
@@ -225,7 +225,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         lengths = [self.lengths[i] for i in rows]
         columns = max(lengths, default=0)
         copied = TreeCache(len(self.layers), columns, spread=self.spread)
-        copied._used, copied._written = list(self._used), columns
+        copied._used, copied._filled = list(self._used), columns
         copied.pools = [pool[:, list(rows), :, :columns] for pool in self.pools]
         for mine, theirs in zip(copied.layers, self.layers, strict=True):
             mine.is_initialized = theirs.is_initialized
@@ -249,7 +249,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         for i, pool in enumerate(self.pools):
             if rows > pool.shape[1]:
                 larger = pool.new_zeros((pool.shape[0], max(rows, pool.shape[1] * 3 // 2), *pool.shape[2:]))
-                larger[:, : pool.shape[1], :, : self._written] = pool[:, :, :, : self._written]
+                larger[:, : pool.shape[1], :, : self._filled] = pool[:, :, :, : self._filled]
                 self.pools[i] = larger
 
     def _set_lengths(self, lengths: list[int]) -> None:

@@ -301,7 +301,7 @@ class SecondPassRunner:
         for one in (self, other):
             one._read_pending()
         self.policy.add(other.policy)
-        self.state = join_states(self.state, _required(other.state))
+        self.state = concat_states(self.state, _required(other.state))
 
 
 def select_state(state: PolicyState, rows: Sequence[int] | None) -> PolicyState:
@@ -312,7 +312,7 @@ def select_state(state: PolicyState, rows: Sequence[int] | None) -> PolicyState:
     return PolicyState(state.logits[index], None if state.hidden is None else state.hidden[index])
 
 
-def join_states(mine: PolicyState | None, theirs: PolicyState) -> PolicyState:
+def concat_states(mine: PolicyState | None, theirs: PolicyState) -> PolicyState:
     """States of more rows after those that are there (B, …); None is no rows."""
     if mine is None:
         return theirs

@@ -418,20 +418,20 @@ class Engine:
 
     def _step_batch(self, key: BatchKey, batch: Batch) -> None:
         if not batch.requests:
-            self._forget_batch(key)
+            self._close_batch(key)
             return
         try:
             left = batch.step(self._send_drawn)
         except Exception as error:  # a defect of the loop: what belongs to one request has failed that one alone
             requests = [request for request in batch.requests if request in self._handles]
-            self._forget_batch(key)
+            self._close_batch(key)
             self._fail(requests, error)
             return
         for request in left:
             if request in self._handles and request.error is not None:
                 self._fail([request], request.error)
 
-    def _forget_batch(self, key: BatchKey) -> None:
+    def _close_batch(self, key: BatchKey) -> None:
         for name, spent in self._batches.pop(key).seconds.items():
             self._seconds[name] += spent
 
@@ -464,14 +464,14 @@ class Engine:
         if METHODS[request.method].unit != "completion":
             for i in range(handle.sent.get(request, 0), len(request.token_ids)):
                 trace = request.trace[i] if request.keep_trace else None
-                _tell(handle, TokenEvent(row, request.token_ids[i], trace))
+                _notify(handle, TokenEvent(row, request.token_ids[i], trace))
             handle.sent[request] = len(request.token_ids)
         self._nan += request.scores_not_finite - handle.nan_counted.get(request, 0)
         handle.nan_counted[request] = request.scores_not_finite
         if request.finish_reason is not None:
             del self._handles[request]
             done = FinishedEvent(row, request.to_completion(), request.cached_tokens, request.scores_not_finite)
-            _tell(handle, done)
+            _notify(handle, done)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End admitted requests with an error."""
@@ -479,12 +479,12 @@ class Engine:
         why = _public_error(error)
         for request in requests:
             if (handle := self._handles.pop(request, None)) is not None:
-                _tell(handle, FailedEvent(handle.rows[request], why))
+                _notify(handle, FailedEvent(handle.rows[request], why))
 
     def _send_failed(self, handle: Handle, group: Sequence[Request], why: RgtgError) -> None:
         """End requests that are still in the queue."""
         for request in group:
-            _tell(handle, FailedEvent(handle.rows[request], why))
+            _notify(handle, FailedEvent(handle.rows[request], why))
 
     def _fail_everything(self, why: RgtgError) -> None:
         self._prefilling, self._unbatched, self._batches = [], [], {}
@@ -500,7 +500,7 @@ class Engine:
                 future.set_exception(why)
 
 
-def _tell(handle: Handle, event: Event) -> None:
+def _notify(handle: Handle, event: Event) -> None:
     """Call a listener; one that raises harms nobody else."""
     try:
         handle.listener(event)

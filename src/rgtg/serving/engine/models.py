@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.loading import laid_out, packed_beside
+from rgtg.decoding.loading import lay_out_policy, pack_separate
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
 from rgtg.errors import UsageError
@@ -92,14 +92,14 @@ class ServedModels:
 def _load(
     policy: str, scorers: Mapping[str, str], dtype: str | None, device: str | None, scorer_device: str | None
 ) -> tuple[Policy, dict[str, Any]]:
-    loaded = laid_out(
+    loaded = lay_out_policy(
         load_policy(policy, dtype=dtype, device=device),
         grouped=any(trunk_of(source) == "shared" for source in scorers.values()),
     )
     read: dict[str, Any] = {}
     for name, source in scorers.items():
         placed = {"dtype": dtype, "device": scorer_device or loaded.model.device}
-        read[name] = packed_beside(load_scorer(source, policy=loaded, join=True, kind=_kind_of(source), **placed))
+        read[name] = pack_separate(load_scorer(source, policy=loaded, join=True, kind=_kind_of(source), **placed))
     return loaded, read
 
 
