@@ -630,16 +630,16 @@ class Batch:
             text = [*request.prompt_ids, *request.token_ids]
             row, batch = self.requests.index(request), len(self.requests)
             if (runner := _tree_runner(self.policy)) is not None:
-                rows = list(range(row, batch * self._policy.copies, batch))
+                rows = list(range(row, runner.rows, batch))  # two of a doubled batch
                 cache.add_rows(("policy", self.fused[0] if self.fused else None), runner, text, rows)
             for name, entry in self.separate.items():
                 if request in entry.requests and (runner := _tree_runner(entry.runner)) is not None:
                     row, batch = entry.requests.index(request), len(entry.requests)
-                    rows = list(range(row, runner.rows, batch))  # two of a doubled batch
+                    rows = list(range(row, runner.rows, batch))
                     cache.add_rows(("scorer", name), runner, entry.runner.cached_text(row, text), rows)
 
     @property
-    def _policy(self) -> Any:
+    def _policy(self) -> PolicyRunner:
         assert self.policy is not None, "a batch with requests has a policy runner"
         return self.policy
 

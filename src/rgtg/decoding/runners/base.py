@@ -1,7 +1,8 @@
-"""What an engine must give to the decoding loop, `rgtg.decoding.engine.batch.Batch`. It need not run torch models.
+"""What the decoding loop, `rgtg.decoding.engine.batch.Batch`, needs of an engine. It need not run torch models.
 
-To add an engine, implement `PolicyRunner` over its cache. A method that needs a call which an engine does not have
-(``tree`` for scorers that read states at the candidates) is refused when policy and scorer are built.
+To add an engine, implement `PolicyRunner` over its cache. Every tensor may be on the CPU: logits and states are
+computed on wherever they are, in any floating dtype. A call that the engine cannot make raises
+``NotImplementedError`` with the reason; the requests that need it fail with that error, and the others go on.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,41 +26,12 @@ class PolicyState(NamedTuple):
     hidden: Tensor | None
 
 
-class ModelRunner(Protocol):
-    """A causal model over a cache of rows: each row's prefix is read once, then token trees after it."""
-
-    @property
-    def calls(self) -> int:
-        """Forward passes so far, those of the prompts included."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        ...
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
-        """Start with these prompts as rows; states (B, H) at the last token of each."""
-        ...
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in this order; a row named twice is copied."""
-        ...
-
-    def copy_rows(self, rows: Sequence[int]) -> Self:
-        """A runner of its own with copies of some rows."""
-        ...
-
-    def add(self, other: Self) -> None:
-        """Append copies of the rows of another runner of the same model."""
-        ...
-
-
 class PolicyRunner(Protocol):
     """The policy over a cache of rows: what the loop needs of an engine.
 
-    ``tree``, ``commit`` and ``predict`` are optional: scorers that read the policy's states at the candidates need
-    them.
+    Prompts may differ in length. ``tree``, ``commit`` and ``predict`` are called only for scorers that read the
+    policy's states at the candidates. ``copy_rows`` serves two ends: requests join a batch, and after an error each
+    row is tried alone, on a copy, to find whose error it is.
     """
 
     def fresh(self, longest: int, width: int) -> Self:
@@ -67,15 +39,15 @@ class PolicyRunner(Protocol):
         ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> PolicyState:
-        """Start with these prompts as rows; what the policy says after them."""
+        """Start with these prompts (B lists of token ids) as rows; what the policy says after them."""
         ...
 
     def step(self, tokens: Tensor) -> PolicyState:
-        """Append one token (B, 1) to each row: one forward pass. Changes nothing where it raises."""
+        """Append one token (B, 1) of dtype long to each row: one forward pass. Changes nothing where it raises."""
         ...
 
     def tree(self, candidate_ids: Tensor) -> States:
-        """States (B, K, H) at candidates (B, K) of the next token; nothing is appended."""
+        """States (B, K, H) at candidates (B, K) of the next token; no row grows."""
         ...
 
     def commit(self, candidate_ids: Tensor, choice: Tensor) -> None:
@@ -91,11 +63,11 @@ class PolicyRunner(Protocol):
         ...
 
     def copy_rows(self, rows: Sequence[int]) -> Self:
-        """A runner of its own with copies of some rows."""
+        """A runner of its own with copies of some rows: stepping it leaves these rows as they are."""
         ...
 
     def add(self, other: Self) -> None:
-        """Append copies of the rows of another runner of the same policy."""
+        """Append copies of the rows of another runner of the same policy. Adds all of them, or none and raises."""
         ...
 
 
