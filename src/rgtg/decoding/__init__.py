@@ -1,1 +1,1 @@
-"""Guided decoding: propose, score, rule, commit."""
+"""Guided decoding: propose, score, draw, commit."""

@@ -25,12 +25,11 @@ Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one HTTP request, in 
 _log = logging.getLogger("rgtg.serving")
 # How long the thread sleeps when there is nothing to do and nobody wakes it.
 _IDLE_SECONDS = 0.5
-_PARALLEL_METHODS = ("best-of-n", "cd-blockwise")
 
 
 def num_sequences(settings: DecodingSettings) -> int:
     """Completions, or segments of one, that are decoded at once for one request."""
-    return settings.n if settings.method in _PARALLEL_METHODS else 1
+    return settings.n if "n" in METHODS[settings.method].takes else 1
 
 
 @dataclass(eq=False)
