@@ -127,6 +127,7 @@ class Request:
         """Forget everything that was drawn, as if the request had just been made."""
         given = [getattr(self, f.name) for f in fields(Request)[:_GIVEN]]
         vars(self).update(vars(Request(*given)))
+        self._generator = None  # not in the above: a field without init is an attribute of the class at first
 
     def to_completion(self) -> Completion:
         """The public record, once it has ended."""
