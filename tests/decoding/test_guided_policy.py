@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from helpers import faults
+from helpers.faults import BOOM
 from helpers.naive import EOS, info, make_guided, next_log_probs, tiny_scorer
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.decoding.guided_policy import GuidedPolicy
@@ -294,3 +296,103 @@ def test_embeddings_behind_the_last_token_matter_where_the_whole_vocabulary_is_s
     assert all(guided.generate(TEXTS, max_new_tokens=4, seed=1))
     with pytest.raises(UsageError, match=r"embeddings for 64 tokens, and the policy's embedding has 70"):
         guided.generate(TEXTS, max_new_tokens=4, top_k=None)
+
+
+# One request of several fails
+
+PROMPTS = [[0, 5, 9, 12, 33], [0, 44, 40, 41], [0, 7, 28, 30, 31], [0, 11, 25, 50]]
+CARDS = {"reward_threshold": 0.5, "segment_length": 3, "min_segment": 1, "entropy_threshold": 3.0, "retries": 2}
+WAYS = {
+    "policy": ("policy", {}, {}),
+    "token-wise": ("pargs", {}, {}),
+    "token reward": ("genarm", {}, {}),
+    "overlapped": ("pargs", {"overlap": True}, {}),
+    "drafts of the policy": ("pargs", {"draft": "policy"}, {"draft_length": 2}),
+    "drafts of the text": ("pargs", {"draft": "prompt-lookup"}, {"draft_length": 2}),
+    "best of n": ("best-of-n", {"n": 2}, {}),
+    "blockwise": ("cd-blockwise", {"n": 2}, {"segment_length": 2}),
+    "cards": ("cards", {}, CARDS),
+}  # fmt: skip
+CASES = [(way, part) for way in WAYS for part in ("policy", "scorer") if (way, part) != ("policy", "scorer")]
+# The prompt's pass, and a later one; best-of-n calls its scorer only once.
+CALLS = [(*case, at) for case in CASES for at in (1, 4) if at == 1 or case != ("best of n", "scorer")]
+
+
+class Company:
+    """Four requests of one method, with a fault of the policy or the scorer, and what each gets alone."""
+
+    def __init__(self, way, part, monkeypatch):
+        method, made, self.settings = WAYS[way]
+        self.guided = make_guided(method, top_k=3, **made)
+        self.fault = faults.of_tokens(monkeypatch, getattr(self.guided, part).model)
+        self.alone, self.seen = [], []
+        for i in range(len(PROMPTS)):
+            request = self.requests()[i]
+            self.fault.start(None)
+            self.guided.complete([request])
+            assert request.error is None
+            self.alone.append(request.token_ids)
+            self.seen.append(self.fault.seen)
+
+    def requests(self):
+        texts = list(map(self.guided.policy.tokenizer.decode, PROMPTS))
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6} | self.settings
+        return self.guided.make_requests(PROMPTS, texts, texts, list(range(len(PROMPTS))), settings)
+
+    def complete(self, mode, bad=None, at=3):
+        """Complete them together."""
+        self.fault.start(mode, bad, at)
+        requests = self.requests()
+        self.guided.complete(requests)
+        assert self.fault.failed
+        return requests
+
+    def require_others(self, requests, victim):
+        """All but one have what they get alone."""
+        for i, request in enumerate(requests):
+            if i != victim:
+                assert request.error is None
+                assert request.token_ids == self.alone[i]
+                assert request.to_completion().finish_reason == "length"
+
+
+@pytest.mark.parametrize("moment", ["prompt", "completion"])
+@pytest.mark.parametrize(("way", "part"), CASES)
+def test_an_exception_of_one_request_fails_it_alone(way, part, moment, monkeypatch):
+    company = Company(way, part, monkeypatch)
+    said = {token for prompt in PROMPTS for token in prompt}
+    victim, bad = faults.victim(
+        company.seen, lambda i, token: token in PROMPTS[i] if moment == "prompt" else token not in said
+    )
+    requests = company.complete("row", bad)
+    assert requests[victim].error is BOOM
+    company.require_others(requests, victim)
+    with pytest.raises(RuntimeError) as raised:
+        company.guided.generate_ids(
+            PROMPTS, seed=list(range(4)), max_new_tokens=6, min_new_tokens=6, **company.settings
+        )
+    assert raised.value is BOOM
+
+
+@pytest.mark.parametrize(("way", "part", "at"), CALLS)
+def test_an_exception_that_is_raised_once_fails_nobody(way, part, at, monkeypatch):
+    company = Company(way, part, monkeypatch)
+    company.require_others(company.complete("once", at=at), None)
+
+
+@pytest.mark.parametrize(("way", "part", "at"), CALLS)
+def test_an_exception_that_is_raised_for_all_fails_all(way, part, at, monkeypatch):
+    requests = Company(way, part, monkeypatch).complete("always", at=at)
+    assert [request.error for request in requests] == [BOOM] * len(PROMPTS)
+
+
+@pytest.mark.parametrize(("way", "part"), CASES)
+def test_nan_of_one_request_fails_it_alone(way, part, monkeypatch):
+    company = Company(way, part, monkeypatch)
+    said = {token for prompt in PROMPTS for token in prompt}
+    # not in the last pass of an overlapped policy, over candidates of which none is read any further
+    last = [max(seen.values()) + (part == "scorer") for seen in company.seen]
+    victim, bad = faults.victim(company.seen, lambda i, token: token not in said and company.seen[i][token] < last[i])
+    requests = company.complete("nan", bad)
+    assert isinstance(requests[victim].error, NonFiniteError)
+    company.require_others(requests, victim)

@@ -56,3 +56,14 @@ def test_prompts_that_do_not_fit_a_context_are_refused():
         require_room([1] * 5, 4, 8, "policy")
     with pytest.raises(DataError, match="no tokens"):
         require_room([], 4, 8, "policy")
+
+
+def test_a_restarted_request_draws_the_same_numbers_again():
+    request = Request("a", [0, 5], 3, keep_trace=True)
+    first = [request.uniform() for _ in range(3)]
+    request.token_ids.append(4)
+    request.finish_reason, request.policy_calls, request.error = "stop", 2, ValueError()
+    request.restart()
+    assert [request.uniform() for _ in range(3)] == first
+    assert (request.prompt, request.prompt_ids, request.seed, request.keep_trace) == ("a", [0, 5], 3, True)
+    assert (request.token_ids, request.policy_calls, request.error, request.ended) == ([], 0, None, False)

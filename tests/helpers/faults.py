@@ -11,12 +11,16 @@ class Fault:
     """Wraps a function that reads rows, on an object, and makes it fail.
 
     ``mode`` is ``row`` (raises if any row holds ``bad``), ``nan`` (returns NaN for those rows), ``once`` (raises in
-    the third call), ``always`` (from the third call on) or None.
+    call ``at``), ``always`` (from call ``at`` on) or None.
+
+    Attributes:
+        seen: values that it has read, with the call in which each came first.
+        failed: whether it has.
     """
 
     def __init__(self, monkeypatch, owner, name, rows):
         """``rows``: of the function's arguments; the set of values in each row."""
-        self.mode, self.bad, self.calls, self.seen = None, None, 0, {}
+        self.start(None)
         self.rows, self.whole = rows, getattr(owner, name)
         monkeypatch.setattr(owner, name, self)
 
@@ -29,19 +33,31 @@ class Fault:
         hit = [self.bad in values for values in rows]
         if (
             (self.mode == "row" and any(hit))
-            or (self.mode == "once" and self.calls == 3)
-            or (self.mode == "always" and self.calls >= 3)
+            or (self.mode == "once" and self.calls == self.at)
+            or (self.mode == "always" and self.calls >= self.at)
         ):
+            self.failed = True
             raise BOOM
         result = self.whole(*args, **kwargs)
         if self.mode == "nan" and any(hit):
             states = getattr(result, "last_hidden_state", result)
             states[torch.tensor(hit)] = torch.nan
+            self.failed = True
         return result
 
-    def start(self, mode, bad=None):
+    def start(self, mode, bad=None, at=3):
         """Fail in this way from now on."""
-        self.mode, self.bad, self.calls, self.seen = mode, bad, 0, {}
+        self.mode, self.bad, self.at, self.calls, self.seen, self.failed = mode, bad, at, 0, {}, False
+
+
+def victim(seen, usable):
+    """A run, and a usable value that no other run has read, as late as possible: ``usable(run, value)``."""
+    found = []
+    for i, values in enumerate(seen):
+        others = set().union(*(other for j, other in enumerate(seen) if j != i))
+        found += [(first, i, value) for value, first in values.items() if value not in others and usable(i, value)]
+    _, i, value = max(found, key=lambda one: one[:2])
+    return i, value
 
 
 def of_tokens(monkeypatch, model):

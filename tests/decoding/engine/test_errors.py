@@ -9,7 +9,9 @@ from decoding.engine.test_batch import every_scorer
 from helpers import faults
 from helpers.batches import make_request, run, start
 from helpers.faults import BOOM
+from rgtg.decoding.request import prompt_source
 from rgtg.errors import NonFiniteError
+from rgtg.tokenization.encoding import decode_completion
 
 PROMPTS = [[0, 5, 9, 12, 33], [0, 44], [0, 7, 7, 30, 31], [0, 11, 25]]
 LENGTH = 8
@@ -77,19 +79,14 @@ class Setup:
         batch = start(self.policy, self.scorers, requests, **self.options | options)
         self.fault.start(mode, bad)
         run(batch)
-        self.last = self.fault.seen
+        self.last, self.failed = self.fault.seen, self.fault.failed
         self.fault.start(None)
         return requests
 
     def victim(self):
-        """A request, and a value that only it reads, as late as possible."""
+        """A request, and a value that only it reads after its prompt."""
         prompts = {token for prompt in PROMPTS for token in prompt}
-        found = []
-        for i, seen in enumerate(self.seen):
-            others = set().union(*(other for j, other in enumerate(self.seen) if j != i))
-            found += [(first, i, value) for value, first in seen.items() if value not in others | prompts]
-        _, i, value = max(found, key=lambda one: one[:2])
-        return i, value
+        return faults.victim(self.seen, lambda i, value: value not in prompts)
 
 
 @pytest.mark.parametrize("keep_order", [True, False])
@@ -186,14 +183,18 @@ def test_stopping_criteria_that_raise_fail_their_request_alone(place, monkeypatc
     assert requests[2].finish_reason is None
 
 
-def test_an_error_in_a_completed_request_comes_too_late(monkeypatch):
-    """The text scorer would have to read the last token, which nobody needs."""
+def test_an_error_in_a_request_that_is_complete_does_not_matter(monkeypatch):
+    """The text scorer fails to take over a last token, after which nothing is scored any more."""
     setup = Setup("committed text", monkeypatch)
-    requests = requests_of(setup.policy, setup.names)
+    requests, tokenizer = requests_of(setup.policy, setup.names), setup.policy.tokenizer
     requests[1].stopping.limit = 3
-    setup.complete(requests, "row", setup.policy.tokenizer.decode(PROMPTS[1]) + "?")
-    seen = requests[1]
-    assert (seen.error, seen.finish_reason, seen.token_ids) == (None, "length", setup.alone[1][:3])
+    said = decode_completion(tokenizer, PROMPTS[1], setup.alone[1][:3])
+    setup.complete(requests, "row", prompt_source(requests[1], tokenizer) + said)
+    assert setup.failed
+    assert [request.error for request in requests] == [None] * 4
+    assert requests[1].finish_reason == "length"
+    setup.alone[1] = setup.alone[1][:3]
+    assert [request.token_ids for request in requests] == setup.alone
 
 
 # NaN
