@@ -235,7 +235,8 @@ class SecondPassRunner:
 
     def fresh(self, longest: int, width: int) -> "SecondPassRunner":
         """A runner of the same scorer without rows, with room for ``longest`` tokens and a tree of ``width`` nodes."""
-        return SecondPassRunner(self.policy.fresh(longest, width), self.head)
+        reads = width if isinstance(self.head, StateHeadRunner) else 1  # a vocabulary head reads no candidates
+        return SecondPassRunner(self.policy.fresh(longest, reads), self.head)
 
     def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
         """The prompts, once for each half of a doubled batch."""
