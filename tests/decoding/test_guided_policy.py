@@ -1,6 +1,7 @@
 """GuidedPolicy as users meet it: texts, endings, streams, agreement with transformers, refusals."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -321,10 +322,10 @@ CALLS = [(*case, at) for case in CASES for at in (1, 4) if at == 1 or case != ("
 class Company:
     """Four requests of one method, with a fault of the policy or the scorer, and what each gets alone."""
 
-    def __init__(self, way, part, monkeypatch):
+    def __init__(self, way, part):
         method, made, self.settings = WAYS[way]
         self.guided = make_guided(method, top_k=3, **made)
-        self.fault = faults.of_tokens(monkeypatch, getattr(self.guided, part).model)
+        self.fault = faults.of_tokens(getattr(self.guided, part).model)
         self.alone, self.seen = [], []
         for i in range(len(PROMPTS)):
             request = self.requests()[i]
@@ -356,10 +357,13 @@ class Company:
                 assert request.to_completion().finish_reason == "length"
 
 
+company_of = cache(Company)
+
+
 @pytest.mark.parametrize("moment", ["prompt", "completion"])
 @pytest.mark.parametrize(("way", "part"), CASES)
-def test_an_exception_of_one_request_fails_it_alone(way, part, moment, monkeypatch):
-    company = Company(way, part, monkeypatch)
+def test_an_exception_of_one_request_fails_it_alone(way, part, moment):
+    company = company_of(way, part)
     said = {token for prompt in PROMPTS for token in prompt}
     victim, bad = faults.victim(
         company.seen, lambda i, token: token in PROMPTS[i] if moment == "prompt" else token not in said
@@ -375,20 +379,20 @@ def test_an_exception_of_one_request_fails_it_alone(way, part, moment, monkeypat
 
 
 @pytest.mark.parametrize(("way", "part", "at"), CALLS)
-def test_an_exception_that_is_raised_once_fails_nobody(way, part, at, monkeypatch):
-    company = Company(way, part, monkeypatch)
+def test_an_exception_that_is_raised_once_fails_nobody(way, part, at):
+    company = company_of(way, part)
     company.require_others(company.complete("once", at=at), None)
 
 
 @pytest.mark.parametrize(("way", "part", "at"), CALLS)
-def test_an_exception_that_is_raised_for_all_fails_all(way, part, at, monkeypatch):
-    requests = Company(way, part, monkeypatch).complete("always", at=at)
+def test_an_exception_that_is_raised_for_all_fails_all(way, part, at):
+    requests = company_of(way, part).complete("always", at=at)
     assert [request.error for request in requests] == [BOOM] * len(PROMPTS)
 
 
 @pytest.mark.parametrize(("way", "part"), CASES)
-def test_nan_of_one_request_fails_it_alone(way, part, monkeypatch):
-    company = Company(way, part, monkeypatch)
+def test_nan_of_one_request_fails_it_alone(way, part):
+    company = company_of(way, part)
     said = {token for prompt in PROMPTS for token in prompt}
     # not in the last pass of an overlapped policy, over candidates of which none is read any further
     last = [max(seen.values()) + (part == "scorer") for seen in company.seen]

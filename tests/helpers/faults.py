@@ -18,11 +18,11 @@ class Fault:
         failed: whether it has.
     """
 
-    def __init__(self, monkeypatch, owner, name, rows):
+    def __init__(self, owner, name, rows):
         """``rows``: of the function's arguments; the set of values in each row."""
         self.start(None)
         self.rows, self.whole = rows, getattr(owner, name)
-        monkeypatch.setattr(owner, name, self)
+        setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):
         rows = self.rows(*args, **kwargs)
@@ -60,39 +60,39 @@ def victim(seen, usable):
     return i, value
 
 
-def of_tokens(monkeypatch, model):
+def of_tokens(model):
     """A fault of the transformer of a model: rows hold its tokens."""
-    return Fault(monkeypatch, trunk(model), "forward", _tokens)
+    return Fault(trunk(model), "forward", _tokens)
 
 
 def _tokens(input_ids=None, **kwargs):
     return [set(row) for row in input_ids.tolist()]
 
 
-def of_states(monkeypatch, head):
+def of_states(head):
     """A fault of a state head: rows hold its states, rounded."""
 
     def rows(states):
         return [{tuple((8 * state).round().int().tolist()[:6]) for state in row} for row in states]
 
-    return Fault(monkeypatch, head, "forward", rows)
+    return Fault(head, "forward", rows)
 
 
-def of_candidates(monkeypatch, head):
+def of_candidates(head):
     """A fault of a vocabulary head: rows hold its candidates."""
-    return Fault(monkeypatch, head, "forward", lambda states, ids: [set(row) for row in ids.tolist()])
+    return Fault(head, "forward", lambda states, ids: [set(row) for row in ids.tolist()])
 
 
-def of_texts(monkeypatch, scorer):
+def of_texts(scorer):
     """A fault of a scorer that puts texts together: each call reads one."""
-    return Fault(monkeypatch, scorer, "full_text", lambda prompt, completion, **kwargs: [{completion}])
+    return Fault(scorer, "full_text", lambda prompt, completion, **kwargs: [{completion}])
 
 
-def of_committed_texts(monkeypatch, scorer):
+def of_committed_texts(scorer):
     """A fault of the tokenizer that continues a text: each call reads one."""
-    return Fault(monkeypatch, scorer.retokenizer, "append", lambda reading, text, suffix: [{text}])
+    return Fault(scorer.retokenizer, "append", lambda reading, text, suffix: [{text}])
 
 
-def of_whole_texts(monkeypatch, scorer):
+def of_whole_texts(scorer):
     """A fault of a scorer of whole texts: every row is one value."""
-    return Fault(monkeypatch, scorer, "score_ids", lambda ids: [{tuple(row)} for row in ids])
+    return Fault(scorer, "score_ids", lambda ids: [{tuple(row)} for row in ids])
