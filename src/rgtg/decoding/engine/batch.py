@@ -355,7 +355,8 @@ class Batch:
         scores, failed = self._attempt(lambda: head.score(tree), lambda row: head.score(tree.at([row])), self.requests)
         for group in groups:
             if scores is not None and group.candidates.any_steered():
-                group.scores[name] = scores[group.rows, : group.candidates.ids.shape[1]]
+                one = len(groups) == 1  # its rows are those of the batch: nothing to index
+                group.scores[name] = scores if one else scores[group.rows, : group.candidates.ids.shape[1]]
         self.seconds[name] += time.perf_counter() - start
         return failed
 
@@ -365,7 +366,9 @@ class Batch:
         if not mine or not group.candidates.any_steered():
             return []
         start = time.perf_counter()
-        states, ids = self._hidden[[group.rows[i] for i in mine]], group.candidates.ids[mine]
+        states, ids = self._hidden, group.candidates.ids
+        if len(mine) < len(self.requests):  # else there is nothing to index
+            states, ids = states[[group.rows[i] for i in mine]], ids[mine]
         scores, failed = self._attempt(
             lambda: head.score(states, ids),
             lambda row: head.score(states[row : row + 1], ids[row : row + 1]),
@@ -520,6 +523,7 @@ class Batch:
         chosen = None
         if self._tree is not None:
             ids, tree = self._tree
+            tree = tree if self.heads else States(tree.final, None)  # no head reads the prefix
             with suppress(Exception):  # below, the policy reads the tokens again, or shows whose fault it is
                 self._policy.commit(ids, choice)
                 chosen = tree.at((torch.arange(len(choice), device=tree.final.device), choice.to(tree.final.device)))
@@ -534,11 +538,14 @@ class Batch:
         """Commit the drawn tokens with a scorer of its own: candidates that it has read, or tokens to read later."""
 
         def commit() -> None:
-            rows = [row_of[request] for request in entry.requests]
+            mine, chosen = tokens, choice
+            if entry.requests != self.requests:  # else the rows are those of the batch: nothing to index
+                rows = [row_of[request] for request in entry.requests]
+                mine, chosen = tokens[rows], choice[rows]
             if entry.scored is None:
-                entry.runner.append(tokens[rows])
+                entry.runner.append(mine)
             else:
-                entry.runner.commit(entry.scored, choice[rows])
+                entry.runner.commit(entry.scored, chosen)
 
         def probe(row: int) -> None:
             runner, at = entry.runner.copy_rows([row]), row_of[entry.requests[row]]

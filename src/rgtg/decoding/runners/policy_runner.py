@@ -75,7 +75,7 @@ class TorchPolicyRunner:
             tokens = candidate_ids.gather(1, choice[:, None])
             append_tokens(self.runner, tokens.repeat(self.copies, 1))
         else:
-            self.runner.commit(choice.repeat(self.copies)[:, None])
+            self.runner.commit((choice if self.copies == 1 else choice.repeat(self.copies))[:, None])
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows only, in this order; a row named twice is copied."""
