@@ -102,6 +102,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "named"), CASES)
 def test_the_distribution_of_completions_is_the_enumerated_one(method, named):
     guided = build(method)
@@ -162,6 +163,7 @@ def test_every_traced_figure_is_the_enumerated_one(method, named):
         assert completion.token_ids == ids[len(prompt) :]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_request_depends_on_neither_neighbours_nor_order(method, family):

@@ -47,6 +47,7 @@ def speculating(draft, **more):
     return make_guided("pargs", beta=1.5, draft=DRAFTS[draft](), **more)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [1, 3, None])
 @pytest.mark.parametrize("named", SETTINGS)
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -85,6 +86,7 @@ def test_the_policy_alone_is_drafted_for_too(draft):
     assert all(c.score is None and c.scorer_calls == 0 for c in done)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [None, 0, 4, MAX_DRAFT])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -107,6 +109,7 @@ def test_greedy_tokens_are_the_plain_loops(draft, family, length):
             assert mine.policy_log_probs == pytest.approx(theirs.policy_log_probs, abs=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tree", [True, False])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_request_depends_on_no_neighbour(draft, tree):

@@ -86,6 +86,7 @@ def walk(runner, requests, draw, steps=5, k=3):
                 mine.append(token)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scorer_kind", KINDS)
 @pytest.mark.parametrize("policy_kind", ["byte-level", "llama", "word-piece"])
 @SOME

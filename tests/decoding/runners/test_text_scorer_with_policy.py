@@ -56,6 +56,7 @@ def distribution(guided, prompt, length, *, beta, k):
     return {said: math.exp(log_prob) for said, log_prob in (done | open_).items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["llama", "byte-level-cl100k", "word-piece"])
 def test_the_distribution_is_the_one_enumerated(kind):
     """2,000 rows of 3 tokens over 3 candidates: 27 completions; χ² at a level of 1 in 10,000."""
