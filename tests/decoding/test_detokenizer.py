@@ -29,7 +29,7 @@ def test_pieces_joined_are_the_text(kind):
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "unigram", "word-piece"])
-def test_any_tokens_at_all(kind):
+def test_pieces_of_random_tokens_joined_are_the_text(kind):
     tokenizer, draw = tokenizer_of(kind), random.Random(0)
     for _ in range(4):
         prompt_ids = [draw.randrange(len(tokenizer)) for _ in range(9)]

@@ -73,7 +73,7 @@ def test_candidates_log_prob_is_of_the_policy_cut_to_the_candidates(settings):
     assert best.candidates_log_prob > best.policy_log_prob
 
 
-def test_endings():
+def test_completions_end_at_eos_or_at_their_limit():
     guided = make_guided("policy", top_k=None)
     done = guided.generate_ids([[0, 9]] * 300, max_new_tokens=20, batch_size=300)
     assert {c.finish_reason for c in done} == {"stop", "length"}
@@ -138,7 +138,7 @@ def test_chat_messages_go_through_the_template():
         make_guided().generate(message)
 
 
-def test_a_run_is_repeatable():
+def test_the_same_seed_gives_the_same_completions():
     guided = make_guided()
     once, again = (guided.generate(TEXTS, max_new_tokens=10, seed=9, trace=True) for _ in range(2))
     assert once == again
@@ -166,7 +166,7 @@ def test_a_run_is_repeatable():
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
     ],
 )
-def test_unusable_settings(settings, message):
+def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         make_guided().generate(["Hi"], **settings)
 
@@ -182,7 +182,7 @@ def test_unusable_settings(settings, message):
         ("prags", {}, "unknown method 'prags'; choose one of policy, pargs"),
     ],
 )
-def test_unusable_joins(method, settings, message):
+def test_unusable_settings_are_refused_when_models_are_loaded(method, settings, message):
     scorer = None if method == "policy" else tiny_scorer()
     with pytest.raises(UsageError, match=message):
         GuidedPolicy.from_pretrained(policy(), scorer, method=method, **settings)
@@ -194,7 +194,7 @@ def test_greedy_methods_refuse_a_temperature(method):
         make_guided(method).generate("Hi", temperature=0.7)
 
 
-def test_unusable_prompts():
+def test_unusable_prompts_are_refused():
     guided = make_guided()
     with pytest.raises(DataError, match=r"^the prompt is empty"):
         guided.generate("")
@@ -207,7 +207,7 @@ def test_unusable_prompts():
     assert guided.generate("x" * 100, max_new_tokens=27)[0].token_ids
 
 
-def test_the_scorers_context_counts_too():
+def test_a_prompt_over_the_scorers_context_is_refused():
     scorer = tiny_scorer()
     scorer.max_length = 20
     guided = GuidedPolicy.from_pretrained(policy(), scorer)
@@ -215,7 +215,7 @@ def test_the_scorers_context_counts_too():
         guided.generate("Hello there")
 
 
-def test_a_scorer_is_needed():
+def test_a_missing_scorer_is_refused_and_an_unused_one_warned_about():
     with pytest.raises(UsageError, match="pargs needs a scorer"):
         GuidedPolicy.from_pretrained(policy())
     with pytest.warns(UserWarning, match="policy does not use the scorer"):
@@ -276,7 +276,7 @@ def test_any_language_model_can_be_genarms_scorer(policy_folder):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "vocabulary"])
-def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused_when_it_is_joined(kind):
+def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused(kind):
     small = tiny_policy() if kind == "vocabulary" else tiny_reward_model()
     small.resize_token_embeddings(60)
     scorer = (
@@ -288,7 +288,7 @@ def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused_when_it_is_joined
         GuidedPolicy(Policy(*policy()), scorer, method="genarm" if kind == "vocabulary" else "pargs")
 
 
-def test_embeddings_behind_the_last_token_matter_where_the_whole_vocabulary_is_scored():
+def test_embeddings_after_the_last_token_matter_where_the_whole_vocabulary_is_scored():
     padded, rows = tiny_policy(), len(tiny_tokenizer())
     padded.resize_token_embeddings(rows + 6)
     padded.get_output_embeddings().weight[rows:] = 0.0  # no candidates among the best
@@ -325,7 +325,7 @@ class Company:
     def __init__(self, way, part):
         method, made, self.settings = WAYS[way]
         self.guided = make_guided(method, top_k=3, **made)
-        self.fault = faults.of_tokens(getattr(self.guided, part).model)
+        self.fault = faults.of_tokens(getattr(self.guided, part))
         self.alone, self.seen = [], []
         for i in range(len(PROMPTS)):
             request = self.requests()[i]

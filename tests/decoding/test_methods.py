@@ -18,7 +18,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_the_table_holds_the_methods_of_the_contract():
+def test_the_table_lists_all_methods():
     assert list(METHODS) == NAMES
     assert all(find_method(name).name == name for name in METHODS)
     assert [m.name for m in METHODS.values() if m.rule == "greedy"] == ["pargs-greedy", "args"]
@@ -52,7 +52,7 @@ def test_settings_that_would_be_ignored_are_refused(name, settings, message):
         check_settings(find_method(name), DecodingSettings(**settings))
 
 
-def test_cards_must_know_what_it_aims_at():
+def test_cards_needs_a_reward_threshold():
     with pytest.raises(UsageError, match="needs reward_threshold"):
         make_guided("cards").generate_ids([[0, 5]], max_new_tokens=2)
 
@@ -78,13 +78,13 @@ WARNED = [
 
 
 @pytest.mark.parametrize(("method", "objective", "message"), WARNED)
-def test_scorers_that_were_made_for_something_else_are_warned_of(method, objective, message):
+def test_scorers_trained_for_something_else_are_warned_about(method, objective, message):
     with pytest.warns(UserWarning, match=message):
         GuidedPolicy(Policy(tiny_policy(), tiny_tokenizer()), tiny_scorer(objective=objective), method=method)
 
 
 @pytest.mark.parametrize("objective", ["prefix-bt", "value", "tcrm", "cumulative-mse"])
-def test_scorers_that_were_trained_on_prefixes_are_not(objective):
+def test_scorers_trained_on_prefixes_are_not_warned_about(objective):
     GuidedPolicy(Policy(tiny_policy(), tiny_tokenizer()), tiny_scorer(objective=objective))
 
 

@@ -21,7 +21,7 @@ def test_top_k_is_likeliest_first_with_whole_vocabulary_log_probs():
 
 
 @pytest.mark.parametrize("top_k", [None, 4, 99])
-def test_all_tokens(top_k):
+def test_without_top_k_all_tokens_are_candidates(top_k):
     assert propose(LOG_PROBS, top_k=top_k)[0].shape == (2, 4)
 
 
@@ -44,7 +44,7 @@ def test_the_nucleus_is_the_smallest_leading_set(logits, top_p):
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.0, 1.0), (2.0, 0.7), (-1.0, 1.3)])
-def test_the_formula(beta, temperature):
+def test_guided_log_probs_equal_the_formula(beta, temperature):
     weights = (POLICY.double().exp() * (beta * SCORES.double().nan_to_num()).exp()) ** (1 / temperature)
     exact = weights / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(

@@ -60,39 +60,38 @@ def victim(seen, usable):
     return i, value
 
 
-def of_tokens(model):
-    """A fault of the transformer of a model: rows hold its tokens."""
-    return Fault(trunk(model), "forward", _tokens)
+# What a fault is of: a policy or a scorer, of which one function fails.
 
 
-def _tokens(input_ids=None, **kwargs):
-    return [set(row) for row in input_ids.tolist()]
+def of_tokens(owner):
+    """The transformer: rows hold its tokens."""
+    return Fault(trunk(owner.model), "forward", lambda input_ids, **_: [set(row) for row in input_ids.tolist()])
 
 
-def of_states(head):
-    """A fault of a state head: rows hold its states, rounded."""
+def of_states(owner):
+    """A state head: rows hold its states, rounded."""
 
     def rows(states):
         return [{tuple((8 * state).round().int().tolist()[:6]) for state in row} for row in states]
 
-    return Fault(head, "forward", rows)
+    return Fault(owner.head, "forward", rows)
 
 
-def of_candidates(head):
-    """A fault of a vocabulary head: rows hold its candidates."""
-    return Fault(head, "forward", lambda states, ids: [set(row) for row in ids.tolist()])
+def of_candidates(owner):
+    """A vocabulary head: rows hold its candidates."""
+    return Fault(owner.head, "forward", lambda states, ids: [set(row) for row in ids.tolist()])
 
 
-def of_texts(scorer):
-    """A fault of a scorer that puts texts together: each call reads one."""
-    return Fault(scorer, "full_text", lambda prompt, completion, **kwargs: [{completion}])
+def of_texts(owner):
+    """What puts a candidate's text together: each call reads one."""
+    return Fault(owner, "full_text", lambda prompt, completion, **_: [{completion}])
 
 
-def of_committed_texts(scorer):
-    """A fault of the tokenizer that continues a text: each call reads one."""
-    return Fault(scorer.retokenizer, "append", lambda reading, text, suffix: [{text}])
+def of_committed_texts(owner):
+    """The tokenizer that continues a text: each call reads one."""
+    return Fault(owner.retokenizer, "append", lambda tokenized, text, suffix: [{text}])
 
 
-def of_whole_texts(scorer):
-    """A fault of a scorer of whole texts: every row is one value."""
-    return Fault(scorer, "score_ids", lambda ids: [{tuple(row)} for row in ids])
+def of_whole_texts(owner):
+    """What scores whole texts: every row is one value."""
+    return Fault(owner, "score_ids", lambda rows: [{tuple(row)} for row in rows])

@@ -3,11 +3,14 @@
 import torch
 
 from helpers.naive import info, reward, tiny_scorer
+from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with
 from helpers.tiny_models import VOCAB, tiny_policy, tiny_tokenizer
+from rgtg.decoding.runners.factory import fit_scorer
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.heads import StateHead, VocabularyHead
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 
 
@@ -77,3 +80,16 @@ def kinds():
             lambda ids: model(input_ids=torch.tensor([ids[:-1]])).logits[0, -1, ids[-1]],
         ),
     }  # fmt: skip
+
+
+def every_scorer():
+    """A policy, and a scorer of every kind by name."""
+    policy, found = kinds()
+    words = byte_level()
+    text, encoder = (
+        PrefixScorer(make(words), words, info=info(), name="text") for make in (reward_model_with, encoder_with)
+    )
+    more = {"other": tiny_scorer(seed=5), "text": text, "encoder": encoder}
+    return policy, {
+        name: fit_scorer(policy, one) for name, one in ({n: s for n, (s, _) in found.items()} | more).items()
+    }

@@ -12,23 +12,19 @@ from helpers.naive import (
     accepted_among,
     best_among,
     completion_distribution,
-    info,
     make_guided,
     reward,
     segmented_distribution,
     step_distribution,
-    tiny_scorer,
     winner_distribution,
 )
-from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with
-from helpers.scorer_kinds import kinds
+from helpers.scorer_kinds import every_scorer
 from rgtg.decoding.engine.batch import Batch
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.decoding.runners import policy_runner, scorer_runner
-from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
-from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.decoding.runners.factory import RunnerFactory
 
 PROMPT = [0, 9, 14, 30]
 PROMPTS = [[0, 5, 9, 12, 33, 40, 8, 21, 17, 60], [0, 44], [0, 7, 7, 30, 31, 3, 52], [0, 11, 25]]
@@ -135,7 +131,7 @@ def require_frequencies(counts, expected, draws):
 
 @pytest.mark.parametrize("named", [*SETTINGS, "all"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_traced_figure_is_the_enumerated_one(method, named):
+def test_every_traced_log_probability_is_the_enumerated_one(method, named):
     row = METHODS[method]
     if row.rule == "greedy" and named in ("cool", "greedy"):
         pytest.skip("a greedy method has no temperature")
@@ -211,19 +207,6 @@ COMPANY = [
     ("args-sample", ("adapter", "other"), {"beta": [0.3, 0.3], "top_k": 5}),
     ("pargs", ("adapter", "state"), {"beta": [0.3, 0.3], "entropy_gate": 3.3}),
 ]
-
-
-def every_scorer():
-    """A policy, and a scorer of every kind by name."""
-    policy, found = kinds()
-    words = byte_level()
-    text, encoder = (
-        PrefixScorer(make(words), words, info=info(), name="text") for make in (reward_model_with, encoder_with)
-    )
-    more = {"other": tiny_scorer(seed=5), "text": text, "encoder": encoder}
-    return policy, {
-        name: fit_scorer(policy, one) for name, one in ({n: s for n, (s, _) in found.items()} | more).items()
-    }
 
 
 def require_same(request, alone):

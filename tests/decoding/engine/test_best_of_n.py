@@ -29,7 +29,7 @@ def drawn(monkeypatch):
     return spy
 
 
-def test_draws_n_distinct_completions_and_takes_the_best(drawn):
+def test_the_best_of_n_distinct_completions_is_taken(drawn):
     guided = make_guided("best-of-n", n=10)
     seen = drawn(guided)
     done = guided.generate_ids(PROMPTS, max_new_tokens=12)
@@ -46,14 +46,14 @@ def test_draws_n_distinct_completions_and_takes_the_best(drawn):
         assert completion.scorer_calls == 10
 
 
-def test_n_of_one_is_the_policy_with_that_rows_seed():
+def test_n_of_one_is_the_policy_with_the_seed_of_that_completion():
     best = make_guided("best-of-n", n=1).generate_ids(PROMPTS, seed=[1, 2, 3], max_new_tokens=8)
     seeds = [derive_seed(s, 0) for s in (1, 2, 3)]
     policy = make_guided("policy").generate_ids(PROMPTS, seed=seeds, max_new_tokens=8)
     assert [c.token_ids for c in best] == [c.token_ids for c in policy]
 
 
-def test_the_trace_is_the_winners():
+def test_the_trace_is_that_of_the_best_completion():
     done = make_guided("best-of-n", n=4).generate_ids(PROMPTS, max_new_tokens=6, trace=True)
     assert [[s.token_id for s in c.trace] for c in done] == [c.token_ids for c in done]
 

@@ -6,45 +6,34 @@ from functools import cache
 import pytest
 import torch
 
-from decoding.engine.test_batch import every_scorer
 from helpers import faults
 from helpers.batches import make_request, run, start
 from helpers.faults import BOOM
+from helpers.scorer_kinds import every_scorer
 from rgtg.decoding.request import prompt_source
 from rgtg.errors import NonFiniteError
 from rgtg.tokenization.encoding import decode_completion
 
 PROMPTS = [[0, 5, 9, 12, 33], [0, 44], [0, 7, 7, 30, 31], [0, 11, 25]]
 LENGTH = 8
-# Where it fails: the requests' scorers, and the fault of the policy or of one of them.
+# Where it fails: scorers of the requests, what fails in one of them (or the policy), and in which.
 PLACES = {
-    "policy": ((), lambda policy, scorers: faults.of_tokens(policy.model)),
-    "separate scorer": (
-        ("separate",), lambda policy, scorers: faults.of_tokens(scorers["separate"].model),
-    ),
-    "second separate scorer": (
-        ("other", "separate"), lambda policy, scorers: faults.of_tokens(scorers["separate"].model),
-    ),
-    "token reward": (
-        ("vocabulary scorer",),
-        lambda policy, scorers: faults.of_tokens(scorers["vocabulary scorer"].model),
-    ),
-    "the policy's tree": (("state",), lambda policy, scorers: faults.of_tokens(policy.model)),
-    "state head": (("state",), lambda policy, scorers: faults.of_states(scorers["state"].head)),
-    "vocabulary head": (("vocab",), lambda policy, scorers: faults.of_candidates(scorers["vocab"].head)),
-    "fused adapter": (("adapter",), lambda policy, scorers: faults.of_tokens(scorers["adapter"].model)),
-    "second pass": (
-        ("state", "adapter"), lambda policy, scorers: faults.of_tokens(scorers["adapter"].model),
-    ),
-    "text": (("text",), lambda policy, scorers: faults.of_texts(scorers["text"])),
-    "committed text": (("text",), lambda policy, scorers: faults.of_committed_texts(scorers["text"])),
-    "text scorer's model": (("text",), lambda policy, scorers: faults.of_tokens(scorers["text"].model)),
-    "encoder": (("encoder",), lambda policy, scorers: faults.of_whole_texts(scorers["encoder"])),
-    "overlapped scorer": (
-        ("separate",), lambda policy, scorers: faults.of_tokens(scorers["separate"].model),
-    ),
-    "overlapped policy": (("separate",), lambda policy, scorers: faults.of_tokens(policy.model)),
-}  # fmt: skip
+    "policy": ((), faults.of_tokens, "policy"),
+    "separate scorer": (("separate",), faults.of_tokens, "separate"),
+    "second separate scorer": (("other", "separate"), faults.of_tokens, "separate"),
+    "token reward": (("vocabulary scorer",), faults.of_tokens, "vocabulary scorer"),
+    "the policy's tree": (("state",), faults.of_tokens, "policy"),
+    "state head": (("state",), faults.of_states, "state"),
+    "vocabulary head": (("vocab",), faults.of_candidates, "vocab"),
+    "fused adapter": (("adapter",), faults.of_tokens, "adapter"),
+    "second pass": (("state", "adapter"), faults.of_tokens, "adapter"),
+    "text": (("text",), faults.of_texts, "text"),
+    "committed text": (("text",), faults.of_committed_texts, "text"),
+    "text scorer's model": (("text",), faults.of_tokens, "text"),
+    "encoder": (("encoder",), faults.of_whole_texts, "encoder"),
+    "overlapped scorer": (("separate",), faults.of_tokens, "separate"),
+    "overlapped policy": (("separate",), faults.of_tokens, "policy"),
+}
 
 
 def requests_of(policy, names):
@@ -64,9 +53,9 @@ class Setup:
 
     def __init__(self, place):
         self.policy, every = every_scorer()
-        self.names, make = PLACES[place]
+        self.names, fault, owner = PLACES[place]
         self.scorers = {name: every[name] for name in self.names}
-        self.fault = make(self.policy, self.scorers)
+        self.fault = fault(self.scorers.get(owner, self.policy))
         self.options = {"overlap": place.startswith("overlapped")}
         self.alone, self.seen = [], []
         for request in requests_of(self.policy, self.names):
@@ -128,7 +117,7 @@ def test_an_exception_that_is_raised_for_all_fails_all(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_same_holds_for_a_request_that_is_alone(place):
+def test_a_request_alone_fails_only_if_the_exception_is_raised_again(place):
     setup = setup_of(place)
     (once,) = setup.complete(requests_of(setup.policy, setup.names)[:1], "once")
     assert (once.error, once.token_ids) == (None, setup.alone[0])

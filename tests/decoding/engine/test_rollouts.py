@@ -29,11 +29,11 @@ def test_candidates_are_the_likeliest_next_tokens():
     assert log_probs == pytest.approx(whole[found].tolist(), abs=1e-4)
 
 
-def test_a_small_vocabulary_gives_all_it_has():
+def test_top_k_over_the_vocabulary_gives_all_tokens():
     assert sorted(next_candidates(policy(), PROMPT, 1000)[0]) == list(range(VOCAB))
 
 
-def test_a_broken_policy_is_an_error():
+def test_nan_of_the_policy_is_an_error():
     model = tiny_policy()
     model.lm_head.weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="policy"):
@@ -51,7 +51,7 @@ def test_roll_outs_have_the_policys_distribution(family):
         assert share == pytest.approx(probability, abs=4.5 * math.sqrt(probability / 4000) + 1e-3)
 
 
-def test_what_a_row_draws_does_not_depend_on_its_neighbours():
+def test_a_roll_out_depends_on_no_neighbour():
     one = run(policy(), [6, 20], 3, limit=8, batch_size=1)
     many = run(policy(), [6, 20], 3, limit=8)
     assert [[row.token_ids for row in group] for group in one] == [[row.token_ids for row in group] for group in many]
@@ -67,7 +67,7 @@ def test_a_model_without_a_token_tree_draws_the_same(monkeypatch):
     assert [[row.token_ids for row in group] for group in fast] == [[row.token_ids for row in group] for group in slow]
 
 
-def test_they_begin_with_what_was_written_and_end_in_time():
+def test_roll_outs_begin_with_what_was_written_and_keep_the_limit():
     for group, token in zip(run(policy(), [6, 20], 5, written=[8, 9], limit=6), (6, 20), strict=True):
         for row in group:
             assert row.token_ids[:3] == [8, 9, token]

@@ -90,7 +90,7 @@ def test_the_policy_alone_is_drafted_for_too(draft):
 @pytest.mark.parametrize("length", [None, 0, 4, MAX_DRAFT])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "opt"])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_greedy_tokens_are_the_plain_loops(draft, family, length):
+def test_greedy_tokens_equal_those_without_drafts(draft, family, length):
     drafter = DRAFTS[draft]()
     if isinstance(drafter, Policy):
         drafter = Policy(tiny_policy(family, seed=5 if draft == "small" else 0), tiny_tokenizer())
@@ -147,7 +147,7 @@ def test_a_stop_text_inside_an_accepted_draft_ends_the_completion():
     assert expected[0].finish_reason == "stop"
 
 
-def test_a_good_drafter_saves_passes_and_says_so():
+def test_a_good_drafter_saves_passes_and_counts_them():
     guided = make_guided("pargs", beta=0.0, draft="policy", top_k=5)
     (done,) = guided.generate_ids([PROMPT], max_new_tokens=25, min_new_tokens=25, draft_length=4)
     assert done.accepted == done.drafted  # beta 0: the guided distribution is the draft's own
@@ -216,7 +216,7 @@ def test_lengths_follow_acceptance_and_costs():
     assert Acceptance(9, 10).best_length(prices(ModelDrafter(None, 50.0, roofline()), roofline())) == 0
 
 
-def test_a_row_that_stopped_drafting_tries_again():
+def test_a_request_that_stopped_drafting_tries_again():
     record = Acceptance()
     price = prices(PolicyDrafter(None, roofline()), roofline())
     for _ in range(30):
@@ -249,12 +249,12 @@ def test_a_scorer_on_the_policys_states_is_not_speculated_on():
         GuidedPolicy(policy, OwnStateScorer(policy, StateHead(32, 4), about), draft="policy")
 
 
-def test_a_length_without_a_draft_is_refused():
+def test_a_draft_length_without_a_draft_is_refused():
     with pytest.raises(ValueError, match="draft_length applies to speculative decoding"):
         make_guided().generate_ids([PROMPT], draft_length=2)
 
 
-def test_another_tokenizer_cannot_draft():
+def test_a_draft_with_another_tokenizer_is_refused():
     other = tiny_tokenizer()
     other.add_tokens(["zzz"])
     model = tiny_policy()

@@ -56,7 +56,7 @@ def test_rows_of_different_lengths_are_written_after_their_own_prefix():
     assert committed(cache) == [[4, 9], [1, 2, 3, 5, 7], [4, 9]]
 
 
-def test_nothing_is_concatenated():
+def test_a_pass_is_written_in_place():
     cache = TreeCache(2, 8)
     cache.reset(1)
     write(cache, [[1, 2]])

@@ -196,7 +196,7 @@ def require_naive_traces(guided, done, **settings):
             ids.append(step.token_id)
 
 
-def test_mask_windows():
+def test_windows_of_attention_are_those_of_the_config():
     assert mask_windows(CONFIGS["mistral"]()) == {"full_attention": 6}
     assert mask_windows(CONFIGS["llama"]()) == {"full_attention": None}
     assert mask_windows(Qwen2Config(use_sliding_window=False, num_hidden_layers=2)) == {"full_attention": None}

@@ -68,8 +68,8 @@ def runners_of(policy, scorer=None, tree=None):
 def require_steps(runners, policy, definition=None, overlapped=False):
     """Walk four tokens, removing a row on the way; every score and all logits are those of the definition."""
     rows = [list(prompt) for prompt in PROMPTS]
-    reader = runners.policy.fresh(24, 5)
-    state = reader.prefill(rows)
+    of_policy = runners.policy.fresh(24, 5)
+    state = of_policy.prefill(rows)
     separate = [runner.fresh(24, 5) for runner in runners.scorers.values()]
     for runner in separate:
         runner.prefill([make_request(policy, prompt) for prompt in rows], rows)
@@ -81,7 +81,7 @@ def require_steps(runners, policy, definition=None, overlapped=False):
         choice = torch.tensor([(step + i) % 5 for i in range(len(rows))])
         tree, scores = None, None
         if overlapped or runners.options["fused"] is not None:
-            tree = reader.tree(ids)
+            tree = of_policy.tree(ids)
         if runners.options["fused"] is not None:
             scores = runners.options["fused"][1].score(tree)
         for head in runners.options["heads"].values():
@@ -96,16 +96,16 @@ def require_steps(runners, policy, definition=None, overlapped=False):
             runner.commit(ids, choice)
         tokens, at = ids.gather(1, choice[:, None]), torch.arange(len(rows))
         if tree is not None:
-            reader.commit(ids, choice)
+            of_policy.commit(ids, choice)
             tree = States(tree.final[at, choice], None if tree.hooked is None else tree.hooked[at, choice])
         for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
             row.append(token)
         if step == 1:
-            for runner in (reader, *separate):
+            for runner in (of_policy, *separate):
                 runner.select_rows([0, 2])
             rows, tokens = [rows[0], rows[2]], tokens[[0, 2]]
             tree = None if tree is None else States(*(None if part is None else part[[0, 2]] for part in tree))
-        state = reader.step(tokens) if tree is None else reader.predict(tree)
+        state = of_policy.step(tokens) if tree is None else of_policy.predict(tree)
 
 
 @torch.inference_mode()
@@ -155,7 +155,7 @@ def test_a_vocabulary_head_on_an_adapted_trunk():
 
 
 @torch.inference_mode()
-def test_the_policy_alone():
+def test_the_policy_without_a_scorer():
     policy = Policy(tiny_policy(), tiny_tokenizer())
     runners = runners_of(policy)
     assert type(runners.policy) is TorchPolicyRunner
@@ -188,9 +188,9 @@ def test_passes_for_ten_tokens(kind, passes):
     request = make_request(policy, PROMPTS[0], ["scorer"], [1.0], top_k=5, max_new_tokens=10)
     request.stopping.eos_ids = set()
     batch = start(policy, {"scorer": scorer}, [request])
-    reader, separate = batch.policy.runner, [entry.runner for entry in batch.separate.values()]
+    model_runner, separate = batch.policy.runner, [entry.runner for entry in batch.separate.values()]
     assert run(batch) == 10
-    assert (reader.calls, sum(runner.calls for runner in separate)) == passes
+    assert (model_runner.calls, sum(runner.calls for runner in separate)) == passes
 
 
 # Adapters on disk
@@ -272,14 +272,14 @@ def test_setups_that_cannot_overlap_are_refused(settings, message):
 
 @pytest.mark.parametrize("method", ["pargs", "pargs-greedy"])
 def test_overlapped_passes_draw_the_same_tokens(method):
-    apart, overlapped = (
+    plain, overlapped = (
         make_guided(method, beta=1.5, overlap=overlap).generate_ids(PROMPTS, max_new_tokens=10, seed=3)
         for overlap in (False, True)
     )
-    assert [c.token_ids for c in apart] == [c.token_ids for c in overlapped]
+    assert [c.token_ids for c in plain] == [c.token_ids for c in overlapped]
 
 
-def test_the_scorer_may_be_asked_for_elsewhere_only_by_name():
+def test_a_scorer_device_is_refused_for_a_loaded_scorer():
     with pytest.raises(ValueError, match="scorer_device"):
         GuidedPolicy.from_pretrained(
             (tiny_policy(), tiny_tokenizer()), PrefixScorer(tiny_reward_model(), tiny_tokenizer()), scorer_device="cpu"

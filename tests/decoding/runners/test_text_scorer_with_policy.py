@@ -58,7 +58,7 @@ def distribution(guided, prompt, length, *, beta, k):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["llama", "byte-level-cl100k", "word-piece"])
-def test_the_distribution_is_the_one_enumerated(kind):
+def test_the_distribution_is_the_enumerated_one(kind):
     """2,000 rows of 3 tokens over 3 candidates: 27 completions; χ² at a level of 1 in 10,000."""
     guided = GuidedPolicy(policy(), scorer(kind), beta=1.5, top_k=3)
     want = distribution(guided, PROMPTS[0], 3, beta=1.5, k=3)
@@ -131,7 +131,7 @@ def test_an_entropy_gate_skips_and_catches_up():
                 assert step.scores == pytest.approx(want, abs=1e-3)
 
 
-def test_scorers_of_several_makes_steer_together():
+def test_scorers_with_several_tokenizers_steer_together():
     mine = PrefixScorer(reward_model_with(tokenizer_of("byte-level")), tokenizer_of("byte-level"), info=info())
     guided = GuidedPolicy(policy(), [mine, scorer("llama"), scorer("word-piece")], beta=[1.0, 0.5, 2.0], top_k=4)
     (done,) = guided.generate(PROMPTS[1], max_new_tokens=5, trace=True)
