@@ -119,4 +119,8 @@ class LoraPolicyRunner(TorchPolicyRunner):
         mine, theirs = self.runner.rows // 2, other.runner.rows // 2
         super().add(other)
         before, more = list(range(2 * mine)), list(range(2 * mine, 2 * mine + 2 * theirs))
-        self.runner.select_rows([*before[:mine], *more[:theirs], *before[mine:], *more[theirs:]])
+        try:
+            self.runner.select_rows([*before[:mine], *more[:theirs], *before[mine:], *more[theirs:]])
+        except Exception:
+            self.runner.select_rows(before)  # the halves are where they were
+            raise

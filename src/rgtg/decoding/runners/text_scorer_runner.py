@@ -96,8 +96,13 @@ class TextScorerRunner:
     def fresh(self, longest: int, width: int) -> Self:
         """A runner of the same scorer without rows."""
         other = copy.copy(self)
-        other.rows, other._calls, other._scored, other._counts = [], 0, torch.zeros(0), []
+        other.rows, other._calls = [], 0
+        other._forget_scores()
         return other
+
+    def _forget_scores(self) -> None:
+        """Forget what was scored last: the next step scores other rows."""
+        self._scored, self._counts = torch.zeros(0), []
 
     def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
         """Start rows for these requests, and read their prompts where there is a cache."""
@@ -124,6 +129,7 @@ class TextScorerRunner:
 
     def add(self, other: Self) -> None:
         """Append another runner's rows."""
+        self._forget_scores()
         self.rows += other.rows
 
     def score(self, candidate_ids: Tensor) -> Tensor:
@@ -265,8 +271,13 @@ class CachedTextScorerRunner(TextScorerRunner):
     def fresh(self, longest: int, width: int) -> Self:
         """A runner of the same scorer without rows, with room for ``longest`` tokens and the widest tree."""
         other = super().fresh(longest, width)
-        other.runner, other._branches = self.runner.fresh(longest + MAX_WIDTH), None
+        other.runner = self.runner.fresh(longest + MAX_WIDTH)
         return other
+
+    def _forget_scores(self) -> None:
+        """Forget what was scored last, and the branches of that pass."""
+        super()._forget_scores()
+        self._branches = None
 
     def prefill(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]]) -> None:
         """Start rows for these requests, and read their prompts in the scorer's tokens."""
@@ -274,8 +285,8 @@ class CachedTextScorerRunner(TextScorerRunner):
 
     def add(self, other: Self) -> None:
         """Append another runner's rows."""
-        super().add(other)
         self.runner.add(other.runner)
+        super().add(other)
 
     def copy_rows(self, rows: Sequence[int]) -> Self:
         """A runner of its own with copies of some rows."""
