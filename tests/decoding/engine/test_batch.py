@@ -228,7 +228,7 @@ def require_same(request, alone):
 
 @pytest.mark.parametrize(("keep_order", "budget"), [(True, 0), (False, 2**24)])
 def test_requests_that_join_and_leave_at_any_step_draw_what_they_draw_alone(keep_order, budget):
-    """Every kind of scorer and several sampling parameters; some share a prompt, and one is removed on the way."""
+    """Every kind of scorer and several sampling parameters; some share a prompt, and two of each batch are removed."""
     policy, scorers = every_scorer()
     factory = RunnerFactory(policy, scorers)
     waiting, alone = defaultdict(list), {}
@@ -251,8 +251,8 @@ def test_requests_that_join_and_leave_at_any_step_draw_what_they_draw_alone(keep
             if arriving and (step % 2 == 0 or not batch.requests):
                 runners, requests = arriving.pop(0)
                 batch.add(requests, prefill_chunked(runners, requests[0], chunk=4, cache=cache if budget else None))
-            if step == 3:
-                removed.append(batch.requests[1])
+            if step in (2, 3):  # right after another one has joined, and between two steps
+                removed.append(batch.requests[step - 2])
                 batch.remove(removed[-1:])
             if not batch.requests and not arriving:
                 break

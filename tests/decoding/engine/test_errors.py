@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from helpers import faults
-from helpers.batches import make_request, run, start
+from helpers.batches import make_request, prefill_chunked, run, start
 from helpers.faults import BOOM
 from helpers.scorer_kinds import every_scorer
 from rgtg.decoding.request import prompt_source
+from rgtg.decoding.runners.factory import RunnerFactory
 from rgtg.errors import NonFiniteError
 from rgtg.tokenization.encoding import decode_completion
 
@@ -189,6 +190,49 @@ def test_an_error_in_a_request_that_is_complete_does_not_matter():
     assert [request.token_ids for request in requests] == [
         tokens[:3] if i == 1 else tokens for i, tokens in enumerate(setup.alone)
     ]
+
+
+ADDING = [
+    (("separate", "text"), lambda batch: (batch.policy.runner, "add")),
+    (("separate", "text"), lambda batch: (batch.separate["separate"].runner.runner, "add")),
+    (("separate", "text"), lambda batch: (batch.separate["text"].runner.runner, "add")),
+    (("adapter",), lambda batch: (batch.policy.runner, "select_rows")),
+    (("state", "adapter"), lambda batch: (batch.separate["adapter"].runner.runner, "add")),
+]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(("names", "find"), ADDING)
+def test_requests_that_cannot_be_added_leave_the_batch_as_it_was(names, find, call, monkeypatch):
+    policy, scorers = every_scorer()
+    scorers = {name: scorers[name] for name in names}
+    alone = requests_of(policy, names)
+    for request in alone:
+        run(start(policy, scorers, [request]))
+    requests = requests_of(policy, names)
+    batch = start(policy, scorers, requests[:2])
+    batch.step()
+    prefilled = prefill_chunked(RunnerFactory(policy, scorers).token_runners(names), requests[2])
+    second = requests_of(policy, names)[2]
+    owner, name = find(batch)
+    whole, calls = getattr(owner, name), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise BOOM
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(RuntimeError, match="boom"):
+            batch.add([requests[2], second], prefilled)
+    assert batch.requests == requests[:2]
+    batch.step()
+    batch.add([requests[2], second], prefilled)
+    run(batch)
+    assert [request.token_ids for request in requests[:3]] == [request.token_ids for request in alone[:3]]
+    assert second.token_ids == alone[2].token_ids
 
 
 # NaN
