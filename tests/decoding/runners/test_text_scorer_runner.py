@@ -140,6 +140,25 @@ def test_rows_leave_the_batch():
         assert float(got) == pytest.approx(naive(runner.scorer, request.prompt, said), abs=1e-4)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_join_and_leave_before_the_next_step(causal):
+    scorer, tokenizer = text_scorer("word-piece", causal=causal), tokenizer_of("byte-level")
+    requests = requests_of("byte-level", PROMPTS)
+    runner, joining = runner_of(scorer, "byte-level"), runner_of(scorer, "byte-level")
+    prefill(runner, requests[:2])
+    ids = torch.tensor([[70, 300], [80, 310]])
+    runner.score(ids)
+    runner.commit(ids, torch.tensor([1, 0]))
+    prefill(joining, requests[2:])
+    runner.add(joining)
+    runner.select_rows([2, 0])
+    for got, request, said in zip(
+        runner.score(torch.tensor([[75], [75]])), (requests[2], requests[0]), ([75], [300, 75]), strict=True
+    ):
+        text = decode_completion(tokenizer, request.prompt_ids, said)
+        assert float(got[0]) == pytest.approx(naive(scorer, request.prompt, text), abs=1e-4)
+
+
 @pytest.mark.parametrize("scorer_kind", ["llama", "unigram"])
 def test_more_candidates_than_one_pass_takes_are_read_in_several(scorer_kind):
     """The whole vocabulary: several passes, and what is chosen is read again with the next candidates."""
