@@ -204,7 +204,8 @@ class Batch:
         if not gone:
             return None
         if self.prefix_cache is not None:
-            self._keep_texts(gone, self.prefix_cache)
+            with suppress(RuntimeError):  # a text for which there is no memory is read again
+                self._keep_texts(gone, self.prefix_cache)
         if len(gone) == len(self.requests):
             self.requests, self.policy, self.state, self.separate = [], None, None, {}
             return []
