@@ -10,6 +10,7 @@ from helpers import faults
 from helpers.batches import make_request, prefill_chunked, run, start
 from helpers.faults import BOOM
 from helpers.scorer_kinds import every_scorer
+from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import prompt_source
 from rgtg.decoding.runners.factory import RunnerFactory
 from rgtg.errors import NonFiniteError
@@ -233,6 +234,27 @@ def test_requests_that_cannot_be_added_leave_the_batch_as_it_was(names, find, ca
     run(batch)
     assert [request.token_ids for request in requests[:3]] == [request.token_ids for request in alone[:3]]
     assert second.token_ids == alone[2].token_ids
+
+
+def test_a_text_that_the_prefix_cache_cannot_hold_fails_nobody(monkeypatch):
+    policy, scorers = every_scorer()
+    names = ("separate",)
+    requests = requests_of(policy, names)
+    alone = requests_of(policy, names)
+    for request in alone:
+        run(start(policy, {"separate": scorers["separate"]}, [request]))
+    requests[1].stopping.limit = 3
+    cache = PrefixCache(2**20)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cache, "add_rows", full)
+    run(start(policy, {"separate": scorers["separate"]}, requests, prefix_cache=cache))
+    assert [request.error for request in requests] == [None] * 4
+    assert [request.token_ids for request in requests] == [
+        request.token_ids[:3] if i == 1 else request.token_ids for i, request in enumerate(alone)
+    ]
 
 
 # NaN
