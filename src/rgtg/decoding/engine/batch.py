@@ -639,7 +639,8 @@ class Batch:
             row, batch = self.requests.index(request), len(self.requests)
             if (runner := _tree_runner(self.policy)) is not None:
                 rows = list(range(row, runner.rows, batch))  # two of a doubled batch
-                cache.add_rows(("policy", self.fused[0] if self.fused else None), runner, text, rows)
+                doubled = self.fused[0] if self.fused is not None and len(rows) > 1 else None
+                cache.add_rows(("policy", doubled), runner, text, rows)
             for name, entry in self.separate.items():
                 if request in entry.requests and (runner := _tree_runner(entry.runner)) is not None:
                     row, batch = entry.requests.index(request), len(entry.requests)

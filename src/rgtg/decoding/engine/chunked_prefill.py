@@ -108,7 +108,8 @@ class BatchPrefill(ChunkedPrefill):
         length = len(request.prompt_ids)
         self.policy = runners.policy.fresh(length, 1)
         prompts = [request.prompt_ids] * self.policy.copies
-        super().__init__([PrefillTask(("policy", runners.key.fused), self.policy.runner, prompts)])
+        doubled = runners.key.fused if len(prompts) > 1 else None
+        super().__init__([PrefillTask(("policy", doubled), self.policy.runner, prompts)])
         self.scorers: dict[str, Any] = {}
         self._of_scorer: dict[str, PrefillTask] = {}
         for name, empty in runners.scorers.items():

@@ -13,8 +13,8 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 _MIN_TOKENS = 8
 
 
-# Whose keys and values they are: ("policy", the batch's fused scorer or None), since a LoRA scorer doubles the rows; or
-# ("scorer", name).
+# Whose keys and values they are: ("policy", None), ("policy", name) with the rows of a LoRA scorer beside the policy's,
+# or ("scorer", name).
 CacheKey = tuple[str, str | None]
 
 
