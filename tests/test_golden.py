@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.goldens import told
 
-from conftest import verb
+from helpers.command import verb
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "docs" / "results" / "golden.json"
