@@ -29,6 +29,7 @@ def test_settings_get_our_names_and_default_values_are_dropped():
     found = to_request(line(CHAT | asked))
     assert found.settings == {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": ["\n"], "beta": 2.0}
     assert found.seed == 7
+    assert to_request(line(CHAT | {"logit_bias": {"5": -100}})).settings == {"logit_bias": {"5": -100}}
 
 
 def test_a_content_of_one_text_part_is_text():
@@ -44,7 +45,8 @@ def test_a_content_of_one_text_part_is_text():
         (line(CHAT | {"n": True}), r"body\.n: not supported"),
         (line(CHAT | {"stream": True}), r"body\.stream: not supported"),
         (line(CHAT | {"tools": [{}]}), r"body\.tools: not supported"),
-        (line(CHAT | {"method": "pargs"}), r"body\.method: not supported"),
+        (line(CHAT | {"response_format": {"type": "json_object"}}), r"body\.response_format: .* not constrained to a"),
+        (line(CHAT | {"method": "pargs"}), r"body\.method: not supported; leave it out"),
         (line(CHAT, extra=1), "extra: not supported"),
         (line(CHAT, method="GET"), 'method is .GET., expected "POST"'),
         (line(CHAT, url="/v1/embeddings"), "url is ./v1/embeddings., expected /v1/chat/completions or"),

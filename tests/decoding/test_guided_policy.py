@@ -400,3 +400,10 @@ def test_nan_of_one_request_fails_it_alone(way, part):
     requests = company.complete("nan", bad)
     assert isinstance(requests[victim].error, NonFiniteError)
     company.require_others(requests, victim)
+
+
+def test_a_bias_of_a_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(
+        UsageError, match="logit_bias: 64 is not a token id; the vocabulary has 64 tokens, from 0 to 63"
+    ):
+        make_guided("policy").generate(TEXTS[:1], logit_bias={5: 1.0, 64: 1.0})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.tiny_models import tiny_tokenizer
-from rgtg.config import DecodingSettings
+from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.request import Request, StoppingCriteria, derive_seed, make_processors, require_room, row_seeds
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 
@@ -30,6 +30,18 @@ def test_processors_see_the_tokens_of_their_request():
     logits = row.process(torch.ones(8))
     assert logits.tolist() == [0.5, 1, -torch.inf, 1, 1, 0.5, -torch.inf, 1]
     assert not make_processors(DecodingSettings(), 3, {2}, "cpu")
+
+
+def test_a_bias_is_added_to_the_logits_of_its_tokens():
+    settings = DecodingSettings(logit_bias={1: 2.5, "4": -100})  # the keys of JSON are texts
+    row = Request("", [0, 5, 6], 0, make_processors(settings, 3, {2}, "cpu"))
+    assert row.process(torch.ones(6)).tolist() == [1, 3.5, 1, 1, -99, 1]
+
+
+@pytest.mark.parametrize("bias", [{1: 100.5}, {1: -101}, {1: float("nan")}, {-1: 1}, {"a": 1}, {1: None}])
+def test_a_bias_is_a_number_from_minus_100_to_100_for_a_token_id(bias):
+    with pytest.raises(UsageError, match="logit_bias"):
+        validate(DecodingSettings, {"logit_bias": bias})
 
 
 def test_an_eos_token_a_stop_text_or_the_limit_ends_a_request():

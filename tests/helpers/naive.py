@@ -71,10 +71,12 @@ def entropy_of(log_probs) -> float:
 
 
 def step_distribution(
-    guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperature=1.0, gate=None, sums=None
+    guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperature=1.0, gate=None, sums=None, logit_bias=None
 ) -> dict[int, float]:
     """Log-probability of each candidate after ``ids``: the definition, term by term."""
-    whole = next_log_probs(guided.policy.model, ids)
+    whole = plain = next_log_probs(guided.policy.model, ids)
+    if logit_bias:
+        whole = torch.log_softmax(plain + torch.tensor([logit_bias.get(t, 0.0) for t in range(len(plain))]), -1)
     tokens = whole.argsort(descending=True)[: top_k or len(whole)].tolist()
     mass = sum(math.exp(whole[t]) for t in tokens)
     kept, before = [], 0.0
@@ -83,7 +85,7 @@ def step_distribution(
             kept.append(token)
         before += math.exp(whole[token]) / mass
     energy = {t: float(whole[t]) for t in kept}
-    if beta and not (gate is not None and entropy_of(whole) <= gate):
+    if beta and not (gate is not None and entropy_of(plain) <= gate):
         betas = beta if isinstance(beta, list) else [beta]
         energy = {t: e + sum(b * score(guided, s, [*ids, t]) for b, s in zip(betas, guided.scorers, strict=True))
                   for t, e in energy.items()}  # fmt: skip

@@ -157,7 +157,10 @@ def plan_job(
     """
     tasks, bad = prepare_tasks(guided, prompts.rows, decoding, settings.seed)
     output_format = choose_output_format(settings.output_format, prompts.rows)
-    made_with = guided.resolve(decoding, complete=True).model_dump(mode="json", exclude={"seed"}) | {
+    complete = guided.resolve(decoding, complete=True)
+    # jobs that versions without this setting began have no entry for it
+    unset = {"seed"} if complete.logit_bias else {"seed", "logit_bias"}
+    made_with = complete.model_dump(mode="json", exclude=unset) | {
         "seed": settings.seed,
         "trace": settings.trace,
         "format": output_format,

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -27,6 +27,9 @@ class DecodingSettings(Settings):
     )
     repetition_penalty: float = Field(1.0, gt=0)
     no_repeat_ngram_size: int = Field(0, ge=0)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, description="added to the policy's logits, by token id; -100 to 100"
+    )
     n: int = Field(10, ge=1, description="completions that best-of-n samples, segments that cd-blockwise samples")
     segment_length: int | None = Field(
         None, ge=1, description="tokens of a segment: exact for cd-blockwise (16), the most for cards (64)"

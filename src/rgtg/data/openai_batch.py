@@ -21,6 +21,32 @@ _DEFAULTS: dict[str, Any] = {
     "n": 1, "best_of": 1, "stream": False, "echo": False, "logprobs": False, "frequency_penalty": 0,
     "presence_penalty": 0, "logit_bias": {}, "tools": [], "store": False, "response_format": {"type": "text"},
 }  # fmt: skip
+# Why decoding here does not support a field of OpenAI's, and what to do instead.
+_TEXT_ONLY = "the models here read and write text"
+_NO_TOOLS = "replies are not parsed into tool calls; describe the tools in a message, and read the reply's text"
+_NO_PENALTY = "tokens are not penalised by their counts; use logit_bias against single tokens"
+REASONS = {
+    "response_format": "replies are not constrained to a format; ask for it in a message, and check the reply",
+    **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"), _NO_TOOLS),
+    "tool_calls": _NO_TOOLS,
+    "web_search_options": "nothing is looked up; put what the model should know into a message",
+    "frequency_penalty": _NO_PENALTY,
+    "presence_penalty": _NO_PENALTY,
+    "audio": _TEXT_ONLY,
+    "modalities": _TEXT_ONLY,
+    "suffix": "the models here continue a text; they do not fill a gap",
+    "best_of": "use n, or guidance.method best-of-n with a scorer",
+    "prediction": "drafts are a setting of rgtg generate (draft), not of a request",
+    "reasoning_effort": "whether a model reasons is up to its chat template",
+    "verbosity": "ask for a length in a message, or set max_tokens",
+    "store": "requests are not stored",
+    "metadata": "requests are not stored",
+}
+
+
+def not_supported(name: str) -> str:
+    """Why a field of OpenAI's is refused."""
+    return f"not supported: {REASONS[name]}" if name in REASONS else "not supported; leave it out"
 
 
 @dataclass(frozen=True)
@@ -118,4 +144,5 @@ def _seed(asked: dict[str, Any]) -> int | None:
 def _reject(names: set[str], where: str) -> None:
     if names:
         listed = ", ".join(f"{where}{name}" for name in sorted(names))
-        raise RowError(RejectReason.UNSUPPORTED, f"{listed:.200}: not supported; leave it out")
+        reason = not_supported(next(iter(names)) if len(names) == 1 else "")
+        raise RowError(RejectReason.UNSUPPORTED, f"{listed:.200}: {reason}")

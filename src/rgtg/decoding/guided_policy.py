@@ -1,7 +1,7 @@
 """GuidedPolicy: a frozen policy, its scorers and a method, behind one ``generate``."""
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
@@ -250,6 +250,7 @@ class GuidedPolicy:
         if settings.method != self.method.name:
             raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
+        self._check_token_ids(settings.logit_bias)
         if settings.top_k is None and self.method.scorer and self.method.unit == "token":
             for one in self.scorers:
                 require_embeddings(self.policy, one, whole=True)
@@ -274,6 +275,15 @@ class GuidedPolicy:
                 raise UsageError(
                     f"overlap reads at most {MAX_WIDTH} candidates with the policy: set top_k (10 is usual)"
                 )
+
+    def _check_token_ids(self, ids: Iterable[int]) -> None:
+        """Refuse a bias of tokens that are not in the vocabulary."""
+        size = min(len(self.policy.tokenizer), self.policy.model.config.get_text_config().vocab_size)
+        if bad := [token for token in ids if token >= size]:
+            raise UsageError(
+                f"logit_bias: {bad[0]} is not a token id; the vocabulary has {size} tokens, from 0 to {size - 1}",
+                setting="logit_bias",
+            )
 
     def _require_one_scorer(self, what: str, settings: DecodingSettings) -> None:
         if len(self.used) > 1:
@@ -365,7 +375,8 @@ class GuidedPolicy:
             trace: keep every candidate's figures of every step.
             batch_size: prompts decoded together.
             **settings: fields of ``rgtg.config.DecodingSettings``: max_new_tokens, min_new_tokens, temperature,
-                top_p, stop, repetition_penalty, no_repeat_ngram_size, and beta, top_k, n for this call.
+                top_p, stop, repetition_penalty, no_repeat_ngram_size, logit_bias, and beta, top_k, n for this
+                call.
 
         Returns:
             One ``Completion`` per prompt, in order.

@@ -280,16 +280,20 @@ def final_text(text: str, stop: Sequence[str]) -> str:
 
 def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:
     """Transformers' own logits processors for one request; empty where nothing is asked for."""
-    if settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size and not settings.min_new_tokens:
+    penalised = settings.repetition_penalty != 1 or settings.no_repeat_ngram_size or settings.min_new_tokens
+    if not (penalised or settings.logit_bias):
         return ()
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         MinNewTokensLengthLogitsProcessor,
         NoRepeatNGramLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
     )
 
     processors = LogitsProcessorList()
+    if settings.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in settings.logit_bias.items()}))
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:

@@ -33,6 +33,8 @@ SETTINGS = {
     "cool": {"temperature": 0.7, "top_k": 3, "top_p": 1.0},
     "greedy": {"temperature": 0.0, "top_k": 3, "top_p": 1.0},
     "nucleus": {"temperature": 1.0, "top_k": 6, "top_p": 0.8},
+    # a token that becomes a candidate, one that is favoured among them, and the likeliest one after the prompt, banned
+    "biased": {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "logit_bias": {21: 6.0, 40: 2.5, 52: -100.0}},
 }
 
 
@@ -94,7 +96,7 @@ CASES = [
     (method, named)
     for method in METHODS
     for named in SETTINGS
-    if METHODS[method].rule != "greedy" or named in ("plain", "nucleus")
+    if METHODS[method].rule != "greedy" or named in ("plain", "nucleus", "biased")
 ]
 
 

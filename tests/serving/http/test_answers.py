@@ -161,6 +161,24 @@ def test_tokenize_adds_special_tokens_on_request():
     assert with_them["token_strs"][0] == "<s>"
 
 
+# Biased logits
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_logit_bias_is_that_of_generate(served, path):
+    guided = GuidedPolicy(served.models.policy, served.models.scorers["kind"])
+    bias = {7: 5.5, 40: -100.0, 2: -100.0}
+    asked = {"messages": CHAT} if "chat" in path else {"prompt": PROMPT}
+    told = served.post(
+        path, model="tiny+kind", **asked, logit_bias={str(t): b for t, b in bias.items()}, seed=4, max_tokens=12
+    ).json()["choices"][0]
+    source = CHAT if "chat" in path else PROMPT
+    done, plain = (guided.generate([source], seed=4, max_new_tokens=12, logit_bias=b)[0] for b in (bias, {}))
+    assert (told["message"]["content"] if "chat" in path else told["text"]) == done.text != plain.text
+    assert 40 not in done.token_ids
+    assert len(done.token_ids) == 12, "no token ends it"
+
+
 # Description of the server
 
 

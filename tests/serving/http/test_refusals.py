@@ -34,7 +34,7 @@ def refused(answer, status=400, param=None, code=None, says=""):
 
 UNSUPPORTED = {
     "audio": {}, "frequency_penalty": 0.5, "function_call": "auto", "functions": [{"name": "f"}],
-    "logit_bias": {"5": 1}, "metadata": {"a": "b"}, "modalities": ["audio"], "parallel_tool_calls": True,
+    "metadata": {"a": "b"}, "modalities": ["audio"], "parallel_tool_calls": True,
     "prediction": {"type": "content"}, "presence_penalty": -1, "prompt_cache_key": "k", "reasoning_effort": "low",
     "response_format": {"type": "json_object"}, "safety_identifier": "x", "service_tier": "flex", "store": True,
     "tool_choice": "auto", "tools": [{"type": "function"}], "verbosity": "low", "web_search_options": {},
@@ -49,12 +49,28 @@ WITHOUT_EFFECT = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_chat_parameters_are_refused(served, name):
     answer = served.post("/v1/chat/completions", **CHAT, **{name: UNSUPPORTED[name]})
-    refused(answer, param=name, code="unsupported_parameter", says="not supported")
+    refused(answer, param=name, code="unsupported_parameter", says=f"{name}: not supported")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("response_format", {"type": "json_schema", "json_schema": {}}, "ask for it in a message, and check the reply"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "describe the tools in a message"),
+        ("tool_choice", "required", "not parsed into tool calls"),
+        ("functions", [{"name": "f"}], "not parsed into tool calls"),
+        ("frequency_penalty", 0.1, "use logit_bias"),
+    ],
+)
+def test_the_reason_of_a_refusal_is_given(served, path, name, value, why):
+    body = (CHAT if "chat" in path else TEXT) | {name: value}
+    refused(served.post(path, **body), param=name, code="unsupported_parameter", says=why)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("best_of", 2), ("echo", True), ("suffix", "end"), ("logit_bias", {"1": 2}), ("presence_penalty", 1)],
+    [("best_of", 2), ("suffix", "end"), ("presence_penalty", 1), ("tools", [{}]), ("response_format", {"type": "x"})],
 )
 def test_unsupported_completion_parameters_are_refused(served, name, value):
     refused(served.post("/v1/completions", **TEXT, **{name: value}), param=name, code="unsupported_parameter")
@@ -98,6 +114,11 @@ WRONG = [
     ("/v1/completions", TEXT | {"prompt": ["a"] * 4}, "prompt"),
     ("/v1/completions", TEXT | {"prompt": {}}, "prompt"),
     ("/v1/completions", TEXT | {"logprobs": True}, "logprobs"),
+    ("/v1/completions", TEXT | {"logit_bias": {"64": 1}}, "logit_bias"),
+    ("/v1/completions", TEXT | {"logit_bias": {"5": 100.5}}, "logit_bias.5"),
+    ("/v1/chat/completions", CHAT | {"logit_bias": {"five": 1}}, "logit_bias.five"),
+    ("/v1/chat/completions", CHAT | {"logit_bias": {"-5": 1}}, "logit_bias"),
+    ("/v1/chat/completions", CHAT | {"logit_bias": [5]}, "logit_bias"),
     ("/v1/completions", TEXT | {"unheard_of": 1}, "unheard_of"),
     ("/v1/completions", TEXT | {"guidance": {"beto": 1}}, "guidance.beto"),
     ("/v1/completions", TEXT | {"guidance": []}, "guidance"),

@@ -27,6 +27,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 # Decoding setting → the request field that sets it.
 _PARAMS = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop",
+    "logit_bias": "logit_bias",
     **{name: f"guidance.{name}" for name in (
         "method", "beta", "top_k", "entropy_gate", "n", "segment_length", "min_segment", "entropy_threshold",
         "reward_threshold", "threshold_start", "retries", "scorers",
@@ -167,7 +168,7 @@ def _dotted(path: Sequence[Any]) -> str:
     for part in path:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part.isidentifier():
+        elif part.isidentifier() or part.isdecimal():
             name += f".{part}" if name else part
     return name
 

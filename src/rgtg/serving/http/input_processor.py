@@ -291,6 +291,7 @@ def _given_settings(body: Sampling, guidance: Guidance, scorers: tuple[str, ...]
     if "top_k" in guidance.model_fields_set:  # null means the whole vocabulary
         given["top_k"] = guidance.top_k
     shared = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stop_texts or None}
+    shared["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None
     given |= {name: value for name, value in shared.items() if value is not None}
     if isinstance(guidance.scorers, dict):
         betas = [guidance.scorers[name] for name in scorers]

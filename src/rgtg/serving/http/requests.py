@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rgtg.data.openai_batch import not_supported
 from rgtg.decoding.methods import METHODS
 from rgtg.serving.http.errors import ApiError
 
@@ -47,7 +48,7 @@ class Body(BaseModel):
             return given
         for name in cls.unsupported.keys() & given.keys():
             if not any(given[name] == value and type(given[name]) is type(value) for value in cls.unsupported[name]):
-                raise ApiError(400, f"{name} is not supported here", param=name, code="unsupported_parameter")
+                raise ApiError(400, f"{name}: {not_supported(name)}", param=name, code="unsupported_parameter")
         return {name: value for name, value in given.items() if name not in cls.unsupported}
 
 
@@ -94,6 +95,7 @@ def _known_method(name: str) -> str:
 
 Method = Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": list(METHODS)})]
 Strength = Annotated[float, Field(ge=-_MAX_STRENGTH, le=_MAX_STRENGTH)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # JSON's keys are texts
 # A number of tokens, candidates or completions; the server's own limits are lower.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -160,6 +162,9 @@ class Sampling(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="the same request with the same seed returns the same completions; default: a random seed"
     )
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="token id → bias, -100 to 100, added to the policy's logits before candidates are chosen"
+    )
     stream: bool | None = None
     user: str | None = Field(None, description="accepted, but neither used nor stored")
     guidance: Guidance | None = Field(None, description="how this request is guided")
@@ -188,21 +193,22 @@ class ChoicesRequest(Sampling):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-_PENALTIES: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0, 0.0), "presence_penalty": (None, 0, 0.0), "logit_bias": (None, {}),
+# Of both endpoints; OpenAI's older one has no tools, but other servers of it do.
+_OF_BOTH: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (None, 0, 0.0), "presence_penalty": (None, 0, 0.0), "function_call": (None, "none"),
+    "functions": _NONE_OR_EMPTY, "parallel_tool_calls": _NONE, "response_format": (None, {"type": "text"}),
+    "tool_choice": (None, "none"), "tools": _NONE_OR_EMPTY,
 }  # fmt: skip
 
 
 class ChatRequest(ChoicesRequest):
     """``POST /v1/chat/completions``."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _PENALTIES | {
-        "audio": _NONE, "function_call": (None, "none"), "functions": _NONE_OR_EMPTY, "metadata": (None, {}),
-        "modalities": (None, ["text"]), "moderation": _NONE, "parallel_tool_calls": _NONE, "prediction": _NONE,
-        "prompt_cache_key": _NONE, "prompt_cache_options": _NONE, "prompt_cache_retention": _NONE,
-        "reasoning_effort": _NONE, "response_format": (None, {"type": "text"}), "safety_identifier": _NONE,
-        "service_tier": (None, "auto", "default"), "store": (None, False), "tool_choice": (None, "none"),
-        "tools": _NONE_OR_EMPTY, "verbosity": _NONE, "web_search_options": _NONE,
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_BOTH | {
+        "audio": _NONE, "metadata": (None, {}), "modalities": (None, ["text"]), "moderation": _NONE,
+        "prediction": _NONE, "prompt_cache_key": _NONE, "prompt_cache_options": _NONE, "prompt_cache_retention": _NONE,
+        "reasoning_effort": _NONE, "safety_identifier": _NONE, "service_tier": (None, "auto", "default"),
+        "store": (None, False), "verbosity": _NONE, "web_search_options": _NONE,
     }  # fmt: skip
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
@@ -237,7 +243,7 @@ TokenId = Annotated[int, Field(ge=0)]
 class CompletionRequest(ChoicesRequest):
     """``POST /v1/completions``."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _PENALTIES | {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_BOTH | {
         "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""),
     }  # fmt: skip
 
