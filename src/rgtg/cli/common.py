@@ -117,7 +117,8 @@ def _parameter(settings: type[Settings], name: str, panel: str | None) -> inspec
         return _keyword(name, Annotated[bool, typer.Option(flag, help=text, rich_help_panel=panel)], False)
     literals = [str(one) for kind in types if get_origin(kind) is Literal for one in get_args(kind)]
     many = any(get_origin(kind) is list for kind in types)
-    metavar = "|".join(literals) if literals else _METAVARS.get(_item_type(types[0]), "<str>")
+    numbers = [_METAVARS[kind] for kind in types if kind in (int, float)] if literals else []
+    metavar = "|".join([*numbers, *literals]) if literals else _METAVARS.get(_item_type(types[0]), "<str>")
     option = typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
     return _keyword(name, Annotated[list[str] | None if many else str | None, option], None)
 

@@ -103,7 +103,11 @@ class TrainSettings(Settings):
         description="a separate model, an adapter on the policy, or a head on the policy's own hidden states",
     )
     head: Literal["state", "vocab"] | None = Field(None, description="with own: per candidate, or once for all tokens")
-    layer: int | Literal["auto"] | None = Field(None, description="hidden state that the head reads; auto tries three")
+    layer: int | Literal["auto", "final"] | None = Field(
+        None,
+        description="with own: hidden state that the head reads; final: the output layer's, which every engine gives; "
+        "auto (default) tries three",
+    )
     width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")
     objective: Objective = Field("prefix-bt", description="prefix-bt suits token-wise guidance")

@@ -6,7 +6,7 @@ with its special tokens, as in generation; the completion is what follows it.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rgtg.errors import DataError, TokenizerMismatchError
@@ -32,9 +32,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
     Names and files are not compared, because the same files can load as another class that gives other ids. The padding
     token is left out: a scorer may need one although the policy has none.
     """
-    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token != PAD_TOKEN}
-    probe_ids = [tokenizer(text).input_ids for text in _PROBES]
-    content = json.dumps([sorted(vocabulary.items()), probe_ids, tokenizer.eos_token_id])
+    return fingerprint_tokenizer(tokenizer.get_vocab(), lambda text: tokenizer(text).input_ids, tokenizer.eos_token_id)
+
+
+def fingerprint_tokenizer(
+    vocabulary: Mapping[str, int], encode: Callable[[str], list[int]], eos_token_id: int | None
+) -> str:
+    """The fingerprint of `tokenizer_hash`, for an engine's own tokenizer (docs/head-format.md defines it).
+
+    Args:
+        vocabulary: id of each token.
+        encode: text to ids, with special tokens.
+        eos_token_id: of the token that ends a text, if there is one.
+    """
+    known = sorted((token, i) for token, i in vocabulary.items() if token != PAD_TOKEN)
+    content = json.dumps([known, [list(encode(text)) for text in _PROBES], eos_token_id])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

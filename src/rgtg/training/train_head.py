@@ -9,6 +9,7 @@ from typing import Any
 from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError, UsageError
 from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
 from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import round_to_half
@@ -72,6 +73,12 @@ class HeadTraining:
             "trunk": "own",
             "head": settings.head,
             "rank": self.rank,
+            "policy_layers": depth(self.policy),
+            "hidden": int(self.policy.config.get_text_config().hidden_size),
+            "vocabulary": vocabulary_size(self.policy) if settings.head == "vocab" else None,
+            "normalisation": "standardize",
+            "activation": "gelu",
+            "policy_files": [describe_policy_files(settings.base)],
         }
 
     def require_data(self, data: TrainData) -> None:
@@ -82,8 +89,8 @@ class HeadTraining:
         """
         if len(self.layers) * len(self.widths) > 1 and not data.held_out:
             raise UsageError(
-                f"layer and width are chosen by held-out {data.kind}: give --eval-{data.kind}, or say --set layer=N "
-                "--set width=N"
+                f"layer and width are chosen by held-out {data.kind}: give --eval-{data.kind}, or say --layer final "
+                "(or --layer N) --set width=N"
             )
 
     def train(self, run: TrainingRun, checkpoint: Path | None) -> TrainedModel:
@@ -225,10 +232,17 @@ class HeadTraining:
 
 def candidate_layers(settings: TrainSettings, model: Any) -> list[int]:
     """The layer that was set, or else the final state and the states at 3/4 and 1/2 of the depth."""
-    depth = int(model.config.get_text_config().num_hidden_layers)
+    final = depth(model)
     if isinstance(settings.layer, int):
         return [settings.layer]
-    return list(dict.fromkeys([depth, -(-3 * depth // 4), -(-depth // 2)]))
+    if settings.layer == "final":
+        return [final]
+    return list(dict.fromkeys([final, -(-3 * final // 4), -(-final // 2)]))
+
+
+def depth(model: Any) -> int:
+    """Number of decoder layers, which is also the index of the final state."""
+    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def table_rank(settings: TrainSettings, model: Any) -> int:

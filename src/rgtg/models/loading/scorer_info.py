@@ -4,75 +4,18 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from torch import Tensor
 
-from rgtg.config.training import Objective as Objective
-from rgtg.errors import DataError, ModelNotFoundError, UsageError
+from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.loading.hub import holds_only_pickles, local_folder
-from rgtg.types.base import FORMAT_VERSION, Record
+from rgtg.models.scorers.head_file import read_info as read_info
+from rgtg.types.scorer import HEAD_FILE as HEAD_FILE
+from rgtg.types.scorer import INFO_FILE as INFO_FILE
+from rgtg.types.scorer import ScorerInfo as ScorerInfo
 from rgtg.utils.files import write_text_synced
-
-INFO_FILE = "rgtg.json"
-HEAD_FILE = "head.safetensors"
-
-
-class ScorerInfo(Record):
-    """Contents of rgtg.json.
-
-    Attributes:
-        append_eos: whether finished completions ended with EOS in training.
-        max_length: in tokens, of the texts in training.
-        trunk: whose hidden states are scored: those of a model of its own (``separate``), of the frozen policy
-            (``own``), or of the policy with a LoRA adapter (``shared``).
-        head: ``scalar``, one score per text; ``state``, a head on the candidate's state; ``vocab``, a score for each
-            next token. A ``vocab`` head on a ``separate`` trunk is a causal language model's output layer.
-        layer: whose states a head on the policy scores.
-        width: hidden size of that head.
-        rank: size of its token table.
-        base_casts: fingerprints that the base model's weights have in other dtypes.
-        reference_fingerprint: of the scorer that weighted the training pairs, if one did.
-    """
-
-    version: int = FORMAT_VERSION
-    rgtg_version: str
-    objective: Objective
-    base_model: str
-    base_fingerprint: str
-    tokenizer_hash: str
-    data_fingerprint: str
-    append_eos: bool = True
-    max_length: int | None = None
-    trunk: Literal["separate", "own", "shared"] = "separate"
-    head: Literal["scalar", "state", "vocab"] = "scalar"
-    layer: int | None = None
-    width: int | None = None
-    rank: int | None = None
-    base_casts: dict[str, str] = Field(default_factory=dict)
-    reference_fingerprint: str | None = None
-
-    @property
-    def base_fingerprints(self) -> set[str]:
-        """Fingerprints of the base model's weights in every dtype that they may be loaded in."""
-        return {self.base_fingerprint, *self.base_casts.values()}
-
-
-def read_info(folder: str | Path) -> ScorerInfo | None:
-    """Contents of rgtg.json in a folder or hub repository; None if there is no such file (a stock reward model).
-
-    Raises:
-        DataError: the file is not a valid description.
-    """
-    path = Path(local_folder(str(folder))) / INFO_FILE
-    if not path.is_file():
-        return None
-    try:
-        return ScorerInfo.model_validate_json(path.read_bytes())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a valid scorer description: {error}") from error
 
 
 def write_info(folder: str | Path, info: ScorerInfo) -> None:

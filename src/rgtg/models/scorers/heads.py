@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rgtg.errors import DataError
-from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo
+from rgtg.models.scorers.head_file import read_tensors
+from rgtg.types.scorer import HEAD_FILE, ScorerInfo
 from rgtg.utils.files import atomic_write
 
 
@@ -126,16 +125,13 @@ def load_head(folder: Path, info: ScorerInfo) -> Head:
     Raises:
         DataError: the file is missing, truncated, or not the head that rgtg.json describes.
     """
-    try:
-        tensors = load_file(str(folder / HEAD_FILE))
-        width, hidden = tensors["mlp.first.weight"].shape
-        head: Head
-        if info.head == "vocab":
-            vocabulary, rank = tensors["table.weight"].shape
-            head = VocabularyHead(hidden, width, rank, vocabulary)
-        else:
-            head = StateHead(hidden, width)
-        head.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise DataError(f"{folder / HEAD_FILE} is missing or damaged, or no {info.head} head: {error}") from error
+    tensors = {name: torch.from_numpy(array) for name, array in read_tensors(folder, info).items()}
+    width, hidden = tensors["mlp.first.weight"].shape
+    head: Head
+    if info.head == "vocab":
+        vocabulary, rank = tensors["table.weight"].shape
+        head = VocabularyHead(hidden, width, rank, vocabulary)
+    else:
+        head = StateHead(hidden, width)
+    head.load_state_dict(tensors)
     return head

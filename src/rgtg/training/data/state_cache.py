@@ -137,5 +137,5 @@ def _require_disk_space(size: int) -> None:
     if size > free:
         raise OutputError(
             f"the policy's states need {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; name another "
-            "folder (TMPDIR=...), one layer (--set layer=N) or fewer pairs"
+            "folder (TMPDIR=...), one layer (--layer N) or fewer pairs"
         )
