@@ -1,8 +1,7 @@
 """A head's folder, read and checked without torch: what every engine loads (docs/head-format.md is the specification).
 
-head = read_head("my-head")
-head.require_policy_files("my-policy")      # the weight files the engine has loaded
-scores = head.score(states)                 # (B, H) → (B, V)
+`read_head` checks everything that needs no policy, ``HeadFile.require_policy_files`` the weight files that an engine
+has loaded, and ``HeadFile.score`` turns states (B, H) into scores (B, V).
 """
 
 import math
@@ -60,7 +59,7 @@ def read_tensors(folder: Path, info: ScorerInfo) -> dict[str, Any]:
     path = folder / HEAD_FILE
     expected = _TENSORS[info.head]
     try:
-        with safe_open(str(path), framework="np") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="np") as file:
             names = set(file.keys())
             if names != set(expected):
                 missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
@@ -77,8 +76,7 @@ def read_tensors(folder: Path, info: ScorerInfo) -> dict[str, Any]:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{path} is missing or damaged, or no {info.head} head: {one_line(error)}; copy it again, or train the head "
-            "again"
+            f"{path} is missing or damaged, or no {info.head} head: {one_line(error)}; copy or train it again"
         ) from error
     _check_shapes(path, tensors, expected, info)
     for name, tensor in tensors.items():
@@ -181,8 +179,8 @@ class HeadFile:
         """
         if self.kind != "vocab":
             raise UsageError(
-                f"{self.folder} is a {self.kind} head, which reads the state at every candidate, and {engine} gives the "
-                f"state of the prefix only: train a vocabulary head (rgtg train --trunk own --head vocab --layer final "
+                f"{self.folder} is a {self.kind} head, which reads the state at every candidate, and {engine} gives "
+                f"only the prefix's: train a vocabulary head (rgtg train --trunk own --head vocab --layer final "
                 f"--base {self.info.base_model})"
             )
         if not self.reads_final_state:
@@ -238,7 +236,7 @@ def read_head(folder: str) -> HeadFile:
         raise UsageError(f"{folder} has no {INFO_FILE}: saving it was interrupted; train the head again")
     if info is None or info.trunk != "own" or info.head == "scalar":
         raise UsageError(f"{folder} holds no head on a policy's own states; make one with rgtg train --trunk own")
-    told = ("layer", "policy_layers", "hidden", "width", "normalisation", "activation")
+    told: tuple[str, ...] = ("layer", "policy_layers", "hidden", "width", "normalisation", "activation")
     told += ("rank", "vocabulary") if info.head == "vocab" else ()
     if missing := [name for name in told if getattr(info, name) is None]:
         raise UsageError(
