@@ -227,8 +227,8 @@ def test_chat_rows_need_a_template(tmp_path, tokenizer):
     ("template", "reason"),
     [
         ("{{ raise_exception('roles must alternate') }}", "chat template: .*roles must alternate"),
-        ("{{ messages|length }}{{ messages[-1].content }}", "chat template: the template writes the prompt differ"),
-        ("{{ messages[0].content }}", "chat template: the template leaves the reply out"),
+        ("{{ messages|length }}{{ messages[-1].content }}", "chat template: .*writes the prompt differ"),
+        ("{{ messages[0].content }}", "chat template: .*leaves the reply out"),
     ],
 )
 def test_a_template_that_rewrites_the_prompt_is_an_error(tmp_path, tokenizer, template, reason):
@@ -319,8 +319,8 @@ def test_plain_completions_end_with_eos(tokenizer):
 
 @pytest.mark.parametrize(
     ("ending", "closing"),
-    [("</s>\n", "</s>"), ("</s>", "</s>"), ("", "</s>"), ("<end>\n", None)],
-    ids=["eos and newline", "eos", "no ending", "an ending that is not eos"],
+    [("</s>\n", "</s>"), ("</s>", "</s>"), ("", "</s>"), ("<end>\n", None), ("<unk>\n", "<unk>")],
+    ids=["eos and newline", "eos", "no ending", "an ending in ordinary text", "another special token"],
 )
 def test_templated_completions_end_once(tmp_path, tokenizer, ending, closing):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + ending + "{% endfor %}"

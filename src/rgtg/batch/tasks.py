@@ -20,7 +20,7 @@ from rgtg.decoding.request import Request, RowSeeds
 from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError, one_line
 from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
-from rgtg.tokenization.conversation import render_chat
+from rgtg.tokenization.conversation import check_template_kwargs, render_chat
 from rgtg.tokenization.encoding import encode_prompts
 from rgtg.types.generation import Completion
 
@@ -200,10 +200,17 @@ class _PromptChecker:
         if isinstance(row.prompt, str):
             return _EncodedPrompt(row.prompt)
         try:
-            return _EncodedPrompt(render_chat(self.guided.policy.tokenizer, row.prompt, add_generation_prompt=True))
-        except UsageError:  # no chat template: no chat can be completed
-            raise
-        except Exception as error:  # a template is a program: it may reject roles, or fail in any way
+            kwargs = (self.settings | row.settings).get("chat_template_kwargs")
+            check_template_kwargs(self.guided.policy.tokenizer, kwargs)
+            text = render_chat(
+                self.guided.policy.tokenizer, row.prompt, add_generation_prompt=True, template_kwargs=kwargs
+            )
+            return _EncodedPrompt(text)
+        except UsageError as error:
+            if row.settings.get("chat_template_kwargs"):
+                return _EncodedPrompt(problem=RowError(RejectReason.BAD_VALUE, one_line(error)))
+            raise  # no chat template: no chat can be completed
+        except DataError as error:
             return _EncodedPrompt(problem=RowError(RejectReason.CHAT_TEMPLATE, one_line(error)))
 
     def _resolve(self, own: dict[str, Any]) -> tuple[DecodingSettings, str]:

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -41,6 +41,9 @@ class DecodingSettings(Settings):
         0.5, ge=0, le=1, description="cards: first threshold, from the prompt's reward (0) to reward_threshold (1)"
     )
     retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best of them")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description='extra variables of the chat template, as JSON: {"enable_thinking": false}'
+    )
     draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; default: adapts")
 
     @field_validator("beta")

@@ -3,8 +3,8 @@
 from typing import Any
 
 from rgtg.data.sources import RejectReason, RowError
-from rgtg.errors import UsageError, one_line
-from rgtg.tokenization.conversation import render_chat
+from rgtg.errors import DataError, UsageError, one_line
+from rgtg.tokenization.conversation import RenderedReplies, render_replies
 from rgtg.types.generation import PreferencePair
 
 HH_TURN = "\n\nAssistant:"
@@ -151,9 +151,8 @@ def _chat_pair(row: dict[str, Any], tokenizer: Any) -> PreferencePair:
         _require_reply(name, tail)
     if not any(message["content"].strip() for message in prompt):
         raise RowError(RejectReason.EMPTY_PROMPT)
-    opening = _render(tokenizer, prompt, add_generation_prompt=True)
-    replies = [_render_reply(tokenizer, opening, prompt, tail) for tail in (chosen, rejected)]
-    return _pair(opening, *replies, templated=True)
+    rendered = _render(tokenizer, prompt, chosen, rejected)
+    return _pair(rendered.prompt, *rendered.replies, templated=True)
 
 
 def _pair(prompt: str, chosen: str, rejected: str, *, templated: bool = False) -> PreferencePair:
@@ -214,27 +213,12 @@ def _require_reply(name: str, tail: list[Message]) -> None:
         raise RowError(RejectReason.NO_SHARED_PROMPT, f"{name} holds a {asked!r} message after the shared ones")
 
 
-def _render_reply(tokenizer: Any, opening: str, prompt: list[Message], tail: list[Message]) -> str:
-    """The text that the reply adds to the rendered prompt, with EOS if the template does not end the turn."""
-    whole = _render(tokenizer, [*prompt, *tail], add_generation_prompt=False)
-    if not whole.startswith(opening):
-        raise RowError(RejectReason.CHAT_TEMPLATE, "the template writes the prompt differently once there is a reply")
-    reply = whole[len(opening) :]
-    if not reply.strip():
-        raise RowError(RejectReason.CHAT_TEMPLATE, "the template leaves the reply out")
-    # Only here can one see whether the text ends with the reply or with the template's end-of-turn marker.
-    closed = not reply.rstrip().endswith(tail[-1]["content"].rstrip())
-    return reply if closed or not tokenizer.eos_token else reply + str(tokenizer.eos_token)
-
-
-def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> RenderedReplies:
     if tokenizer is None:
         raise UsageError("the row holds chat messages: give a tokenizer (--tokenizer DIR), whose template renders them")
     try:
-        return render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    except UsageError:
-        raise
-    except Exception as error:  # a template is a program: it may reject roles, or fail in any way
+        return render_replies(tokenizer, prompt, [chosen, rejected])
+    except DataError as error:
         raise RowError(RejectReason.CHAT_TEMPLATE, one_line(error, 200)) from error
 
 

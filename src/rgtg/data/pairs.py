@@ -21,6 +21,7 @@ from rgtg.data.sources import (
     usable_rows,
 )
 from rgtg.errors import DataError, UsageError
+from rgtg.tokenization.conversation import RenderedReplies, encode_replies
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
 from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.types.generation import PreferencePair
@@ -204,8 +205,8 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], tokenizer: Any, *, append_eo
     """Tokenize every pair exactly as generation does.
 
     Plain completions end with EOS if ``append_eos``. Templated ones get no second ending: the template ends the turn,
-    or the reader has added EOS. What a template writes after EOS (a newline) is cut off, because a policy that stops at
-    EOS never generates it.
+    or the reader has added EOS. What a template writes after the token that ends a reply (a newline) is cut off if
+    ``append_eos``, because a policy that stops there never generates it.
 
     Raises:
         DataError: a prompt is empty or has no token.
@@ -214,30 +215,16 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], tokenizer: Any, *, append_eo
 
 
 def _tokenize(pair: PreferencePair, tokenizer: Any, append_eos: bool) -> TokenizedPair:
-    prompt_ids = encode_prompt(tokenizer, pair.prompt, templated=pair.prompt_templated)
-    chosen_ids = _completion_ids(pair, prompt_ids, pair.chosen, tokenizer, append_eos)
-    return TokenizedPair(
-        prompt_ids, chosen_ids, _completion_ids(pair, prompt_ids, pair.rejected, tokenizer, append_eos)
+    if pair.prompt_templated:
+        rendered = RenderedReplies(pair.prompt, [pair.chosen, pair.rejected])
+        prompt_ids, (chosen_ids, rejected_ids) = encode_replies(tokenizer, rendered, whole=not append_eos)
+        return TokenizedPair(prompt_ids, chosen_ids, rejected_ids)
+    prompt_ids = encode_prompt(tokenizer, pair.prompt)
+    chosen_ids, rejected_ids = (
+        encode_completion(tokenizer, pair.prompt, completion, append_eos=append_eos, prompt_ids=prompt_ids)
+        for completion in (pair.chosen, pair.rejected)
     )
-
-
-def _completion_ids(
-    pair: PreferencePair, prompt_ids: list[int], completion: str, tokenizer: Any, append_eos: bool
-) -> list[int]:
-    templated, eos = pair.prompt_templated, tokenizer.eos_token_id
-    ids = encode_completion(
-        tokenizer,
-        pair.prompt,
-        completion,
-        templated=templated,
-        append_eos=append_eos and not templated,
-        prompt_ids=prompt_ids,
-    )
-    if templated and append_eos and eos in ids:
-        end = len(ids) - ids[::-1].index(eos)
-        if not tokenizer.decode(ids[end:]).strip():
-            return ids[:end]
-    return ids
+    return TokenizedPair(prompt_ids, chosen_ids, rejected_ids)
 
 
 def split_position(prompt: str, seed: int) -> float:

@@ -50,8 +50,8 @@ from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.scorers.base import AnyScorer, Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
-from rgtg.tokenization.conversation import encode_source
-from rgtg.tokenization.encoding import decode_completion, encode_prompt, require_same_tokenizer
+from rgtg.tokenization.conversation import check_template_kwargs, encode_source
+from rgtg.tokenization.encoding import decode_completion, require_same_tokenizer
 from rgtg.types.generation import Completion
 
 _MAX_CACHED_SETTINGS = 256
@@ -346,7 +346,7 @@ class GuidedPolicy:
         for scorer in self.scorers:
             if isinstance(scorer, CrossTokenizerScorer) and self.names:
                 # how many of its tokens the completion takes is not known yet
-                scorer.require_room(prompt_source(request, self.policy.tokenizer))
+                scorer.require_room(prompt_source(request, self.policy.tokenizer), settings.chat_template_kwargs)
 
     def _context_limits(self) -> list[tuple[str, int | None]]:
         """Contexts, in the policy's tokens, of all models that read them."""
@@ -398,22 +398,24 @@ class GuidedPolicy:
     ) -> list[Request]:
         """Requests for ``complete``: prompts encoded and checked; arguments and errors are those of ``generate``."""
         many = _as_list(prompts)
+        kwargs = settings.get("chat_template_kwargs")
+        if kwargs and not all(isinstance(prompt, str) for prompt in many):
+            check_template_kwargs(self.policy.tokenizer, kwargs)
         ids, texts = [], []
         for i, prompt in enumerate(many):
             try:
-                if isinstance(prompt, str):
-                    text, prompt_ids = prompt, encode_prompt(self.policy.tokenizer, prompt)
-                else:
-                    text, prompt_ids = encode_source(self.policy.tokenizer, prompt)
+                text, prompt_ids = encode_source(self.policy.tokenizer, prompt, template_kwargs=kwargs)
             except DataError as error:
                 raise _of_prompt(error, i, len(many)) from error
             ids.append(prompt_ids)
             texts.append(text)
         return self.make_requests(ids, texts, many, seed, settings, trace=trace)
 
-    def row_seeds(self, prompts: Sequence[Prompt], seed: int) -> list[int]:
+    def row_seeds(self, prompts: Sequence[Prompt], seed: int, **settings: Any) -> list[int]:
         """The seeds that ``generate(prompts, seed=seed)`` gives its rows, for callers who feed the prompts in parts."""
-        return row_seeds(seed, [encode_source(self.policy.tokenizer, prompt)[1] for prompt in prompts])
+        kwargs = settings.get("chat_template_kwargs")
+        encoded = [encode_source(self.policy.tokenizer, prompt, template_kwargs=kwargs) for prompt in prompts]
+        return row_seeds(seed, [prompt_ids for _, prompt_ids in encoded])
 
     def generate_ids(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from rgtg.config import DecodingSettings
 from rgtg.decoding.sampling import Draws, SamplingParams
 from rgtg.errors import DataError, PromptTooLongError, UsageError
+from rgtg.tokenization.conversation import turn_end
 from rgtg.tokenization.encoding import decode_completion
 from rgtg.types.generation import Completion, StepTrace
 
@@ -179,7 +180,9 @@ class StoppingCriteria:
         full = len(request.token_ids) >= self.limit
         if not (at_eos or full or self.stop):
             return
-        text = decode_completion(self.tokenizer, request.prompt_ids, request.token_ids)
+        # the token that ends a completion is no part of its text, also where it is not a special one
+        ids = request.token_ids[:-1] if at_eos else request.token_ids
+        text = decode_completion(self.tokenizer, request.prompt_ids, ids)
         cut = self._first_stop(request, text) if self.stop else None
         if cut is not None:
             request.text, request.finish_reason = text[:cut], "stop"
@@ -228,7 +231,13 @@ def prompt_source(request: Request, tokenizer: Any) -> Prompt:
 
 
 def end_tokens(policy: Any) -> set[int]:
-    """Token ids that end a completion: the generation config's and the tokenizer's."""
+    """Token ids that end a completion: the generation config's, the tokenizer's, and the chat template's turn end."""
+    end = turn_end(policy.tokenizer)
+    return configured_end_tokens(policy) | ({end.token_id} if end is not None and end.token_id is not None else set())
+
+
+def configured_end_tokens(policy: Any) -> set[int]:
+    """Token ids that end a completion in transformers' ``generate``, and the tokenizer's EOS."""
     configured = getattr(policy.model, "generation_config", None)
     eos = getattr(configured, "eos_token_id", None)
     ids = set(eos) if isinstance(eos, list) else {eos}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.loading import ScorerSource
+from rgtg.decoding.request import configured_end_tokens
 from rgtg.errors import UsageError
 from rgtg.tokenization.padding import pad_right
 
@@ -96,7 +97,8 @@ def _check_processors(kwargs: dict[str, Any]) -> None:
 
 def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str, Any]:
     eos = config.eos_token_id
-    if eos is not None and set(eos if isinstance(eos, list) else [eos]) != guided.end_tokens:
+    ends = (guided.end_tokens, configured_end_tokens(guided.policy))
+    if eos is not None and set(eos if isinstance(eos, list) else [eos]) not in ends:
         raise UsageError(
             f"guided generation ends at {sorted(guided.end_tokens)}, not at eos_token_id={eos}; set it in the model's "
             "generation_config"

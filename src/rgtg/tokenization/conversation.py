@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rgtg.errors import DataError, UsageError, one_line
-from rgtg.tokenization.encoding import encode_prompt
+from rgtg.tokenization.encoding import encode_completion, encode_prompt
 
 Message = dict[str, Any]
 # A prompt as the user gives it: plain text, or chat messages.
@@ -146,16 +146,16 @@ def check_template_kwargs(tokenizer: Any, template_kwargs: TemplateKwargs | None
 
 
 def encode_source(
-    tokenizer: Any, source: PromptSource, *, template_kwargs: TemplateKwargs | None = None
+    tokenizer: Any, source: PromptSource, *, template_kwargs: TemplateKwargs | None = None, templated: bool = False
 ) -> tuple[str, list[int]]:
-    """Text and token ids of a prompt: plain text as it is, chat messages through the tokenizer's template.
+    """Text and token ids of a prompt: text as it is (``templated``: already rendered), messages through the template.
 
     Raises:
         DataError: an empty prompt, or messages that the template refuses.
         UsageError: chat messages, and a tokenizer without a chat template.
     """
     if isinstance(source, str):
-        return source, encode_prompt(tokenizer, source)
+        return source, encode_prompt(tokenizer, source, templated=templated)
     text = render_chat(tokenizer, source, add_generation_prompt=True, template_kwargs=template_kwargs)
     return text, encode_prompt(tokenizer, text, templated=True)
 
@@ -168,18 +168,19 @@ def render_replies(
     messages: Sequence[Message],
     replies: Sequence[Sequence[Message]],
     *,
+    append_eos: bool = True,
     template_kwargs: TemplateKwargs | None = None,
 ) -> RenderedReplies:
     """A prompt and finished replies to it, as the template writes each whole conversation.
 
     The prompt is what the whole conversations share with the prompt for generation, as in trl: templates of reasoning
-    models open a ``<think>`` for generation that a finished reply does not have. A reply that the template does not
-    end gets EOS.
+    models open a ``<think>`` for generation that a finished reply does not have.
 
     Args:
         tokenizer: owner of the template.
         messages: of the prompt.
         replies: the messages of each reply, usually one of the assistant.
+        append_eos: end a reply with EOS if the template does not end it.
         template_kwargs: extra variables of the template.
 
     Raises:
@@ -199,9 +200,10 @@ def render_replies(
     found = []
     for whole, reply in zip(wholes, replies, strict=True):
         text = whole[len(prompt) :]
-        if not text.strip():
+        if not text.strip() and str(text_of_content(reply[-1].get("content")) or "").strip():
             raise DataError("the chat template leaves the reply out")
-        found.append(text if _is_closed(tokenizer, text, reply[-1], template_kwargs) else text + _eos(tokenizer))
+        closed = not append_eos or _is_closed(tokenizer, text, reply[-1], template_kwargs)
+        found.append(text if closed else text + _eos(tokenizer))
     return RenderedReplies(prompt, found)
 
 
@@ -224,6 +226,73 @@ def encode_replies(
     rows = [encode_prompt(tokenizer, rendered.prompt + text, templated=True) for text in texts]
     shared = min(_shared_length(prompt_ids, row) for row in rows)
     return prompt_ids[:shared], [row[shared:] for row in rows]
+
+
+def encode_completed(
+    tokenizer: Any,
+    prompt: PromptSource,
+    completion: str,
+    *,
+    finished: bool,
+    append_eos: bool,
+    templated: bool = False,
+    whole: bool = False,
+    template_kwargs: TemplateKwargs | None = None,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and its completion, as training reads them.
+
+    Args:
+        tokenizer: owner of the template.
+        prompt: text, or chat messages to which the completion is the reply.
+        completion: text.
+        finished: whether it has ended. A finished reply ends as the chat template ends it, other completions with EOS.
+        append_eos: whether finished completions of plain prompts end with EOS.
+        templated: a chat template has written the prompt, special tokens included.
+        whole: as in `encode_replies`; and a reply that the template does not end gets no EOS.
+        template_kwargs: extra variables of the template.
+
+    Raises:
+        DataError: an empty prompt, or messages that the template refuses.
+        UsageError: chat messages, and a tokenizer without a chat template.
+    """
+    if not isinstance(prompt, str) and finished:
+        rendered = _with_reply(tokenizer, prompt, completion, whole, template_kwargs)
+        prompt_ids, (ids,) = encode_replies(tokenizer, rendered, whole=whole)
+        return prompt_ids, ids
+    templated = templated or not isinstance(prompt, str)
+    if templated and finished and (end := turn_end(tokenizer, template_kwargs=template_kwargs)) is not None:
+        completion += end.text if whole else end.closing
+        append_eos = False
+    text, prompt_ids = encode_source(tokenizer, prompt, template_kwargs=template_kwargs, templated=templated)
+    ids = encode_completion(
+        tokenizer, text, completion, templated=templated, append_eos=append_eos and finished, prompt_ids=prompt_ids
+    )
+    return prompt_ids, ids
+
+
+def completed_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    reply: str,
+    *,
+    finished: bool,
+    whole: bool = False,
+    template_kwargs: TemplateKwargs | None = None,
+) -> str:
+    """Text of a conversation with a reply; arguments and errors are those of `encode_completed`."""
+    if not finished:
+        opening = render_chat(tokenizer, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
+        return opening + reply
+    rendered = _with_reply(tokenizer, messages, reply, whole, template_kwargs)
+    (text,) = rendered.replies
+    return rendered.prompt + (text if whole else cut_reply(tokenizer, text))
+
+
+def _with_reply(
+    tokenizer: Any, messages: Sequence[Message], reply: str, whole: bool, template_kwargs: TemplateKwargs | None
+) -> RenderedReplies:
+    message = {"role": "assistant", "content": reply}
+    return render_replies(tokenizer, messages, [[message]], append_eos=not whole, template_kwargs=template_kwargs)
 
 
 def turn_end(tokenizer: Any, *, template_kwargs: TemplateKwargs | None = None) -> TurnEnd | None:

@@ -148,6 +148,12 @@ def encode_completion(
     return ids
 
 
+def adds_eos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself ends every text with EOS."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return eos is not None and list(tokenizer("a").input_ids)[-1:] == [eos]
+
+
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """Text of a completion after its prompt: with its leading space, without special tokens."""
     return decode_after(tokenizer, decoding_context(tokenizer, prompt_ids), completion_ids)

@@ -59,6 +59,8 @@ def naive(scorer, prompt, said, *, finished=False):
     ids = scorer.tokenizer(prompt + (said if finished else said.rstrip("�"))).input_ids
     if not scorer.causal:
         return float(scorer.model(torch.tensor([ids])).logits[0, 0])
+    if not finished and ids[-1] == scorer.tokenizer.eos_token_id:
+        ids = ids[:-1]  # only finished texts end with EOS, also where the tokenizer adds it to every text
     return reward(scorer.model, ids)
 
 
@@ -170,7 +172,7 @@ def test_more_candidates_than_one_pass_takes_are_read_in_several(scorer_kind):
     calls = runner.calls
     for step in range(2):
         scores = runner.score(ids)
-        assert runner.calls > calls + 2
+        assert runner.calls > calls + 1
         for j in (5, 111, 400):
             said = decode_completion(tokenizer, requests[1].prompt_ids, [*[30] * step, int(ids[1, j])])
             assert float(scores[1, j]) == pytest.approx(naive(runner.scorer, PROMPTS[1], said), abs=1e-4)
@@ -228,7 +230,7 @@ def test_half_a_character_is_scored_as_the_text_before_it():
 @pytest.mark.parametrize("trained", [None, info(), info(append_eos=False)])
 @pytest.mark.parametrize("kind", ["llama", "unigram"])
 def test_a_finished_candidate_is_closed_as_the_scorer_was_trained(kind, trained):
-    """The unigram tokenizer puts EOS behind every text: a scorer trained here has seen it behind finished ones only."""
+    """The unigram tokenizer puts EOS behind every text: a stock model reads it behind finished ones."""
     (request,) = requests_of("byte-level", ["so it goes"])
     scorer = text_scorer(kind, trained=trained)
     runner = runner_of(scorer, "byte-level")
@@ -236,9 +238,8 @@ def test_a_finished_candidate_is_closed_as_the_scorer_was_trained(kind, trained)
     finished, going = runner.score(torch.tensor([[1, 70]]))[0].tolist()
     said = decode_completion(tokenizer_of("byte-level"), request.prompt_ids, [70])
     bare = [scorer.tokenizer(text).input_ids for text in ("so it goes", "so it goes" + said)]
-    if trained:
-        bare = [[t for t in ids if t != 1] for ids in bare]
-    closing = [1] if trained and trained.append_eos else []
+    bare = [[t for t in ids if t != 1] for ids in bare]
+    closing = [1] if (trained.append_eos if trained else kind == "unigram") else []
     assert finished == pytest.approx(reward(scorer.model, bare[0] + closing), abs=1e-4)
     assert going == pytest.approx(reward(scorer.model, bare[1]), abs=1e-4)
     assert finished == pytest.approx(scorer.score(["so it goes"], [""])[0], abs=1e-4)

@@ -28,7 +28,7 @@ def scorer_of(kind="byte-level", template=None, trained=None, **more):
 
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
-    [("byte-level", [], []), ("llama", [0], []), ("unigram", [], [1]), ("word-piece", [2], [3])],
+    [("byte-level", [], []), ("llama", [0], []), ("unigram", [], []), ("word-piece", [2], [3])],
 )
 def test_special_tokens_around_a_text(kind, before, after):
     scorer = scorer_of(kind)

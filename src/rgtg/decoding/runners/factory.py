@@ -1,5 +1,6 @@
 """Which runners read a policy and its scorers: the cheapest exact way for each kind of scorer."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
@@ -30,6 +31,7 @@ from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
+from rgtg.tokenization.conversation import same_chat_template
 from rgtg.tokenization.encoding import require_same_tokenizer, same_tokenizer
 
 # Scorers that are models of their own; the others read the policy's states.
@@ -175,7 +177,7 @@ def tree_columns(top_k: int | None) -> int:
 
 
 def fit_scorer(policy: Policy, scorer: AnyScorer) -> AnyScorer:
-    """A scorer as this policy can use it: a reward model with another tokenizer, or an encoder, reads text.
+    """A scorer as this policy can use it: a reward model with another tokenizer or template, or an encoder, reads text.
 
     Raises:
         TokenizerMismatchError: another tokenizer, and a scorer that scores the policy's tokens or reads its states.
@@ -183,9 +185,17 @@ def fit_scorer(policy: Policy, scorer: AnyScorer) -> AnyScorer:
     """
     if isinstance(scorer, CrossTokenizerScorer):
         return scorer
-    if isinstance(scorer, PrefixScorer) and not (scorer.causal and same_tokenizer(policy.tokenizer, scorer.tokenizer)):
+    same_template = same_chat_template(policy.tokenizer, scorer.tokenizer)
+    if isinstance(scorer, PrefixScorer) and not (
+        scorer.causal and same_template and same_tokenizer(policy.tokenizer, scorer.tokenizer)
+    ):
         return CrossTokenizerScorer(scorer)
     require_same_tokenizer(policy.tokenizer, scorer.tokenizer)
+    if not same_template:
+        warnings.warn(
+            f"{scorer.name} scores the policy's tokens and reads chats in the policy's chat template, not in its own",
+            stacklevel=2,
+        )
     require_embeddings(policy, scorer, whole=False)
     return scorer
 

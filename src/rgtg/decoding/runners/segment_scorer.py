@@ -16,6 +16,7 @@ from rgtg.models.scorers.base import Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_scorer import require_within_context
+from rgtg.tokenization.conversation import encode_completed
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 from rgtg.tokenization.padding import pad_right
 
@@ -147,7 +148,8 @@ class CrossTokenizerSegmentScorer(_WholeTexts):
         for request, held, mine in zip(self.requests, self.tokens, segments, strict=True):
             sources += [prompt_source(request, self.tokenizer)] * len(mine)
             texts += [decode_completion(self.tokenizer, request.prompt_ids, [*held, *tokens]) for tokens in mine]
-        rewards = self.scorer.rewards(sources, texts, finished=False)
+        kwargs = self.requests[0].settings.chat_template_kwargs
+        rewards = self.scorer.rewards(sources, texts, finished=False, chat_template_kwargs=kwargs)
         scored = [-math.inf if reward is None else reward for reward in rewards]
         return torch.tensor(scored).reshape(len(self.tokens), -1)
 
@@ -237,7 +239,11 @@ def rewards_of(
     if isinstance(scorer, CrossTokenizerScorer):
         sources = [prompt_source(row, stopping.tokenizer) for row in drawn]
         ended = [row.finish_reason == "stop" for row in drawn]
-        return count_unscored(scorer.rewards(sources, [row.text for row in drawn], finished=ended), drawn)
+        rewards = scorer.rewards(
+            sources, [row.text for row in drawn], finished=ended,
+            chat_template_kwargs=drawn[0].settings.chat_template_kwargs,
+        )  # fmt: skip
+        return count_unscored(rewards, drawn)
     read = [_as_scored(scorer, row, stopping) for row in drawn]
     scores = scorer.score_prefixes([prompt for prompt, _ in read], [completion for _, completion in read])
     return require_finite_rewards([float(mine[-1]) for mine in scores])
@@ -263,8 +269,13 @@ def count_unscored(rewards: Sequence[float | None], drawn: Sequence[Request]) ->
 
 
 def _as_scored(scorer: Scorer, row: Request, stopping: StoppingCriteria) -> tuple[list[int], list[int]]:
-    """Prompt and completion ids as the scorer reads them: the text, closed by EOS if it ended and training did so."""
-    closing = [stopping.tokenizer.eos_token_id] if scorer.info is not None and scorer.info.append_eos else []
+    """Prompt and completion ids as the scorer reads them: an ended completion is closed as in training."""
+    if row.source is not None and not isinstance(row.source, str) and row.finish_reason == "stop":
+        return encode_completed(
+            stopping.tokenizer, row.source, row.text, finished=True, append_eos=scorer.append_eos,
+            whole=scorer.info is None, template_kwargs=row.settings.chat_template_kwargs,
+        )  # fmt: skip
+    closing = [stopping.tokenizer.eos_token_id] if scorer.append_eos else []
     ids = row.token_ids
     if stopping.stop and row.text != decode_completion(stopping.tokenizer, row.prompt_ids, ids):
         # the ids hold the stop text, which may begin inside a token

@@ -110,7 +110,10 @@ class TextScorerRunner:
 
     def begin(self, requests: Sequence[Request]) -> list[list[int]] | None:
         """Start rows for these requests; there is nothing to prefill without a cache."""
-        prompts = [self.scorer.render(prompt_source(request, self.policy.tokenizer)) for request in requests]
+        prompts = [
+            self.scorer.render(prompt_source(request, self.policy.tokenizer), request.settings.chat_template_kwargs)
+            for request in requests
+        ]
         texts = self.scorer.retokenizer.tokenize([self.scorer.full_text(one, "", finished=False) for one in prompts])
         self.rows = [
             TextRow(prompt, self.detokenizer.start(request.prompt_ids), tokenized, request)

@@ -16,6 +16,7 @@ from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
+from rgtg.tokenization.conversation import PromptSource, TemplateKwargs
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Scorer(Protocol):
     name: str
     causal: bool
     max_length: int | None
+    append_eos: bool
 
     @property
     def info(self) -> ScorerInfo | None:
@@ -49,13 +51,14 @@ class Scorer(Protocol):
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptSource],
         completions: Sequence[str],
         *,
         finished: bool | Sequence[bool] = True,
         batch_size: int = 8,
+        chat_template_kwargs: TemplateKwargs | None = None,
     ) -> list[float]:
-        """Score of each completion; an unfinished one does not get EOS."""
+        """Score of each completion; a finished one is closed as in training."""
         ...
 
 

@@ -13,12 +13,15 @@ from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
 from rgtg.models.scorers.token_scorer import Flags, finished_flags
-from rgtg.tokenization.conversation import PromptSource, render_chat
+from rgtg.tokenization.conversation import (
+    PromptSource,
+    TemplateKwargs,
+    completed_chat,
+    render_chat,
+    turn_end,
+)
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
-
-# Placeholder for the assistant's reply in a rendered chat template.
-_PLACEHOLDER = "rgtgStandIn"
 
 
 @dataclass(frozen=True)
@@ -53,38 +56,31 @@ class CrossTokenizerScorer:
         self.name, self.causal, self.max_length = scorer.name, scorer.causal, scorer.max_length
         self.append_eos = scorer.append_eos
         self.before, self.after = added_tokens(self.tokenizer)
-        if self.info is not None and self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
-            self.after = self.after[:-1]  # training added EOS to finished texts only
+        if self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
+            self.after = self.after[:-1]  # only finished texts end with EOS
         self.retokenizer = Retokenizer(self.tokenizer)
         self._embeddings = self.model.get_input_embeddings().weight.shape[0]
 
-    def render(self, prompt: PromptSource) -> RenderedPrompt:
+    def render(self, prompt: PromptSource, template_kwargs: TemplateKwargs | None = None) -> RenderedPrompt:
         """Text around the completion of a prompt.
 
         Raises:
             UsageError: chat messages, and a tokenizer without a chat template, or whose template omits the reply.
+            DataError: the template refuses the messages.
         """
         if isinstance(prompt, str):
             return RenderedPrompt(prompt)
-        reply = {"role": "assistant", "content": _PLACEHOLDER}
         try:
-            whole = render_chat(self.tokenizer, [*prompt, reply], add_generation_prompt=False)
+            text = render_chat(self.tokenizer, prompt, add_generation_prompt=True, template_kwargs=template_kwargs)
         except UsageError as error:
             raise UsageError(f"the scorer {self.name} cannot read a chat: {error}") from error
-        text, found, closing = whole.rpartition(_PLACEHOLDER)
-        if not found:
+        except DataError as error:
+            raise DataError(f"the scorer {self.name} cannot read this chat: {error}") from error
+        end = turn_end(self.tokenizer, template_kwargs=template_kwargs)
+        if end is None:
             raise UsageError(f"the chat template of the scorer {self.name} leaves the assistant's reply out")
-        return RenderedPrompt(text, self._closing_in_training(closing), templated=True)
-
-    def _closing_in_training(self, closing: str) -> str:
-        """The template's end of a reply, as far as training here has used it: up to EOS."""
-        eos = str(self.tokenizer.eos_token or "")
-        if self.info is None or not eos:
-            return closing
-        if not closing.strip():
-            return closing + eos
-        before_eos, found, rest = closing.rpartition(eos)
-        return before_eos + eos if found and self.append_eos and not rest.strip() else closing
+        closing = end.text if self.info is None or not self.append_eos else end.closing
+        return RenderedPrompt(text, closing, templated=True)
 
     def full_text(self, prompt: RenderedPrompt, completion: str, *, finished: bool) -> str:
         """The text that is scored: prompt, completion, and the closing of a finished completion."""
@@ -99,14 +95,14 @@ class CrossTokenizerScorer:
             return self.before, [*self.after, eos]
         return self.before, self.after
 
-    def require_room(self, prompt: PromptSource) -> None:
+    def require_room(self, prompt: PromptSource, template_kwargs: TemplateKwargs | None = None) -> None:
         """Check that the scorer's context has room for a completion after the prompt.
 
         Raises:
             DataError: the scorer's tokenizer gives no token for the prompt.
             PromptTooLongError: the prompt alone fills the context.
         """
-        rendered = self.render(prompt)
+        rendered = self.render(prompt, template_kwargs)
         (ids,) = self.retokenizer.encode([rendered.text])
         before, after = self.special_tokens(rendered, finished=False)
         self.check_ids(ids)
@@ -156,6 +152,7 @@ class CrossTokenizerScorer:
         *,
         finished: Flags = True,
         batch_size: int = 8,
+        chat_template_kwargs: TemplateKwargs | None = None,
     ) -> list[float]:
         """Score each completion after its prompt.
 
@@ -164,12 +161,13 @@ class CrossTokenizerScorer:
             completions: as many texts.
             finished: whether a completion has ended, for all or one value each; a finished completion is closed.
             batch_size: texts per forward pass.
+            chat_template_kwargs: extra variables of the chat template.
 
         Raises:
-            DataError: a text that exceeds the scorer's context.
+            DataError: a chat that the template refuses, or a text that exceeds the scorer's context.
             UsageError: the number of ``finished`` differs from the number of completions.
         """
-        rewards = self.rewards(prompts, completions, finished, batch_size)
+        rewards = self.rewards(prompts, completions, finished, batch_size, chat_template_kwargs)
         if None in rewards:
             index = rewards.index(None)
             raise DataError(
@@ -179,11 +177,27 @@ class CrossTokenizerScorer:
         return [reward for reward in rewards if reward is not None]
 
     def rewards(
-        self, prompts: Sequence[PromptSource], completions: Sequence[str], finished: Flags, batch_size: int = 8
+        self,
+        prompts: Sequence[PromptSource],
+        completions: Sequence[str],
+        finished: Flags,
+        batch_size: int = 8,
+        chat_template_kwargs: TemplateKwargs | None = None,
     ) -> list[float | None]:
         """Like ``score``, but None for a text that exceeds the scorer's context."""
         ended = finished_flags(finished, len(completions))
-        ids = self.encode([self.render(prompt) for prompt in prompts], completions, ended)
+        rendered, texts = [], []
+        for prompt, completion, end in zip(prompts, completions, ended, strict=True):
+            around = self.render(prompt, chat_template_kwargs)
+            if end and not isinstance(prompt, str):  # the template may rewrite or trim a finished reply
+                whole = self.info is None or not self.append_eos
+                text = completed_chat(
+                    self.tokenizer, prompt, completion, finished=True, whole=whole, template_kwargs=chat_template_kwargs
+                )
+                around, completion = RenderedPrompt(text, templated=True), ""
+            rendered.append(around)
+            texts.append(completion)
+        ids = self.encode(rendered, texts, ended)
         scores = iter(self.score_ids([row for row in ids if self.fits(len(row))], batch_size).tolist())
         return [next(scores) if self.fits(len(row)) else None for row in ids]
 

@@ -15,7 +15,15 @@ from rgtg.models.loading.policy import context_length, load_pretrained, load_tok
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, is_head_weight, scalar_head, scorer_scores
-from rgtg.models.scorers.token_scorer import Flags, TokenScorer, encode_for_scoring, require_within_context
+from rgtg.models.scorers.token_scorer import (
+    Flags,
+    TokenScorer,
+    encode_for_scoring,
+    finished_flags,
+    require_within_context,
+)
+from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, completed_chat
+from rgtg.tokenization.encoding import adds_eos
 
 
 class PrefixScorer(TokenScorer):
@@ -36,7 +44,7 @@ class PrefixScorer(TokenScorer):
         self.name = name
         self.causal = scalar_head(model) is not None
         self.max_length = context_length(model.config)
-        self.append_eos = info.append_eos if info else False
+        self.append_eos = info.append_eos if info else adds_eos(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -88,26 +96,45 @@ class PrefixScorer(TokenScorer):
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptSource],
         completions: Sequence[str],
         *,
         finished: Flags = True,
         templated: bool = False,
         batch_size: int = 8,
+        chat_template_kwargs: TemplateKwargs | None = None,
     ) -> list[float]:
         """Score each completion after its prompt, as `TokenScorer.score`."""
         if self.causal:
-            return super().score(prompts, completions, finished=finished, templated=templated, batch_size=batch_size)
+            return super().score(
+                prompts, completions, finished=finished, templated=templated, batch_size=batch_size,
+                chat_template_kwargs=chat_template_kwargs,
+            )  # fmt: skip
         # An encoder scores texts, with the same requirements.
-        encode_for_scoring(self.tokenizer, prompts, completions, finished, append_eos=False, templated=templated)
-        return [float(self._score_texts([p + c], 1)[0]) for p, c in zip(prompts, completions, strict=True)]
+        encode_for_scoring(self, prompts, completions, finished, templated=templated,
+                           chat_template_kwargs=chat_template_kwargs)  # fmt: skip
+        scores = []
+        for prompt, completion, end in zip(prompts, completions, finished_flags(finished, len(prompts)), strict=True):
+            if isinstance(prompt, str):
+                text, own = f"{prompt}{completion}", templated
+            else:
+                own = True
+                text = completed_chat(
+                    self.tokenizer, prompt, completion, finished=end, whole=self.info is None,
+                    template_kwargs=chat_template_kwargs,
+                )  # fmt: skip
+            scores.append(float(self._score_texts([text], 1, special_tokens=not own)[0]))
+        return scores
 
     @torch.inference_mode()
-    def _score_texts(self, texts: Sequence[str], batch_size: int) -> Float[Tensor, " texts"]:
-        """Scores of whole texts by an encoder, fp32 on the CPU."""
+    def _score_texts(
+        self, texts: Sequence[str], batch_size: int, *, special_tokens: bool = True
+    ) -> Float[Tensor, " texts"]:
+        """Scores of whole texts by an encoder, fp32 on the CPU; a chat template has written its special tokens."""
         parts = []
         for start in range(0, len(texts), batch_size):
-            batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
+            some = texts[start : start + batch_size]
+            batch = self.tokenizer(some, padding=True, return_tensors="pt", add_special_tokens=special_tokens)
             logits = self.model(**batch.to(self.model.device)).logits
             parts.append(broadcast_from_rank0(self.model, logits[:, 0].float()).cpu())
         return torch.cat(parts)

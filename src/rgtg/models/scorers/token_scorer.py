@@ -1,7 +1,7 @@
 """What scorers of the policy's tokens share: one forward pass scores every prefix of a completion."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.scorer_info import ScorerInfo
-from rgtg.tokenization.encoding import encode_completion, encode_prompt
+from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, encode_completed
 from rgtg.tokenization.padding import batches_by_length
 
 # Of completions: one value for all, or one each.
@@ -22,7 +22,7 @@ class TokenScorer:
     Attributes:
         info: contents of the scorer's rgtg.json; None for a model that was not trained here.
         causal: whether one forward pass scores every prefix.
-        append_eos: whether finished completions end with EOS, as in training.
+        append_eos: whether finished completions of plain prompts end with EOS, as in training.
         reads_previous_state: whether the score of token i is read at token i − 1, so that a prompt needs a token.
     """
 
@@ -66,29 +66,33 @@ class TokenScorer:
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptSource],
         completions: Sequence[str],
         *,
         finished: Flags = True,
         templated: bool = False,
         batch_size: int = 8,
+        chat_template_kwargs: TemplateKwargs | None = None,
     ) -> list[float]:
         """Score each completion after its prompt.
 
         Args:
-            prompts: texts.
+            prompts: texts, or lists of chat messages, which the scorer's own chat template renders.
             completions: as many texts.
-            finished: whether a completion has ended, for all or one value each. A finished completion gets EOS if the
-                scorer was trained so; one that was cut off at a limit does not.
-            templated: a chat template has written the prompts, special tokens included.
+            finished: whether a completion has ended, for all or one value each. A finished reply ends as the chat
+                template ends it, another finished completion with EOS if the scorer was trained so. A completion that
+                was cut off at a limit has no end.
+            templated: a chat template has written the prompts that are text, special tokens included.
             batch_size: texts per forward pass.
+            chat_template_kwargs: extra variables of the chat template.
 
         Raises:
-            DataError: an empty prompt, or a text that exceeds the scorer's context.
-            UsageError: the number of ``finished`` differs from the number of completions.
+            DataError: an empty prompt, a chat that the template refuses, or a text that exceeds the scorer's context.
+            UsageError: chat messages and no chat template, or the number of ``finished`` differs from the number of
+                completions.
         """
         prompt_ids, completion_ids = encode_for_scoring(
-            self.tokenizer, prompts, completions, finished, append_eos=self.append_eos, templated=templated
+            self, prompts, completions, finished, templated=templated, chat_template_kwargs=chat_template_kwargs
         )
         return [float(s[-1]) for s in self.score_prefixes(prompt_ids, completion_ids, batch_size=batch_size)]
 
@@ -109,33 +113,56 @@ def require_within_context(rows: Sequence[tuple[Sequence[int], Sequence[int]]], 
             )
 
 
+class ReadsTokens(Protocol):
+    """What `encode_for_scoring` needs of a scorer; `TokenScorer` explains the attributes."""
+
+    tokenizer: Any
+    append_eos: bool
+
+    @property
+    def info(self) -> ScorerInfo | None:
+        """Contents of rgtg.json, or None."""
+        ...
+
+
 def encode_for_scoring(
-    tokenizer: Any,
-    prompts: Sequence[str],
+    scorer: ReadsTokens,
+    prompts: Sequence[PromptSource],
     completions: Sequence[str],
     finished: Flags,
     *,
-    append_eos: bool,
-    templated: bool,
+    templated: bool = False,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and completions. Finished completions end with EOS if ``append_eos``.
+    """Token ids of prompts and completions as the scorer reads them; arguments are those of `TokenScorer.score`.
 
-    An empty completion without EOS gets the score of its prompt: the prompt's last token becomes its only token.
+    A scorer that was trained here reads a reply up to the token that ends it, a stock reward model all that its chat
+    template writes. An empty completion without an end gets the score of its prompt: the prompt's last token becomes
+    its only token.
 
     Raises:
-        DataError: an empty prompt.
-        UsageError: the number of ``finished`` differs from the number of completions.
+        DataError: an empty prompt, or a chat that the template refuses.
+        UsageError: chat messages and no chat template, or the number of ``finished`` differs from the number of
+            completions.
     """
     ended = finished_flags(finished, len(completions))
-    prompt_ids = [encode_prompt(tokenizer, p, templated=templated) for p in prompts]
-    completion_ids = [
-        encode_completion(tokenizer, p, c, templated=templated, append_eos=append_eos and end)
-        for p, c, end in zip(prompts, completions, ended, strict=True)
+    rows = [
+        encode_completed(
+            scorer.tokenizer,
+            prompt,
+            completion,
+            finished=end,
+            append_eos=scorer.append_eos,
+            templated=templated,
+            whole=scorer.info is None,
+            template_kwargs=chat_template_kwargs,
+        )
+        for prompt, completion, end in zip(prompts, completions, ended, strict=True)
     ]
-    for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-        if not completion:
-            completion.append(prompt.pop())
-    return prompt_ids, completion_ids
+    for prompt_ids, completion_ids in rows:
+        if not completion_ids:
+            completion_ids.append(prompt_ids.pop())
+    return [prompt_ids for prompt_ids, _ in rows], [completion_ids for _, completion_ids in rows]
 
 
 def finished_flags(finished: Flags, count: int) -> list[bool]:

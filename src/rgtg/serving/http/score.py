@@ -72,14 +72,8 @@ def _token_task(
     processor: InputProcessor, scorer: AnyScorer, prompt: Prompt, text: str, body: ScoreRequest
 ) -> ScoringTask:
     """For a scorer of the policy's tokens: one call scores all prefixes."""
-    (prompt_ids,), (completion_ids,) = encode_for_scoring(
-        processor.tokenizer,
-        [prompt.text],
-        [text],
-        body.finished,
-        append_eos=scorer.append_eos,
-        templated=body.messages is not None,
-    )
+    source = prompt.text if prompt.source is None else prompt.source
+    (prompt_ids,), (completion_ids,) = encode_for_scoring(scorer, [source], [text], body.finished)
     require_within_context([(prompt_ids, completion_ids)], scorer.max_length)
     processor.require_tokens(completion_ids, "completion")
     return ScoringTask(completion_ids, [partial(_score_tokens, scorer, prompt_ids, completion_ids)])
