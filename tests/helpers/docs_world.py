@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rgtg
 from helpers import made_report
+from helpers.gguf_files import write_gguf
 from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import VOCAB, tiny_tokenizer
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights
@@ -42,6 +43,7 @@ def build(folder):
             model.score.weight *= 4
         save_scorer(folder / name, model, tokenizer, info, card)
     _head(folder, tokenizer)
+    write_gguf(folder / "model.gguf")
     _rows(folder)
 
 

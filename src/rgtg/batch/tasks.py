@@ -54,6 +54,7 @@ def load_guided_policy(settings: GenerateSettings) -> GuidedPolicy:
         scorer_device_map=settings.scorer_device_map,
         scorer_tp_plan=settings.scorer_tp_plan,
         draft=settings.draft,
+        cache_gguf=settings.cache_gguf,
     )
 
 

@@ -29,7 +29,7 @@ _SPLIT = ("tp_plan", "scorer_tp_plan")
     GenerateSettings,
     "policy scorer method beta top_k top_p temperature max_new_tokens min_new_tokens stop entropy_gate n "
     "segment_length reward_threshold draft draft_length prompt trace dtype device device_map tp_plan scorer_device "
-    "scorer_device_map scorer_tp_plan",
+    "scorer_device_map scorer_tp_plan cache_gguf",
     panels={"A file of prompts": _OF_FILES, "A file of prompts, on many machines": _OF_RAY},
 )
 def run(settings: GenerateSettings, invocation: Invocation) -> None:
@@ -53,7 +53,7 @@ def run(settings: GenerateSettings, invocation: Invocation) -> None:
 
 def _check_options(settings: GenerateSettings) -> None:
     if settings.policy is None:
-        raise UsageError("--policy is required: a folder or hub id of a causal language model")
+        raise UsageError("--policy is required: a folder, GGUF file or hub id of a causal language model")
     if (settings.prompt is None) == (settings.prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE --output FILE")
     if (settings.prompts is None) != (settings.output is None):

@@ -18,7 +18,7 @@ _ACCESS = "Access"
 
 @verb
 def run(
-    policy: Annotated[str | None, typer.Option(help="frozen language model: folder or hub id")] = None,
+    policy: Annotated[str | None, typer.Option(help="frozen language model: folder, GGUF file or hub id")] = None,
     scorer: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="a scorer that requests can name; repeatable")
     ] = None,
@@ -30,6 +30,9 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
     scorer_device: Annotated[str | None, typer.Option(help="device of separate scorers; default: the policy's")] = None,
+    cache_gguf: Annotated[
+        bool, typer.Option("--cache-gguf", help="policy is a GGUF file: keep its conversion to bf16 beside it")
+    ] = False,
     api_key: Annotated[
         str | None,
         typer.Option(

@@ -79,7 +79,7 @@ class DeviceSettings(Settings):
 class ModelSettings(DeviceSettings):
     """Which models, in which precision and on which device."""
 
-    policy: str | None = Field(None, description="frozen language model: folder or hub id")
+    policy: str | None = Field(None, description="frozen language model: folder, GGUF file or hub id")
     scorer: str | None = Field(None, description="scorer that guides it: folder or hub id")
 
 
@@ -133,6 +133,9 @@ class GenerateSettings(DecodingSettings, ModelSettings):
     )
     scorer_tp_plan: Literal["auto"] | dict[str, str] | None = Field(
         None, description="of a separate scorer, as tp_plan"
+    )
+    cache_gguf: bool = Field(
+        False, description="policy is a GGUF file: keep its conversion to bf16 beside it, which loads faster"
     )
     draft: str | None = Field(
         None, description="speculate, exactly: policy, prompt-lookup, or a small model with the policy's tokenizer"

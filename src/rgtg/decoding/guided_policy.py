@@ -153,11 +153,12 @@ class GuidedPolicy:
         overlap: bool | None = None,
         draft: str | Policy | None = None,
         pack: bool = True,
+        cache_gguf: bool = False,
     ) -> Self:
         """Load policy and scorer, and put them together.
 
         Args:
-            policy: folder, hub id, or a loaded (model, tokenizer) pair.
+            policy: folder, GGUF file, hub id, or a loaded (model, tokenizer) pair.
             scorer: a scorer that ``rgtg train`` made or a stock reward model (folder, hub id, or a loaded pair); None
                 with method ``policy``. Several in a list steer together, Σ_j β_j·r_j.
             method: a row of ``rgtg.decoding.methods.METHODS``.
@@ -181,6 +182,8 @@ class GuidedPolicy:
                 by ``prompt-lookup``, or by a smaller model with the same tokenizer (folder, hub id, loaded ``Policy``).
             pack: lay out the weights of models loaded by name for decoding on a CPU (in place of, not beside, the
                 stock layout).
+            cache_gguf: keep the conversion of a policy's GGUF file beside it, as in
+                `rgtg.models.loading.policy.load_policy`.
 
         Raises:
             ModelNotFoundError: a folder or hub id that cannot be loaded.
@@ -189,7 +192,7 @@ class GuidedPolicy:
         """
         find_method(method)
         loaded, scorers, drafter = load_models(
-            policy, scorer, draft, method, pack=pack,
+            policy, scorer, draft, method, pack=pack, cache_gguf=cache_gguf,
             of_policy=Placement(dtype, device, device_map, tp_plan),
             of_scorers=Placement(dtype, scorer_device, scorer_device_map, scorer_tp_plan),
         )  # fmt: skip

@@ -30,6 +30,7 @@ def load_models(
     of_policy: Placement,
     of_scorers: Placement,
     pack: bool,
+    cache_gguf: bool = False,
 ) -> "tuple[Policy, list[AnyScorer], str | Policy | None]":
     """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
     sources, apart = listed(scorer), of_scorers != Placement(of_scorers.dtype)
@@ -38,7 +39,7 @@ def load_models(
             raise UsageError(f"{name} applies to a policy loaded by name; load yours with a {name} of its own")
     if of_policy.tp_plan is not None or of_scorers.tp_plan is not None:
         set_local_device()
-    loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}))
+    loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}), cache_gguf=cache_gguf)
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
         loaded = lay_out_policy(loaded, pack=pack, grouped=joined)

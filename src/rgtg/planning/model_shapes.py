@@ -124,14 +124,17 @@ def _from_config(source: str) -> ModelShape:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rgtg.models.loading.gguf import find_gguf
     from rgtg.models.loading.hub import local_file
+    from rgtg.models.loading.policy import load_pretrained
 
     adapter = Path(source) / "adapter_config.json"
     if adapter.is_file() and not (Path(source) / "config.json").is_file():
         return _from_config(_base_of(adapter)).model_copy(update={"name": source})
-    path = local_file(source, "config.json")
+    config = load_pretrained(AutoConfig, source, "model") if find_gguf(source) else None
+    folder = local_file(source, "config.json").parent if config is None else None
     try:
-        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:

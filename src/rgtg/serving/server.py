@@ -119,6 +119,7 @@ def load_engine(settings: ServeSettings) -> Engine:
         dtype=settings.dtype,
         device=settings.device,
         scorer_device=settings.scorer_device,
+        cache_gguf=settings.cache_gguf,
     )
     engine = Engine(models, settings)
     engine.start()

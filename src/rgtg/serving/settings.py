@@ -22,7 +22,7 @@ class ServeSettings(EngineSettings, BaseSettings):
         env_prefix="RGTG_", extra="forbid", allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
     )
 
-    policy: str = Field(description="frozen language model: folder or hub id")
+    policy: str = Field(description="frozen language model: folder, GGUF file or hub id")
     scorer: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict, description="NAME=FOLDER of each scorer")
     served_model_name: str | None = Field(None, description="the policy's name in requests; default: its folder's name")
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs api_key")
@@ -34,6 +34,7 @@ class ServeSettings(EngineSettings, BaseSettings):
     dtype: str | None = Field(None, description="float32, bfloat16, float16; default: the checkpoint's own")
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; default: the first GPU, else the CPU")
     scorer_device: str | None = Field(None, description="device of scorers that are separate models; default: device")
+    cache_gguf: bool = Field(False, description="policy is a GGUF file: keep its conversion to bf16 beside it")
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of chats that do not give it")
     max_prompts: int = Field(32, ge=1, description="prompts, or completions to score, in one request")
     max_body_kib: int = Field(1024, ge=1, description="largest request body in KiB")

@@ -67,7 +67,7 @@ class HeadTraining:
         self.max_length = longest_sequence(settings, self.policy)
         base = Path(settings.base)
         self.about = {
-            "base_model": str(base.resolve()) if base.is_dir() else settings.base,  # to be found from any folder
+            "base_model": str(base.resolve()) if base.exists() else settings.base,  # to be found from any folder
             "base_fingerprint": fingerprint_weights(self.policy),
             "base_casts": cast_fingerprints(self.policy),
             "trunk": "own",

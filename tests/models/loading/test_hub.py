@@ -124,7 +124,7 @@ def test_contradicting_revisions_raise_an_error(policy_folder):
         load_scorer("me/policy@v1", revision="v2")
     with pytest.raises(UsageError, match="revision applies to a scorer loaded by its hub id"):
         load_scorer((None, None), revision="v2")
-    with pytest.raises(UsageError, match="dtype, device, device_map, tp_plan and revision"):
+    with pytest.raises(UsageError, match="dtype, device, device_map, tp_plan, cache_gguf and revision"):
         load_policy((None, None), revision="v2")
     assert split_revision("me/policy@refs/pr/1") == ("me/policy", "refs/pr/1")
 

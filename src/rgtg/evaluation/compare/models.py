@@ -87,7 +87,7 @@ def load_comparison_models(
     for run in runs:
         if find_method(run.method).scorer and not run.scorers:
             raise UsageError(f"{run.label} needs a scorer: give one for all (scorer) or one per method")
-    where = {"dtype": settings.dtype, "device": settings.device}
+    where: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
     fused = any(key.fused for run in runs for key in scorer_keys(run, given))
     # 1. The policy, and the held-out reward model.
     if policy is None:

@@ -11,26 +11,43 @@ SAFE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tikto
 # Subfolders (onnx/, original/) and consolidated files hold the same weights in other formats.
 _IGNORED = ("*/*", "consolidated*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?")
+_GGUF_FILE = r"\w[\w.-]*/\w[\w.-]*/(?:\w[\w.+-]*/)*\w[\w.+-]*\.gguf"
+_HUB_ID = re.compile(rf"(?P<repo>{_GGUF_FILE}|\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?")
 
 EXPECTED = (
-    "Expected a folder saved by save_pretrained, with safetensors weights and a tokenizer, or a hub id that can be "
-    "reached (owner/name, or owner/name@revision)."
+    "Expected a folder saved by save_pretrained, with safetensors weights and a tokenizer, a GGUF file, or a hub id "
+    "that can be reached (owner/name, or owner/name@revision)."
 )
 
 
 def local_folder(source: str) -> str:
     """The folder with a model's files: ``source`` itself, or the downloaded snapshot of a hub repository.
 
+    A GGUF file is a whole model; its name gives the path of the (downloaded) file instead of a folder.
     Within a process, a name always means the same commit, so that weights and tokenizer belong together.
 
     Args:
-        source: a folder, or a hub id ``owner/name``, optionally with ``@revision`` (branch, tag or commit).
+        source: a folder, a GGUF file, or a hub id ``owner/name`` or ``owner/name/FILE.gguf``, optionally with
+            ``@revision`` (branch, tag or commit).
 
     Raises:
         ModelNotFoundError: neither a folder nor a repository that can be reached.
     """
-    return source if Path(source).exists() else _snapshot(*split_revision(source))
+    if Path(source).exists():
+        return source
+    repo, revision = split_revision(source)
+    return _hub_file(repo, revision) if is_hub_file(repo) else _snapshot(repo, revision)
+
+
+def is_hub_file(source: str) -> bool:
+    """Whether a name is that of a GGUF file in a hub repository: owner/name/FILE.gguf, optionally with @revision.
+
+    Example:
+        >>> is_hub_file("owner/name/model.Q4_0.gguf@main"), is_hub_file("owner/name"), is_hub_file("model.gguf")
+        (True, False, False)
+    """
+    found = _HUB_ID.fullmatch(source)
+    return found is not None and re.fullmatch(_GGUF_FILE, found["repo"]) is not None
 
 
 def local_file(source: str, name: str) -> Path:
@@ -64,7 +81,7 @@ def is_adapter(source: str) -> bool:
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Repository and revision of a hub id.
+    """Repository (or GGUF file of one) and revision of a hub id.
 
     Raises:
         ModelNotFoundError: a path that does not exist.
@@ -124,9 +141,17 @@ def _snapshot(repo: str, revision: str | None) -> str:
         ) from error
 
 
+@functools.lru_cache(maxsize=256)
+def _hub_file(name: str, revision: str | None) -> str:
+    """Path of a downloaded file, whose name is owner/name/FILE."""
+    owner, repo, file = name.split("/", 2)
+    return str(local_file(f"{owner}/{repo}" if revision is None else f"{owner}/{repo}@{revision}", file))
+
+
 def clear_snapshot_cache() -> None:
     """Look up names again: a branch may have moved since this process used it first."""
     _snapshot.cache_clear()
+    _hub_file.cache_clear()
 
 
 def _reason(error: Exception, repo: str) -> str:
@@ -156,18 +181,24 @@ def holds_only_pickles(source: str) -> bool:
 
     False if there are no weights, or the hub cannot be reached.
     """
+    names = _file_names(source)
+    return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(_PICKLES) for name in names)
+
+
+def gguf_names(source: str) -> list[str]:
+    """Names of a folder's or hub repository's GGUF files; none if the hub cannot be reached."""
+    return sorted(name for name in _file_names(source) if name.lower().endswith(".gguf"))
+
+
+def _file_names(source: str) -> list[str]:
+    """Names of a folder's or hub repository's files; none if the hub cannot be reached."""
     if Path(source).is_dir():
-        return _only_pickles([path.name for path in Path(source).iterdir()])
+        return [path.name for path in Path(source).iterdir()]
     import httpx2
     from huggingface_hub import HfApi
 
     repo, revision = split_revision(source)
     try:
-        names = HfApi(library_name="rgtg").list_repo_files(repo, revision=revision)
+        return list(HfApi(library_name="rgtg").list_repo_files(repo, revision=revision))
     except (OSError, httpx2.HTTPError):
-        return False
-    return _only_pickles(names)
-
-
-def _only_pickles(names: list[str]) -> bool:
-    return not any(name.endswith(".safetensors") for name in names) and any(name.endswith(_PICKLES) for name in names)
+        return []

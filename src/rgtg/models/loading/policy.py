@@ -1,12 +1,14 @@
 """Load the policy, the frozen language model that is steered: weights, tokenizer, dtype, device."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rgtg.errors import ModelNotFoundError, RgtgError, UsageError, first_line
+from rgtg.errors import ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
+from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf_arguments, write_converted
 from rgtg.models.loading.hub import EXPECTED, with_revision
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
@@ -61,24 +63,31 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
         ModelNotFoundError: the folder or hub id cannot be loaded.
         UsageError: a model that cannot be sharded as requested.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    damaged = (SafetensorError, StrictDataclassError)  # of weights and configs; they have no common base class
-    folder, sharding = require_safe_weights(source), kwargs.get("distributed_config")
-    try:
-        if sharding is not None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            require_divisible(config, sharding.tp_plan, f"the {role} {source}")
-        loaded = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
-    except RgtgError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AssertionError, *damaged) as error:
-        raise ModelNotFoundError(f"cannot load the {role} {source!r}: {first_line(error)}. {EXPECTED}") from error
-    if folder != source:  # later files name the repository, not the cache folder
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    sharding = kwargs.get("distributed_config")
+    if sharding is not None:
+        config = load_pretrained(AutoConfig, source, role)
+        require_divisible(config, sharding.tp_plan, f"the {role} {source}")
+    gguf = find_gguf(source)
+    located = (
+        nullcontext((require_safe_weights(source), kwargs))
+        if gguf is None
+        else gguf_arguments(gguf, auto_class, kwargs)
+    )
+    with located as (folder, kwargs):
+        try:
+            loaded = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+        except Exception as error:  # a damaged checkpoint can lead to any of them
+            reason = first_line(error)
+            if "ignore_mismatched_sizes" in reason:  # transformers logs the names, and raises this hint at its setting
+                reason = "the sizes of its weights are not those that its config gives"
+            raise ModelNotFoundError(f"cannot load the {role} {source!r}: {reason}. {EXPECTED}") from error
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if folder != source:  # later files name the repository or the file, not a folder of a cache
         model.name_or_path = source
+    if gguf is not None and isinstance(model, torch.nn.Module):
+        as_dense(model)
     return loaded
 
 
@@ -97,32 +106,37 @@ def load_policy(
     device: "str | torch.device | None" = None,
     device_map: DeviceMap | None = None,
     tp_plan: TpPlan | None = None,
+    cache_gguf: bool = False,
 ) -> Policy:
-    """Load a frozen policy from a folder or hub id, or wrap a (model, tokenizer) pair that is already loaded.
+    """Load a frozen policy from a folder, GGUF file or hub id, or wrap a loaded (model, tokenizer) pair.
 
     A loaded model is not moved or converted; the other arguments must then be None.
 
     Args:
-        source: folder, hub id, loaded policy, or (model, tokenizer) pair.
+        source: folder, GGUF file, hub id, loaded policy, or (model, tokenizer) pair.
         revision: branch, tag or commit of a hub repository; ``owner/name@revision`` means the same.
-        dtype: by default that of the checkpoint.
+        dtype: by default that of the checkpoint; bf16 for a GGUF file, which is dequantised.
         device: by default the first GPU, or the CPU if there is none.
         device_map: instead of ``device``: ``auto``, or a device for each module, over GPUs, memory and disk.
         tp_plan: instead of both: ``auto`` (or styles by module) shards each layer among the processes of a torchrun,
             all of which load the policy.
+        cache_gguf: keep the conversion of a GGUF file in a folder beside it, FILE.gguf.bf16. Wherever the file is
+            loaded in bf16 later, the folder is used instead, as long as the file does not change.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
         UsageError: arguments for a loaded model; more than one of device, device_map and tp_plan; a tp_plan without
-            torchrun, or one that does not fit; a revision of a folder; or missing weights.
+            torchrun, or one that does not fit; a revision of a folder; missing weights; or cache_gguf for another kind
+            of model, in another dtype, or with tp_plan.
+        OutputError: the conversion cannot be written.
         MissingExtraError: a device_map without accelerate.
     """
     placement = Placement(dtype, device, device_map, tp_plan)
     if not isinstance(source, str):
-        if placement != Placement() or revision is not None:
+        if placement != Placement() or revision is not None or cache_gguf:
             raise UsageError(
-                "dtype, device, device_map, tp_plan and revision apply to a policy loaded by name; move a loaded model "
-                "yourself"
+                "dtype, device, device_map, tp_plan, cache_gguf and revision apply to a policy loaded by name; move a "
+                "loaded model yourself"
             )
         policy = source if isinstance(source, Policy) else Policy(*source)
         policy.model.eval()
@@ -130,6 +144,8 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     source = with_revision(source, revision)
+    if cache_gguf:
+        _cache_gguf(source, placement)
     model, report = load_pretrained(
         AutoModelForCausalLM, source, "policy",
         dtype=resolve_dtype(dtype), use_safetensors=True, output_loading_info=True, **placement.load_kwargs(),
@@ -142,3 +158,17 @@ def load_policy(
         )
     finish_loading(model, placement)
     return Policy(model, load_tokenizer(source, "policy"))
+
+
+def _cache_gguf(source: str, placement: Placement) -> None:
+    """Convert a GGUF file and keep the result beside it, unless that has been done."""
+    path = find_gguf(source)
+    if path is None:
+        raise UsageError(f"cache_gguf: {source} is not a GGUF file, and loads as it is; leave cache_gguf out")
+    if resolve_dtype(placement.dtype) not in ("auto", torch.bfloat16):
+        raise UsageError(f"cache_gguf keeps bf16 weights, and dtype is {placement.dtype}: leave one of the two out")
+    if placement.tp_plan is not None:
+        raise UsageError("cache_gguf: convert the file first in one process, without tp_plan")
+    if converted_folder(path) is None:
+        loaded = load_policy(source, device="cpu")
+        write_converted(path, loaded.model, loaded.tokenizer)

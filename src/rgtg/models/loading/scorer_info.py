@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgtg.errors import ModelNotFoundError, UsageError
-from rgtg.models.loading.hub import holds_only_pickles, local_folder
+from rgtg.models.loading.hub import gguf_names, holds_only_pickles, local_folder
 from rgtg.models.scorers.head_file import read_info as read_info
 from rgtg.types.scorer import HEAD_FILE as HEAD_FILE
 from rgtg.types.scorer import INFO_FILE as INFO_FILE
@@ -32,7 +32,7 @@ def require_safe_weights(source: str) -> str:
     """
     path = Path(local_folder(source))
     if path.is_file():
-        raise ModelNotFoundError(f"{source} is a file; expected a model folder or a hub id")
+        raise ModelNotFoundError(f"{source} is a file; expected a model folder, a GGUF file or a hub id")
     if (path / HEAD_FILE).is_file():
         if not (path / INFO_FILE).is_file():
             raise UsageError(f"{source} has no {INFO_FILE}: saving the head was interrupted; train it again")
@@ -41,6 +41,9 @@ def require_safe_weights(source: str) -> str:
             "as a scorer, with that policy"
         )
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if files := gguf_names(source):
+            name, at, revision = source.partition("@")
+            raise ModelNotFoundError(f"{source} holds GGUF files: name one, as in {name}/{files[0]}{at}{revision}")
         raise ModelNotFoundError(f"{source} has no config.json; expected a folder saved by save_pretrained")
     if not any(path.glob("*.safetensors")) and holds_only_pickles(source):
         raise UsageError(

@@ -9,9 +9,9 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.loading import lay_out_policy, pack_separate
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
-from rgtg.errors import UsageError
-from rgtg.models.loading.hub import local_folder
-from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.errors import RgtgError, UsageError
+from rgtg.models.loading.gguf import find_gguf
+from rgtg.models.loading.policy import Policy, load_policy, load_pretrained
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.scorers.base import AnyScorer, load_scorer, trunk_of
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
@@ -40,6 +40,7 @@ class ServedModels:
         dtype: str | None = None,
         device: str | None = None,
         scorer_device: str | None = None,
+        cache_gguf: bool = False,
     ) -> "ServedModels":
         """Load a policy and scorers by folder or hub id.
 
@@ -55,7 +56,7 @@ class ServedModels:
             UsageError: a head of another policy, or a folder that holds no scorer.
         """
         with ThreadPoolExecutor(1) as apart:
-            loaded, read = apart.submit(_load, policy, scorers, dtype, device, scorer_device).result()
+            loaded, read = apart.submit(_load, policy, scorers, dtype, device, scorer_device, cache_gguf).result()
         return cls(loaded, read, policy_name or Path(policy).name or policy)
 
     @property
@@ -90,10 +91,15 @@ class ServedModels:
 
 
 def _load(
-    policy: str, scorers: Mapping[str, str], dtype: str | None, device: str | None, scorer_device: str | None
+    policy: str,
+    scorers: Mapping[str, str],
+    dtype: str | None,
+    device: str | None,
+    scorer_device: str | None,
+    cache_gguf: bool,
 ) -> tuple[Policy, dict[str, Any]]:
     loaded = lay_out_policy(
-        load_policy(policy, dtype=dtype, device=device),
+        load_policy(policy, dtype=dtype, device=device, cache_gguf=cache_gguf),
         grouped=any(trunk_of(source) == "shared" for source in scorers.values()),
     )
     read: dict[str, Any] = {}
@@ -107,11 +113,13 @@ def _kind_of(source: str) -> Literal["autoregressive"] | None:
     """How a folder that says nothing of itself is read: a language model by its log-probabilities."""
     if read_info(source) is not None:
         return None
+    if find_gguf(source) is not None:
+        return "autoregressive"
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(local_folder(source), trust_remote_code=False)
-    except (OSError, ValueError):
+        config = load_pretrained(AutoConfig, source, "scorer")
+    except RgtgError:
         return None  # loading says why
     names = config.architectures or []
     return "autoregressive" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) else None
