@@ -151,7 +151,7 @@ def test_requests_get_503_while_the_models_load():
 def test_metrics():
     with serving() as served:
         served.post("/v1/completions", **BODY | {"model": "tiny+kind", "max_tokens": 3})
-        served.post("/v1/completions", **BODY | {"tools": []})
+        served.post("/v1/completions", **BODY | {"unheard_of": []})
         text = served.client.get("/metrics").text
     for line in (
         "rgtg:prompt_tokens_total 2.0", "rgtg:generation_tokens_total 3.0", "rgtg:num_requests_running 0.0",

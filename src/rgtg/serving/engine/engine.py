@@ -13,12 +13,14 @@ from rgtg.config import DecodingSettings, EngineSettings
 from rgtg.decoding.engine.batch import Batch
 from rgtg.decoding.engine.chunked_prefill import BatchPrefill, ChunkedPrefill
 from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.engine.prompt_log_probs import PromptLogProbs
 from rgtg.decoding.methods import METHODS, scores_vocabulary
 from rgtg.decoding.request import Request
 from rgtg.decoding.runners.factory import BatchKey, TokenRunners
 from rgtg.errors import BusyError, DeadlineError, NonFiniteError, NotServingError, RgtgError, StoppedError, UsageError
 from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, Handle, Listener, TokenEvent
+from rgtg.types.generation import StepTrace
 
 T = TypeVar("T")
 Calls = deque[tuple[Future[Any], Callable[[], Any]]]  # of one HTTP request, in their order
@@ -199,6 +201,23 @@ class Engine:
             self._calls.append(calls)
             self._notify()
         return futures
+
+    def prompt_log_probs(self, ids: Sequence[int], count: int) -> list[Callable[[], list[StepTrace]]]:
+        """Calls for ``run_all`` that read a prompt in chunks, for the policy's own log-probabilities of its tokens.
+
+        Args:
+            ids: the prompt.
+            count: most likely tokens to tell at each place, beside the prompt's own.
+
+        Returns:
+            Calls whose joined results are a step for each token but the first.
+        """
+        reader, chunk = PromptLogProbs(ids, count), self.settings.prefill_chunk
+
+        def read() -> list[StepTrace]:
+            return reader.read(self._runners_for(()).policy.runner, chunk, self._prefix_cache)
+
+        return [read] * -(-len(ids) // chunk)
 
     def _notify(self) -> None:
         """There is work; the lock is held."""

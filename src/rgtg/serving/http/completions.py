@@ -1,6 +1,7 @@
 """``/v1/chat/completions`` and ``/v1/completions``."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -15,6 +16,7 @@ from rgtg.serving.http.serialize import (
     ChatSerializer,
     ChoiceDelta,
     CompletionSerializer,
+    Echo,
     Serializer,
     guidance_report,
     json_response,
@@ -22,7 +24,7 @@ from rgtg.serving.http.serialize import (
     usage_of,
 )
 from rgtg.serving.http.state import ServerState
-from rgtg.serving.http.streaming import EventStream, ResponseStream
+from rgtg.serving.http.streaming import EventStream, ResponseStream, run_calls, while_connected
 from rgtg.types.generation import StepTrace
 
 # OpenAI's default of max_tokens for /v1/completions.
@@ -50,6 +52,7 @@ async def _answer(state: ServerState, request: Request, body: ChatRequest | Comp
     """Parse the request, run it, and send the answer as a stream or at the end."""
     processor = state.require()
     parsed = await run_in_threadpool(_parse, processor, body)
+    echoes = await while_connected(request, _echoes(state, processor, parsed)) if parsed.echo else None
     kind = ChatSerializer if isinstance(body, ChatRequest) else CompletionSerializer
     serializer = kind(parsed, body.model, processor.token_bytes, include_usage=body.include_usage)
     stream = ResponseStream(
@@ -57,10 +60,12 @@ async def _answer(state: ServerState, request: Request, body: ChatRequest | Comp
         every_token=bool(body.stream),
     )  # fmt: skip
     if body.stream:
-        return EventStream(stream, _chunks(serializer, stream), request.state.request_id)
+        return EventStream(stream, _chunks(serializer, stream, echoes), request.state.request_id)
     with stream:
         ends = await stream.ends(request)
-    choices = [_choice(parsed, index, end) for index, end in enumerate(ends)]
+    choices = [_choice(parsed, index, end) for index, end in enumerate(ends)] or _no_tokens(parsed)
+    if echoes is not None:
+        choices = [replace(choice, echo=echoes[choice.index // parsed.n]) for choice in choices]
     return json_response(serializer.answer(choices, usage_of(parsed, ends)))
 
 
@@ -74,7 +79,27 @@ def _parse(processor: InputProcessor, body: ChatRequest | CompletionRequest) -> 
         default_tokens=processor.settings.default_max_tokens if chat else _DEFAULT_COMPLETION_TOKENS,
         n=body.n or 1,
         num_logprobs=body.num_logprobs,
+        echo=isinstance(body, CompletionRequest) and bool(body.echo),
     )
+
+
+async def _echoes(state: ServerState, processor: InputProcessor, request: ParsedRequest) -> list[Echo]:
+    """The prompts as choices begin with them, with the log-probabilities of their tokens if they are returned."""
+    if request.echoed_log_probs is None:
+        return [Echo(prompt) for prompt in request.prompts]
+    engine, count = processor.engine, request.echoed_log_probs
+    calls = [engine.prompt_log_probs(prompt.ids, count) for prompt in request.prompts]
+    together = [call for each in calls for call in each]
+    results = iter(await run_calls(engine, together, request.names, state.settings.request_seconds))
+    return [
+        Echo(prompt, [step for _ in each for step in next(results)])
+        for prompt, each in zip(request.prompts, calls, strict=True)
+    ]
+
+
+def _no_tokens(request: ParsedRequest) -> list[ChoiceDelta]:
+    """The ends of choices without new tokens."""
+    return [ChoiceDelta(index, "", finish_reason="length") for index in range(request.num_choices)]
 
 
 def _choice(request: ParsedRequest, index: int, end: FinishedEvent) -> ChoiceDelta:
@@ -84,8 +109,16 @@ def _choice(request: ParsedRequest, index: int, end: FinishedEvent) -> ChoiceDel
     return ChoiceDelta(index, completion.text, completion.trace or (), completion.finish_reason, report)
 
 
-async def _chunks(serializer: Serializer, stream: ResponseStream) -> AsyncIterator[bytes]:
-    """The events of a stream."""
+async def _chunks(
+    serializer: Serializer, stream: ResponseStream, echoes: Sequence[Echo] | None = None
+) -> AsyncIterator[bytes]:
+    """The events of a stream; each choice begins with its prompt where the prompts are given."""
+    request = serializer.request
+    if echoes is not None:
+        for index in range(request.num_choices):
+            yield to_json(serializer.chunk(ChoiceDelta(index, "", first=True, echo=echoes[index // request.n])))
+        for delta in [] if stream.rows else _no_tokens(request):
+            yield to_json(serializer.chunk(delta))
     formatters = [StreamFormatter(serializer, index) for index in range(stream.rows)]
     ends: dict[int, FinishedEvent] = {}
     async for event in stream.events():

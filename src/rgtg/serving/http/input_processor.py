@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rgtg.config import DecodingSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
-from rgtg.decoding.request import Request, row_seeds
+from rgtg.decoding.request import Request, require_room, row_seeds
 from rgtg.errors import DataError, RgtgError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.serving.engine.engine import Engine, num_sequences
@@ -54,6 +55,7 @@ class ParsedRequest:
         num_logprobs: most likely candidates to return per token; None: no log-probabilities.
         trace: whether the answer holds every step's candidates.
         reports_guidance: whether choices say how they were generated.
+        echo: whether choices begin with their prompt.
     """
 
     prompts: list[Prompt]
@@ -67,6 +69,17 @@ class ParsedRequest:
     num_logprobs: int | None
     trace: bool
     reports_guidance: bool
+    echo: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the answer: n for each prompt."""
+        return len(self.prompts) * self.n
+
+    @property
+    def echoed_log_probs(self) -> int | None:
+        """Most likely tokens to return for each token of the prompts; None: they have no log-probabilities."""
+        return self.num_logprobs if self.echo else None
 
 
 class InputProcessor:
@@ -197,6 +210,7 @@ class InputProcessor:
         default_tokens: int,
         n: int = 1,
         num_logprobs: int | None = None,
+        echo: bool = False,
     ) -> ParsedRequest:
         """Turn a body into requests: those of ``GuidedPolicy.generate`` for prompts × n.
 
@@ -207,6 +221,7 @@ class InputProcessor:
             default_tokens: maximum number of new tokens for a body without one; less if the context ends before.
             n: completions per prompt.
             num_logprobs: most likely candidates to return per token; None: no log-probabilities.
+            echo: begin each choice with its prompt. A body with max_tokens = 0 has nothing else: no requests.
 
         Raises:
             ApiError: an unknown model or scorer, incompatible settings, or more than the server's limits.
@@ -233,12 +248,28 @@ class InputProcessor:
                 f"{sequences} completions of a prompt at once; this server decodes at most {self.settings.max_batch}",
                 param="n" if n > 1 else "guidance.n",
             )
+        if echo and num_logprobs is not None and METHODS[method].scorer is not None:
+            raise ApiError(
+                400,
+                f"echo with logprobs returns the policy's own log-probabilities of the prompt, and {method} "
+                f"guides this request: ask for {self.models.policy_name!r} without a scorer, or leave one of them out",
+                param="logprobs",
+                code="unsupported_parameter",
+            )
         # 3. n requests for each prompt, with a seed for each
         seed = self._random.randrange(2**31) if body.seed is None else body.seed
         repeated = [prompt for prompt in prompts for _ in range(n)]
         seeds = row_seeds(seed, [prompt.ids for prompt in repeated])
         keeps_trace = trace or num_logprobs is not None
+        parsed = partial(
+            ParsedRequest, prompts, deadline=time.monotonic() + self.settings.request_seconds, settings=settings,
+            scorers=scorers, n=n, seed=seed, names=names, num_logprobs=num_logprobs, trace=trace, echo=echo,
+        )  # fmt: skip
         try:
+            if body.max_tokens == 0:
+                for prompt in prompts:
+                    require_room(prompt.ids, 0, self.models.max_length, "policy")
+                return parsed([], reports_guidance=False)
             with self._tokenizer_lock:
                 requests = guided.make_requests(
                     [prompt.ids for prompt in repeated], [prompt.text for prompt in repeated],
@@ -246,11 +277,8 @@ class InputProcessor:
                 )  # fmt: skip
         except RgtgError as error:
             raise from_rgtg(error, names) from error
-        return ParsedRequest(
-            prompts, [requests[i : i + n] for i in range(0, len(requests), n)],
-            time.monotonic() + self.settings.request_seconds, settings, scorers, n, seed, names, num_logprobs, trace,
-            reports_guidance=body.guidance is not None or bool(scorers),
-        )  # fmt: skip
+        groups = [requests[i : i + n] for i in range(0, len(requests), n)]
+        return parsed(groups, reports_guidance=body.guidance is not None or bool(scorers))
 
     def _max_new_tokens(self, body: Sampling, prompts: Sequence[Prompt], scorers: Sequence[str], default: int) -> int:
         """The number that the body gives, else the default, or less if a context ends before."""
@@ -259,7 +287,7 @@ class InputProcessor:
                 if given > self.settings.max_tokens:
                     limit = self.settings.max_tokens
                     raise ApiError(400, f"{name}: this server makes at most {limit} new tokens", param=name)
-                return int(given)
+                return max(int(given), 1)  # settings are complete without new tokens too
         scoring = [self.models.scorers[name] for name in scorers]
         same_tokens = [scorer for scorer in scoring if not isinstance(scorer, CrossTokenizerScorer)]
         contexts = [self.models.max_length, *(scorer.max_length for scorer in same_tokens)]
@@ -290,7 +318,7 @@ def _given_settings(body: Sampling, guidance: Guidance, scorers: tuple[str, ...]
     given = guidance.model_dump(exclude_none=True, exclude={"method", "scorers", "trace", "beta"})
     if "top_k" in guidance.model_fields_set:  # null means the whole vocabulary
         given["top_k"] = guidance.top_k
-    shared = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stop_texts or None}
+    shared: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stop_texts or None}
     shared["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None
     given |= {name: value for name, value in shared.items() if value is not None}
     if isinstance(guidance.scorers, dict):

@@ -244,7 +244,7 @@ class CompletionRequest(ChoicesRequest):
     """``POST /v1/completions``."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_BOTH | {
-        "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""),
+        "best_of": (None, 1), "suffix": (None, ""),
     }  # fmt: skip
 
     prompt: Annotated[
@@ -254,9 +254,23 @@ class CompletionRequest(ChoicesRequest):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("#lists"), Field(min_length=1)],
         _by_tag("a text, token ids, or a list of either"),
     ] = Field(description="a text, token ids, or a list of either")
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="maximum number of new tokens; default 16; 0 with echo returns the prompt alone"
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, description="number of most likely candidates per token to return with their guided log-probabilities"
     )
+    echo: bool | None = Field(
+        None,
+        description="begin each text with the prompt; with logprobs, the prompt's tokens have the policy's own "
+        "log-probabilities, and the first one null",
+    )
+
+    @model_validator(mode="after")
+    def _some_text(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: 0 needs echo: true", param="max_tokens", code="invalid_value")
+        return self
 
     @property
     def sources(self) -> tuple[list[Source], str]:

@@ -43,8 +43,10 @@ class CompletionLogprobs(Answer):
     """Log-probabilities of a choice of ``/v1/completions``."""
 
     tokens: list[str] = Field(description='text of each token; "bytes:\\xe2…" where the bytes are not valid text')
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
+    top_logprobs: list[dict[str, float] | None] | None = Field(
+        description="the most likely tokens, and the token itself; null as above, and altogether if logprobs is 0"
+    )
     text_offset: list[int] = Field(description="character position in the choice's text where each token begins")
 
 

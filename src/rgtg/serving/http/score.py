@@ -1,6 +1,5 @@
 """``/v1/score``: scores of completions, whole or after each token."""
 
-import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from rgtg.errors import DeadlineError, NonFiniteError, RgtgError
+from rgtg.errors import NonFiniteError, RgtgError
 from rgtg.models.ops.lm_head import trunk
 from rgtg.models.scorers.base import AnyScorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
@@ -25,7 +24,7 @@ from rgtg.serving.http.requests import ScoreRequest
 from rgtg.serving.http.responses import PrefixScore, Score, Scores, documented
 from rgtg.serving.http.serialize import json_response, usage
 from rgtg.serving.http.state import ServerState
-from rgtg.serving.http.streaming import while_connected
+from rgtg.serving.http.streaming import run_calls, while_connected
 from rgtg.tokenization.encoding import decode_completion, encode_completion
 from rgtg.tokenization.padding import batches_by_length
 
@@ -123,18 +122,9 @@ async def _run(state: ServerState, processor: InputProcessor, tasks: Sequence[Sc
     Raises:
         ApiError: the queue is full, the deadline has passed, or a score is not finite.
     """
-    futures = []
-    try:
-        futures = processor.engine.run_all([call for task in tasks for call in task.calls])
-        async with asyncio.timeout(state.settings.request_seconds):
-            results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-    except TimeoutError:
-        raise from_rgtg(DeadlineError("the request did not finish within its time limit")) from None
-    except RgtgError as error:
-        raise from_rgtg(error, ParameterNames("completion")) from error
-    finally:
-        for future in futures:
-            future.cancel()  # after a failure, the remaining calls are not needed
+    calls = [call for task in tasks for call in task.calls]
+    names, seconds = ParameterNames("completion"), state.settings.request_seconds
+    results = iter(await run_calls(processor.engine, calls, names, seconds))
     scores = [[score for _ in task.calls for score in next(results)] for task in tasks]
     if not all(math.isfinite(score) for row in scores for score in row):
         state.metrics.scores_nan += 1

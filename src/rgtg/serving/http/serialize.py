@@ -12,7 +12,7 @@ from fastapi import Response
 
 from rgtg.decoding.methods import METHODS
 from rgtg.serving.engine.request import FinishedEvent
-from rgtg.serving.http.input_processor import ParsedRequest
+from rgtg.serving.http.input_processor import ParsedRequest, Prompt
 from rgtg.serving.http.responses import (
     Answer,
     CachedTokens,
@@ -54,16 +54,30 @@ def json_response(answer: Answer) -> Response:
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt at the beginning of a choice.
+
+    Attributes:
+        prompt: it.
+        steps: of its tokens from the second on, if log-probabilities are returned.
+    """
+
+    prompt: Prompt
+    steps: Sequence[StepTrace] = ()
+
+
+@dataclass(frozen=True)
 class ChoiceDelta:
     """What is new in a choice; for an answer that is not streamed, the whole choice.
 
     Attributes:
         index: of the choice.
-        text: new text.
+        text: new text, without that of ``echo``.
         steps: new steps, if log-probabilities or a trace are returned.
         finish_reason: why the choice ended; None: it continues.
         report: how the choice was generated, at its end; None: not requested.
         first: whether the choice begins.
+        echo: the prompt, at the beginning of a choice that returns it.
     """
 
     index: int
@@ -72,6 +86,7 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     report: GuidanceReport | None = None
     first: bool = False
+    echo: Echo | None = None
 
 
 class _Serializer:
@@ -177,10 +192,11 @@ class CompletionSerializer(_Serializer):
         return TextCompletion(object="text_completion", choices=choices, **self._chunk_head(usage))
 
     def _choice(self, delta: ChoiceDelta) -> TextChoice:
+        with_tokens = delta.steps or delta.echo or delta.finish_reason is None
         return TextChoice(
             index=delta.index,
-            text=delta.text,
-            logprobs=self._logprobs(delta) if delta.steps or delta.finish_reason is None else None,
+            text=delta.text if delta.echo is None else delta.echo.prompt.text + delta.text,
+            logprobs=self._logprobs(delta) if with_tokens else None,
             finish_reason=delta.finish_reason,
             **self._guidance(delta),
         )
@@ -189,14 +205,31 @@ class CompletionSerializer(_Serializer):
         count, steps = self.request.num_logprobs, delta.steps
         if count is None:
             return None
+        tokens: list[str] = []
+        log_probs: list[float | None] = []
+        best: list[dict[str, float] | None] = []
+        text_offset: list[int] = []
+        if delta.echo is not None:
+            prompt, steps = delta.echo.prompt, [*delta.echo.steps, *steps]
+            tokens.append(self._name(prompt.ids[0]))
+            log_probs.append(None)
+            best.append(None)
+            text_offset += prompt_offsets(prompt, self.token_bytes)
+            self._offsets[delta.index] = _TextOffsets(self.token_bytes, len(prompt.text))
+        for step in steps:
+            tokens.append(self._name(step.token_id))
+            log_probs.append(_sampled_logprob(step))
+            best.append(self._best(step, count))
         offsets = self._offsets.setdefault(delta.index, _TextOffsets(self.token_bytes))
-        best = [{self._name(i): value for i, value in reversed(_most_likely(step, count))} for step in steps]
+        text_offset += [offsets.next(step.token_id) for step in delta.steps]
         return CompletionLogprobs(
-            tokens=[self._name(step.token_id) for step in steps],
-            token_logprobs=[_sampled_logprob(step) for step in steps],
-            top_logprobs=best if count else None,
-            text_offset=[offsets.next(step.token_id) for step in steps],
+            tokens=tokens, token_logprobs=log_probs, top_logprobs=best if count else None, text_offset=text_offset
         )
+
+    def _best(self, step: StepTrace, count: int) -> dict[str, float]:
+        """The token itself, and the most likely ones; of two with one name, the more likely counts."""
+        best = {self._name(step.token_id): _sampled_logprob(step)}
+        return best | {self._name(i): value for i, value in reversed(_most_likely(step, count))}
 
     def _name(self, token_id: int) -> str:
         """The token's text; its bytes in hex where they are not valid text, so that names rarely collide."""
@@ -224,18 +257,43 @@ def _sampled_logprob(step: StepTrace) -> float:
 
 
 class _TextOffsets:
-    """Character positions of the tokens of one completion."""
+    """Character positions of the tokens of one completion, after so many of an echoed prompt."""
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    def __init__(self, token_bytes: TokenBytes, start: int = 0) -> None:
         self._bytes_of = token_bytes.of
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._offset = 0
+        self._offset = start
 
     def next(self, token_id: int) -> int:
         """Where the next token begins."""
         offset = self._offset
         self._offset += len(self._decode(self._bytes_of(token_id)))
         return offset
+
+
+def prompt_offsets(prompt: Prompt, token_bytes: TokenBytes) -> list[int]:
+    """Character positions in the prompt's text where its tokens begin.
+
+    A special token takes room only if the text spells it: a BOS that the tokenizer adds does not. Spaces that the
+    tokenizer adds or drops (SentencePiece, at the beginning and where several follow each other) are passed over.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    offsets, at, text = [], 0, prompt.text
+    for token_id in prompt.ids:
+        raw = token_bytes.of(token_id)
+        piece = decode(raw) if raw else token_bytes.text(token_id)
+        length = len(piece) if raw or text.startswith(piece, at) else 0
+        if raw and not text.startswith(piece, at):
+            after_spaces, bare = at, piece.lstrip()
+            while text[after_spaces : after_spaces + 1].isspace():
+                after_spaces += 1
+            if not bare:
+                length = min(length, after_spaces - at)
+            elif text.startswith(bare, after_spaces):
+                at, length = after_spaces, len(bare)
+        offsets.append(at)
+        at = min(at + length, len(text))
+    return offsets
 
 
 def trace_steps(steps: Iterable[StepTrace], token_bytes: TokenBytes) -> list[TraceStep]:
@@ -284,7 +342,7 @@ def guidance_report(request: ParsedRequest, index: int, end: FinishedEvent) -> G
 
 def usage_of(request: ParsedRequest, ends: Sequence[FinishedEvent]) -> Usage:
     """Token counts of a request; every prompt counts once, whatever n."""
-    rows = len(ends) // len(request.prompts)
+    rows = max(len(ends) // len(request.prompts), 1)
     return usage(
         sum(len(prompt.ids) for prompt in request.prompts),
         sum(len(end.completion.token_ids) for end in ends),

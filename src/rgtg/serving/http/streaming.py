@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -11,7 +12,7 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse
 
 from rgtg.decoding.request import Request as GenerationRequest
-from rgtg.errors import RgtgError
+from rgtg.errors import DeadlineError, RgtgError
 from rgtg.serving.engine.engine import Engine
 from rgtg.serving.engine.request import Event, FailedEvent, FinishedEvent, TokenEvent
 from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
@@ -148,6 +149,26 @@ class ResponseStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._running:
             self.engine.cancel(self._handle)
+
+
+async def run_calls(engine: Engine, calls: Sequence[Callable[[], T]], names: ParameterNames, seconds: float) -> list[T]:
+    """Results of calls that the engine runs between its steps; the rest is cancelled where one fails.
+
+    Raises:
+        ApiError: the queue is full, a call failed, or they did not end within so many seconds.
+    """
+    futures: list[Future[T]] = []
+    try:
+        futures = engine.run_all(calls)
+        async with asyncio.timeout(seconds):
+            return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+    except TimeoutError:
+        raise from_rgtg(DeadlineError("the request did not finish within its time limit")) from None
+    except RgtgError as error:
+        raise from_rgtg(error, names) from error
+    finally:
+        for future in futures:
+            future.cancel()  # after a failure, the remaining calls are not needed
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
