@@ -279,3 +279,27 @@ def test_templates_are_compared_by_what_they_write():
     assert same_chat_template(one, tokenizer_with(CHATML.replace("{% for", "{# a comment #}{% for")))
     assert not same_chat_template(one, tokenizer_with(TURNS))
     assert same_chat_template(one, tokenizer_with(CHATML.replace(CHATML, "")))
+
+
+@pytest.mark.parametrize("trained", [None, info()])
+@pytest.mark.parametrize("name", [n for n in templates() if n in OWN or n in ("phi3", "gemma3", "nemotron_3_nano")])
+def test_best_of_n_scores_replies_as_rgtg_score_does(name, trained, monkeypatch):
+    tokenizer = tokenizer_with(template_of(name))
+    scorer = scorer_of(tokenizer, trained)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=2048, eos_token_id=2,
+    )  # fmt: skip
+    policy = Policy(transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    end = turn_end(tokenizer).token_id
+    with torch.no_grad():  # so that some replies end
+        policy.model.lm_head.weight[end] = (
+            0.5 * policy.model.model(torch.tensor([encode_source(tokenizer, USER)[1]])).last_hidden_state[0, -1]
+        )
+    guided = GuidedPolicy(policy, scorer, method="best-of-n", n=6, top_k=None)
+    drawn = guided.generate([USER] * 6, max_new_tokens=12, seed=4)
+    ended = [one for one in drawn if one.finish_reason == "stop"]
+    assert ended
+    for best in ended:
+        assert best.score == pytest.approx(scorer.score([USER], [best.text])[0], abs=1e-4)
