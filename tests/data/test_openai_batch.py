@@ -32,7 +32,9 @@ def test_settings_get_our_names_and_default_values_are_dropped():
     assert to_request(line(CHAT | {"logit_bias": {"5": -100}})).settings == {"logit_bias": {"5": -100}}
 
 
-def test_a_content_of_one_text_part_is_text():
+def test_a_content_of_text_parts_is_text():
+    two = [{"type": "text", "text": "Two and "}, {"type": "text", "text": "two?", "index": None}]
+    assert to_request(line({"messages": [{"role": "user", "content": two}]})).prompt[0]["content"] == "Two and two?"
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     assert to_request(line({"messages": parts})).prompt == [{"role": "user", "content": "Hi"}]
 
@@ -60,7 +62,10 @@ def test_a_content_of_one_text_part_is_text():
         (line(CHAT | {"seed": -1}), r"body\.seed is -1, expected a whole number from 0"),
         (line(CHAT | {"model": 3}), r"body\.model is a number"),
         (line(CHAT | {"max_tokens": 3, "max_completion_tokens": 4}), "contradicts another limit"),
-        (line({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "must be text, or one part"),
+        (
+            line({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "holds .image_url.: only text is read",
+        ),
     ],
 )
 def test_unsupported_or_invalid_lines_are_errors(row, message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rgtg.data.prompts import raise_for_bad_rows, read_prompt_rows
+from rgtg.data.prompts import raise_for_bad_rows, read_prompt_rows, read_prompts
 from rgtg.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -53,6 +53,47 @@ def test_bad_rows_are_returned_separately_with_their_ids(read):
     assert found.total == 11
     with pytest.raises(DataError, match=r"(?s)cannot use 9 of 11 rows .*p\.jsonl:2: not JSON.* and 4 more"):
         raise_for_bad_rows(found.source, found.bad, found.total)
+
+
+def test_every_reader_of_prompts_reads_text_parts_and_the_prompts_of_chat_pairs(read, tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+    told = [*CHAT, {"role": "assistant", "content": "a"}], [*CHAT, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": parts}, {"messages": parts}, {"chosen": told[0], "rejected": told[1]}]
+    assert [row.prompt for row in read(*rows).rows] == [CHAT] * 3
+    assert read_prompts(tmp_path / "p.jsonl") == [CHAT] * 3
+
+
+def test_names_and_tools_of_messages_are_kept_and_other_parts_are_refused(read):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    asked = {"role": "user", "name": "Ann", "content": "Hi"}
+    chat = [asked, {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "name": "f", "content": "4", "tool_call_id": "x"}]  # fmt: skip
+    image = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}]
+    found = read({"prompt": chat}, {"prompt": image}, {"prompt": [{"role": "user", "content": []}]},
+                 {"prompt": [{"content": "a"}]}, {"messages": CHAT, "tools": [{}]})  # fmt: skip
+    assert found.rows[0].prompt == [chat[0], {"role": "assistant", "tool_calls": calls, "content": ""}, chat[2]]
+    problems = [bad.error for bad in found.bad]
+    assert "message 1 of prompt holds 'image_url': only text is read" in problems[0]
+    assert all("is not {role: text, content: text or parts of text}" in problem for problem in problems[1:3])
+    assert "tools: not supported" in problems[3]
+
+
+def test_a_row_may_have_variables_of_the_chat_template(read):
+    given = {"enable_thinking": False}
+    found = read({"prompt": CHAT, "chat_template_kwargs": given | {"other": None}},
+                 {"prompt": CHAT, "chat_template_kwargs": None}, {"prompt": "a", "chat_template_kwargs": given},
+                 {"prompt": CHAT, "chat_template_kwargs": [1]}, request("b", chat_template_kwargs=given))  # fmt: skip
+    assert [row.settings for row in found.rows] == [{"chat_template_kwargs": given}, {}]
+    assert ["plain text" in bad.error for bad in found.bad] == [True, False, True]
+    assert "chat_template_kwargs is a list, expected an object" in found.bad[1].error
+
+
+def test_plain_prompts_become_chats(read):
+    found = read({"prompt": "a"}, {"prompt": CHAT}, request("z"))
+    system = {"role": "system", "content": "s"}
+    made = found.as_chats("s")
+    assert [row.prompt for row in made.rows] == [[system, {"role": "user", "content": "a"}], CHAT, "Once"]
+    assert len({found.fingerprint, made.fingerprint, found.as_chats().fingerprint}) == 3
 
 
 def test_row_settings_are_checked_and_equal_ones_are_shared(read):

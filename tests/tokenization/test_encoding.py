@@ -2,6 +2,7 @@
 
 import pytest
 
+from helpers.chats import chat_tokenizer
 from helpers.tiny_models import tiny_tokenizer
 from rgtg.errors import DataError, TokenizerMismatchError
 from rgtg.tokenization.encoding import (
@@ -39,3 +40,15 @@ def test_the_padding_token_is_not_eos(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     ensure_pad_token(tokenizer)
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tokenizer):
+    adds = chat_tokenizer()
+    bos = adds.bos_token_id
+    for text, count in (("<s>Hi", 1), ("Hi", 1), ("<s><s>Hi", 2), ("<s>", 1)):
+        assert encode_prompt(adds, text)[: count + 1].count(bos) == count
+        assert encode_prompt(adds, text + "a")[: count + 1].count(bos) == count
+    assert encode_prompt(adds, "<s><s>Hi", templated=True) == adds("<s>Hi").input_ids
+    assert encode_completion(adds, "<s>Hi", " you") == encode_completion(adds, "Hi", " you")
+    # a tokenizer that adds none leaves the text as it is
+    assert encode_prompt(tokenizer, "<s><s>Hi")[:2] == [tokenizer.bos_token_id] * 2

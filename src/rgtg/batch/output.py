@@ -22,6 +22,8 @@ from rgtg.utils.files import atomic_write, file_checksum, make_folder, sync_file
 OutputFormat = Literal["records", "openai"]
 # Counts of a scorer with another tokenizer than the policy's, summed over the job.
 COUNTS = ("candidates", "retokenised", "unscored")
+# Fields of a completion that an OpenAI line holds elsewhere, or that its request holds.
+_ELSEWHERE = {"id", "text", "finish_reason", "messages", "chat_template_kwargs"}
 _ANOTHER = "give another --output, or --force to replace it"
 
 
@@ -252,7 +254,7 @@ def _openai_line(done: CompletedTask, model: str) -> str:
             "completion_tokens": len(completion.token_ids),
             "total_tokens": task.prompt_tokens + len(completion.token_ids),
         },
-        "rgtg": json.loads(completion.model_dump_json(exclude={"id", "text", "finish_reason"})),
+        "rgtg": json.loads(completion.model_dump_json(exclude=_ELSEWHERE)),
     }
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
     about = {"id": f"batch_req_{digest}", "custom_id": task.row.id, "response": response, "error": None}

@@ -20,7 +20,7 @@ _WRITTEN = ("audit.json", "audit.png", "rollout-audit.json", "rollout-audit.png"
 
 @command(
     AuditSettings,
-    "scorer pairs policy output batch_size bootstrap on_bad dtype device",
+    "scorer pairs policy output chat_template_kwargs batch_size bootstrap on_bad dtype device",
     panels={
         "Audit of candidates": "rollouts prompts reward rollouts_file prefixes candidates per_candidate max_new_tokens "
         "beta kl_nats"
@@ -135,6 +135,7 @@ def _rollouts(policy: "Policy | None", settings: AuditSettings, *, quiet: bool) 
             candidates=settings.candidates,
             per_candidate=settings.per_candidate,
             max_new_tokens=settings.max_new_tokens,
+            chat_template_kwargs=settings.chat_template_kwargs,
             seed=settings.seed,
             batch_size=settings.rollouts_batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -118,7 +118,10 @@ def _parameter(settings: type[Settings], name: str, panel: str | None) -> inspec
     literals = [str(one) for kind in types if get_origin(kind) is Literal for one in get_args(kind)]
     many = any(get_origin(kind) is list for kind in types)
     numbers = [_METAVARS[kind] for kind in types if kind in (int, float)] if literals else []
-    metavar = "|".join([*numbers, *literals]) if literals else _METAVARS.get(_item_type(types[0]), "<str>")
+    if get_origin(types[0]) is dict:
+        metavar = "<json>"
+    else:
+        metavar = "|".join([*numbers, *literals]) if literals else _METAVARS.get(_item_type(types[0]), "<str>")
     option = typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
     return _keyword(name, Annotated[list[str] | None if many else str | None, option], None)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rgtg.cli.common import Invocation, command, hush_libraries, resumable, write_json
 from rgtg.cli.progress import job_bar, reading_bar
@@ -28,8 +28,8 @@ _SPLIT = ("tp_plan", "scorer_tp_plan")
 @command(
     GenerateSettings,
     "policy scorer method beta top_k top_p temperature max_new_tokens min_new_tokens stop entropy_gate n "
-    "segment_length reward_threshold draft draft_length prompt trace dtype device device_map tp_plan scorer_device "
-    "scorer_device_map scorer_tp_plan cache_gguf",
+    "segment_length reward_threshold draft draft_length prompt chat system chat_template_kwargs trace dtype device "
+    "device_map tp_plan scorer_device scorer_device_map scorer_tp_plan cache_gguf",
     panels={"A file of prompts": _OF_FILES, "A file of prompts, on many machines": _OF_RAY},
 )
 def run(settings: GenerateSettings, invocation: Invocation) -> None:
@@ -60,6 +60,10 @@ def _check_options(settings: GenerateSettings) -> None:
         raise UsageError("--prompts and --output go together; --prompt prints to the terminal")
     if settings.prompts is None and (given := _given(settings, (*_OF_FILES.split(), "ray"))):
         raise UsageError(f"{', '.join(given)}: needs a file of prompts (--prompts)")
+    if settings.system is not None and not settings.chat:
+        raise UsageError("--system is the system message of a chat: add --chat")
+    if settings.prompt is not None and settings.chat_template_kwargs and not settings.chat:
+        raise UsageError("--chat-template-kwargs applies to chats, and the prompt is plain text: add --chat")
     if settings.ray and (given := _given(settings, _SPLIT)):
         raise UsageError(f"{', '.join(given)}: models are split among torchrun's processes, not among Ray's workers")
     if not settings.ray and (given := _given(settings, _OF_RAY.split())):
@@ -93,17 +97,32 @@ def _complete_one(settings: GenerateSettings, invocation: Invocation) -> None:
 
     guided, decoding = load_guided_policy(settings), given_decoding_settings(settings)
     assert settings.prompt is not None, "checked before anything is loaded"
+    prompt: str | list[dict[str, Any]] = settings.prompt
+    if settings.chat:
+        from rgtg.data.prompts import chat_of
+
+        _require_chat_template(guided.policy.tokenizer)
+        prompt = chat_of(settings.prompt, settings.system)
     if invocation.as_json or settings.trace:
-        (done,) = guided.generate(settings.prompt, seed=settings.seed, trace=settings.trace, **decoding)
+        (done,) = guided.generate(prompt, seed=settings.seed, trace=settings.trace, **decoding)
         sys.stdout.write(done.model_dump_json() + "\n")
         return
-    pieces = guided.stream(settings.prompt, seed=settings.seed, **decoding)
+    pieces = guided.stream(prompt, seed=settings.seed, **decoding)
     first = next(pieces, "")  # errors are raised before anything is printed
-    sys.stdout.write(("" if invocation.quiet else settings.prompt) + first)
+    # a completion is shown after its prompt, the reply of a chat alone
+    sys.stdout.write(("" if invocation.quiet or settings.chat else settings.prompt) + first)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _require_chat_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            "--chat: the policy's tokenizer has no chat template; leave --chat out, or set one in its "
+            "tokenizer_config.json"
+        )
 
 
 def _complete_file(settings: GenerateSettings, invocation: Invocation, *, first: bool) -> None:
@@ -121,6 +140,8 @@ def _complete_file(settings: GenerateSettings, invocation: Invocation, *, first:
             prompts = read_prompt_rows(settings.prompts, progress=progress)
         if settings.on_bad == "error":  # before any model is loaded
             raise_for_bad_rows(prompts.source, prompts.bad, prompts.total)
+        if settings.chat:
+            prompts = prompts.as_chats(settings.system)
         if first:
             JobOutput(settings.output).check(force=settings.force)
         with _ready(settings, prompts, first) as run, job_bar("generating", quiet=invocation.silent) as progress:
@@ -154,6 +175,8 @@ def _ready(
     from rgtg.batch.tasks import given_decoding_settings, load_guided_policy
 
     arguments = (settings, given_decoding_settings(settings), prompts, load_guided_policy(settings))
+    if settings.chat:
+        _require_chat_template(arguments[-1].policy.tokenizer)
     yield partial(run_job, *arguments) if first else lambda progress: follow_job(*arguments)
 
 

@@ -8,17 +8,17 @@ import typer
 
 from rgtg.cli.common import Invocation, command, hush_libraries, save_settings
 from rgtg.config import ScoreSettings
-from rgtg.errors import NonFiniteError
+from rgtg.errors import NonFiniteError, UsageError
 from rgtg.utils.files import atomic_write, refuse_overwriting
 
 if TYPE_CHECKING:
     from rgtg.models.scorers.base import Scorer
 
 
-@command(ScoreSettings, "scorer input output policy batch_size dtype device")
+@command(ScoreSettings, "scorer input output policy chat_template_kwargs batch_size dtype device")
 def run(settings: ScoreSettings, invocation: Invocation) -> None:
     """Score completions: reads what rgtg generate writes, adds "reward" to every line."""
-    from rgtg.data.completions import read_completions
+    from rgtg.data.completions import is_chat, read_completions
 
     refuse_overwriting([("--input", settings.input), ("--config", invocation.config)], [settings.output])
     beside = settings.output.with_name(f"{settings.output.name}.settings.json")
@@ -26,10 +26,15 @@ def run(settings: ScoreSettings, invocation: Invocation) -> None:
     rows = read_completions(settings.input)
     hush_libraries()
     from rgtg.models.scorers.base import load_named_scorer
+    from rgtg.tokenization.conversation import check_template_kwargs
 
     with atomic_write(settings.output) as partial:
         model = load_named_scorer(settings.scorer, settings.policy, dtype=settings.dtype, device=settings.device)
-        rewards = _rewards(model, rows, settings.batch_size)
+        if settings.chat_template_kwargs:
+            if not any(is_chat(row) for row in rows):
+                raise UsageError("--chat-template-kwargs applies to chats, and every prompt is plain text")
+            check_template_kwargs(model.tokenizer, settings.chat_template_kwargs)
+        rewards = _rewards(model, rows, settings.batch_size, settings.chat_template_kwargs)
         scored = [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
         lines = [json.dumps(row, ensure_ascii=False) for row in scored]
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -39,13 +44,25 @@ def run(settings: ScoreSettings, invocation: Invocation) -> None:
     invocation.emit(summary, lambda: typer.echo(f"{len(rows)} rewards in {settings.output}, mean {mean:.4f}"))
 
 
-def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int) -> list[float]:
-    """Reward of each row; its ``finish_reason`` says whether it finished or was cut off."""
-    from rgtg.data.completions import completion_text
+def _rewards(model: "Scorer", rows: list[dict[str, Any]], batch_size: int, given: dict[str, Any] | None) -> list[float]:
+    """Reward of each row; its ``finish_reason`` says whether it finished or was cut off.
 
-    prompts, texts = [row["prompt"] for row in rows], [completion_text(row) for row in rows]
-    finished = [row.get("finish_reason") != "length" for row in rows]
-    rewards = model.score(prompts, texts, finished=finished, batch_size=batch_size)
+    A chat is read by the scorer's own chat template, with the row's variables.
+    """
+    from rgtg.data.completions import completion_source, completion_text
+    from rgtg.data.formats import to_template_kwargs
+
+    own = [to_template_kwargs(row) or given for row in rows]
+    rewards = [0.0] * len(rows)
+    for kwargs in {json.dumps(one, sort_keys=True): one for one in own}.values():
+        places = [i for i, one in enumerate(own) if one == kwargs]
+        scores = model.score(
+            [completion_source(rows[i]) for i in places], [completion_text(rows[i]) for i in places],
+            finished=[rows[i].get("finish_reason") != "length" for i in places], batch_size=batch_size,
+            chat_template_kwargs=kwargs,
+        )  # fmt: skip
+        for i, score in zip(places, scores, strict=True):
+            rewards[i] = score
     if bad := [i for i, reward in enumerate(rewards) if not math.isfinite(reward)]:
         raise NonFiniteError(f"the reward of row {bad[0] + 1} is {rewards[bad[0]]}; try --dtype float32")
     return rewards

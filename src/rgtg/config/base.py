@@ -1,12 +1,13 @@
 """The base of all settings: merging YAML, flags and overrides, and readable error messages."""
 
 import difflib
+import json
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from rgtg.errors import UsageError
 
@@ -40,6 +41,26 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 200, 200
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 OnBad = Annotated[Literal["error", "skip"], Field(description="stop at bad rows, or leave them out")]
+
+
+def _json_object(value: Any) -> Any:
+    """Read JSON text, as the command line gives it; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError('must be a JSON object, such as {"enable_thinking": false}') from error
+
+
+TemplateKwargs = Annotated[
+    dict[str, JsonValue] | None,
+    BeforeValidator(_json_object),
+    Field(
+        description='variables of the chat template, as JSON: {"enable_thinking": false}',
+        exclude_if=lambda given: given is None,
+    ),
+]
 
 
 def validate(cls: type[SettingsT], values: dict[str, Any]) -> SettingsT:

@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from rgtg.config.base import OnBad, Settings
+from rgtg.config.base import OnBad, Settings, TemplateKwargs
 
 
 class DecodingSettings(Settings):
@@ -41,9 +41,7 @@ class DecodingSettings(Settings):
         0.5, ge=0, le=1, description="cards: first threshold, from the prompt's reward (0) to reward_threshold (1)"
     )
     retries: int = Field(20, ge=0, description="segments that cards rejects before it takes the best of them")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description='extra variables of the chat template, as JSON: {"enable_thinking": false}'
-    )
+    chat_template_kwargs: TemplateKwargs = None
     draft_length: int | None = Field(None, ge=0, le=8, description="tokens drafted at once; default: adapts")
 
     @field_validator("beta")
@@ -94,6 +92,8 @@ class GenerateSettings(DecodingSettings, ModelSettings):
         None, description="scorer that guides it: folder or hub id; repeatable, with a --beta each"
     )
     prompt: str | None = Field(None, description="one prompt; its completion is streamed to the terminal")
+    chat: bool = Field(False, description="plain-text prompts are a user's messages, for the policy's chat template")
+    system: str | None = Field(None, description="system message before each of them; needs --chat")
     prompts: Path | None = Field(None, description="JSONL, an OpenAI batch or Parquet; needs --output")
     output: Path | None = Field(None, description="JSONL of completions; the same command resumes a stopped job")
     batch_size: int | None = Field(None, ge=1, description="most prompts decoded together")
@@ -154,6 +154,7 @@ class ScoreSettings(DeviceSettings):
 
     scorer: str = Field(description="reward model: folder or hub id")
     policy: str | None = Field(None, description="policy of a head on its hidden states, if it has moved")
-    input: Path = Field(description="JSONL of prompt and text or completion")
+    input: Path = Field(description="JSONL of prompt (or messages) and text or completion")
     output: Path = Field(description="the same lines, with a reward each")
+    chat_template_kwargs: TemplateKwargs = None
     batch_size: int = Field(8, ge=1, description="completions per forward pass")

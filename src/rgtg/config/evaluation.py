@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rgtg.config.base import OnBad
+from rgtg.config.base import OnBad, TemplateKwargs
 from rgtg.config.decoding import DecodingSettings, DeviceSettings, ModelSettings
 
 _OF_MAKING = ("prefixes", "candidates", "per_candidate", "max_new_tokens", "rollouts_batch_size")
@@ -25,7 +25,8 @@ class AuditSettings(DeviceSettings):
     pairs: str | None = Field(None, description="held-out preference pairs")
     output: Path | None = Field(None, description="folder for results, figures, settings and rejects")
     rollouts: bool = Field(False, description="audit the ranking of candidates by roll-outs")
-    prompts: Path | None = Field(None, description='JSONL of {"prompt": ...} from which roll-outs start')
+    prompts: Path | None = Field(None, description='JSONL of {"prompt": text or messages}, from which roll-outs start')
+    chat_template_kwargs: TemplateKwargs = None
     reward: str | None = Field(None, description="held-out reward model of finished texts: folder or hub id")
     rollouts_file: Path | None = Field(
         None, description="file of roll-outs, made, continued or read; default: rollouts.jsonl in output"
@@ -134,7 +135,7 @@ def require_decoding(values: dict[str, Any]) -> dict[str, Any]:
 class EvaluationSettings(ModelSettings):
     """What ``rgtg compare`` and ``rgtg sweep`` share: prompts, rewards, seeds, decoding settings, output."""
 
-    prompts: Path = Field(description='JSONL of {"prompt": ...}')
+    prompts: Path = Field(description='JSONL of {"prompt": text or messages}')
     output: Path = Field(description="folder for results and settings")
     reward: str | None = Field(None, description="held-out reward model: folder or hub id")
     proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that runs may optimise")
@@ -143,6 +144,7 @@ class EvaluationSettings(ModelSettings):
     top_k: int | None = Field(10, ge=1, description="candidates per step")
     max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")
     temperature: float = Field(1.0, ge=0)
+    chat_template_kwargs: TemplateKwargs = None
     decoding: dict[str, Any] = Field(default_factory=dict, description="more decoding settings of every run")
     batch_size: int = Field(8, ge=1)
     bootstrap: int = Field(1000, ge=100)

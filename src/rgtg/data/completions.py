@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from rgtg.data.formats import Message, to_chat, to_template_kwargs
 from rgtg.data.sources import RowError, iter_rows, parse_row
 from rgtg.errors import DataError
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
     """Read rows with a "prompt" and a "text" or "completion", and keep all their fields.
+
+    The prompt of a chat is its messages, under "messages" or "prompt"; `completion_source` returns it.
 
     Raises:
         DataError: names the file and line of a row that lacks them; or the file is empty.
@@ -20,7 +23,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
             row = parse_row(raw)
         except RowError as problem:
             raise DataError(f"{path}:{number}: {problem}; expected one JSON object per line") from problem
-        _check_texts(row, f"{path}:{number}")
+        _check(row, f"{path}:{number}")
         rows.append(row)
     return rows
 
@@ -34,10 +37,39 @@ def completion_text(row: dict[str, Any]) -> str:
     return str(row["text"] if "text" in row else row["completion"])
 
 
-def _check_texts(row: Any, where: str) -> None:
+def is_chat(row: dict[str, Any]) -> bool:
+    """Whether the prompt of a row is chat messages."""
+    return row.get("messages") is not None or isinstance(row.get("prompt"), list)
+
+
+def completion_source(row: dict[str, Any]) -> str | list[Message]:
+    """The prompt of a row, which other models read: the messages of a chat, else text.
+
+    Raises:
+        RowError: what should be messages is not.
+
+    >>> completion_source({"prompt": "<s>[user] Hi", "messages": [{"role": "user", "content": "Hi"}], "text": "Ho"})
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if not is_chat(row):
+        return str(row["prompt"])
+    name = "messages" if row.get("messages") is not None else "prompt"
+    return to_chat(row[name], name)
+
+
+def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    for name in ("prompt", "text" if "text" in row else "completion"):
+    try:
+        chat = is_chat(row)
+        if chat:
+            completion_source(row)
+        elif to_template_kwargs(row):
+            raise DataError(f'{where}: "chat_template_kwargs" belongs to a chat; expected "messages" beside it')
+        to_template_kwargs(row)
+    except RowError as problem:
+        raise DataError(f"{where}: {problem}") from problem
+    for name in ([] if chat else ["prompt"]) + ["text" if "text" in row else "completion"]:
         # a generated text may be empty, if the model stopped at once
         if not isinstance(row.get(name), str) or not (row[name] or name == "text"):
             raise DataError(

@@ -1,10 +1,12 @@
 """Convert one row of any accepted format to a pair or a prompt: plain text, chat messages, HH-style dialogues."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from rgtg.data.sources import RejectReason, RowError
 from rgtg.errors import DataError, UsageError, one_line
-from rgtg.tokenization.conversation import RenderedReplies, render_replies
+from rgtg.tokenization.conversation import RenderedReplies, render_replies, text_of_content
 from rgtg.types.generation import PreferencePair
 
 HH_TURN = "\n\nAssistant:"
@@ -64,14 +66,57 @@ def require_prompt(prompt: str) -> str:
 def to_prompt_or_chat(row: Any) -> str | list[Message]:
     """Read the prompt of a row: text, or chat messages under ``prompt`` or (without a prompt) ``messages``.
 
+    The prompt of a pair of chats is the messages that both sides share.
+
     Raises:
-        RowError: the row has neither.
+        RowError: the row has neither, or offers tools, which are not supported.
     """
+    if isinstance(row, dict) and row.get("tools"):
+        raise RowError(RejectReason.UNSUPPORTED, "tools: not supported; leave it out")
     if isinstance(row, dict) and isinstance(row.get("prompt"), list):
         return to_chat(row["prompt"], "prompt")
     if isinstance(row, dict) and row.get("prompt") is None and row.get("messages") is not None:
         return to_chat(row["messages"], "messages")
+    if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), list):
+        require_fields(row, ("chosen", "rejected"))
+        return to_chat(_chat_parts(row)[0], "chosen")
     return to_prompt(row)
+
+
+def to_template_kwargs(row: Any) -> dict[str, Any]:
+    """Read a row's own ``chat_template_kwargs``: variables of the chat template, by name; empty without them.
+
+    Raises:
+        RowError: they are not an object.
+    """
+    value = row.get("chat_template_kwargs") if isinstance(row, dict) else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RowError(RejectReason.WRONG_TYPE, f"chat_template_kwargs is {json_name(value)}, expected an object")
+    # Parquet gives every row the names of all rows, null if it had none
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def readable_prompt(prompt: "str | Sequence[Message]") -> str:
+    r"""A prompt for people: text as it is, a conversation with its roles, a single question without.
+
+    >>> readable_prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and two?"}])
+    'System: Be brief.\n\nUser: Two and two?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    turns = [(str(message["role"]), _said(message)) for message in prompt]
+    if [role for role, _ in turns] == ["user"]:
+        return turns[0][1]
+    return "\n\n".join(f"{role[:1].upper()}{role[1:]}: {text}" for role, text in turns)
+
+
+def _said(message: Message) -> str:
+    """A message's text, and the tools that it calls as JSON."""
+    calls = message.get("tool_calls")
+    text = text_of_content(message.get("content")) or ""
+    return "\n".join(filter(None, [text, json.dumps(calls, ensure_ascii=False) if calls else ""]))
 
 
 def to_chat(value: Any, name: str) -> list[Message]:
@@ -196,13 +241,28 @@ def _messages(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def chat_messages(value: list[Any], name: str) -> list[Message]:
-    """Check chat messages: each needs a role and a content that are text. Null fields are dropped."""
-    for i, message in enumerate(value, start=1):
-        fields = message if isinstance(message, dict) else {}
-        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
-            raise RowError(RejectReason.WRONG_TYPE, f"message {i} of {name} is not {{role: text, content: text}}")
+    """Check chat messages: each needs a role, and a content that is text or text parts, which become one text.
+
+    Null fields are dropped. Other fields (name, tool_calls) are left for the chat template.
+
+    Raises:
+        RowError: a message has no text, or holds something else.
+    """
+    return [_message(item, f"message {i} of {name}") for i, item in enumerate(value, start=1)]
+
+
+def _message(value: Any, where: str) -> Message:
     # Parquet gives every message the fields of all messages, null if it had none.
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    fields = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    content = fields.get("content", "" if fields.get("tool_calls") else None)
+    text = text_of_content(content)
+    if isinstance(fields.get("role"), str) and text is not None:
+        return fields | {"content": text}
+    for part in content if isinstance(content, list) else []:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise RowError(RejectReason.UNSUPPORTED, f"{where} holds {kind!r:.40}: only text is read")
+    raise RowError(RejectReason.WRONG_TYPE, f"{where} is not {{role: text, content: text or parts of text}}")
 
 
 def _require_reply(name: str, tail: list[Message]) -> None:

@@ -94,24 +94,10 @@ def _prompt(asked: dict[str, Any], endpoint: Endpoint) -> str | list[Message]:
         raise RowError(RejectReason.MISSING_FIELD, f"body.{name}")
     value = asked.pop(name)
     if endpoint == "chat":
-        return to_chat(_plain_contents(value), "body.messages")
+        return to_chat(value, "body.messages")
     if not isinstance(value, str):
         raise RowError(RejectReason.WRONG_TYPE, f"body.prompt is {json_name(value)}, expected one text")
     return require_prompt(value)
-
-
-def _plain_contents(messages: Any) -> Any:
-    """Replace a content that is one text part by its text. Other values are left for the reader to check."""
-    return [_plain(message) for message in messages] if isinstance(messages, list) else messages
-
-
-def _plain(message: Any) -> Any:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    if len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
-        return {**message, "content": content[0].get("text")}
-    raise RowError(RejectReason.UNSUPPORTED, "a message's content must be text, or one part of text; join the parts")
 
 
 def _settings(asked: dict[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.data.formats import Message, require_unicode, to_prompt, to_prompt_or_chat
+from rgtg.data.formats import Message, require_unicode, to_prompt_or_chat, to_template_kwargs
 from rgtg.data.openai_batch import Endpoint, is_batch_line, to_request
 from rgtg.data.sources import (
     CORRECT_OR_SKIP,
-    PAIR_COLUMNS,
     BadRowCounter,
     ReadProgress,
     RejectReason,
@@ -23,7 +22,8 @@ from rgtg.data.sources import (
 )
 from rgtg.errors import DataError, UsageError
 
-_COLUMNS = ("prompt", "messages", "id", "custom_id", "chosen", "rejected")
+_PROMPT = ("prompt", "messages", "chosen", "rejected", "chat_template_kwargs", "tools")
+_COLUMNS = (*_PROMPT, "id", "custom_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,30 @@ class PromptFile:
         """Rows in the file."""
         return len(self.rows) + len(self.bad)
 
+    def as_chats(self, system: str | None = None) -> "PromptFile":
+        """The same file with each plain-text prompt as a user's message, after a system message if one is given.
+
+        Lines of an OpenAI batch stay as they are: their url says how they are read.
+        """
+        rows = [
+            replace(row, prompt=chat_of(row.prompt, system))
+            if isinstance(row.prompt, str) and row.endpoint is None
+            else row
+            for row in self.rows
+        ]
+        digest = hashlib.sha256(json.dumps([self.fingerprint, "chats", system]).encode()).hexdigest()[:16]
+        return replace(self, rows=rows, fingerprint=digest)
+
+
+def chat_of(text: str, system: str | None = None) -> list[Message]:
+    """A conversation that begins with a user's text, after a system message if one is given.
+
+    >>> chat_of("Two and two?")
+    [{'role': 'user', 'content': 'Two and two?'}]
+    """
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
 
 def raise_for_bad_rows(source: str, bad: Sequence[BadRow], total: int) -> None:
     """Raise an error if there are bad rows.
@@ -86,18 +110,26 @@ def raise_for_bad_rows(source: str, bad: Sequence[BadRow], total: int) -> None:
         raise DataError(counter.message(CORRECT_OR_SKIP))
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Read the prompts of ``{"prompt": text}`` lines, or of plain-text or HH-style pairs; other fields are ignored.
+def read_prompts(path: str | Path) -> list[str | list[Message]]:
+    """Read prompts, text or chat messages, without ids and settings of their own; of pairs, the prompts.
 
     Raises:
         DataError: bad rows, with file and line; or the file is empty, truncated or corrupt.
         UsageError: no such file, or an unknown kind of file.
     """
     bad = BadRowCounter(str(path))
-    prompts = list(usable_rows(path, PAIR_COLUMNS, lambda _line, row: to_prompt(row), bad))
+    prompts = list(usable_rows(path, _PROMPT, lambda _line, row: _prompt_without_settings(row), bad))
     if bad.reasons:
-        raise DataError(bad.message('Each line must be an object with a text field: {"prompt": "..."}.'))
+        raise DataError(bad.message('Each line must be an object with a text or chat messages: {"prompt": ...}.'))
     return prompts
+
+
+def _prompt_without_settings(row: Any) -> str | list[Message]:
+    if is_batch_line(row):
+        raise RowError(RejectReason.UNSUPPORTED, 'a line of an OpenAI batch; give its messages as {"prompt": [...]}')
+    if to_template_kwargs(row):
+        raise RowError(RejectReason.UNSUPPORTED, "chat_template_kwargs of one row; give them for all prompts")
+    return to_prompt_or_chat(row)
 
 
 def read_prompt_rows(path: str | Path, *, progress: ReadProgress | None = None) -> PromptFile:
@@ -173,10 +205,16 @@ class _PromptParser:
 
     def _row(self, number: int, id: str, value: Any) -> PromptRow:
         if not is_batch_line(value):
-            return PromptRow(number, id, to_prompt_or_chat(value))
+            prompt, kwargs = to_prompt_or_chat(value), to_template_kwargs(value)
+            if kwargs and isinstance(prompt, str):
+                raise RowError(RejectReason.UNSUPPORTED, "chat_template_kwargs: the prompt is plain text, not a chat")
+            settings = self._check({"chat_template_kwargs": kwargs}) if kwargs else {}
+            return PromptRow(number, id, prompt, settings)
         if value.get("custom_id") is None:
             raise RowError(RejectReason.MISSING_FIELD, "custom_id")
         request = to_request(value)
+        if request.settings.get("chat_template_kwargs") and isinstance(request.prompt, str):
+            raise RowError(RejectReason.UNSUPPORTED, "body.chat_template_kwargs: the prompt is plain text, not a chat")
         settings = self._check(request.settings)
         if request.model is not None:
             self.models.add(request.model)

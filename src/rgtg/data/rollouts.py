@@ -8,27 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rgtg.data.completions import completion_text
+from rgtg.data.completions import completion_source, completion_text, is_chat
+from rgtg.data.formats import to_template_kwargs
 from rgtg.data.sources import BadRowCounter, ReadProgress, RejectReason, RowError, check_arguments, usable_rows
-from rgtg.errors import DataError
-from rgtg.tokenization.encoding import encode_completion, encode_prompt
+from rgtg.errors import DataError, one_line
+from rgtg.tokenization.conversation import TemplateKwargs, encode_completed, render_chat
 
-_COLUMNS = ("prompt", "text", "completion", "reward", "finish_reason")
+_COLUMNS = ("prompt", "messages", "chat_template_kwargs", "text", "completion", "reward", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion and its reward. ``finished`` is false if it was cut off at a length limit."""
+    """One completion and its reward.
+
+    Attributes:
+        prompt: text; of a chat, as the tokenizer's chat template writes it.
+        text: of the completion.
+        reward: of the completion.
+        finished: false if it was cut off at a length limit.
+        templated: whether the prompt is that of a chat, special tokens included.
+        template_kwargs: variables of the chat template.
+    """
 
     prompt: str
     text: str
     reward: float
     finished: bool
+    templated: bool = False
+    template_kwargs: TemplateKwargs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRollout:
-    """Token ids of one completion, with EOS if it finished, and its reward."""
+    """Token ids of one completion, with EOS (a chat's: with the end of a turn) if it finished, and its reward."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -58,11 +70,13 @@ def read_rollouts(
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
     progress: ReadProgress | None = None,
+    template_kwargs: TemplateKwargs | None = None,
 ) -> Rollouts:
     """Read rows of prompt, text (or completion) and reward, as ``rgtg generate`` and then ``rgtg score`` write them.
 
-    The same text may occur several times, since it can be sampled several times. A completion with ``finish_reason``
-    "length" was cut off and gets no EOS.
+    A row with chat messages (``messages``, or as its prompt) is read as the policy was given it: rendered by the
+    tokenizer's chat template with the row's own ``chat_template_kwargs``. The same text may occur several times, since
+    it can be sampled several times. A completion with ``finish_reason`` "length" was cut off and gets no EOS.
 
     Args:
         source: a file of the kinds that pairs come in.
@@ -73,6 +87,7 @@ def read_rollouts(
         on_bad: ``error`` raises an error if any row is bad; ``skip`` leaves bad rows out.
         rejects: file to which ``skip`` writes each bad row.
         progress: called now and then with how much of the source is read, and how much there is.
+        template_kwargs: variables of the chat template, for rows that have none of their own.
 
     Raises:
         DataError: bad rows (``error``), with file and line; no usable row; a file that is empty or corrupt.
@@ -83,7 +98,7 @@ def read_rollouts(
     rejects = rejects if on_bad == "skip" else None
 
     def check(line: int, row: Any) -> Rollout:
-        rollout = _rollout(row, labels, reward_range)
+        rollout = _rollout(row, labels, reward_range, tokenizer, template_kwargs)
         _check_length(rollout, tokenizer, max_length)
         return rollout
 
@@ -92,36 +107,58 @@ def read_rollouts(
     bad.finish(len(kept), on_bad, rejects, 'Nothing is left to use; expected "prompt", "text" and "reward".')
     for rollout in kept:
         content = [rollout.prompt, rollout.text, rollout.reward, rollout.finished]
+        content += [True] if rollout.templated else []
         digest.update(json.dumps(content).encode() + b"\n")
     return Rollouts(kept, digest.hexdigest()[:16])
 
 
 def tokenize_rollouts(rollouts: Sequence[Rollout], tokenizer: Any) -> list[TokenizedRollout]:
-    """Tokenize every completion as generation and ``rgtg score`` do; finished ones end with EOS."""
+    """Tokenize every completion as generation does; finished ones end with EOS, or as the chat template ends a turn."""
     return [_tokenize(rollout, tokenizer) for rollout in rollouts]
 
 
 def _tokenize(rollout: Rollout, tokenizer: Any) -> TokenizedRollout:
-    prompt_ids = encode_prompt(tokenizer, rollout.prompt)
-    ids = encode_completion(tokenizer, rollout.prompt, rollout.text, append_eos=rollout.finished, prompt_ids=prompt_ids)
+    prompt_ids, ids = encode_completed(
+        tokenizer, rollout.prompt, rollout.text, finished=rollout.finished, append_eos=True,
+        templated=rollout.templated, template_kwargs=rollout.template_kwargs,
+    )  # fmt: skip
     return TokenizedRollout(prompt_ids, ids, rollout.reward)
 
 
-def _rollout(row: Any, labels: bool, reward_range: tuple[float, float] | None) -> Rollout:
+def _rollout(
+    row: Any,
+    labels: bool,
+    reward_range: tuple[float, float] | None,
+    tokenizer: Any,
+    template_kwargs: TemplateKwargs | None,
+) -> Rollout:
     if not isinstance(row, dict):
         raise RowError(RejectReason.WRONG_TYPE, f"expected an object, got {type(row).__name__}")
     name = "text" if "text" in row else "completion"
-    for field in ("prompt", name, "reward"):
+    chat = is_chat(row)
+    for field in ([] if chat else ["prompt"]) + [name, "reward"]:
         if field not in row:
             raise RowError(RejectReason.MISSING_FIELD, "text (or completion)" if field == name else field)
-    for field in ("prompt", name):
+    for field in ([] if chat else ["prompt"]) + [name]:
         if not isinstance(row[field], str):
             raise RowError(RejectReason.WRONG_TYPE, f"{field} is not text")
     reason = row.get("finish_reason")
     if reason is not None and not isinstance(reason, str):
         raise RowError(RejectReason.WRONG_TYPE, "finish_reason is not text")
     reward = _reward(row["reward"], labels, reward_range)
-    return Rollout(row["prompt"], completion_text(row), reward, reason != "length")
+    own = to_template_kwargs(row)
+    if not chat:
+        if own:
+            raise RowError(RejectReason.UNSUPPORTED, "chat_template_kwargs: the prompt is plain text, not a chat")
+        return Rollout(row["prompt"], completion_text(row), reward, reason != "length")
+    kwargs = own or template_kwargs
+    source = completion_source(row)
+    assert not isinstance(source, str), "messages"
+    try:
+        prompt = render_chat(tokenizer, source, add_generation_prompt=True, template_kwargs=kwargs)
+    except DataError as error:
+        raise RowError(RejectReason.CHAT_TEMPLATE, one_line(error, 200)) from error
+    return Rollout(prompt, completion_text(row), reward, reason != "length", templated=True, template_kwargs=kwargs)
 
 
 def _reward(given: Any, labels: bool, reward_range: tuple[float, float] | None) -> float:

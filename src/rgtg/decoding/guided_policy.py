@@ -30,6 +30,7 @@ from rgtg.decoding.request import (
     Prompt,
     Request,
     StoppingCriteria,
+    any_chat,
     end_tokens,
     final_text,
     make_processors,
@@ -379,7 +380,7 @@ class GuidedPolicy:
             batch_size: prompts decoded together.
             **settings: fields of ``rgtg.config.DecodingSettings``: max_new_tokens, min_new_tokens, temperature,
                 top_p, stop, repetition_penalty, no_repeat_ngram_size, logit_bias, and beta, top_k, n for this
-                call.
+                call; chat_template_kwargs are variables of the chat template, such as {"enable_thinking": False}.
 
         Returns:
             One ``Completion`` per prompt, in order.
@@ -389,6 +390,7 @@ class GuidedPolicy:
             UsageError: unusable settings.
             NonFiniteError: NaN from the policy or the scorer.
         """
+        self._require_chats(_as_list(prompts), settings)
         return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), batch_size)
 
     def prepare(
@@ -430,9 +432,18 @@ class GuidedPolicy:
         **settings: Any,
     ) -> list[Completion]:
         """``generate`` for prompts that are token ids already."""
+        self._require_chats((), settings)
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
         requests = self.make_requests(prompt_ids, texts, [None] * len(texts), seed, settings, trace=trace)
         return self._complete_all(requests, batch_size)
+
+    def _require_chats(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> None:
+        """Refuse variables of the chat template where no prompt is a chat."""
+        if settings.get("chat_template_kwargs") and not any_chat(prompts):
+            raise UsageError(
+                "chat_template_kwargs applies to chats, and every prompt is plain text: give messages",
+                setting="chat_template_kwargs",
+            )
 
     def _complete_all(self, requests: list[Request], batch_size: int) -> list[Completion]:
         """Complete requests, ``batch_size`` at once; the first error ends the call."""
@@ -455,6 +466,7 @@ class GuidedPolicy:
         A segment-wise method yields whole segments, best-of-n its text at the end. Arguments and errors are those of
         ``generate``.
         """
+        self._require_chats(_as_list(prompt), settings)
         requests = self.prepare(prompt, seed=seed, **settings)
         (request,) = requests
         stop = self.resolve(settings, complete=True).stop

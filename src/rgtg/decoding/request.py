@@ -22,6 +22,11 @@ _GIVEN = 12
 Prompt = str | list[dict[str, Any]]
 
 
+def any_chat(prompts: Iterable[Prompt]) -> bool:
+    """Whether one of the prompts is a conversation."""
+    return not all(isinstance(prompt, str) for prompt in prompts)
+
+
 @dataclass(eq=False)
 class Request:
     """One completion from the caller to the loop; nothing in it depends on its neighbours.
@@ -133,8 +138,11 @@ class Request:
     def to_completion(self) -> Completion:
         """The public record, once it has ended."""
         assert self.finish_reason in ("stop", "length"), "only ended requests are published"
+        chat = None if self.source is None or isinstance(self.source, str) else list(self.source)
         return Completion(
             prompt=self.prompt,
+            messages=chat,
+            chat_template_kwargs=self.settings.chat_template_kwargs or None if chat else None,
             text=self.text,
             token_ids=self.token_ids,
             finish_reason=self.finish_reason,

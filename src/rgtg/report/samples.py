@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from rgtg.data.formats import readable_prompt
 from rgtg.report.comparison import by_reward, representatives
 from rgtg.report.document import Card, Paragraph, Sample, Section
 from rgtg.report.number_format import number
@@ -60,7 +61,7 @@ def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
 def _sample(ordered: list[MethodResult], base: MethodResult | None, index: int) -> Sample:
     baseline = _text(base.samples[index]) if base else None
     cards = [_card(run.label, run.samples[index], baseline if run is not base else None) for run in ordered]
-    prompt = str(ordered[0].samples[index].get("prompt", ""))
+    prompt = _prompt(ordered[0].samples[index])
     return Sample(prompt, cards, _trace(prompt, [(run, run.samples[index]) for run in ordered]))
 
 
@@ -97,6 +98,11 @@ def _card(label: str, sample: dict[str, Any], baseline: str | None) -> Card:
         notes.append("empty")
     words = [(text, False)] if baseline is None else marked_words(text, baseline)
     return Card(label, number(reward) if isinstance(reward, int | float) else "", words, notes)
+
+
+def _prompt(sample: Mapping[str, Any]) -> str:
+    """The prompt, a conversation with its roles instead of a model's special tokens."""
+    return readable_prompt(sample.get("messages") or str(sample.get("prompt", "")))
 
 
 def _text(sample: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ same tokens to all of them. A chat template is applied once and writes all speci
 """
 
 import itertools
+import json
 import re
 import warnings
 import weakref
@@ -28,6 +29,8 @@ _RESERVED = frozenset({
     "tokenize", "tokenizer_kwargs", "tools", "truncation", "raise_exception", "strftime_now", "namespace", "range",
     "dict", "lipsum", "cycler", "joiner",
 })  # fmt: skip
+# Messages of other roles (tool) are left out by some templates without a word.
+_USUAL_ROLES = ("system", "user", "assistant")
 # Stand-ins for a message and a reply, to find out what a template does with them.
 _QUESTION, _REPLY = "rgtgQuestion", "rgtgReply"
 
@@ -125,8 +128,20 @@ def render_chat(
         raise UsageError("the tokenizer's chat template leaves the user's message out: set another chat_template")
     if facts.omits_system and any(message.get("role") == "system" for message in messages):
         warnings.warn("the tokenizer's chat template leaves system messages out", stacklevel=2)
+    if any(message.get("tool_calls") for message in messages) and "tool_calls" not in template:
+        raise DataError("the tokenizer's chat template does not read tool_calls")
     kwargs = {name: value for name, value in (template_kwargs or {}).items() if name in facts.variables}
-    return _apply(tokenizer, messages, facts.takes_parts, add_generation_prompt, kwargs)
+    text = _apply(tokenizer, messages, facts.takes_parts, add_generation_prompt, kwargs)
+    for message in messages:
+        if message.get("role") not in _USUAL_ROLES and not _is_written(message, text):
+            raise DataError(f"the tokenizer's chat template leaves out messages of the role {message.get('role')!r}")
+    return text
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether a rendered conversation holds a message's content, as it is or as JSON."""
+    content = (text_of_content(message.get("content")) or "").strip()
+    return content in text or json.dumps(content)[1:-1] in text
 
 
 def check_template_kwargs(tokenizer: Any, template_kwargs: TemplateKwargs | None) -> None:

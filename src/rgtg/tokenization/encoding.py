@@ -97,6 +97,8 @@ def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
 def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> list[int]:
     """Token ids of a prompt. Special tokens are added unless a chat template has already written them (``templated``).
 
+    A text that itself begins with BOS gets no second one.
+
     Raises:
         DataError: an empty prompt, or one that the tokenizer turns into no token.
     """
@@ -111,12 +113,21 @@ def encode_prompt(tokenizer: Any, prompt: str, *, templated: bool = False) -> li
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, templated: bool = False) -> list[list[int]]:
     """Token ids of several prompts in one call, which is faster; a prompt without any token gives an empty list."""
     rows: list[list[int]] = tokenizer(list(prompts), add_special_tokens=not templated).input_ids
-    # BERT- and T5-like tokenizers add EOS to every text; it is removed, since the prompt is going to be continued
     eos_id, eos = tokenizer.eos_token_id, tokenizer.eos_token or "\0"
+    bos_id, bos = tokenizer.bos_token_id, tokenizer.bos_token or "\0"
     for prompt, ids in zip(prompts, rows, strict=True):
+        # a text that begins with BOS itself (a chat that was rendered elsewhere) gets no second one
+        if not templated and prompt.startswith(bos) and ids[:2] == [bos_id, bos_id] and _adds_bos(tokenizer):
+            del ids[0]
+        # BERT- and T5-like tokenizers add EOS to every text; it is removed, since the prompt is going to be continued
         while len(ids) > 1 and ids[-1] == eos_id and not prompt.endswith(eos):
             ids.pop()
     return rows
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins every text with BOS."""
+    return list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]
 
 
 def encode_completion(

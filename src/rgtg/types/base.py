@@ -33,6 +33,11 @@ class Record(BaseModel):
             raise DataError(f"{path} is not what {writer} writes: {first_problem(error)}") from error
 
 
+def is_none(value: Any) -> bool:
+    """Whether a field of chats is left out of a record: that of a plain prompt is as before there were chats."""
+    return value is None
+
+
 def first_problem(error: ValidationError) -> str:
     """Where the first problem of a record is, and what it is."""
     problem = error.errors()[0]

@@ -1,10 +1,10 @@
 """Preference pairs, and completions with their traces."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from rgtg.types.base import FORMAT_VERSION, Record
+from rgtg.types.base import FORMAT_VERSION, Record, is_none
 
 
 class PreferencePair(Record):
@@ -37,7 +37,13 @@ class Completion(Record):
 
     version: int = FORMAT_VERSION
     id: str | None = Field(default=None, description="of its row in a file of prompts; row-NUMBER if the row has none")
-    prompt: str
+    prompt: str = Field(description="of a chat: as the policy's chat template writes it")
+    messages: list[dict[str, Any]] | None = Field(
+        default=None, exclude_if=is_none, description="of a chat; other models render them by their own chat template"
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, exclude_if=is_none, description="variables of the chat template, if some were given"
+    )
     text: str
     token_ids: list[int] = Field(description="of the completion without the prompt, with the final EOS")
     finish_reason: Literal["stop", "length"]
@@ -62,3 +68,8 @@ class Completion(Record):
     retokenised: int = Field(default=0, description="of those, how many are not exactly one token of the scorer")
     unscored: int = Field(default=0, description="tokens that such a scorer did not read because its context was full")
     trace: list[StepTrace] | None = None
+
+    @property
+    def source(self) -> str | list[dict[str, Any]]:
+        """The prompt for a model with a chat template of its own: the messages of a chat, else the text."""
+        return self.prompt if self.messages is None else self.messages

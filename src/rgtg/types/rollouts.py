@@ -1,10 +1,10 @@
 """The file formats of the audit of candidates: roll-outs, and the results of a scorer on them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from rgtg.types.base import FORMAT_VERSION, Interval, Provenance, Record
+from rgtg.types.base import FORMAT_VERSION, Interval, Provenance, Record, is_none
 
 
 class RolloutHeader(Record):
@@ -21,6 +21,9 @@ class RolloutHeader(Record):
     candidates: int = Field(description="next tokens tried at each prefix: the policy's most likely")
     per_candidate: int = Field(description="roll-outs of each candidate")
     max_new_tokens: int = Field(description="of a whole completion, with the prefix")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, exclude_if=is_none, description="variables of the chat template, if some were given"
+    )
     provenance: Provenance
 
 
@@ -28,7 +31,8 @@ class PrefixRollouts(Record):
     """A further line: one prefix, its K candidates, and m roll-outs of each. Ids are the policy's."""
 
     index: int
-    prompt: str
+    prompt: str = Field(description="of a chat: as the policy's chat template writes it")
+    messages: list[dict[str, Any]] | None = Field(default=None, exclude_if=is_none, description="of a chat")
     prompt_ids: list[int]
     written_ids: list[int] = Field(description="the completion so far; it may be empty")
     fraction: float = Field(description="of its completion that the prefix holds, in [0, 1)")
@@ -39,6 +43,11 @@ class PrefixRollouts(Record):
     texts: list[list[str]] = Field(description="(K, m) finished completions; a single one if the candidate ends it")
     finished: list[list[bool]] = Field(description="(K, m) false: cut off at max_new_tokens")
     rewards: list[list[float]] = Field(description="(K, m) held-out reward of each finished completion")
+
+    @property
+    def source(self) -> str | list[dict[str, Any]]:
+        """The prompt for a model with a chat template of its own: the messages of a chat, else the text."""
+        return self.prompt if self.messages is None else self.messages
 
 
 class ChoiceFigures(Record):

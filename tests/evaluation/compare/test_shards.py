@@ -3,7 +3,7 @@
 import pytest
 
 from rgtg.errors import DataError, UsageError
-from rgtg.evaluation.compare.shards import Shard, ShardFolder, ShardRewards, fingerprint_texts
+from rgtg.evaluation.compare.shards import Shard, ShardFolder, ShardRewards, fingerprint_prompts
 from rgtg.types.generation import Completion
 
 MADE = {"beta": 2.0, "policy": "abc"}
@@ -48,4 +48,4 @@ def test_a_damaged_shard_is_an_error_with_its_path(tmp_path):
 
 
 def test_the_fingerprint_depends_on_where_texts_end():
-    assert fingerprint_texts(["ab", "c"]) != fingerprint_texts(["a", "bc"])
+    assert fingerprint_prompts(["ab", "c"]) != fingerprint_prompts(["a", "bc"])

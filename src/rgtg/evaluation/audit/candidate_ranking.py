@@ -18,6 +18,8 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import Scorer, load_scorer, weights_of
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
+from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.tokenization.conversation import encode_source
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.types.base import Interval
 from rgtg.types.rollouts import CandidateFigures, ChoiceFigures, PrefixRollouts, RolloutAuditResult
@@ -115,14 +117,17 @@ def candidate_scores(
     """The scorer's score of every candidate v, (N, K) in fp32: the score of prompt ⊕ prefix ⊕ v.
 
     A scorer with the policy's tokenizer reads the policy's token ids, as guidance does. A scorer with another
-    tokenizer, or one that scores texts only, reads the decoded text.
+    tokenizer or, for chats, another chat template, or one that scores texts only, reads the decoded text.
 
     Raises:
         NonFiniteError: NaN or infinite scores.
     """
     rows = rollouts.rows
     same = hasattr(scorer, "score_prefixes") and tokenizer_hash(scorer.tokenizer) == rollouts.header.tokenizer
-    flat = _score_ids(scorer, rows, batch_size) if same else _score_texts(scorer, rows, batch_size)
+    kwargs = rollouts.header.chat_template_kwargs
+    if same and isinstance(scorer, PrefixScorer):  # other scorers of tokens read chats as the policy does
+        same = all(_reads_alike(scorer, row, kwargs) for row in {row.prompt: row for row in rows}.values())
+    flat = _score_ids(scorer, rows, batch_size) if same else _score_texts(scorer, rows, batch_size, kwargs)
     scores = torch.tensor(flat, dtype=torch.float32).reshape(len(rows), -1)
     if not bool(scores.isfinite().all()):
         raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
@@ -173,6 +178,13 @@ def _require_auditable(model: Any, rollouts: CandidateRollouts) -> None:
         )
 
 
+def _reads_alike(scorer: PrefixScorer, row: PrefixRollouts, kwargs: dict[str, Any] | None) -> bool:
+    """Whether a scorer's own chat template gives the prompt's tokens that the policy's has given."""
+    if row.messages is None or not getattr(scorer.tokenizer, "chat_template", None):
+        return True
+    return encode_source(scorer.tokenizer, row.messages, template_kwargs=kwargs)[1] == row.prompt_ids
+
+
 def _score_ids(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
     """Scores of all candidates, prefix by prefix, from the policy's token ids."""
     prefixes = [[*row.prompt_ids, *row.written_ids] for row in rows for _ in row.candidate_ids]
@@ -180,12 +192,15 @@ def _score_ids(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> 
     return [float(s[-1]) for s in scorer.score_prefixes(prefixes, candidates, batch_size=batch_size)]
 
 
-def _score_texts(scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int) -> list[float]:
+def _score_texts(
+    scorer: Any, rows: Sequence[PrefixRollouts], batch_size: int, kwargs: dict[str, Any] | None
+) -> list[float]:
     """Scores of all candidates, prefix by prefix, from the decoded texts."""
     texts = [text for row in rows for text in row.candidate_texts]
-    prompts = [row.prompt for row in rows for _ in row.candidate_texts]
+    prompts = [row.source for row in rows for _ in row.candidate_texts]
     finished = [end and of[0] for row in rows for end, of in zip(row.ended, row.finished, strict=True)]
-    scores: list[float] = scorer.score(prompts, texts, finished=finished, batch_size=batch_size)
+    more = {"chat_template_kwargs": kwargs} if kwargs else {}
+    scores: list[float] = scorer.score(prompts, texts, finished=finished, batch_size=batch_size, **more)
     return scores
 
 

@@ -17,14 +17,16 @@ from pydantic import ValidationError
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.engine.rollouts import next_candidates, roll_out
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import derive_seed
+from rgtg.decoding.request import Prompt, any_chat, derive_seed
 from rgtg.errors import DataError, NonFiniteError, OutputError, UsageError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import weights_of
-from rgtg.tokenization.encoding import decode_completion, encode_prompt, tokenizer_hash
+from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, check_template_kwargs, encode_source
+from rgtg.tokenization.encoding import decode_completion, tokenizer_hash
 from rgtg.types.base import first_problem
+from rgtg.types.generation import Completion
 from rgtg.types.rollouts import PrefixRollouts, RolloutHeader
 from rgtg.utils.files import write_synced, write_text
 
@@ -38,7 +40,9 @@ class RolloutReward(Protocol):
 
     name: str
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str], *, finished: Sequence[bool]) -> list[float]:
+    def score(
+        self, prompts: Sequence[PromptSource], completions: Sequence[str], *, finished: Sequence[bool]
+    ) -> list[float]:
         """Reward of each completion after its prompt."""
         ...
 
@@ -62,7 +66,7 @@ class _Cut:
 
 def make_rollouts(
     policy: Policy,
-    prompts: "Sequence[str] | str | Path",
+    prompts: "Sequence[Prompt] | str | Path",
     reward: "RolloutReward | Callable[[str], float]",
     *,
     path: "str | Path | None" = None,
@@ -70,6 +74,7 @@ def make_rollouts(
     candidates: int = 10,
     per_candidate: int = 4,
     max_new_tokens: int = 64,
+    chat_template_kwargs: TemplateKwargs | None = None,
     seed: int = 0,
     batch_size: int = 128,
     progress: Progress | None = None,
@@ -83,13 +88,15 @@ def make_rollouts(
 
     Args:
         policy: the frozen policy.
-        prompts: texts, or a file of them; duplicates are used once.
-        reward: a model that scores finished completions, or a function of the whole text (prompt and completion).
+        prompts: texts or lists of chat messages, or a file of them; duplicates are used once.
+        reward: a model that scores finished completions, and reads chats by its own chat template; or a function of
+            the whole text (prompt, of a chat as the policy's template writes it, and completion).
         path: file that keeps the roll-outs, one line per prefix; a run that was stopped continues from it.
         prefixes: number over all prompts (fewer if completions are too short for so many cuts).
         candidates: k, the number of most likely next tokens.
         per_candidate: m, the number of roll-outs of each.
         max_new_tokens: of a whole completion.
+        chat_template_kwargs: variables of the policy's chat template.
         seed: of all sampling.
         batch_size: completions sampled together.
         progress: called with the number of finished prefixes and of all prefixes.
@@ -101,14 +108,19 @@ def make_rollouts(
         OutputError: a file that cannot be written.
     """
     _check_counts(prefixes, candidates, per_candidate, max_new_tokens, batch_size)
-    texts = list(dict.fromkeys(read_prompts(prompts) if isinstance(prompts, str | Path) else prompts))
-    if not texts:
+    given = read_prompts(prompts) if isinstance(prompts, str | Path) else prompts
+    sources = list({json.dumps(prompt): prompt for prompt in given}.values())
+    if not sources:
         raise DataError("there are no prompts to roll out from")
-    header = _header(policy, texts, reward, seed, candidates, per_candidate, max_new_tokens)
+    kwargs = dict(chat_template_kwargs) if chat_template_kwargs else None
+    if kwargs and not any_chat(sources):
+        raise UsageError("chat_template_kwargs applies to chats, and every prompt is plain text")
+    check_template_kwargs(policy.tokenizer, kwargs)
+    header = _header(policy, sources, reward, seed, candidates, per_candidate, max_new_tokens, kwargs)
     file = Path(path) if path is not None else None
     rollouts = _open(file, header) if file is not None else CandidateRollouts(header, [])
     if not rollouts.rows or rollouts.rows[-1].index < prefixes - 1:
-        _add_missing(rollouts, policy, texts, reward, file, prefixes, batch_size, progress)
+        _add_missing(rollouts, policy, sources, reward, file, prefixes, batch_size, progress)
     return CandidateRollouts(rollouts.header, [row for row in rollouts.rows if row.index < prefixes])
 
 
@@ -153,7 +165,7 @@ def rescore_rollouts(
     header = rollouts.header.model_copy(update={"reward": name, "reward_fingerprint": fingerprint})
     rows = []
     for row in rollouts.rows:
-        found = _rewards(reward, row.prompt, row.texts, row.finished)
+        found = _rewards(reward, row.source, row.prompt, row.texts, row.finished, header.chat_template_kwargs)
         rows.append(row.model_copy(update={"rewards": _repeat(found, row.ended, header.per_candidate)}))
     return CandidateRollouts(header, rows)
 
@@ -167,7 +179,7 @@ def write_rollouts(rollouts: CandidateRollouts, path: "str | Path") -> None:
 def _add_missing(
     rollouts: CandidateRollouts,
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     reward: Any,
     file: Path | None,
     prefixes: int,
@@ -178,15 +190,17 @@ def _add_missing(
     header, first = rollouts.header, rollouts.rows[-1].index + 1 if rollouts.rows else 0
     # 1. Complete every prompt by ordinary sampling.
     sampler = GuidedPolicy(policy, method="policy", top_k=None)
+    first_prompts, kwargs = list(prompts[:prefixes]), header.chat_template_kwargs
+    more: dict[str, Any] = {} if kwargs is None or not any_chat(first_prompts) else {"chat_template_kwargs": kwargs}
     done = sampler.generate(
-        list(prompts[:prefixes]), seed=header.seed, batch_size=batch_size, max_new_tokens=header.max_new_tokens
+        first_prompts, seed=header.seed, batch_size=batch_size, max_new_tokens=header.max_new_tokens, **more
     )
     # 2. Choose where to cut the completions, and roll out from each cut that the file lacks.
     cuts = plan_cuts([len(completion.token_ids) for completion in done], prefixes)
     for count, cut in enumerate(cuts, 1):
         if cut.index >= first:
             completion = done[cut.prompt]
-            row = _roll_prefix(policy, completion.prompt, completion.token_ids, cut, header, reward, batch_size)
+            row = _roll_prefix(policy, completion, cut, header, reward, batch_size)
             if file is not None:
                 _append(file, row)
             rollouts.rows.append(row)
@@ -215,9 +229,10 @@ def plan_cuts(lengths: Sequence[int], prefixes: int) -> list[_Cut]:
 
 
 def _roll_prefix(
-    policy: Policy, prompt: str, token_ids: list[int], cut: _Cut, header: RolloutHeader, reward: Any, batch_size: int
+    policy: Policy, completion: Completion, cut: _Cut, header: RolloutHeader, reward: Any, batch_size: int
 ) -> PrefixRollouts:
-    prompt_ids, written = encode_prompt(policy.tokenizer, prompt), token_ids[: cut.position]
+    kwargs, written = header.chat_template_kwargs, completion.token_ids[: cut.position]
+    prompt, prompt_ids = encode_source(policy.tokenizer, completion.source, template_kwargs=kwargs)
     ids, log_probs = next_candidates(policy, [*prompt_ids, *written], header.candidates)
     drawn = roll_out(
         policy, prompt, prompt_ids, written, ids, n=header.per_candidate, max_new_tokens=header.max_new_tokens,
@@ -227,10 +242,10 @@ def _roll_prefix(
     kept = [group[:1] if end else group for group, end in zip(drawn, ended, strict=True)]
     texts = [[request.text for request in group] for group in kept]
     finished = [[request.finish_reason == "stop" for request in group] for group in kept]
-    rewards = _rewards(reward, prompt, texts, finished)
+    rewards = _rewards(reward, completion.source, prompt, texts, finished, kwargs)
     return PrefixRollouts(
-        index=cut.index, prompt=prompt, prompt_ids=prompt_ids, written_ids=written,
-        fraction=cut.position / len(token_ids), candidate_ids=ids, policy_log_probs=log_probs,
+        index=cut.index, prompt=prompt, messages=completion.messages, prompt_ids=prompt_ids, written_ids=written,
+        fraction=cut.position / len(completion.token_ids), candidate_ids=ids, policy_log_probs=log_probs,
         candidate_texts=[decode_completion(policy.tokenizer, prompt_ids, [*written, token]) for token in ids],
         ended=ended, texts=texts, finished=finished, rewards=_repeat(rewards, ended, header.per_candidate),
     )  # fmt: skip
@@ -242,14 +257,20 @@ def _repeat(rewards: Sequence[Sequence[float]], ended: Sequence[bool], m: int) -
 
 
 def _rewards(
-    reward: Any, prompt: str, texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]
+    reward: Any,
+    source: Prompt,
+    prompt: str,
+    texts: Sequence[Sequence[str]],
+    finished: Sequence[Sequence[bool]],
+    kwargs: dict[str, Any] | None,
 ) -> list[list[float]]:
-    """The reward of every text; equal texts are scored once."""
+    """The reward of every text, of a model after ``source``, of a function after ``prompt``; equal ones once."""
     keys = [list(zip(group, ends, strict=True)) for group, ends in zip(texts, finished, strict=True)]
     unique = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
     if hasattr(reward, "score"):
         whole, ends = [text for text, _ in unique], [end for _, end in unique]
-        values = reward.score([prompt] * len(unique), whole, finished=ends)
+        more = {"chat_template_kwargs": kwargs} if kwargs else {}
+        values = reward.score([source] * len(unique), whole, finished=ends, **more)
     else:
         values = [float(reward(prompt + text)) for text, _ in unique]
     if not all(math.isfinite(value) for value in values):
@@ -259,14 +280,21 @@ def _rewards(
 
 
 def _header(
-    policy: Policy, prompts: list[str], reward: Any, seed: int, candidates: int, per_candidate: int, max_new_tokens: int
+    policy: Policy,
+    prompts: list[Prompt],
+    reward: Any,
+    seed: int,
+    candidates: int,
+    per_candidate: int,
+    max_new_tokens: int,
+    kwargs: dict[str, Any] | None,
 ) -> RolloutHeader:
     name, fingerprint = _describe(reward)
     listed = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     counts = {"candidates": candidates, "per_candidate": per_candidate, "max_new_tokens": max_new_tokens}
     return RolloutHeader(
         policy=fingerprint_weights(policy.model), tokenizer=tokenizer_hash(policy.tokenizer), reward=name,
-        reward_fingerprint=fingerprint, prompts=listed, seed=seed, **counts,
+        reward_fingerprint=fingerprint, prompts=listed, seed=seed, **counts, chat_template_kwargs=kwargs,
         provenance=provenance(command="rgtg audit --rollouts", settings=counts, seed=seed,
                               models={"policy": policy.model}, data={"prompts": listed}),
     )  # fmt: skip

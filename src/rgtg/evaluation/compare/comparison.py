@@ -7,13 +7,14 @@ from typing import Any, Unpack
 from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.request import Prompt
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import full_settings, make_guided_policy, run_shard
 from rgtg.evaluation.compare.grid import MethodRun, expand_runs, is_random, with_shared_settings
 from rgtg.evaluation.compare.measure import budgets_of, run_result
 from rgtg.evaluation.compare.models import ComparisonModels, LoadedModels, load_comparison_models
 from rgtg.evaluation.compare.rewards import GOLD, NamedReward, RewardFunction, keyed_rewards, proxy_key, score_shard
-from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_texts
+from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_prompts
 from rgtg.evaluation.compare.significance import Resampling, differences, find_baseline, over_optimised, recommend
 from rgtg.evaluation.compare.traces import trace_shard
 from rgtg.evaluation.provenance import provenance
@@ -32,7 +33,7 @@ def compare(
     settings: CompareSettings,
     progress: Progress | None = None,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Prompt] | None = None,
     **loaded: Unpack[LoadedModels],
 ) -> ComparisonResult:
     """Complete every prompt with every run and seed, and measure all completions alike.
@@ -43,7 +44,8 @@ def compare(
     Args:
         settings: of the comparison.
         progress: called with a run's label and seed, the number of finished shards, and the number of all shards.
-        prompts: in place of the file that the settings name.
+        prompts: texts or lists of chat messages, in place of the file that the settings name. Each model reads a chat
+            by its own chat template.
         **loaded: models that are already loaded (``LoadedModels``); the settings need not name them.
 
     Raises:
@@ -70,7 +72,7 @@ class ComparisonRunner:
     """Runs methods on the same prompts with models that are loaded once; finished shards are read from disk."""
 
     models: ComparisonModels
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     settings: EvaluationSettings
     progress: Progress | None = None
 
@@ -87,12 +89,12 @@ class ComparisonRunner:
         runs: Sequence[MethodRun],
         progress: Progress | None = None,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         **loaded: Unpack[LoadedModels],
     ) -> "ComparisonRunner":
         """Read the prompts and load the models; the arguments are those of ``compare``."""
-        texts = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
-        return cls(load_comparison_models(settings, runs, **loaded), texts, settings, progress)
+        given = (read_prompts(settings.prompts) if prompts is None else list(prompts))[: settings.limit]
+        return cls(load_comparison_models(settings, runs, **loaded), given, settings, progress)
 
     def check(self, runs: Sequence[MethodRun]) -> None:
         """Reject runs that cannot be made, and shards of another comparison, before any work."""
@@ -131,7 +133,7 @@ class ComparisonRunner:
         """Settings, seed, and fingerprints of the models and prompts."""
         return provenance(
             command=command, settings=self.settings.model_dump(mode="json", exclude={"force"}), seed=self.settings.seed,
-            models=self.models.modules(), data={"prompts": fingerprint_texts(self.prompts)},
+            models=self.models.modules(), data={"prompts": fingerprint_prompts(self.prompts)},
         )  # fmt: skip
 
     def _prepare(self, run: MethodRun) -> tuple[GuidedPolicy, dict[str, Any]]:
@@ -143,7 +145,7 @@ class ComparisonRunner:
             made_with = full_settings(guided, run) | reference | {
                 "policy": fingerprint_weights(guided.policy.model),
                 "scorers": [fingerprint_weights(weights_of(scorer)) for scorer in scorers],
-                "prompts": fingerprint_texts(self.prompts),
+                "prompts": fingerprint_prompts(self.prompts),
                 "batch_size": self.settings.batch_size,
             }  # fmt: skip
             self._prepared[run.label] = guided, made_with
@@ -181,7 +183,7 @@ def run_method(
     policy: Policy,
     scorer: AnyScorer | Sequence[AnyScorer] | None,
     run: MethodRun,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: EvaluationSettings,
     reward: RewardFunction,
     *,
@@ -194,9 +196,10 @@ def run_method(
         policy: the policy that is steered.
         scorer: what guides or selects; several as a list, in the order of the run's betas.
         run: from ``expand_runs``; settings that it does not give are those of ``settings``.
-        prompts: texts.
+        prompts: texts, or lists of chat messages.
         settings: seeds, batch size, bootstrap, and decoding.
-        reward: the held-out reward as a function of completions, one finite number each. Only ``compare`` checks that
+        reward: the held-out reward as a function of completions, one finite number each; a completion's ``source`` is
+            its prompt, text or messages. Only ``compare`` checks that
             it is held out.
         proxies: further rewards by name.
         reference: the policy that KL is measured to, where it is not ``policy``.

@@ -8,11 +8,13 @@ import torch
 
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.request import Prompt
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.base import AnyScorer
-from rgtg.tokenization.encoding import encode_prompt, require_same_tokenizer
+from rgtg.tokenization.conversation import encode_source
+from rgtg.tokenization.encoding import require_same_tokenizer
 from rgtg.tokenization.padding import batches_by_length
 from rgtg.types.generation import Completion
 
@@ -42,7 +44,7 @@ def full_settings(guided: GuidedPolicy, run: MethodRun, names: Mapping[str, str]
 
 
 def complete(
-    guided: GuidedPolicy, run: MethodRun, prompts: Sequence[str], *, seed: int, batch_size: int
+    guided: GuidedPolicy, run: MethodRun, prompts: Sequence[Prompt], *, seed: int, batch_size: int
 ) -> tuple[list[Completion], float]:
     """One completion for each prompt, and the seconds they took. Runs with the same seed share their random numbers."""
     start = time.perf_counter()
@@ -53,7 +55,7 @@ def complete(
 def run_shard(
     guided: GuidedPolicy,
     run: MethodRun,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     seed: int,
     batch_size: int,
@@ -75,11 +77,16 @@ def reference_log_probs(
 ) -> list[float]:
     """Log π_ref(completion | prompt) in nats under another policy with the same tokenizer, in one forward pass each.
 
+    The other policy reads a chat by its own chat template.
+
     Raises:
         TokenizerMismatchError: the two policies have different tokenizers.
     """
     require_same_tokenizer(reference.tokenizer, policy.tokenizer)
-    rows = [(encode_prompt(policy.tokenizer, c.prompt), c.token_ids) for c in completions]
+    rows = [
+        (encode_source(reference.tokenizer, c.source, template_kwargs=c.chat_template_kwargs)[1], c.token_ids)
+        for c in completions
+    ]
     totals = [0.0] * len(rows)
     for indices, ids, mask in batches_by_length(rows, batch_size, reference.model.device):
         # 1. Logits of every position: (B, L, V).

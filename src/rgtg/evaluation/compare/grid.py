@@ -71,7 +71,7 @@ def expand_runs(entries: Sequence[CompareRun], shared: EvaluationSettings | None
 
 def with_shared_settings(run: MethodRun, shared: EvaluationSettings) -> MethodRun:
     """The run with the comparison's decoding settings that its method accepts; its own settings take precedence."""
-    common = shared.model_dump(include={"max_new_tokens", "temperature"}) | shared.decoding
+    common = shared.model_dump(include={"max_new_tokens", "temperature", "chat_template_kwargs"}) | shared.decoding
     if "top_k" in shared.model_fields_set:  # otherwise the method's own default applies
         common["top_k"] = shared.top_k
     accepted = {name: value for name, value in common.items() if has_setting(run.method, name, value)}

@@ -53,11 +53,18 @@ class NamedReward:
 
 
 def model_reward(model: Any) -> RewardFunction:
-    """A reward model as a function of completions. Completions that were cut off get no closing EOS."""
+    """A reward model as a function of completions. Completions that were cut off get no closing EOS.
+
+    It reads chats by its own chat template, with the variables that the policy's was given as far as it has them.
+    """
 
     def reward(completions: Sequence[Completion]) -> list[float]:
-        prompts, texts = [c.prompt for c in completions], [c.text for c in completions]
-        values: list[float] = model.score(prompts, texts, finished=[c.finish_reason == "stop" for c in completions])
+        prompts, texts = [c.source for c in completions], [c.text for c in completions]
+        kwargs = next((c.chat_template_kwargs for c in completions if c.chat_template_kwargs), None)
+        values: list[float] = model.score(
+            prompts, texts, finished=[c.finish_reason == "stop" for c in completions],
+            **({"chat_template_kwargs": kwargs} if kwargs else {}),
+        )  # fmt: skip
         return values
 
     return reward

@@ -1,6 +1,7 @@
 """The finished shards of a comparison: one file for each run and seed, so that a stopped comparison can continue."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,9 +84,10 @@ class ShardFolder:
         return self.folder / f"{readable}-{hashlib.sha256(label.encode()).hexdigest()[:8]}-seed{seed}.json"
 
 
-def fingerprint_texts(texts: Sequence[str]) -> str:
-    """Short hash of texts in their order."""
+def fingerprint_prompts(prompts: Sequence[str | list[dict[str, Any]]]) -> str:
+    """Short hash of texts and chats in their order."""
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
+    for prompt in prompts:
+        content = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        digest.update(content.encode() + b"\0")
     return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from rgtg.config import CompareRun, SweepSettings
+from rgtg.decoding.request import Prompt
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.comparison import ComparisonRunner, Progress
 from rgtg.evaluation.compare.grid import expand_runs, has_setting, with_betas
@@ -22,7 +23,7 @@ def sweep(
     settings: SweepSettings,
     progress: Progress | None = None,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Prompt] | None = None,
     **loaded: Unpack[LoadedModels],
 ) -> SweepResult:
     """Find the factor of the betas that meets the target within the tolerance, and report every factor that was tried.
@@ -33,7 +34,7 @@ def sweep(
     Args:
         settings: method, scorers, target and search range.
         progress: as in ``compare``.
-        prompts: in place of the file that the settings name.
+        prompts: texts or lists of chat messages, in place of the file that the settings name.
         **loaded: models that are already loaded.
 
     Raises:

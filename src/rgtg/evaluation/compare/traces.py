@@ -6,6 +6,7 @@ from typing import Any
 
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
+from rgtg.decoding.request import Prompt, any_chat
 from rgtg.evaluation.compare.generate import call_settings
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
@@ -17,7 +18,7 @@ _MOST_CANDIDATES = 50
 _DIGITS = 5
 
 
-def trace_shard(shard: Shard, guided: GuidedPolicy, run: MethodRun, prompts: Sequence[str], count: int) -> bool:
+def trace_shard(shard: Shard, guided: GuidedPolicy, run: MethodRun, prompts: Sequence[Prompt], count: int) -> bool:
     """Generate a shard's first completions again with a trace of every step; returns whether anything changed.
 
     The measured time of a shard is that of completions without a trace. A completion keeps no trace if the second run
@@ -26,10 +27,12 @@ def trace_shard(shard: Shard, guided: GuidedPolicy, run: MethodRun, prompts: Seq
     wanted = [i for i in range(min(count, len(prompts))) if shard.completions[i].trace is None]
     if METHODS[run.method].unit != "token" or not wanted:
         return False
+    settings = call_settings(run)
+    if not any_chat(prompts[i] for i in wanted):
+        settings.pop("chat_template_kwargs", None)
     traced = guided.generate(
-        [prompts[i] for i in wanted], seed=[shard.completions[i].seed for i in wanted], trace=True,
-        **call_settings(run),
-    )  # fmt: skip
+        [prompts[i] for i in wanted], seed=[shard.completions[i].seed for i in wanted], trace=True, **settings
+    )
     changed = False
     for i, completion in zip(wanted, traced, strict=True):
         steps = completion.trace or []

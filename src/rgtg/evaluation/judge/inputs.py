@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rgtg.config import JudgeSettings
-from rgtg.data.completions import completion_text, read_completions
+from rgtg.data.completions import completion_source, completion_text, read_completions
+from rgtg.data.formats import readable_prompt
 from rgtg.data.pairs import read_pairs
 from rgtg.data.sources import named_path
 from rgtg.errors import DataError, UsageError
@@ -116,7 +117,9 @@ def _by_label(rows: list[dict[str, Any]], name: str) -> dict[str, dict[Completio
     found: dict[str, dict[CompletionKey, str]] = {}
     seen: Counter[tuple[str, str, int | None]] = Counter()
     for row in rows:
-        label, prompt, seed = str(row.get("row") or name), row["prompt"], row.get("run_seed")
+        # a chat as people read it: policies with other chat templates write the same messages differently
+        prompt = readable_prompt(completion_source(row))
+        label, seed = str(row.get("row") or name), row.get("run_seed")
         found.setdefault(label, {})[prompt, seed, seen[label, prompt, seed]] = completion_text(row)
         seen[label, prompt, seed] += 1
     return found
