@@ -19,6 +19,7 @@ from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
+from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.tokenization.conversation import (
     TurnEnd,
     check_template_kwargs,
@@ -306,6 +307,7 @@ def test_best_of_n_scores_replies_as_rgtg_score_does(name, trained, monkeypatch)
         assert best.score == pytest.approx(scorer.score([USER], [best.text])[0], abs=1e-4)
 
 
+<<<<<<< ours
 def test_calls_and_answers_of_tools_are_rendered_or_refused():
     tokenizer = chat_tokenizer(TEMPLATES["chatml"])
     user = {"role": "user", "content": "Two and two?"}
@@ -319,3 +321,51 @@ def test_calls_and_answers_of_tools_are_rendered_or_refused():
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="leaves out messages of the role 'tool'"):
         render_chat(tokenizer, [user, answer], add_generation_prompt=True)
+=======
+def small_policy(tokenizer):
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=2048, eos_token_id=2,
+    )  # fmt: skip
+    policy = Policy(transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    text = torch.tensor([token.isascii() and token.isalpha() for token in tokens])
+    with torch.no_grad():  # ASCII only, so that tokens and text say the same
+        policy.model.lm_head.weight.mul_(3)
+        policy.model.lm_head.weight[~text] = 0
+    return policy
+
+
+@torch.no_grad()
+def test_a_reward_model_with_the_policys_tokenizer_reads_chats_in_its_own_template():
+    template = (
+        "[{{ messages[0]['role'] }}] {{ messages[0]['content'] }}\n[reply]"
+        "{% for m in messages[1:] %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    policy = small_policy(tokenizer_with(CHATML))
+    own = tokenizer_with(CHATML)
+    own.chat_template = template
+    scorer = scorer_of(own, info())
+    guided = GuidedPolicy(policy, scorer, method="pargs-greedy", beta=5.0, top_k=4)
+    (completion,) = guided.generate([USER], max_new_tokens=6)
+    prompt_ids, read = encode_source(policy.tokenizer, USER)[1], encode_source(own, USER)[1]
+    assert read != prompt_ids
+    drawn = []
+    for _ in range(6):
+        logits = policy.model(torch.tensor([[*prompt_ids, *drawn]])).logits[0, -1].log_softmax(-1)
+        top = logits.topk(4)
+        scores = [reward(scorer.model, [*read, *drawn, int(token)]) for token in top.indices]
+        drawn.append(int(top.indices[int((top.values + 5.0 * torch.tensor(scores)).argmax())]))
+    assert completion.token_ids == drawn
+    (best,) = GuidedPolicy(policy, scorer, method="best-of-n", n=3).generate([USER], max_new_tokens=6, seed=1)
+    assert best.score == pytest.approx(reward(scorer.model, [*read, *best.token_ids]), abs=1e-4)
+
+
+def test_a_scorer_of_the_policys_tokens_says_that_it_reads_the_policys_template():
+    policy, own = small_policy(tokenizer_with(CHATML)), tokenizer_with(CHATML)
+    own.chat_template = TURNS
+    scorer = VocabularyScorer(Policy(small_policy(own).model, own))
+    with pytest.warns(UserWarning, match="reads chats in the policy's chat template"):
+        GuidedPolicy(policy, scorer, method="genarm")
+>>>>>>> theirs
