@@ -307,7 +307,6 @@ def test_best_of_n_scores_replies_as_rgtg_score_does(name, trained, monkeypatch)
         assert best.score == pytest.approx(scorer.score([USER], [best.text])[0], abs=1e-4)
 
 
-<<<<<<< ours
 def test_calls_and_answers_of_tools_are_rendered_or_refused():
     tokenizer = chat_tokenizer(TEMPLATES["chatml"])
     user = {"role": "user", "content": "Two and two?"}
@@ -321,7 +320,8 @@ def test_calls_and_answers_of_tools_are_rendered_or_refused():
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="leaves out messages of the role 'tool'"):
         render_chat(tokenizer, [user, answer], add_generation_prompt=True)
-=======
+
+
 def small_policy(tokenizer):
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
@@ -368,4 +368,3 @@ def test_a_scorer_of_the_policys_tokens_says_that_it_reads_the_policys_template(
     scorer = VocabularyScorer(Policy(small_policy(own).model, own))
     with pytest.warns(UserWarning, match="reads chats in the policy's chat template"):
         GuidedPolicy(policy, scorer, method="genarm")
->>>>>>> theirs
