@@ -1,12 +1,14 @@
 """What a server makes of its models: throughput and latency by concurrency, its cost over the engine, long prompts.
 
-    python benchmarks/serve.py [--parts concurrency overhead prefill] [--dtype bf16] [--repeats 5] [--output FILE]
+    python benchmarks/serve.py [--parts concurrency overhead prefill first] [--dtype bf16] [--repeats 5] [--output FILE]
 
 Policy and scorer are Llama-shaped (12 layers × 768, 32k vocabulary) with random weights, saved to a folder and served
 as ``rgtg serve`` does it, in a process of its own; clients speak HTTP from this one, over loopback. Prompts are random
 tokens, new ones every time, so that nothing has been read before; no token ends a completion, so that all are equally
 long. Requests are guided (pargs, k = 10) unless --unguided. What HTTP costs over the engine is measured on one engine,
-by turns: two processes differ by several percent in speed though they do the same. The last line is one JSON object.
+by turns: two processes differ by several percent in speed though they do the same. The part ``first`` starts servers of
+its own, with and without warm-up, and asks each the same ten times as soon as it is ready. The last line is one JSON
+object.
 """
 
 import argparse
@@ -58,6 +60,8 @@ def save(args, folder):
 
 def serve_here(args, folder):
     """What ``rgtg serve`` does, in this process; a prompt on stdin is completed by its engine alone, and timed."""
+    if args.cold:
+        serving.warm_up = lambda engine, settings: None
     engines, load = [], serving.load_engine
     serving.load_engine = lambda settings: engines.append(load(settings)) or engines[0]
 
@@ -91,10 +95,10 @@ def by_engine(args, engine, prompt):
 class Server:
     """``serve_here`` in a process of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *more):
         environment = os.environ | {"PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
-            [sys.executable, *sys.argv, "--inside", str(folder)],
+            [sys.executable, *sys.argv, *more, "--inside", str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         self.url = json.loads(self.process.stdout.readline())["url"]
@@ -258,19 +262,48 @@ def prefill(args, server):
     return rows
 
 
-PARTS = {"concurrency": by_concurrency, "overhead": overhead, "prefill": prefill}
+def first_requests(args, _):
+    """The first ten requests of fresh servers, one after the other: how long the first waits over the tenth."""
+    source = prompts(args, SHORT)
+    rows = {}
+    for how, more in {"warmed up": (), "without": ("--cold",)}.items():
+        for kind, unguided in {"guided": False, "unguided": True}.items():
+            asked = argparse.Namespace(**vars(args) | {"unguided": unguided})
+            took = []
+            for _ in range(args.repeats):
+                with Server(args.folder, *more) as server:
+                    took.append([asyncio.run(ask(server, asked, next(source), args.tokens)) for _ in range(10)])
+            times = [[answer.seconds for answer in answers] for answers in took]
+            firsts, tenths = [each[0] for each in times], [statistics.median(each[5:]) for each in times]
+            rows[f"{kind}, {how}"] = {
+                "first ms": round(1e3 * statistics.median(firsts), 1),
+                "second ms": round(1e3 * statistics.median(each[1] for each in times), 1),
+                "sixth to tenth ms": round(1e3 * statistics.median(tenths), 1),
+                "first over tenth ms": round(
+                    1e3 * statistics.median(a - b for a, b in zip(firsts, tenths, strict=True)), 1
+                ),
+                "first token of the first ms": round(1e3 * statistics.median(each[0].first for each in took), 1),
+                "× tenth": ratio(firsts, tenths),
+            }
+            print(f"  {kind}, {how} done", file=sys.stderr, flush=True)
+    show(f"first requests of {args.repeats} servers: prompt {SHORT}, {args.tokens} tokens", rows)
+    return rows
+
+
+PARTS = {"concurrency": by_concurrency, "overhead": overhead, "prefill": prefill, "first": first_requests}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:3])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--unguided", action="store_true")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--delay", type=float, default=0.1, help="seconds between the long request and the short one")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     for name, value in {
         "layers": 12, "width": 768, "vocab": 32000, "prompt": 128, "top-k": 10, "tokens": 64, "requests": 6,
         "repeats": 7, "max-batch": 16,
@@ -284,10 +317,15 @@ def main():
     with tempfile.TemporaryDirectory(prefix="rgtg-serve-") as made:
         with ThreadPoolExecutor(1) as apart:  # as ServedModels.load does: its OpenMP workers end with it
             apart.submit(save, args, Path(made)).result()
-        with Server(Path(made)) as served:
-            results = {part: PARTS[part](args, served) for part in args.parts}
+        args.folder, results = Path(made), {}
+        if "first" in args.parts:
+            results["first"] = first_requests(args, None)
+        if rest := [part for part in args.parts if part != "first"]:
+            with Server(args.folder) as served:
+                results |= {part: PARTS[part](args, served) for part in rest}
     settings = vars(args) | {"output": args.output and args.output.name}
-    del settings["inside"]
+    for name in ("inside", "cold", "folder"):
+        del settings[name]
     record = {"benchmark": "serve", "settings": settings, "torch": torch.__version__, "results": results}
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")

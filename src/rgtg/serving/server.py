@@ -16,6 +16,7 @@ from rgtg.serving.engine.models import ServedModels
 from rgtg.serving.http.app import create_app
 from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import FLUSH_SECONDS
+from rgtg.serving.http.warm_up import warm_up
 from rgtg.serving.settings import ServeSettings
 
 _log = logging.getLogger("rgtg.serving")
@@ -107,7 +108,7 @@ def serve(settings: ServeSettings, ready: Callable[[str, ServedModels], None]) -
 
 
 def load_engine(settings: ServeSettings) -> Engine:
-    """Load the models and start an engine with them.
+    """Load the models, start an engine with them, and warm it up.
 
     Raises:
         RgtgError: the models cannot be loaded or combined.
@@ -123,6 +124,7 @@ def load_engine(settings: ServeSettings) -> Engine:
     )
     engine = Engine(models, settings)
     engine.start()
+    warm_up(engine, settings)
     return engine
 
 

@@ -219,6 +219,13 @@ class Engine:
 
         return [read] * -(-len(ids) // chunk)
 
+    def forget(self) -> None:
+        """Forget cached prompts and counts, as if nothing had run; called in the engine's thread (``run``)."""
+        self._batches = {key: batch for key, batch in self._batches.items() if batch.requests}
+        self._prefix_cache = PrefixCache(self.settings.prefix_cache_mib * 2**20)
+        self._seconds.clear()
+        self._nan = 0
+
     def _notify(self) -> None:
         """There is work; the lock is held."""
         self._idle = False
