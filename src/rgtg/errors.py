@@ -25,13 +25,25 @@ class UsageError(RgtgError, ValueError):
 
 
 class DataError(RgtgError, ValueError):
-    """A data file or a prompt cannot be used. The message names the file and line, if there is one."""
+    """A data file or a prompt cannot be used. The message names the file and line, if there is one.
+
+    Attributes:
+        row: which of the texts that were given, from 0, where there are several; the message names it too.
+    """
 
     exit_code = 3
+
+    def __init__(self, *args: object, row: int | None = None) -> None:
+        super().__init__(*args)
+        self.row = row
 
 
 class PromptTooLongError(DataError):
     """A prompt and the requested new tokens do not fit the model's context."""
+
+
+class UnknownTokenError(DataError):
+    """A text holds a token for which a model that reads it has no embedding."""
 
 
 class ModelNotFoundError(UsageError, FileNotFoundError):
@@ -74,6 +86,16 @@ class NotServingError(RgtgError, ConnectionError):
 
 class DeadlineError(RgtgError, TimeoutError):
     """A request exceeded its time limit."""
+
+
+def of_row(error: DataError, row: int, total: int, what: str = "text") -> DataError:
+    """The same error, saying which of several texts it is about.
+
+    Example:
+        >>> of_row(DataError("it is empty"), 1, 3)
+        DataError('text 2 of 3: it is empty')
+    """
+    return type(error)(f"{what} {row + 1} of {total}: {error}", row=row) if total > 1 else error
 
 
 def first_line(error: BaseException) -> str:

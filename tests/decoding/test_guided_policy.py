@@ -284,19 +284,19 @@ def test_a_scorer_with_fewer_embeddings_than_tokens_is_refused(kind):
         if kind == "vocabulary"
         else PrefixScorer(small, tiny_tokenizer(), info=info(), name="small")
     )
-    with pytest.raises(UsageError, match=r"small has embeddings for 60 tokens, and the tokenizer has 64: .*resize"):
+    with pytest.raises(UsageError, match=r"small has embeddings for 60 tokens, and the policy writes 64: .*resize"):
         GuidedPolicy(Policy(*policy()), scorer, method="genarm" if kind == "vocabulary" else "pargs")
 
 
-def test_embeddings_after_the_last_token_matter_where_the_whole_vocabulary_is_scored():
+def test_embeddings_after_the_last_token_are_no_candidates_where_the_whole_vocabulary_is_scored():
     padded, rows = tiny_policy(), len(tiny_tokenizer())
     padded.resize_token_embeddings(rows + 6)
-    padded.get_output_embeddings().weight[rows:] = 0.0  # no candidates among the best
+    padded.get_output_embeddings().weight[rows:] = 0.0
     scorer = VocabularyScorer(Policy(tiny_policy(seed=2), tiny_tokenizer()), name="tight")
     guided = GuidedPolicy(Policy(padded, tiny_tokenizer()), scorer, method="genarm", top_k=5)
     assert all(guided.generate(TEXTS, max_new_tokens=4, seed=1))
-    with pytest.raises(UsageError, match=r"embeddings for 64 tokens, and the policy's embedding has 70"):
-        guided.generate(TEXTS, max_new_tokens=4, top_k=None)
+    for done in guided.generate(TEXTS, max_new_tokens=4, top_k=None, trace=True):
+        assert all(len(step.candidate_ids) == rows for step in done.trace)
 
 
 # One request of several fails

@@ -67,3 +67,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=raw, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         model_max_length=128, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def padded(model, rows: int):
+    """The same model with ``rows`` embeddings; the additional ones are what a language model says with preference."""
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCAB:].normal_(0, 0.35, generator=torch.Generator().manual_seed(8))
+        if output is not None and rows > VOCAB:
+            ids = torch.arange(4, 30)[None]
+            states = model.base_model(input_ids=ids).last_hidden_state[0]  # (26, H)
+            output.weight[VOCAB:] = 0.5 * states[VOCAB - rows :]
+    return model.eval().requires_grad_(False)

@@ -17,7 +17,15 @@ from rgtg.data.sources import RejectReason, RowError
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
 from rgtg.decoding.request import Request, RowSeeds, any_chat
-from rgtg.errors import DataError, NonFiniteError, PromptTooLongError, RgtgError, UsageError, one_line
+from rgtg.errors import (
+    DataError,
+    NonFiniteError,
+    PromptTooLongError,
+    RgtgError,
+    UnknownTokenError,
+    UsageError,
+    one_line,
+)
 from rgtg.models.loading.tensor_parallel import is_tensor_parallel
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.tokenization.conversation import check_template_kwargs, render_chat
@@ -188,12 +196,18 @@ class _PromptChecker:
             raise prompt.problem
         settings, key = self._resolve(row.settings)
         length = len(prompt.ids)
+        try:
+            self.guided.require_embeddings(prompt.ids)
+        except DataError as error:
+            raise RowError(RejectReason.UNKNOWN_TOKEN, one_line(error)) from error
         if length > self._fits.get(key, 0) or length == 0 or self._reads_text:
             try:
                 request = Request(prompt.text, prompt.ids, 0, [], source=row.prompt)
                 self.guided.require_room(request, settings)
             except PromptTooLongError as error:
                 raise RowError(RejectReason.TOO_LONG, one_line(error)) from error
+            except UnknownTokenError as error:
+                raise RowError(RejectReason.UNKNOWN_TOKEN, one_line(error)) from error
             except DataError as error:
                 raise RowError(RejectReason.EMPTY_PROMPT, one_line(error)) from error
             self._fits[key] = length

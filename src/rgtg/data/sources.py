@@ -61,6 +61,7 @@ class RejectReason(StrEnum):
     NO_SHARED_PROMPT = "no shared prompt"
     CHAT_TEMPLATE = "chat template"
     TOO_LONG = "too long"
+    UNKNOWN_TOKEN = "unknown token"
     DUPLICATE = "duplicate row"
     BAD_REWARD = "bad reward"
     BAD_VALUE = "bad value"

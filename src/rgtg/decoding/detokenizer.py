@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rgtg.decoding.request import final_text
+from rgtg.decoding.stop_texts import StopTexts
 from rgtg.tokenization.encoding import decode_after, decoding_context
 
 # Tokens that are decoded anew with each one that comes; more context than any tokenizer's spacing rules look back.
@@ -26,17 +26,22 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, list(stop)
+        self.tokenizer, self.stop = tokenizer, StopTexts(tokenizer, stop)
         self._special = set(tokenizer.all_special_ids)
         self._before = list(prompt_ids[-_WINDOW:])  # tokens that are not decoded again
         self._context = decoding_context(tokenizer, self._before)
         self._tokens: list[int] = []  # tokens that are
         self._done = ""  # text of the completion's tokens in _before
+        self._places: list[tuple[int, int]] = []  # special tokens of stop texts: characters before each, and its id
         self._shown = ""
 
     def add(self, token_id: int) -> str:
         """Text that is final since this token came; empty while a character or a stop text may be incomplete."""
         self._tokens.append(token_id)
+        if token_id in self.stop.special:
+            text = self._done + decode_after(self.tokenizer, self._context, self._tokens)
+            self._places.append((len(text.rstrip("�")), token_id))
+            return ""
         if token_id in self._special or _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token_id))):
             return ""  # a special token adds nothing, and does not end a run of bytes
         tail = decode_after(self.tokenizer, self._context, self._tokens)
@@ -51,9 +56,9 @@ class IncrementalDetokenizer:
 
     def _certain(self, text: str) -> str:
         """The part before a stop text, or before what may become one."""
-        found = (text.find(s, max(len(self._shown) - len(s) + 1, 0)) for s in self.stop)
-        cuts = [at for at in found if at >= 0]
-        return text[: min(cuts)] if cuts else final_text(text, self.stop)
+        marked = self.stop.mark(text, self._places)
+        cut = self.stop.find(marked, len(self._shown))
+        return self.stop.certain(text, marked) if cut is None else text[:cut]
 
     def _show(self, safe: str) -> str:
         """What ``safe`` adds; nothing where it takes back what was shown (it may hold back a stop text)."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 
 from rgtg.config import DecodingSettings, validate
+from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.engine.best_of_n import best_of_n
 from rgtg.decoding.engine.chunked_prefill import ChunkedPrefill, PrefillTask
@@ -32,18 +33,17 @@ from rgtg.decoding.request import (
     StoppingCriteria,
     any_chat,
     end_tokens,
-    final_text,
     make_processors,
     prompt_source,
     require_room,
     row_seeds,
 )
-from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_embeddings
+from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_all_tokens
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
 from rgtg.decoding.runners.segment_scorer import ChunkedRewards
 from rgtg.decoding.sampling import SamplingParams
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import DataError, UsageError, of_row
 from rgtg.models.loading.device_map import DeviceMap, Placement
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.tensor_parallel import TpPlan, is_tensor_parallel, register_parallel_models
@@ -52,7 +52,8 @@ from rgtg.models.scorers.base import AnyScorer, Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.conversation import check_template_kwargs, encode_source
-from rgtg.tokenization.encoding import decode_completion, require_same_tokenizer
+from rgtg.tokenization.encoding import require_same_tokenizer
+from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 from rgtg.types.generation import Completion
 
 _MAX_CACHED_SETTINGS = 256
@@ -121,6 +122,7 @@ class GuidedPolicy:
         self.end_tokens = end_tokens(policy)
         self._resolved: dict[str, _Resolved] = {}
         self._limits = self._context_limits()
+        self._embeddings = self._embedding_counts()
         self._runners: TokenRunners | None = None
         self.resolve({})
         read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
@@ -128,6 +130,7 @@ class GuidedPolicy:
             raise UsageError("overlap reads in two threads, and processes that split a model must read in one order")
         if isinstance(self.draft, Policy):
             require_same_tokenizer(policy.tokenizer, self.draft.tokenizer)
+            require_all_tokens(policy, self.draft.model, "the drafting model")
         self._can_overlap = bool(overlap)
         if overlap is None and len(self.used) == 1 and isinstance(self.scorers[0], PrefixScorer | CrossTokenizerScorer):
             devices = {policy.model.device, self.scorers[0].model.device}
@@ -238,6 +241,7 @@ class GuidedPolicy:
                 beta=1.0 if len(self.used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
                 temperature=settings.temperature, greedy=self.method.rule == "greedy", clip=self.method.clip,
                 top_k_of_sums=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
+                vocabulary=self.policy.vocabulary,
             )  # fmt: skip
             stopping = StoppingCriteria(self.policy.tokenizer, self.end_tokens, settings)
             found = _Resolved(
@@ -255,9 +259,6 @@ class GuidedPolicy:
             raise UsageError(f"this GuidedPolicy decodes with {self.method.name}; make one for {settings.method}")
         check_settings(self.method, settings)
         self._check_token_ids(settings.logit_bias)
-        if settings.top_k is None and self.method.scorer and self.method.unit == "token":
-            for one in self.scorers:
-                require_embeddings(self.policy, one, whole=True)
         if self.used and len(betas_of(settings)) != len(self.used):
             raise UsageError(
                 f"{len(betas_of(settings))} betas for {len(self.used)} scorers: give each scorer one, in their order",
@@ -282,7 +283,7 @@ class GuidedPolicy:
 
     def _check_token_ids(self, ids: Iterable[int]) -> None:
         """Refuse a bias of tokens that are not in the vocabulary."""
-        size = min(len(self.policy.tokenizer), self.policy.model.config.get_text_config().vocab_size)
+        size = self.policy.vocabulary.size
         if bad := [token for token in ids if token >= size]:
             raise UsageError(
                 f"logit_bias: {bad[0]} is not a token id; the vocabulary has {size} tokens, from 0 to {size - 1}",
@@ -335,22 +336,40 @@ class GuidedPolicy:
             try:
                 self.require_room(request, found.settings)
             except DataError as error:
-                raise _of_prompt(error, i, len(prompt_ids)) from error
+                raise of_row(error, i, len(prompt_ids), "prompt") from error
             requests.append(request)
         return requests
 
+    def require_embeddings(self, prompt_ids: Sequence[int]) -> None:
+        """Refuse a prompt with a token for which a model that reads it has no embedding.
+
+        Raises:
+            UnknownTokenError: saying whose.
+        """
+        for role, rows in self._embeddings:
+            require_embeddings(prompt_ids, rows, role)
+
     def require_room(self, request: Request, settings: DecodingSettings) -> None:
-        """Refuse a prompt that does not fit the context of every model that reads it.
+        """Refuse a prompt that not every model that reads it can read: a token without embedding, or no room.
 
         Raises:
             DataError: saying whose.
         """
+        self.require_embeddings(request.prompt_ids)
         for role, limit in self._limits:
             require_room(request.prompt_ids, settings.max_new_tokens, limit, role)
         for scorer in self.scorers:
             if isinstance(scorer, CrossTokenizerScorer) and self.names:
                 # how many of its tokens the completion takes is not known yet
                 scorer.require_room(prompt_source(request, self.policy.tokenizer), settings.chat_template_kwargs)
+
+    def _embedding_counts(self) -> list[tuple[str, int | None]]:
+        """Numbers of embeddings of all models that read the policy's tokens."""
+        readers: list[tuple[str, Any]] = [("the policy", self.policy)]
+        readers += [(f"the scorer {one.name}", one) for one in self.used if not isinstance(one, CrossTokenizerScorer)]
+        if isinstance(self.draft, Policy):
+            readers.append(("the drafting model", self.draft))
+        return [(role, embedding_rows(one.model)) for role, one in readers]
 
     def _context_limits(self) -> list[tuple[str, int | None]]:
         """Contexts, in the policy's tokens, of all models that read them."""
@@ -411,7 +430,7 @@ class GuidedPolicy:
             try:
                 text, prompt_ids = encode_source(self.policy.tokenizer, prompt, template_kwargs=kwargs)
             except DataError as error:
-                raise _of_prompt(error, i, len(many)) from error
+                raise of_row(error, i, len(many), "prompt") from error
             ids.append(prompt_ids)
             texts.append(text)
         return self.make_requests(ids, texts, many, seed, settings, trace=trace)
@@ -433,6 +452,11 @@ class GuidedPolicy:
     ) -> list[Completion]:
         """``generate`` for prompts that are token ids already."""
         self._require_chats((), settings)
+        for i, ids in enumerate(prompt_ids):
+            try:
+                self.require_embeddings(ids)
+            except DataError as error:
+                raise of_row(error, i, len(prompt_ids), "prompt") from error
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
         requests = self.make_requests(prompt_ids, texts, [None] * len(texts), seed, settings, trace=trace)
         return self._complete_all(requests, batch_size)
@@ -469,18 +493,18 @@ class GuidedPolicy:
         self._require_chats(_as_list(prompt), settings)
         requests = self.prepare(prompt, seed=seed, **settings)
         (request,) = requests
-        stop = self.resolve(settings, complete=True).stop
-        shown = ""
+        assert request.stopping is not None, "prepared requests have stopping criteria"
+        text = IncrementalDetokenizer(self.policy.tokenizer, request.prompt_ids, request.stopping.stop.texts)
+        read = 0
         for _ in self.steps(requests):
             if request.error is not None:
                 raise request.error
             if self.method.unit != "completion" and request.finish_reason is None:
-                text = decode_completion(self.policy.tokenizer, request.prompt_ids, request.token_ids)
-                final = final_text(text, stop)
-                if len(final) > len(shown) and final.startswith(shown):
-                    yield final[len(shown) :]
-                    shown = final
-        yield request.text[len(shown) :]
+                new = "".join(map(text.add, request.token_ids[read:]))
+                read = len(request.token_ids)
+                if new:
+                    yield new
+        yield text.end(request.text)
 
     def complete(self, requests: list[Request]) -> None:
         """Complete requests of ``prepare`` in one batch; one that fails has its ``error`` set, and the others go on."""
@@ -643,8 +667,3 @@ def _as_list(prompts: "Prompt | Sequence[Prompt]") -> list[Prompt]:
         return [prompts]
     many: list[Any] = list(prompts)
     return [many] if many and isinstance(many[0], dict) else many
-
-
-def _of_prompt(error: DataError, index: int, total: int) -> DataError:
-    """The same error, saying which of several prompts it is about."""
-    return type(error)(f"prompt {index + 1} of {total}: {error}") if total > 1 else error

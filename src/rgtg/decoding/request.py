@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgtg.config import DecodingSettings
 from rgtg.decoding.sampling import Draws, SamplingParams
+from rgtg.decoding.stop_texts import MarkedText, StopTexts
 from rgtg.errors import DataError, PromptTooLongError, UsageError
 from rgtg.tokenization.conversation import turn_end
 from rgtg.tokenization.encoding import decode_completion
@@ -176,11 +177,11 @@ def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None
 
 
 class StoppingCriteria:
-    """When a request ends: an EOS token, a stop text, or its last allowed token."""
+    """When a request ends: an EOS token, a stop text (which may be a special token), or its last allowed token."""
 
     def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.stop, self.limit, self.minimum = settings.stop, settings.max_new_tokens, settings.min_new_tokens
+        self.tokenizer, self.eos_ids, self.stop = tokenizer, eos_ids, StopTexts(tokenizer, settings.stop)
+        self.limit, self.minimum = settings.max_new_tokens, settings.min_new_tokens
 
     def update(self, request: Request) -> None:
         """Set ``finish_reason`` and ``text`` if the newest token ends the request."""
@@ -202,9 +203,29 @@ class StoppingCriteria:
         if len(request.token_ids) < self.minimum:
             return None
         early = request.token_ids[: max(self.minimum - 1, 0)]
-        held = len(decode_completion(self.tokenizer, request.prompt_ids, early)) if early else 0
-        found = [at for at in (text.find(s, max(held - len(s) + 1, 0)) for s in self.stop) if at >= 0]
-        return min(found) if found else None
+        held = 0
+        if early:
+            before = decode_completion(self.tokenizer, request.prompt_ids, early)
+            held = len(self._marked(request.prompt_ids, early, before).text)
+        return self.stop.find(self._marked(request.prompt_ids, request.token_ids, text), held)
+
+    def _marked(self, prompt_ids: Sequence[int], token_ids: Sequence[int], text: str) -> MarkedText:
+        """The text of these tokens with the special tokens that occur in stop texts."""
+        places = []
+        for i, token in enumerate(token_ids if self.stop.special else ()):
+            if token in self.stop.special:
+                before = decode_completion(self.tokenizer, prompt_ids, token_ids[:i])
+                place = len(before.rstrip("�"))
+                while place < len(before) and text[place : place + 1] == "�":  # it is never completed
+                    place += 1
+                places.append((place, token))
+        return self.stop.mark(text, places)
+
+    def ends_at(self, request: Request, token: int) -> bool:
+        """Whether a token ends the request: EOS, or a special token that is a stop text."""
+        if token in self.eos_ids:
+            return True
+        return token in self.stop.tokens and len(request.token_ids) + 1 >= self.minimum
 
 
 def process(
@@ -286,13 +307,6 @@ def row_seeds(seed: "int | Sequence[int]", prompts: Sequence[Sequence[int]]) -> 
 def derive_seed(*parts: Any) -> int:
     """A 63-bit seed from anything with a stable representation."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
-
-
-def final_text(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that later tokens cannot change: no half character, no half stop text."""
-    text = text.rstrip("�")
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - held]
 
 
 def make_processors(settings: DecodingSettings, prompt_length: int, eos_ids: set[int], device: Any) -> Any:

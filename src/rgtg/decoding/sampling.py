@@ -9,6 +9,35 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Which ids can be candidates: those that the tokenizer has a token for and the model an embedding.
+
+    Output layers are often padded beyond the tokenizer: Qwen2.5 has 151,936 or 152,064 rows for 151,665 tokens. Padding
+    has no text, and a scorer may have no embedding for it.
+
+    Attributes:
+        size: ids from here on are no tokens.
+        missing: ids below ``size`` that are no tokens either.
+    """
+
+    size: int
+    missing: tuple[int, ...] = ()
+
+    def restrict(self, log_probs: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows tokens"]:
+        """Log-probabilities of tokens only: a view of the first ``size`` ids, -inf at those that are missing.
+
+        >>> Vocabulary(3, missing=(1,)).restrict(torch.zeros(5))
+        tensor([0., -inf, 0.])
+        """
+        if log_probs.shape[-1] > self.size:
+            log_probs = log_probs[..., : self.size]
+        if self.missing:
+            at = torch.tensor(self.missing, device=log_probs.device)
+            log_probs = log_probs.index_fill(-1, at[at < log_probs.shape[-1]], -torch.inf)
+        return log_probs
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen: π(v)·exp(β·r(prefix⊕v)) over the candidates, sampled or maximised.
@@ -22,6 +51,7 @@ class SamplingParams:
         clip: clip scores to [0, 1] (RAD).
         top_k_of_sums: ``top_k`` counts the largest log π + β·r instead of the policy's most likely tokens (FaRMA).
         entropy_gate: steer a row only where the policy's entropy exceeds this many nats.
+        vocabulary: the ids that can be candidates; None is all.
     """
 
     beta: float = 1.0
@@ -32,6 +62,7 @@ class SamplingParams:
     clip: bool = False
     top_k_of_sums: bool = False
     entropy_gate: float | None = None
+    vocabulary: Vocabulary | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +133,18 @@ def propose_candidates(
         params: say which tokens are candidates, and which rows are steered.
     """
     ids, candidate_log_probs = propose(
-        allowed, top_k=None if params.top_k_of_sums else params.top_k, top_p=params.top_p
+        allowed, top_k=None if params.top_k_of_sums else params.top_k, top_p=params.top_p, vocabulary=params.vocabulary
     )
     steered = None if params.entropy_gate is None else entropy(log_probs) > params.entropy_gate
     return Candidates(log_probs, ids, candidate_log_probs, steered)
 
 
 def propose(
-    policy_log_probs: Float[Tensor, "batch vocab"], *, top_k: int | None, top_p: float = 1.0
+    policy_log_probs: Float[Tensor, "batch vocab"],
+    *,
+    top_k: int | None,
+    top_p: float = 1.0,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Int[Tensor, "batch candidates"], Float[Tensor, "batch candidates"]]:
     """The k most likely next tokens V_k, cut to their nucleus.
 
@@ -120,15 +155,18 @@ def propose(
         policy_log_probs: (B, V) in nats; -inf for banned tokens.
         top_k: candidates per row; None, or at least V, takes all V, unsorted where nothing is cut.
         top_p: in (0, 1]; 1 keeps all k.
+        vocabulary: the ids that can be candidates; None is all.
 
     Returns:
-        Token ids and policy log-probabilities (nats, over the whole vocabulary), both (B, K), likeliest first (all V
-        without a nucleus: in the order of their ids).
+        Token ids and policy log-probabilities (nats, over all rows of the output layer), both (B, K), likeliest first
+        (all V without a nucleus: in the order of their ids).
 
     >>> ids, log_probs = propose(torch.tensor([[0.1, 0.6, 0.3]]).log(), top_k=2)
     >>> ids.tolist()
     [[1, 2]]
     """
+    if vocabulary is not None:
+        policy_log_probs = vocabulary.restrict(policy_log_probs)
     k = policy_log_probs.shape[-1] if top_k is None else min(top_k, policy_log_probs.shape[-1])
     if k == policy_log_probs.shape[-1] and top_p == 1:
         ids = torch.arange(k, device=policy_log_probs.device).expand_as(policy_log_probs)

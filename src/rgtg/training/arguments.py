@@ -19,7 +19,7 @@ from rgtg.config import TrainSettings
 from rgtg.config.training import OPTIONS
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.hub import is_adapter
-from rgtg.models.loading.policy import context_length
+from rgtg.models.loading.policy import max_sequence_length
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.objectives import OBJECTIVES
@@ -393,7 +393,7 @@ def longest_sequence(settings: TrainSettings, model: Any) -> int | None:
     Raises:
         UsageError: ``--max-length`` exceeds the context.
     """
-    limit = context_length(model.config)
+    limit = max_sequence_length(model)
     if settings.max_length and limit and settings.max_length > limit:
         raise UsageError(f"--max-length {settings.max_length} exceeds the context of {settings.base}: {limit} tokens")
     return settings.max_length or limit

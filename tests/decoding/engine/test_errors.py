@@ -164,6 +164,9 @@ class Raising:
             raise BOOM
         self.stopping.update(request)
 
+    def ends_at(self, request, token):
+        return self.stopping.ends_at(request, token)
+
 
 @pytest.mark.parametrize("place", ["separate scorer", "state head", "text"])
 def test_stopping_criteria_that_raise_fail_their_request_alone(place):

@@ -6,7 +6,7 @@ from tokenizers import normalizers
 
 from helpers.naive import info, reward
 from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with, tokenizer_of, word_piece
-from rgtg.errors import DataError, PromptTooLongError, UsageError
+from rgtg.errors import DataError, PromptTooLongError, UnknownTokenError, UsageError
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 
@@ -125,7 +125,7 @@ def test_a_token_without_an_embedding_raises_an_error():
     scorer = CrossTokenizerScorer(
         PrefixScorer(reward_model_with(tokenizer_of("byte-level-bos")), tokenizer, name="mine")
     )
-    with pytest.raises(UsageError, match=r"the scorer mine gives token \d+, .* they do not belong together"):
+    with pytest.raises(UnknownTokenError, match=r"the text has token \d+, and the scorer mine has embeddings for tok"):
         scorer.score([tokenizer.decode([len(tokenizer) - 1])], [" old"])
 
 

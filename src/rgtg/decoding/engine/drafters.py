@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgtg.decoding.request import Request, process
 from rgtg.decoding.runners.model_runner import Runner, append_tokens
-from rgtg.decoding.sampling import guided_log_probs, propose, sample
+from rgtg.decoding.sampling import Vocabulary, guided_log_probs, propose, sample
 
 # Drafts that need no model of their own.
 DRAFTS = ("policy", "prompt-lookup")
@@ -73,11 +73,12 @@ class DraftSampler:
     top_k: int | None
     top_p: float
     temperature: float
+    vocabulary: Vocabulary | None = None
 
     def distribution(self, logits: Tensor, rows: Sequence[Request], drafted: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Candidates and their unguided log-probabilities (B, K), each row's processors applied."""
         log_probs = process(rows, logits, torch.log_softmax(logits.float(), -1), drafted)
-        ids, candidate_log_probs = propose(log_probs, top_k=self.top_k, top_p=self.top_p)
+        ids, candidate_log_probs = propose(log_probs, top_k=self.top_k, top_p=self.top_p, vocabulary=self.vocabulary)
         return ids, guided_log_probs(candidate_log_probs, torch.zeros_like(candidate_log_probs), 0.0, self.temperature)
 
 

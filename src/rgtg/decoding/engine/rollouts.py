@@ -9,7 +9,7 @@ from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.request import Request, StoppingCriteria, derive_seed, end_tokens
 from rgtg.decoding.runners.model_runner import make_runner
 from rgtg.decoding.runners.policy_runner import TorchPolicyRunner
-from rgtg.decoding.sampling import propose
+from rgtg.decoding.sampling import SamplingParams, propose
 from rgtg.errors import NonFiniteError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits
@@ -24,7 +24,7 @@ def next_candidates(policy: Policy, prefix_ids: Sequence[int], top_k: int) -> tu
     """
     runner = make_runner(policy.model, policy_logits, len(prefix_ids) + 1)
     logits = policy_logits(policy.model, runner.prefill([prefix_ids]).final)
-    ids, log_probs = propose(torch.log_softmax(logits.float(), -1), top_k=top_k)
+    ids, log_probs = propose(torch.log_softmax(logits.float(), -1), top_k=top_k, vocabulary=policy.vocabulary)
     if not bool(log_probs.isfinite().all()):
         raise NonFiniteError("the policy's logits are NaN or infinite; try dtype=float32")
     return ids[0].tolist(), log_probs[0].tolist()
@@ -62,11 +62,15 @@ def roll_out(
         Finished requests, ``n`` for each candidate; their ``token_ids`` begin with the written ones.
     """
     stopping = StoppingCriteria(policy.tokenizer, end_tokens(policy), DecodingSettings(max_new_tokens=max_new_tokens))
+    params = SamplingParams(vocabulary=policy.vocabulary)
     drawn = []
     for token in candidate_ids:
         written = [*written_ids, token]
         seeds = [derive_seed(seed, token, i) for i in range(n)]
-        drawn.append([Request(prompt, list(prompt_ids), s, stopping=stopping, token_ids=list(written)) for s in seeds])
+        drawn.append([
+            Request(prompt, list(prompt_ids), s, params=params, stopping=stopping, token_ids=list(written))
+            for s in seeds
+        ])  # fmt: skip
     rows = [request for group in drawn for request in group]
     for request in rows:
         stopping.update(request)

@@ -143,7 +143,7 @@ class SpeculativeBatch(Batch):
         # 4. draft, and read the policy's logits at every place
         newest = torch.tensor([[request.token_ids[-1]] for request in self.requests], device=self._logits.device)
         counts = [self._draft_length(request) for request in self.requests]
-        sampler = DraftSampler(params.top_k, params.top_p, temperature)
+        sampler = DraftSampler(params.top_k, params.top_p, temperature, params.vocabulary)
         self._draft = self.drafter.draft(self.requests, newest, counts, sampler)
         drafted = self._draft.logits
         self._logits = drafted if drafted is not None else _read_chain(self.policy_runner, newest, self._draft)
@@ -174,7 +174,9 @@ class SpeculativeBatch(Batch):
                 for i in range(places)
             ], 1,
         )  # fmt: skip
-        ids, candidates = propose(allowed.flatten(0, 1), top_k=params.top_k, top_p=params.top_p)
+        ids, candidates = propose(
+            allowed.flatten(0, 1), top_k=params.top_k, top_p=params.top_p, vocabulary=params.vocabulary
+        )
         ids, candidates = (t.view(batch, places, -1) for t in (ids, candidates))
         scores = _score(self.scorer_runner, draft, ids) if self.scorer_runner is not None else None
         used = torch.arange(places, device=ids.device) <= torch.tensor(draft.counts, device=ids.device)[:, None]

@@ -33,6 +33,7 @@ from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.tokenization.conversation import same_chat_template
 from rgtg.tokenization.encoding import require_same_tokenizer, same_tokenizer
+from rgtg.tokenization.vocabulary import embedding_rows
 
 # Scorers that are models of their own; the others read the policy's states.
 SeparateScorer = PrefixScorer | VocabularyScorer | CrossTokenizerScorer
@@ -196,29 +197,22 @@ def fit_scorer(policy: Policy, scorer: AnyScorer) -> AnyScorer:
             f"{scorer.name} scores the policy's tokens and reads chats in the policy's chat template, not in its own",
             stacklevel=2,
         )
-    require_embeddings(policy, scorer, whole=False)
+    if isinstance(scorer, PrefixScorer | VocabularyScorer):
+        require_all_tokens(policy, scorer.model, scorer.name)
     return scorer
 
 
-def require_embeddings(policy: Policy, scorer: AnyScorer, *, whole: bool) -> None:
-    """Refuse a scorer of the policy's tokens that cannot read one of them.
+def require_all_tokens(policy: Policy, model: Any, name: str) -> None:
+    """Refuse a scorer or draft that reads the policy's tokens and has no embedding for one that the policy can write.
 
-    Args:
-        policy: whose next tokens are candidates.
-        scorer: of any kind; those that read text or the policy's states are passed over.
-        whole: every row of the policy's embedding may be a candidate, padding after the tokenizer's last id too.
+    Padding of either embedding beyond the tokenizer does not matter: it is never a candidate.
 
     Raises:
-        UsageError: the scorer's embedding has fewer rows than there are tokens.
+        UsageError: with both figures.
     """
-    if not isinstance(scorer, PrefixScorer | VocabularyScorer):
-        return
-    rows, of_policy = (len(one.model.get_input_embeddings().weight) for one in (scorer, policy))
-    wanted = of_policy if whole else min(of_policy, len(policy.tokenizer))
-    if rows < wanted:
-        whose = "the policy's embedding has" if whole else "the tokenizer has"
+    rows, wanted = embedding_rows(model), policy.vocabulary.size
+    if rows is not None and rows < wanted:
         raise UsageError(
-            f"{scorer.name} has embeddings for {rows} tokens, and {whose} {wanted}: train it from the policy's own "
-            f"base model, or give it more (model.resize_token_embeddings({wanted})) and train and save it so",
-            setting="top_k" if whole else None,
+            f"{name} has embeddings for {rows} tokens, and the policy writes {wanted}: train it from the policy's own "
+            f"base model, or give it more (model.resize_token_embeddings({wanted})) and train and save it so"
         )

@@ -281,7 +281,7 @@ def _as_scored(scorer: Scorer, row: Request, stopping: StoppingCriteria) -> tupl
         # the ids hold the stop text, which may begin inside a token
         text = encode_completion(stopping.tokenizer, row.prompt, row.text, append_eos=False, prompt_ids=row.prompt_ids)
         ids = [*text, *closing]
-    elif ids[-1] in stopping.eos_ids:
+    elif stopping.ends_at(row, ids[-1]):
         ids = [*ids[:-1], *closing]
     # an empty text that no EOS closes is worth what its prompt is
     return (row.prompt_ids, ids) if ids else (row.prompt_ids[:-1], row.prompt_ids[-1:])

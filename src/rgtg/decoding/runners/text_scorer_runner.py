@@ -164,7 +164,7 @@ class TextScorerRunner:
     def _set_candidates(self, candidate_ids: list[list[int]]) -> None:
         """Set each row's candidates."""
         texts = self.detokenizer.with_next([row.completion for row in self.rows], candidate_ids)
-        ended = [[token in self.eos_ids for token in mine] for mine in candidate_ids]
+        ended = [[self._ends(row, token) for token in mine] for row, mine in zip(self.rows, candidate_ids, strict=True)]
         whole = [
             [self.scorer.full_text(row.prompt, text, finished=end) for text, end in zip(mine, ends, strict=True)]
             for row, mine, ends in zip(self.rows, texts, ended, strict=True)
@@ -172,6 +172,11 @@ class TextScorerRunner:
         suffixes = self.scorer.retokenizer.encode_continuations([row.tokenized for row in self.rows], whole)
         for row, *columns in zip(self.rows, candidate_ids, texts, suffixes, ended, strict=True):
             row.candidates = [Candidate(*each) for each in zip(*columns, strict=True)]
+
+    def _ends(self, row: TextRow, token: int) -> bool:
+        """Whether a token finishes a row's completion."""
+        stopping = row.request.stopping
+        return token in self.eos_ids or (stopping is not None and stopping.ends_at(row.request, token))
 
     def _count(self, row: TextRow) -> tuple[int, int]:
         """Number of unfinished candidates, and of those that are not exactly one token more; checks that all fit."""

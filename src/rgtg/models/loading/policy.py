@@ -2,16 +2,19 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from rgtg.decoding.sampling import Vocabulary
 from rgtg.errors import ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf_arguments, write_converted
 from rgtg.models.loading.hub import EXPECTED, with_revision
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
+from rgtg.tokenization.vocabulary import embedding_rows, ids_without_token
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -28,14 +31,36 @@ class Policy:
     model: Any
     tokenizer: Any
 
-    @property
+    @cached_property
     def max_length(self) -> int | None:
         """Longest sequence in tokens; None if the model has no limit."""
-        return context_length(self.model.config)
+        return max_sequence_length(self.model)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that it can write: ids with a token and an embedding."""
+        return Vocabulary(*ids_without_token(self.tokenizer, embedding_rows(self.model)))
+
+
+def max_sequence_length(model: Any) -> int | None:
+    """Longest sequence that a model reads, in tokens; None if it has no limit.
+
+    Positions of RoBERTa and its relatives (XLM-R, CamemBERT, Longformer, MPNet …) begin after the padding token's id:
+    512 of the 514 that their configs name are usable. Their tables of positions say so by a padding index.
+    """
+    limits = [context_length(model.config)]
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        table: Any = getattr(module, "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        # LXMERT's table has a padding index too, and its positions begin at 0; it has no id of its own for that
+        if padding is not None and getattr(module, "padding_idx", None) == padding:
+            limits.append(int(table.weight.shape[0]) - int(padding) - 1)
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
 
 
 def context_length(config: Any) -> int | None:
-    """Longest sequence that a model has positions for, in tokens; None if its config has no limit."""
+    """Number of positions that a config names; None if it names none. See ``max_sequence_length`` for a model's."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(limit) if limit else None

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgtg.errors import DataError, PromptTooLongError, UsageError
+from rgtg.errors import DataError, PromptTooLongError, UnknownTokenError, UsageError, of_row
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 from rgtg.models.scorers.reward_model import PrefixScorer, position_scores
@@ -22,6 +22,7 @@ from rgtg.tokenization.conversation import (
 )
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
+from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,24 @@ class CrossTokenizerScorer:
         if self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
             self.after = self.after[:-1]  # only finished texts end with EOS
         self.retokenizer = Retokenizer(self.tokenizer)
-        self._embeddings = self.model.get_input_embeddings().weight.shape[0]
+        self._embeddings = embedding_rows(self.model)
+        self._require_special_tokens()
+
+    def _require_special_tokens(self) -> None:
+        """Check that the model can read what stands around every text.
+
+        Raises:
+            UsageError: it has no embedding for one of them, so that it can read nothing.
+        """
+        before, after = self.special_tokens(RenderedPrompt(""), finished=True)
+        try:
+            self.check_ids([*before, *after])
+        except UnknownTokenError as error:
+            raise UsageError(
+                f"the scorer {self.name} and its tokenizer do not belong together: every text gets special token "
+                f"{max([*before, *after])}, and there are {self._embeddings} embeddings; load the tokenizer that the "
+                "scorer was trained with"
+            ) from error
 
     def render(self, prompt: PromptSource, template_kwargs: TemplateKwargs | None = None) -> RenderedPrompt:
         """Text around the completion of a prompt.
@@ -119,14 +137,9 @@ class CrossTokenizerScorer:
         """Check that the model has an embedding for each token.
 
         Raises:
-            UsageError: the tokenizer belongs to another model.
+            UnknownTokenError: it has none for one of them.
         """
-        if ids and max(ids) >= self._embeddings:
-            raise UsageError(
-                f"the tokenizer of the scorer {self.name} gives token {max(ids)}, and its model has only "
-                f"{self._embeddings} embeddings: they do not belong together; load the tokenizer that the scorer was "
-                "trained with"
-            )
+        require_embeddings(ids, self._embeddings, f"the scorer {self.name}")
 
     def fits(self, length: int) -> bool:
         """Whether ``length`` tokens fit the scorer's context."""
@@ -138,10 +151,13 @@ class CrossTokenizerScorer:
         """Token ids of whole texts, special tokens included."""
         rows = list(zip(prompts, completions, finished, strict=True))
         texts = [self.full_text(prompt, completion, finished=end) for prompt, completion, end in rows]
-        encoded = []
+        encoded: list[list[int]] = []
         for (prompt, _, end), ids in zip(rows, self.retokenizer.encode(texts), strict=True):
             before, after = self.special_tokens(prompt, finished=end)
-            self.check_ids(ids)
+            try:
+                self.check_ids(ids)
+            except DataError as error:
+                raise of_row(error, len(encoded), len(rows)) from error
             encoded.append([*before, *ids, *after])
         return encoded
 
@@ -172,7 +188,8 @@ class CrossTokenizerScorer:
             index = rewards.index(None)
             raise DataError(
                 f"completion {index + 1} of {len(rewards)} exceeds, with its prompt, the context of {self.max_length} "
-                f"tokens of the scorer {self.name}; drop it, or use a scorer with a longer context"
+                f"tokens of the scorer {self.name}; drop it, or use a scorer with a longer context",
+                row=index,
             )
         return [reward for reward in rewards if reward is not None]
 
@@ -221,7 +238,9 @@ class CrossTokenizerScorer:
     def _score_batch(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, " rows"]:
         """Scores of one padded batch. The mask hides the padding, so any token can pad."""
         pad = self.tokenizer.pad_token_id
-        ids, mask = pad_right(rows, pad if pad is not None and pad < self._embeddings else 0, self.model.device)
+        if pad is None or (self._embeddings is not None and pad >= self._embeddings):
+            pad = 0
+        ids, mask = pad_right(rows, pad, self.model.device)
         if not self.causal:
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
             return broadcast_from_rank0(self.model, logits[:, 0].float()).cpu()

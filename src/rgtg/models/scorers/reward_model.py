@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import UsageError
+from rgtg.errors import DataError, UsageError, of_row
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged
-from rgtg.models.loading.policy import context_length, load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.loading.policy import load_pretrained, load_tokenizer, max_sequence_length, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, is_head_weight, scalar_head, scorer_scores
@@ -24,6 +24,7 @@ from rgtg.models.scorers.token_scorer import (
 )
 from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, completed_chat
 from rgtg.tokenization.encoding import adds_eos
+from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 
 
 class PrefixScorer(TokenScorer):
@@ -43,7 +44,7 @@ class PrefixScorer(TokenScorer):
         self.info = info
         self.name = name
         self.causal = scalar_head(model) is not None
-        self.max_length = context_length(model.config)
+        self.max_length = max_sequence_length(model)
         self.append_eos = info.append_eos if info else adds_eos(tokenizer)
 
     @classmethod
@@ -82,10 +83,13 @@ class PrefixScorer(TokenScorer):
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         require_within_context(rows, self.max_length)
         scores = []
-        for prompt, completion in rows:
+        for row, (prompt, completion) in enumerate(rows):
             ends = range(1, len(completion) + 1)
             texts = [self.tokenizer.decode([*prompt, *completion[:i]], skip_special_tokens=True) for i in ends]
-            scores.append(self._score_texts(texts, batch_size))
+            try:
+                scores.append(self._score_texts(texts, batch_size))
+            except DataError as error:
+                raise of_row(error, row, len(rows)) from error
         return scores
 
     def _score_batch(
@@ -113,25 +117,43 @@ class PrefixScorer(TokenScorer):
         # An encoder scores texts, with the same requirements.
         encode_for_scoring(self, prompts, completions, finished, templated=templated,
                            chat_template_kwargs=chat_template_kwargs)  # fmt: skip
-        scores = []
-        for prompt, completion, end in zip(prompts, completions, finished_flags(finished, len(prompts)), strict=True):
+        scores, ended = [], finished_flags(finished, len(prompts))
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             if isinstance(prompt, str):
                 text, own = f"{prompt}{completion}", templated
             else:
                 own = True
                 text = completed_chat(
-                    self.tokenizer, prompt, completion, finished=end, whole=self.info is None,
+                    self.tokenizer, prompt, completion, finished=ended[i], whole=self.info is None,
                     template_kwargs=chat_template_kwargs,
                 )  # fmt: skip
-            scores.append(float(self._score_texts([text], 1, special_tokens=not own)[0]))
+            try:
+                scores.append(float(self._score_texts([text], 1, special_tokens=not own)[0]))
+            except DataError as error:
+                raise of_row(error, i, len(prompts)) from error
         return scores
 
     @torch.inference_mode()
     def _score_texts(
         self, texts: Sequence[str], batch_size: int, *, special_tokens: bool = True
     ) -> Float[Tensor, " texts"]:
-        """Scores of whole texts by an encoder, fp32 on the CPU; a chat template has written its special tokens."""
-        parts = []
+        """Scores of whole texts by an encoder, fp32 on the CPU; a chat template has written its special tokens.
+
+        Raises:
+            DataError: a text has more tokens than the scorer's context, special ones included, or one that has no
+                embedding.
+        """
+        embeddings, parts = embedding_rows(self.model), []
+        for ids in self.tokenizer(list(texts), add_special_tokens=special_tokens).input_ids:
+            if self.max_length is not None and len(ids) > self.max_length:
+                raise DataError(
+                    f"a text of {len(ids)} tokens exceeds the context of {self.max_length} of the scorer {self.name}; "
+                    "drop it, or use a scorer with a longer context"
+                )
+            require_embeddings(ids, embeddings, f"the scorer {self.name}")
+        pad = self.tokenizer.pad_token_id
+        if pad is None or (embeddings is not None and pad >= embeddings):
+            batch_size = 1  # nothing can pad
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]
             batch = self.tokenizer(some, padding=True, return_tensors="pt", add_special_tokens=special_tokens)

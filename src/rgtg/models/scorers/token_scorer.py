@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rgtg.errors import DataError, UsageError
+from rgtg.errors import DataError, UsageError, of_row
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, encode_completed
 from rgtg.tokenization.padding import batches_by_length
+from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 
 # Of completions: one value for all, or one each.
 Flags = bool | Sequence[bool]
@@ -45,11 +46,11 @@ class TokenScorer:
             One fp32 CPU tensor of shape (T,) per completion.
 
         Raises:
-            DataError: an empty completion, a text that exceeds the scorer's context, or an empty prompt if the scorer
-                reads the state before a token.
+            DataError: an empty completion, a text that exceeds the scorer's context or has a token without embedding,
+                or an empty prompt if the scorer reads the state before a token.
         """
         rows = list(zip(prompt_ids, completion_ids, strict=True))
-        require_within_context(rows, self.max_length)
+        self.require_readable(rows)
         if self.reads_previous_state and not all(prompt for prompt, _ in rows):
             raise DataError(f"{self.name} reads the state before a token: the prompt must have one")
         scores: dict[int, Tensor] = {}
@@ -57,6 +58,20 @@ class TokenScorer:
             windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i in indices]
             scores |= zip(indices, self._score_batch(ids, mask, windows), strict=True)
         return [scores[i] for i in range(len(rows))]
+
+    def require_readable(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Check that the model can read (prompt, completion) rows of token ids.
+
+        Raises:
+            DataError: an empty completion, too many tokens, or a token without embedding; names the row.
+        """
+        require_within_context(rows, self.max_length)
+        embeddings = embedding_rows(self.model)
+        for i, (prompt, completion) in enumerate(rows):
+            try:
+                require_embeddings([*prompt, *completion], embeddings, f"the scorer {self.name}")
+            except DataError as error:
+                raise of_row(error, i, len(rows)) from error
 
     def _score_batch(
         self, ids: Int[Tensor, "batch length"], mask: Int[Tensor, "batch length"], windows: Sequence[slice]
@@ -101,16 +116,17 @@ def require_within_context(rows: Sequence[tuple[Sequence[int], Sequence[int]]], 
     """Check that (prompt, completion) rows of token ids can be scored.
 
     Raises:
-        DataError: a completion is empty, or a row has more than ``limit`` tokens.
+        DataError: a completion is empty, or a row has more than ``limit`` tokens; names the row.
     """
-    for prompt, completion in rows:
+    for i, (prompt, completion) in enumerate(rows):
         if not completion:
-            raise DataError("a scored completion must have at least one token")
+            raise of_row(DataError("a scored completion must have at least one token"), i, len(rows))
         if limit and len(prompt) + len(completion) > limit:
-            raise DataError(
+            long = DataError(
                 f"a text of {len(prompt)} + {len(completion)} tokens exceeds the scorer's context of {limit}; drop it, "
                 "or use a scorer with a longer context"
             )
+            raise of_row(long, i, len(rows))
 
 
 class ReadsTokens(Protocol):

@@ -138,8 +138,9 @@ class InputProcessor:
         Raises:
             ApiError: one is not.
         """
-        size = min(len(self.tokenizer), self.models.policy.model.config.get_text_config().vocab_size)
-        if bad := [i for i in ids if not 0 <= i < size]:
+        vocabulary = self.models.policy.vocabulary
+        if bad := [i for i in ids if not 0 <= i < vocabulary.size or i in vocabulary.missing]:
+            size = vocabulary.size - len(vocabulary.missing)
             raise ApiError(400, f"{bad[0]} is not a token id: the vocabulary has {size} tokens", param=param)
 
     # -- models and scorers ----------------------------------------------------------------------------------------

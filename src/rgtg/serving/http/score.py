@@ -74,7 +74,7 @@ def _token_task(
     source = prompt.text if prompt.source is None else prompt.source
     (prompt_ids,), (completion_ids,) = encode_for_scoring(scorer, [source], [text], body.finished)
     require_within_context([(prompt_ids, completion_ids)], scorer.max_length)
-    processor.require_tokens(completion_ids, "completion")
+    processor.require_tokens([*prompt_ids, *completion_ids], "completion")
     return ScoringTask(completion_ids, [partial(_score_tokens, scorer, prompt_ids, completion_ids)])
 
 
