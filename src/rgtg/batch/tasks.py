@@ -63,6 +63,8 @@ def load_guided_policy(settings: GenerateSettings) -> GuidedPolicy:
         scorer_tp_plan=settings.scorer_tp_plan,
         draft=settings.draft,
         cache_gguf=settings.cache_gguf,
+        engine=settings.engine,
+        threads=settings.threads,
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _WRITTEN = ("completions.jsonl", "results.json", "settings.json", "report.html", "report.md")
 
 
-@command(CompareSettings, "policy prompts reward output limit baseline chat_template_kwargs force")
+@command(CompareSettings, "policy prompts reward output limit baseline engine threads chat_template_kwargs force")
 def run(settings: CompareSettings, invocation: Invocation) -> None:
     """Compare methods; the YAML names them under "methods" (see docs/compare.md).
 

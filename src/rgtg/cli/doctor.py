@@ -14,7 +14,11 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 _EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "accelerate": "train", "matplotlib": "report"}
 
 
-@command(DoctorSettings, "speed", panels={"With --speed": "policy scorer top_k prompt_length tokens dtype device"})
+@command(
+    DoctorSettings,
+    "speed",
+    panels={"With --speed": "policy scorer top_k prompt_length tokens dtype device engine threads"},
+)
 def run(settings: DoctorSettings, invocation: Invocation) -> None:
     """Report versions, devices and missing extras, and run a tiny guided generation.
 
@@ -25,7 +29,12 @@ def run(settings: DoctorSettings, invocation: Invocation) -> None:
     """
     _check_use(settings)
     hush_libraries()
-    report: dict[str, Any] = {"versions": _versions(), "devices": _devices(), "trial": _trial(settings.seed)}
+    report: dict[str, Any] = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "gguf": _gguf_engine(),
+        "trial": _trial(settings.seed),
+    }
     if settings.speed:
         report["speed"] = _speed(settings, show=not invocation.silent)
     invocation.emit(report, lambda: _show(report))
@@ -51,8 +60,9 @@ def _speed(settings: DoctorSettings, *, show: bool) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the scorer's objective does not matter here
         guided = GuidedPolicy.from_pretrained(
-            settings.policy, settings.scorer, method=method, dtype=settings.dtype, device=settings.device
-        )
+            settings.policy, settings.scorer, method=method, dtype=settings.dtype, device=settings.device,
+            engine=settings.engine, threads=settings.threads,
+        )  # fmt: skip
     longest = settings.prompt_length + settings.tokens + 2
     if guided.policy.max_length and longest > guided.policy.max_length:
         raise UsageError(
@@ -77,6 +87,21 @@ def _versions() -> dict[str, str]:
         else:
             found[name] = f"missing: pip install 'rgtg[{_EXTRA_OF[name]}]'" if name in _EXTRA_OF else "missing"
     return found
+
+
+def _gguf_engine() -> str:
+    """Which engine a policy in a GGUF file gets, and how to get a faster one."""
+    from rgtg.config.engines import ENGINES
+    from rgtg.models.loading.gguf import is_readable
+
+    llama = ENGINES["llama-cpp"]
+    if not is_readable():
+        return "none: pip install 'rgtg[gguf]', or for llama.cpp " + llama.install
+    if llama.installed:
+        from rgtg.engines.llama_cpp.library import describe
+
+        return describe()
+    return f"torch, dequantised; llama.cpp is several times faster on a CPU: {llama.install}"
 
 
 def _devices() -> dict[str, Any]:
@@ -105,13 +130,15 @@ def _trial(seed: int) -> str:
 
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("what", "found")
     for name, version in report["versions"].items():
-        table.add_row(name, version)
+        table.add_row(name, escape(version))
     table.add_row("CPU threads", str(report["devices"]["cpu_threads"]))
     table.add_row("GPUs", ", ".join(report["devices"]["gpus"]) or "none")
+    table.add_row("engine of a GGUF file", escape(report["gguf"]))
     table.add_row("trial", report["trial"])
     console = Console()
     console.print(table)

@@ -8,6 +8,7 @@ from rgtg.cli import (
     data,
     demo,
     doctor,
+    engines,
     generate,
     judge,
     methods,
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 for _module in (
-    train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, doctor,
+    train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, engines,
+    doctor,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.run)

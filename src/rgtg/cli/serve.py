@@ -33,6 +33,11 @@ def run(
     cache_gguf: Annotated[
         bool, typer.Option("--cache-gguf", help="policy is a GGUF file: keep its conversion to bf16 beside it")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="auto|torch|llama-cpp", help="auto: llama.cpp for a GGUF file where it is installed"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="threads that compute; default: all cores")] = None,
     api_key: Annotated[
         str | None,
         typer.Option(

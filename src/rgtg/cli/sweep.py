@@ -27,7 +27,7 @@ def _pair_scorers(flags: dict[str, Any]) -> dict[str, Any]:
 @command(
     SweepSettings,
     "policy method prompts target_kl target_reward kl_to reward tolerance tries output limit top_k max_new_tokens "
-    "chat_template_kwargs force",
+    "engine threads chat_template_kwargs force",
     lists={"scorer": "what guides the policy; repeatable", "beta": "of each scorer; the sweep multiplies them all"},
     convert=_pair_scorers,
 )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from rgtg.config.base import OnBad, Settings, TemplateKwargs
+from rgtg.config.engines import EngineName
 
 
 class DecodingSettings(Settings):
@@ -79,6 +80,10 @@ class ModelSettings(DeviceSettings):
 
     policy: str | None = Field(None, description="frozen language model: folder, GGUF file or hub id")
     scorer: str | None = Field(None, description="scorer that guides it: folder or hub id")
+    engine: EngineName = Field("auto", description="auto: llama.cpp for a GGUF file where it is installed, else torch")
+    threads: int | None = Field(
+        None, ge=1, description="threads that compute; default: OMP_NUM_THREADS, else the cores"
+    )
 
 
 class GenerateSettings(DecodingSettings, ModelSettings):

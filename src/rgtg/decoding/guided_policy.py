@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 import torch
 
 from rgtg.config import DecodingSettings, validate
+from rgtg.config.engines import require_carried
 from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.engine.best_of_n import best_of_n
@@ -38,7 +39,7 @@ from rgtg.decoding.request import (
     require_room,
     row_seeds,
 )
-from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_all_tokens
+from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_all_tokens, scorer_kind
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
 from rgtg.decoding.runners.segment_scorer import ChunkedRewards
@@ -116,6 +117,7 @@ class GuidedPolicy:
         check_scorers(self.method, list(named.values()))
         if self.method.scorer:
             named = {name: fit_scorer(policy, one) for name, one in named.items()}
+        self._require_engine(named)
         self.scorers: list[AnyScorer] = list(named.values())
         self.names: tuple[str, ...] = tuple(named) if self.method.scorer else ()
         self.factory = RunnerFactory(policy, named if self.method.scorer else {}, token_tree)
@@ -158,6 +160,8 @@ class GuidedPolicy:
         draft: str | Policy | None = None,
         pack: bool = True,
         cache_gguf: bool = False,
+        engine: str | None = None,
+        threads: int | None = None,
     ) -> Self:
         """Load policy and scorer, and put them together.
 
@@ -188,6 +192,9 @@ class GuidedPolicy:
                 stock layout).
             cache_gguf: keep the conversion of a policy's GGUF file beside it, as in
                 `rgtg.models.loading.policy.load_policy`.
+            engine: that runs a policy loaded by name: ``torch``, ``llama-cpp`` (GGUF files), or None (``auto``) for
+                llama.cpp where it is installed and runs the file. `rgtg.config.engines` lists what each carries.
+            threads: of this process's engines; default: torch's number, which OMP_NUM_THREADS sets.
 
         Raises:
             ModelNotFoundError: a folder or hub id that cannot be loaded.
@@ -196,7 +203,7 @@ class GuidedPolicy:
         """
         find_method(method)
         loaded, scorers, drafter = load_models(
-            policy, scorer, draft, method, pack=pack, cache_gguf=cache_gguf,
+            policy, scorer, draft, method, pack=pack, cache_gguf=cache_gguf, engine=engine, threads=threads,
             of_policy=Placement(dtype, device, device_map, tp_plan),
             of_scorers=Placement(dtype, scorer_device, scorer_device_map, scorer_tp_plan),
         )  # fmt: skip
@@ -204,6 +211,15 @@ class GuidedPolicy:
             loaded, scorers, method=method, beta=beta, top_k=top_k, n=n, token_tree=token_tree, overlap=overlap,
             draft=drafter,
         )  # fmt: skip
+
+    def _require_engine(self, named: Mapping[str, AnyScorer]) -> None:
+        """Refuse what the policy's engine cannot carry."""
+        wanted = [self.method.name]
+        if self.method.scorer:
+            wanted += [scorer_kind(self.policy, one) for one in named.values()]
+        wanted += [name for name, given in (("drafts", self.draft), ("overlap", self.overlap)) if given]
+        for what in wanted:
+            require_carried(self.policy.engine, what)
 
     @property
     def scorer(self) -> AnyScorer | None:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+
 from rgtg.decoding.engine.drafters import DRAFTS
 from rgtg.decoding.methods import find_method
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import Placement
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.loading.tensor_parallel import set_local_device
@@ -31,15 +34,22 @@ def load_models(
     of_scorers: Placement,
     pack: bool,
     cache_gguf: bool = False,
+    engine: str | None = None,
+    threads: int | None = None,
 ) -> "tuple[Policy, list[AnyScorer], str | Policy | None]":
     """Load what is given by name; arguments and errors are those of ``GuidedPolicy.from_pretrained``."""
+    set_threads(threads)
     sources, apart = listed(scorer), of_scorers != Placement(of_scorers.dtype)
     for name in ("device_map", "tp_plan"):
         if getattr(of_policy, name) is not None and not isinstance(policy, str):
             raise UsageError(f"{name} applies to a policy loaded by name; load yours with a {name} of its own")
     if of_policy.tp_plan is not None or of_scorers.tp_plan is not None:
         set_local_device()
-    loaded = load_policy(policy, **(vars(of_policy) if isinstance(policy, str) else {}), cache_gguf=cache_gguf)
+    if isinstance(policy, str):
+        loaded = load_policy(policy, **vars(of_policy), cache_gguf=cache_gguf, engine=engine)
+    else:
+        loaded = load_policy(policy, cache_gguf=cache_gguf)
+        require_engine(loaded, engine)
     if isinstance(policy, str):
         joined = any(isinstance(one, str) and trunk_of(one) == "shared" for one in sources)
         loaded = lay_out_policy(loaded, pack=pack, grouped=joined)
@@ -63,11 +73,36 @@ def lay_out_policy(policy: Policy, *, pack: bool = True, grouped: bool) -> Polic
         pack: lay out its linear layers for a CPU.
         grouped: an adapter will be stacked under its layers.
     """
+    if isinstance(policy.model, EngineModel):
+        return policy
     if pack:
         policy.model = pack_linears(policy.model)
     if grouped and not grouped_linears(policy.model):
         policy.model = group_linears(policy.model, pack=False)
     return policy
+
+
+def set_threads(threads: int | None) -> None:
+    """Let all engines of this process compute with so many threads; None leaves it to the environment.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise UsageError(f"threads = {threads}: it must be at least 1", setting="threads")
+    torch.set_num_threads(threads)  # the other engines take their number from torch
+
+
+def require_engine(policy: Policy, engine: str | None) -> None:
+    """Check that a policy that was loaded before runs in the engine that is asked for.
+
+    Raises:
+        UsageError: it runs in another.
+    """
+    if engine not in (None, "auto", policy.engine):
+        raise UsageError(f"engine applies to a policy loaded by name; this one runs in {policy.engine} already")
 
 
 def listed(scorer: Any) -> list[Any]:

@@ -21,10 +21,17 @@ def provenance(
     weight = next(first.parameters()) if first is not None else None
     return Provenance(
         version=__version__, git_commit=_git_commit(), command=command, settings=without_folders(settings), seed=seed,
-        dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else None,
+        dtype=_dtype(first, weight),
         device=weight.device.type if weight is not None else None,
         models={role: fingerprint_weights(model) for role, model in models.items()}, data=data,
     )  # fmt: skip
+
+
+def _dtype(model: Any, weight: Any) -> str | None:
+    """Dtype of a model's first weight; of another engine's model, that of the weights in its file."""
+    if weight is None:
+        return None
+    return str(getattr(model, "stored_dtype", None) or weight.dtype).removeprefix("torch.")
 
 
 def without_folders(value: Any) -> Any:

@@ -121,6 +121,8 @@ def load_engine(settings: ServeSettings) -> Engine:
         device=settings.device,
         scorer_device=settings.scorer_device,
         cache_gguf=settings.cache_gguf,
+        engine=settings.engine,
+        threads=settings.threads,
     )
     engine = Engine(models, settings)
     engine.start()

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from rgtg.config import EngineSettings
+from rgtg.config.engines import EngineName
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # A list; in the environment, its items are separated by commas.
@@ -35,6 +36,10 @@ class ServeSettings(EngineSettings, BaseSettings):
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; default: the first GPU, else the CPU")
     scorer_device: str | None = Field(None, description="device of scorers that are separate models; default: device")
     cache_gguf: bool = Field(False, description="policy is a GGUF file: keep its conversion to bf16 beside it")
+    engine: EngineName = Field("auto", description="auto: llama.cpp for a GGUF file where it is installed, else torch")
+    threads: int | None = Field(
+        None, ge=1, description="threads that compute; default: OMP_NUM_THREADS, else the cores"
+    )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens of chats that do not give it")
     max_prompts: int = Field(32, ge=1, description="prompts, or completions to score, in one request")
     max_body_kib: int = Field(1024, ge=1, description="largest request body in KiB")

@@ -13,7 +13,7 @@ from rgtg.errors import DataError, TokenizerMismatchError
 
 PAD_TOKEN = "<|rgtg-pad|>"
 
-_PROBES = (
+PROBES = (
     "Once upon a time, there was a little girl.",
     "  two leading spaces,\ttab\nnewline\n\nparagraph  end ",
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz 0123456789",
@@ -46,7 +46,7 @@ def fingerprint_tokenizer(
         eos_token_id: of the token that ends a text, if there is one.
     """
     known = sorted((token, i) for token, i in vocabulary.items() if token != PAD_TOKEN)
-    content = json.dumps([known, [list(encode(text)) for text in _PROBES], eos_token_id])
+    content = json.dumps([known, [list(encode(text)) for text in PROBES], eos_token_id])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -64,7 +64,7 @@ def require_same_tokenizer(policy_tokenizer: Any, scorer_tokenizer: Any) -> None
     if same_tokenizer(policy_tokenizer, scorer_tokenizer):
         return
     detail = f"vocabularies of {len(policy_tokenizer)} and {len(scorer_tokenizer)} tokens"
-    for text in _PROBES:
+    for text in PROBES:
         ours, theirs = policy_tokenizer(text).input_ids, scorer_tokenizer(text).input_ids
         if ours != theirs:
             detail = f"{text!r} is {ours[:12]} to the policy and {theirs[:12]} to the scorer (first 12 ids)"

@@ -20,7 +20,7 @@ from torch import Tensor
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import Request, process
 from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner
-from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.model_runner import CachedRunner, has_cache
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, concat_states, select_state
 from rgtg.decoding.runners.token_tree import States
 from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
@@ -131,7 +131,7 @@ class Batch:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         runners = [self.policy, *(entry.runner for entry in list(self.separate.values()))]
-        return sum(found.cache.nbytes for runner in runners if (found := _tree_runner(runner)) is not None)
+        return sum(found.cache.nbytes for runner in runners if (found := _cached_runner(runner)) is not None)
 
     # -- add and remove --------------------------------------------------------------------------------------------
 
@@ -637,12 +637,12 @@ class Batch:
                 continue
             text = [*request.prompt_ids, *request.token_ids]
             row, batch = self.requests.index(request), len(self.requests)
-            if (runner := _tree_runner(self.policy)) is not None:
+            if (runner := _cached_runner(self.policy)) is not None:
                 rows = list(range(row, runner.rows, batch))  # two of a doubled batch
                 doubled = self.fused[0] if self.fused is not None and len(rows) > 1 else None
                 cache.add_rows(("policy", doubled), runner, text, rows)
             for name, entry in self.separate.items():
-                if request in entry.requests and (runner := _tree_runner(entry.runner)) is not None:
+                if request in entry.requests and (runner := _cached_runner(entry.runner)) is not None:
                     row, batch = entry.requests.index(request), len(entry.requests)
                     rows = list(range(row, runner.rows, batch))
                     cache.add_rows(("scorer", name), runner, entry.runner.cached_text(row, text), rows)
@@ -694,7 +694,7 @@ def _rows_without(requests: Sequence[Request], gone: set[Request], keep_order: b
     return order
 
 
-def _tree_runner(runner: Any) -> TreeRunner | None:
+def _cached_runner(runner: Any) -> CachedRunner | None:
     """The model runner with a cache that a policy or scorer runner reads with, if it has one."""
     found = getattr(runner, "runner", None)
-    return found if isinstance(found, TreeRunner) else None
+    return found if has_cache(found) else None

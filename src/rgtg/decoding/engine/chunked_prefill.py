@@ -10,7 +10,7 @@ from rgtg.decoding.engine.batch import Prefilled
 from rgtg.decoding.engine.prefix_cache import CacheKey, PrefixCache
 from rgtg.decoding.request import Request
 from rgtg.decoding.runners.factory import TokenRunners
-from rgtg.decoding.runners.model_runner import Runner, TreeRunner, append_tokens
+from rgtg.decoding.runners.model_runner import CachedRunner, Runner, TreeRunner, append_tokens, has_cache
 from rgtg.decoding.runners.token_tree import States
 
 
@@ -47,14 +47,14 @@ class PrefillTask:
         """Look up what has been read before; the number of tokens that this saves."""
         self.position = 0
         self.runner.reset(len(self.texts))
-        if cache is not None and isinstance(self.runner, TreeRunner) and (hit := cache.find(self.key, self.texts[0])):
+        if cache is not None and has_cache(self.runner) and (hit := cache.find(self.key, self.texts[0])):
             held, self.position = hit
             self.runner.cache.copy_prefix(held, self.position)
         return self.position
 
     def read(self, chunk: int) -> None:
         """Read so many more tokens; a model without a cache reads all of them."""
-        if not isinstance(self.runner, TreeRunner):
+        if not has_cache(self.runner):
             self.read_all()
             return
         part = torch.tensor([list(text[self.position : self.position + chunk]) for text in self.texts])
@@ -87,10 +87,10 @@ class ChunkedPrefill:
             saved = task.start(cache)
             self.cached_tokens = saved if task is self.tasks[0] else self.cached_tokens
         task.read(chunk)
-        if cache is not None and not task.left and isinstance(task.runner, TreeRunner):
+        if cache is not None and not task.left and has_cache(task.runner):
             self._store_prefix(task, task.runner, cache)
 
-    def _store_prefix(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
+    def _store_prefix(self, task: PrefillTask, runner: CachedRunner, cache: PrefixCache) -> None:
         """Give the prefix cache a copy, since decoding goes on in the runner's own."""
         cache.add_rows(task.key, runner, task.texts[0], range(len(task.texts)))
 
@@ -129,7 +129,10 @@ class BatchPrefill(ChunkedPrefill):
         state = self.policy.predict(self.policy.split(self.tasks[0].states))
         return Prefilled(self.policy, state, self.scorers, self._shared)
 
-    def _store_prefix(self, task: PrefillTask, runner: TreeRunner, cache: PrefixCache) -> None:
-        """Give the prefix cache the runner's own keys and values: the batch copies them."""
+    def _store_prefix(self, task: PrefillTask, runner: CachedRunner, cache: PrefixCache) -> None:
+        """Give the prefix cache the runner's own keys and values: the batch copies them. Other engines' are copied."""
+        if not isinstance(runner, TreeRunner):
+            super()._store_prefix(task, runner, cache)
+            return
         cache.add(task.key, task.texts[0], runner.cache)
         self._shared = True

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rgtg.decoding.runners.kv_cache import TreeCache
-from rgtg.decoding.runners.model_runner import TreeRunner
+from rgtg.decoding.runners.model_runner import CachedRunner
 
 # Below this many tokens, recomputing the prefix is cheaper than copying its cache.
 _MIN_TOKENS = 8
@@ -32,9 +31,9 @@ class PrefixCache:
         self.budget = budget
         self.nbytes = 0
         self.queried = self.hits = 0
-        self._entries: OrderedDict[tuple[CacheKey, bytes], tuple[Any, TreeCache]] = OrderedDict()
+        self._entries: OrderedDict[tuple[CacheKey, bytes], tuple[Any, Any]] = OrderedDict()
 
-    def find(self, key: CacheKey, tokens: Sequence[int]) -> tuple[TreeCache, int] | None:
+    def find(self, key: CacheKey, tokens: Sequence[int]) -> tuple[Any, int] | None:
         """The entry of this model with the longest common prefix, and the number of tokens in common.
 
         At least one token is left to read: its state predicts the next one.
@@ -51,13 +50,13 @@ class PrefixCache:
         self.hits += shared
         return best[1], shared
 
-    def add_rows(self, key: CacheKey, runner: TreeRunner, text: Sequence[int], rows: Sequence[int]) -> None:
+    def add_rows(self, key: CacheKey, runner: CachedRunner, text: Sequence[int], rows: Sequence[int]) -> None:
         """Add copies of a runner's rows, which have all read the same prefix of a text."""
         if self.budget and (length := runner.cache.lengths[rows[0]]) >= _MIN_TOKENS:
             self.add(key, text[:length], runner.cache.copy_rows(rows))
 
-    def add(self, key: CacheKey, tokens: Sequence[int], cache: TreeCache) -> None:
-        """Add a text's cache, which nobody writes any more; entries that are a prefix of it are dropped."""
+    def add(self, key: CacheKey, tokens: Sequence[int], cache: Any) -> None:
+        """Add a text's cache, which has ``nbytes`` and which nobody writes any more; its prefixes are dropped."""
         held = np.asarray(tokens)
         for place, (other, _) in list(self._entries.items()):
             if place[0] != key:

@@ -23,7 +23,7 @@ def next_candidates(policy: Policy, prefix_ids: Sequence[int], top_k: int) -> tu
         NonFiniteError: the policy's logits are NaN or infinite.
     """
     runner = make_runner(policy.model, policy_logits, len(prefix_ids) + 1)
-    logits = policy_logits(policy.model, runner.prefill([prefix_ids]).final)
+    logits = runner.head(runner.prefill([prefix_ids]).final)
     ids, log_probs = propose(torch.log_softmax(logits.float(), -1), top_k=top_k, vocabulary=policy.vocabulary)
     if not bool(log_probs.isfinite().all()):
         raise NonFiniteError("the policy's logits are NaN or infinite; try dtype=float32")

@@ -167,6 +167,22 @@ class RunnerFactory:
         return make_runner(model, policy_logits, 0, tree=self.tree, layer=layer)
 
 
+def scorer_kind(policy: Policy, scorer: AnyScorer) -> str:
+    """What kind of scorer this is, as the table of engines calls it (`rgtg.config.engines.SCORERS`)."""
+    match scorer:
+        case CrossTokenizerScorer():
+            return "reward model with another tokenizer"
+        case VocabularyScorer():
+            return "vocabulary scorer of its own"
+        case PrefixScorer():
+            return "reward model of its own"
+        case SharedTrunkScorer():
+            return "LoRA adapter on the policy"
+    if scorer.layer != policy.model.config.get_text_config().num_hidden_layers:
+        return "head on another layer"
+    return "vocabulary head on final states" if scorer.kind == "vocab" else "state head on final states"
+
+
 def is_vocab_head(scorer: Any) -> TypeGuard[OwnStateScorer]:
     """Whether a scorer is a vocabulary head on the policy's state at the prefix."""
     return isinstance(scorer, OwnStateScorer) and scorer.kind == "vocab"

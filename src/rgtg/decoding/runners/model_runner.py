@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol, Self, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.decoding.runners.token_tree import States, TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
@@ -272,7 +273,85 @@ class RecomputeRunner:
         return States(final, captured[self.layer][rows, last])
 
 
-Runner = TreeRunner | RecomputeRunner
+class EngineRunner(Protocol):
+    """What reads a policy that another engine runs; an engine implements it. `TreeRunner` explains the methods.
+
+    ``States.final`` may be anything that ``head`` turns into logits, the logits themselves included.
+
+    Attributes:
+        model: the policy's `EngineModel`.
+        layer: whose states are given as ``States.hooked``.
+        calls: forward passes so far.
+        cache: has ``lengths`` and ``nbytes``, ``copy_rows([row])``, which gives a prefix cache an object with
+            ``nbytes``, and ``copy_prefix(object, length)``, which lets the only row begin with it.
+    """
+
+    model: Any
+    layer: int | None
+    calls: int
+
+    @property
+    def cache(self) -> Any:
+        """Keys and values of the rows."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    def head(self, final: Tensor) -> Tensor:
+        """Logits (…, V) of final states."""
+        ...
+
+    def fresh(self, capacity: int) -> Self:
+        """A runner of the same policy without rows."""
+        ...
+
+    def reset(self, rows: int) -> None:
+        """Start again with so many empty rows."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
+        """Start with these prompts as rows; states (B, …) at the last token of each."""
+        ...
+
+    def append(self, tokens: Tensor) -> States:
+        """Read tokens (B, n) after the rows and commit them; states (B, …) at the last ones."""
+        ...
+
+    def read(self, tree: TokenTree) -> States:
+        """States (B, N, …) at every node of a tree after the rows; nothing is committed."""
+        ...
+
+    def commit(self, nodes: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Commit the path ``nodes[b, :counts[b]]`` (B, D) of the tree that was read last."""
+        ...
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop the last ``counts[b]`` committed tokens of row b."""
+        ...
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row named twice is copied."""
+        ...
+
+    def copy_rows(self, rows: Sequence[int]) -> Self:
+        """A runner of its own with copies of some rows."""
+        ...
+
+    def add(self, other: Any) -> None:
+        """Append copies of the rows of another runner of the same policy."""
+        ...
+
+
+CachedRunner = TreeRunner | EngineRunner
+Runner = CachedRunner | RecomputeRunner
+
+
+def has_cache(runner: Any) -> "TypeGuard[CachedRunner]":
+    """Whether a model runner reads over a cache, so that it can read a prompt in chunks and keep what it has read."""
+    return hasattr(runner, "cache")
 
 
 def outputs(runner: Runner, tree: TokenTree) -> Tensor:
@@ -282,6 +361,8 @@ def outputs(runner: Runner, tree: TokenTree) -> Tensor:
 
 def append_tokens(runner: Runner, tokens: Tensor) -> States:
     """Read tokens (B, n), one after the other, and commit them; states (B, H) at the last ones."""
+    if not isinstance(runner, TreeRunner | RecomputeRunner):
+        return runner.append(tokens)
     states = runner.read(TokenTree.chain(tokens))
     n = tokens.shape[1]
     runner.commit(torch.zeros(len(tokens), 1, dtype=torch.long) if n == 1 else torch.arange(n).expand(len(tokens), -1))
@@ -291,15 +372,17 @@ def append_tokens(runner: Runner, tokens: Tensor) -> States:
 def make_runner(
     model: Any, head: OutputHead, capacity: int, *, tree: bool | None = None, layer: int | None = None
 ) -> Runner:
-    """The fast runner where the model can take it, else the fallback, with a warning.
+    """The fast runner where the model can take it, else the fallback, with a warning; or that of the model's engine.
 
     Args:
-        model: a causal model.
+        model: a causal model, in torch or of another engine.
         head: ``policy_logits`` or ``scorer_scores``.
         capacity: columns to make room for: the longest prefix plus the widest tree, in tokens.
         tree: force one or the other; None asks ``supports_token_tree``.
         layer: whose states are read too (0 embeddings … the number of layers), if any.
     """
+    if isinstance(model, EngineModel):
+        return model.runner(capacity, layer)  # type: ignore[no-any-return]
     if tree is None:
         tree = supports_token_tree(model, head)
         if not tree:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgtg.decoding.runners.model_runner import RecomputeRunner, Runner, TreeRunner
+from rgtg.decoding.runners.model_runner import EngineRunner, RecomputeRunner, Runner, TreeRunner
 from rgtg.decoding.runners.token_tree import States, TokenTree
 
 
@@ -111,8 +111,10 @@ class SharedPrefixRunner:
         return seen | own
 
 
-def fork(runner: Runner, n: int) -> "SharedPrefixRunner | RecomputeRunner":
-    """N rows for each one that a runner has read: branches of its cache, or copies of its texts where it has no cache.
+def fork(runner: Runner, n: int) -> "SharedPrefixRunner | RecomputeRunner | EngineRunner":
+    """N rows for each one that a runner has read: branches of its cache, or copies of its rows.
+
+    Another engine's rows share what they were copied from, and texts are copied where there is no cache.
 
     The runner itself stays as it is, once the branches are dropped (``SharedPrefixRunner.drop_branches``).
     """

@@ -11,6 +11,7 @@ from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import Prompt
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.base import AnyScorer
 from rgtg.tokenization.conversation import encode_source
@@ -90,7 +91,10 @@ def reference_log_probs(
     totals = [0.0] * len(rows)
     for indices, ids, mask in batches_by_length(rows, batch_size, reference.model.device):
         # 1. Logits of every position: (B, L, V).
-        logits = reference.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        if isinstance(reference.model, EngineModel):
+            logits = reference.model.logits(ids, mask)
+        else:
+            logits = reference.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         # 2. Log-probability of every next token: (B, L - 1).
         chosen = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0].double()
         # 3. Sum over the completion's tokens; position i predicts token i + 1.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from rgtg.config import EvaluationSettings
-from rgtg.decoding.loading import lay_out_policy, load_for_method
+from rgtg.decoding.loading import lay_out_policy, load_for_method, set_threads
 from rgtg.decoding.methods import METHODS, find_method
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.grid import MethodRun
@@ -89,10 +89,11 @@ def load_comparison_models(
             raise UsageError(f"{run.label} needs a scorer: give one for all (scorer) or one per method")
     where: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device}
     fused = any(key.fused for run in runs for key in scorer_keys(run, given))
+    set_threads(settings.threads)
     # 1. The policy, and the held-out reward model.
     if policy is None:
         name = _required(settings.policy, "policy", "causal language model")
-        policy = lay_out_policy(load_policy(name, **where), grouped=fused)
+        policy = lay_out_policy(load_policy(name, **where, engine=settings.engine), grouped=fused)
     gold = None
     if reward is None:
         gold = PrefixScorer.from_pretrained(_required(settings.reward, "reward", "held-out reward model"), **where)
@@ -104,7 +105,8 @@ def load_comparison_models(
     # 2. The runs' own policies and their scorers.
     for run in runs:
         if run.policy is not None and run.policy not in models.policies:
-            models.policies[run.policy] = lay_out_policy(load_policy(run.policy, **where), grouped=fused)
+            own = load_policy(run.policy, **where, engine=settings.engine)
+            models.policies[run.policy] = lay_out_policy(own, grouped=fused)
     for run in runs:
         for key in scorer_keys(run, given):
             if key not in models.scorers:

@@ -5,6 +5,7 @@ kept beside the file (`convert_gguf`); it is used as long as the file has the si
 """
 
 import functools
+import importlib.util
 import secrets
 import shutil
 import tempfile
@@ -106,6 +107,11 @@ def _link(path: Path, link: Path) -> None:
         except OSError:
             continue
     shutil.copyfile(path, link)
+
+
+def is_readable() -> bool:
+    """Whether what reads GGUF files is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("gguf", "accelerate"))
 
 
 def require_model(path: Path) -> None:

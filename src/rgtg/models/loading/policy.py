@@ -10,6 +10,8 @@ import torch
 from rgtg.decoding.sampling import Vocabulary
 from rgtg.errors import ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
+from rgtg.models.loading.engine_choice import choose_engine, load_in_engine
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf_arguments, write_converted
 from rgtg.models.loading.hub import EXPECTED, with_revision
 from rgtg.models.loading.scorer_info import require_safe_weights
@@ -26,10 +28,15 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 @dataclass
 class Policy:
-    """A frozen causal language model with its tokenizer."""
+    """A frozen causal language model with its tokenizer; ``model`` is an `EngineModel` if another engine runs it."""
 
     model: Any
     tokenizer: Any
+
+    @property
+    def engine(self) -> str:
+        """What runs it: ``torch``, or another row of `rgtg.config.engines.ENGINES`."""
+        return self.model.engine if isinstance(self.model, EngineModel) else "torch"
 
     @cached_property
     def max_length(self) -> int | None:
@@ -132,6 +139,7 @@ def load_policy(
     device_map: DeviceMap | None = None,
     tp_plan: TpPlan | None = None,
     cache_gguf: bool = False,
+    engine: str | None = "torch",
 ) -> Policy:
     """Load a frozen policy from a folder, GGUF file or hub id, or wrap a loaded (model, tokenizer) pair.
 
@@ -147,14 +155,16 @@ def load_policy(
             all of which load the policy.
         cache_gguf: keep the conversion of a GGUF file in a folder beside it, FILE.gguf.bf16. Wherever the file is
             loaded in bf16 later, the folder is used instead, as long as the file does not change.
+        engine: that runs it: ``torch``; ``llama-cpp`` for a GGUF file; None or ``auto`` for llama.cpp where it is
+            installed and runs the file.
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
         UsageError: arguments for a loaded model; more than one of device, device_map and tp_plan; a tp_plan without
             torchrun, or one that does not fit; a revision of a folder; missing weights; or cache_gguf for another kind
-            of model, in another dtype, or with tp_plan.
+            of model, in another dtype, or with tp_plan; or an engine that does not run this model.
         OutputError: the conversion cannot be written.
-        MissingExtraError: a device_map without accelerate.
+        MissingExtraError: a device_map without accelerate, or an engine that is not installed.
     """
     placement = Placement(dtype, device, device_map, tp_plan)
     if not isinstance(source, str):
@@ -169,6 +179,8 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     source = with_revision(source, revision)
+    if (chosen := choose_engine(source, engine, placement, cache_gguf=cache_gguf)) != "torch":
+        return load_in_engine(chosen, source, device=device)  # type: ignore[no-any-return]
     if cache_gguf:
         _cache_gguf(source, placement)
     model, report = load_pretrained(

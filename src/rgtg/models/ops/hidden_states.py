@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rgtg.errors import UsageError
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.lm_head import final_states
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
@@ -68,6 +69,8 @@ def hidden_states_of(
 
     Rows may be padded on either side; states at padding have no meaning.
     """
+    if isinstance(model, EngineModel):
+        return model.hidden_states(input_ids, attention_mask, layers)
     with capture_hidden_states(model, layers) as states:
         final_states(model, input_ids, attention_mask)
     return dict(states)
@@ -83,6 +86,9 @@ def require_hidden_states(model: Any, layers: Sequence[int]) -> None:
     Raises:
         UsageError: the captured states differ: layer 0 of a model in which no module outputs it, or an unknown model.
     """
+    if isinstance(model, EngineModel):
+        model.require_layers(layers)
+        return
     ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
     stack = _decoder_layers(model)[1]
     expected: dict[int, Tensor] = {}

@@ -105,7 +105,7 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
         TokenizerMismatchError: another tokenizer.
     """
     found = fingerprint_weights(policy.model)
-    if found not in info.base_fingerprints:
+    if found not in info.base_fingerprints | info.policy_file_fingerprints:  # an engine's is that of its files
         name = getattr(policy.model, "name_or_path", "") or type(policy.model).__name__
         kind = "" if info.head == "scalar" else f" --head {info.head}"
         raise UsageError(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rgtg.config.engines import require_carried
 from rgtg.errors import DataError, UsageError
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy
@@ -65,6 +66,7 @@ class SharedTrunkScorer:
             UsageError: an adapter of another policy, or with options that the fused forward pass does not compute.
             DataError: damaged files.
         """
+        require_carried(policy.engine, "LoRA adapter on the policy")
         info = read_info(folder)
         if info is None or info.trunk != "shared":
             raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.loading import lay_out_policy, pack_separate
+from rgtg.decoding.loading import lay_out_policy, pack_separate, set_threads
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
 from rgtg.errors import RgtgError, UsageError
@@ -41,6 +41,8 @@ class ServedModels:
         device: str | None = None,
         scorer_device: str | None = None,
         cache_gguf: bool = False,
+        engine: str | None = None,
+        threads: int | None = None,
     ) -> "ServedModels":
         """Load a policy and scorers by folder or hub id.
 
@@ -55,8 +57,10 @@ class ServedModels:
             TokenizerMismatchError: a scorer of the policy's tokens that has another tokenizer.
             UsageError: a head of another policy, or a folder that holds no scorer.
         """
+        set_threads(threads)
         with ThreadPoolExecutor(1) as apart:
-            loaded, read = apart.submit(_load, policy, scorers, dtype, device, scorer_device, cache_gguf).result()
+            arguments = policy, scorers, dtype, device, scorer_device, cache_gguf, engine
+            loaded, read = apart.submit(_load, *arguments).result()
         return cls(loaded, read, policy_name or Path(policy).name or policy)
 
     @property
@@ -97,9 +101,10 @@ def _load(
     device: str | None,
     scorer_device: str | None,
     cache_gguf: bool,
+    engine: str | None,
 ) -> tuple[Policy, dict[str, Any]]:
     loaded = lay_out_policy(
-        load_policy(policy, dtype=dtype, device=device, cache_gguf=cache_gguf),
+        load_policy(policy, dtype=dtype, device=device, cache_gguf=cache_gguf, engine=engine),
         grouped=any(trunk_of(source) == "shared" for source in scorers.values()),
     )
     read: dict[str, Any] = {}
