@@ -1,7 +1,7 @@
 """Try a GGUF file in a process of its own: llama.cpp ends the process on some files that it cannot read.
 
-``python -m rgtg.engines.llama_cpp.probe FILE`` maps the file into memory and reads one token. It prints what the library
-says against the file, and ends with 1 in that case.
+``python -m rgtg.engines.llama_cpp.probe FILE`` maps the file into memory and reads one token. It prints what the
+library says against the file, and ends with 1 in that case.
 """
 
 import functools
