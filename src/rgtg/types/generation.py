@@ -49,7 +49,7 @@ class Completion(Record):
     finish_reason: Literal["stop", "length"]
     method: str
     seed: int = Field(description="of this completion's own generator")
-    policy_log_prob: float = Field(description="nats, of token_ids under the policy (all rows of its output layer, T=1)")
+    policy_log_prob: float = Field(description="nats, of token_ids under the policy (its whole output layer, T=1)")
     guided_log_prob: float = Field(description="nats, of token_ids under the distribution they were sampled from")
     candidates_log_prob: float | None = Field(
         default=None, description="nats, of token_ids under the policy renormalised over each step's candidates, T=1"
