@@ -87,11 +87,17 @@ class Page:
         field.clear()
         field.send_keys(value)
 
+    def choose(self, kind):
+        """Choose the tab of texts or of chats."""
+        self.one(f'.tabs label:has(input[value="{kind}"])').click()
+
     def ready(self):
         self.until(lambda: self.one("#run").is_enabled(), "the form is filled and nothing runs")
 
     def write(self, prompt=None):
         if prompt is not None:
+            if not self.one("#prompt").is_displayed():
+                self.choose("text")
             self.put("#prompt", prompt)
         self.one("#run").click()
         self.done()

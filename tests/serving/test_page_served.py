@@ -4,7 +4,9 @@ import pytest
 
 from helpers.browser import Page, open_browser
 from helpers.served import on_a_socket, serving, tiny_models
+from helpers.tiny_models import tiny_tokenizer
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.models.loading.policy import Policy
 from rgtg.serving.engine.models import ServedModels
 
 PROMPT = "Once upon a time"
@@ -103,7 +105,7 @@ def test_every_kind_of_method_is_shown(page, served, method):
 
 
 def test_chats_and_stop_texts(page, served):
-    page.one('.tabs input[value="chat"] + span').click()
+    page.choose("chat")
     page.one("#messages textarea").send_keys("Hi there")
     page.put("#seed", str(SEED))
     done = expected(served, "pargs", ("kind",), prompt=CHAT, settings={"seed": SEED})
@@ -121,6 +123,42 @@ def test_chats_and_stop_texts(page, served):
     page.done()
     assert not page.one("#banner").is_displayed(), page.text("#banner")
     assert len(page.all('[role="treeitem"]')) == 3
+
+
+def test_a_first_visitor_chats_with_a_policy_that_has_a_template(page, served, browser):
+    assert page.one('.tabs input[value="chat"]').is_selected()
+    assert not page.one("#prompt").is_displayed()
+    page.one("#run").click()
+    assert page.js("return document.activeElement.getAttribute('aria-label')") == "message", "it waits for a message"
+    assert page.all(".tv-panel") == []
+    page.one("#messages textarea").send_keys("Hi there")
+    page.put("#seed", str(SEED))
+    page.one("#run").click()
+    page.done()
+    for panel, (method, names) in enumerate((("policy", ()), ("pargs", ("kind",)))):
+        done = expected(served, method, names, prompt=CHAT, settings={"seed": SEED})
+        assert shown(page, panel) == done.text != ""
+    page.choose("text")  # what is chosen by hand is kept
+    page.write(PROMPT)
+    browser.refresh()
+    page.ready()
+    assert page.one('.tabs input[value="text"]').is_selected()
+    assert page.one("#prompt").get_property("value") == PROMPT
+
+
+def test_a_policy_without_a_template_is_given_text(browser):
+    plain = Policy(tiny_models().policy.model, tiny_tokenizer())
+    with serving(ServedModels(plain, {}, "tiny")) as alone, on_a_socket(alone) as url:
+        page = Page(browser, url)
+        page.ready()
+        assert page.one('.tabs input[value="text"]').is_selected()
+        assert not page.one('.tabs input[value="chat"]').is_enabled()
+        assert "no chat template" in page.text("#chat-note")
+        page.put("#max_tokens", "4")
+        page.write(PROMPT)
+        assert len(page.tokens(0)) == 4
+        assert page.complaints() == []
+        browser.get("about:blank")
 
 
 def test_a_server_error_is_shown_at_its_field(page):

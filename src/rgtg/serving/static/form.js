@@ -31,7 +31,12 @@ export class Form {
     this.at("method").addEventListener("change", () => this.#methodChanged(true));
     this.at("new-seed").addEventListener("click", () => { this.at("seed").value = Math.floor(Math.random() * 2 ** 31); this.keep(); });
     this.at("add-message").addEventListener("click", () => this.#addMessage("user", "").querySelector("textarea").focus());
-    root.addEventListener("change", (event) => { clearMark(event.target); this.#showKind(); this.keep(); });
+    root.addEventListener("change", (event) => {
+      if (event.target.name === "kind") this.kept.kind = event.target.value; // chosen by hand, and kept
+      clearMark(event.target);
+      this.#showKind();
+      this.keep();
+    });
     root.addEventListener("input", (event) => { clearMark(event.target); if (event.target.matches("textarea")) this.keep(); });
     this.#restore();
   }
@@ -48,9 +53,9 @@ export class Form {
     this.at("scorer-list").replaceChildren(...server.scorers.map((scorer, i) => this.#scorer(scorer, i)));
     const most = server.limits?.max_tokens ?? server.limits?.max_tokens_limit;
     if (Number.isFinite(most)) this.at("max_tokens").max = most;
-    const chat = this.root.querySelector('input[value="chat"]');
-    chat.disabled = !server.chat_template;
-    if (chat.disabled && chat.checked) this.root.querySelector('input[value="text"]').checked = true;
+    this.root.querySelector('input[value="chat"]').disabled = !server.chat_template;
+    // a policy with a chat template answers messages; a bare text it may end at once
+    this.#choose(server.chat_template && this.kept.kind !== "text" ? "chat" : "text");
     this.at("chat-note").hidden = server.chat_template === true;
     this.at("chat-note").textContent = "this policy has no chat template";
     this.#showKind();
@@ -107,7 +112,6 @@ export class Form {
     for (const field of this.root.querySelectorAll("input[id], select[id], textarea[id]")) {
       values[field.id] = field.type === "checkbox" ? field.checked : field.value;
     }
-    values.kind = this.#kind();
     this.kept = values;
     try { sessionStorage.setItem(STORE, JSON.stringify(values)); } catch { /* storage is disabled: nothing is kept */ }
   }
@@ -116,6 +120,11 @@ export class Form {
   adopt(trace) {
     const { request } = trace;
     if (trace.prompt !== null) this.at("prompt").value = trace.prompt;
+    if (trace.messages) {
+      this.at("messages").replaceChildren();
+      for (const message of trace.messages) this.#addMessage(message.role, message.content);
+    }
+    if (trace.prompt !== null || trace.messages) this.#choose(trace.messages ? "chat" : "text");
     for (const name of ["seed", "max_tokens", "temperature", "top_p"]) if (Number.isFinite(request?.[name])) this.at(name).value = request[name];
     this.#showKind();
     this.keep();
@@ -127,6 +136,10 @@ export class Form {
 
   #kind() {
     return this.root.querySelector('input[name="kind"]:checked').value;
+  }
+
+  #choose(kind) {
+    this.root.querySelector(`input[name="kind"][value="${kind}"]`).checked = true;
   }
 
   #greedy() {
@@ -143,12 +156,13 @@ export class Form {
     this.at("chat-part").hidden = !chat;
     this.at("prompt").required = !chat;
     if (chat && !this.at("messages").children.length) this.#addMessage("user", this.at("prompt").value);
+    for (const field of this.at("messages").querySelectorAll("textarea")) field.required = chat; // a hidden field is not
   }
 
   #addMessage(role, content) {
     const item = h("li", {},
       h("select", { "aria-label": "role" }, ...["system", "user", "assistant"].map((one) => h("option", { value: one, selected: one === role }, one))),
-      h("textarea", { rows: 2, dir: "auto", "aria-label": "message", spellcheck: "false" }, content),
+      h("textarea", { rows: 2, dir: "auto", "aria-label": "message", placeholder: "Message", required: this.#kind() === "chat", spellcheck: "false" }, content),
       h("button", { type: "button", class: "quiet", "aria-label": "remove this message", on: { click: () => { item.remove(); this.keep(); } } }, "✕"));
     this.at("messages").append(item);
     return item;
@@ -209,7 +223,7 @@ export class Form {
       if (field?.matches("input:not([type=radio]):not([type=checkbox]), textarea")) field.value = value;
     }
     for (const message of Array.isArray(this.kept.messages) ? this.kept.messages : []) this.#addMessage(message.role, message.content);
-    if (this.kept.kind === "chat") this.root.querySelector('input[value="chat"]').checked = true;
+    if (this.kept.kind === "chat") this.#choose("chat");
     this.#showKind();
   }
 }
