@@ -99,3 +99,27 @@ def test_settings_are_read_from_a_config_file(bad_pairs, tmp_path):
     config.write_text("on_bad: skip\nrejects: " + str(tmp_path / "out" / "bad.jsonl") + "\n")
     assert check(bad_pairs, "--config", config).exit_code == 0
     assert (tmp_path / "out" / "bad.jsonl").is_file()
+
+
+def test_pairs_that_run_together_are_reported_with_an_example(tmp_path):
+    rows = [
+        GOOD | {"prompt": "Say hi now, and say it in a long and friendly way?", "chosen": "hello [there]"},
+        GOOD | {"prompt": "Say ho"},
+        GOOD | {"prompt": "Say hey\n", "chosen": "hey"},
+        GOOD | {"prompt": "\n\nHuman: Hi\n\nAssistant:"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    plain = json.loads(check(path, "--json").stdout)
+    assert plain["run_together"] == 0.25
+    assert plain["run_together_example"] == "line 1: 'it in a long and friendly way?hello [there]'"
+    result = check(path)
+    assert result.exit_code == 0
+    assert "run together without a space in 25.0% of the pairs, for example line 1:" in result.stdout
+    assert "friendly way?hello [there]'; end the prompts" in result.stdout
+
+
+def test_pairs_with_spaces_and_chats_are_not_reported(pairs, tmp_path):
+    plain = json.loads(check(pairs, "--json").stdout)
+    assert (plain["run_together"], plain["run_together_example"]) == (0, None)
+    assert "run together" not in check(pairs).stdout

@@ -81,5 +81,12 @@ def _show(source: str, pairs: "PairReader", rejects: Path | None) -> None:
         f"fingerprint {pairs.fingerprint}",
         sep="\n",
     )
+    if summary.run_together_example is not None:
+        console.print(
+            f"warning: prompt and completion run together without a space in {summary.run_together:.1%} of the pairs, "
+            f"for example {escape(summary.run_together_example)}; end the prompts, or begin the completions, with a "
+            "space or a new line",
+            soft_wrap=True,
+        )
     if rejects is not None:
         console.print(f"rows left out, with reasons: {escape(str(rejects))}", soft_wrap=True)

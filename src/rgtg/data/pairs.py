@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from rgtg.data.boundaries import run_together
 from rgtg.data.formats import to_pair
 from rgtg.data.sources import (
     PAIR_COLUMNS,
@@ -26,6 +27,8 @@ from rgtg.tokenization.encoding import encode_completion, encode_prompt
 from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.types.generation import PreferencePair
 
+_EXAMPLE = 30  # characters on each side of where prompt and completion meet
+
 
 class LengthStats(Record):
     """Lengths of one field over the kept rows, in the unit of the summary."""
@@ -39,7 +42,9 @@ class DataSummary(Record):
     """What a file of pairs holds. Token counts are those of ``tokenize_pairs``, with the final EOS.
 
     ``chosen_longer``, ``chosen_equal`` and ``chosen_shorter`` are fractions of the kept rows and sum to 1. If
-    ``chosen_longer`` is far from a half, a scorer can win by length alone.
+    ``chosen_longer`` is far from a half, a scorer can win by length alone. ``run_together`` is the fraction whose
+    prompt and completion lack a space between them (`rgtg.data.boundaries`; chats never do), and
+    ``run_together_example`` is where those of the first one meet.
     """
 
     version: int = FORMAT_VERSION
@@ -53,6 +58,8 @@ class DataSummary(Record):
     chosen_longer: float
     chosen_equal: float
     chosen_shorter: float
+    run_together: float = 0.0
+    run_together_example: str | None = None
 
 
 @dataclass
@@ -243,6 +250,8 @@ class _PairChecker:
     lengths: list["array[int]"] = field(default_factory=lambda: [array("Q") for _ in range(3)])
     seen: dict[bytes, int] = field(default_factory=dict)
     digest: Any = field(default_factory=hashlib.sha256)
+    run_together: int = 0
+    run_together_example: str | None = None
 
     def check(self, line: int, row: Any) -> tuple[PreferencePair, TokenizedPair | None]:
         """Convert and tokenize a row; raise RowError if it cannot be used."""
@@ -260,7 +269,20 @@ class _PairChecker:
         parts = (pair.prompt, pair.chosen, pair.rejected) if ids is None else ids.parts
         for lengths, part in zip(self.lengths, parts, strict=True):
             lengths.append(len(part))
+        self._check_boundary(line, pair)
         return pair, ids
+
+    def _check_boundary(self, line: int, pair: PreferencePair) -> None:
+        """Count a pair whose prompt and completions lack a space between them, and keep the first as an example."""
+        if pair.prompt_templated:
+            return
+        for completion in (pair.chosen, pair.rejected):
+            if run_together(pair.prompt, completion):
+                self.run_together += 1
+                if self.run_together_example is None:
+                    meeting = f"{pair.prompt[-_EXAMPLE:]}{completion[:_EXAMPLE]}"
+                    self.run_together_example = f"line {line}: {meeting!r}"
+                return
 
     def summary(self, bad: BadRowCounter) -> DataSummary:
         lengths = [np.frombuffer(column, np.uint64).astype(np.int64) for column in self.lengths]
@@ -276,6 +298,8 @@ class _PairChecker:
             chosen_longer=float((lengths[1] > lengths[2]).mean()),
             chosen_equal=float((lengths[1] == lengths[2]).mean()),
             chosen_shorter=float((lengths[1] < lengths[2]).mean()),
+            run_together=self.run_together / max(len(self.seen), 1),
+            run_together_example=self.run_together_example,
         )
 
     def _tokenized(self, pair: PreferencePair) -> TokenizedPair | None:
