@@ -34,6 +34,7 @@ REASONS = {
     "presence_penalty": _NO_PENALTY,
     "audio": _TEXT_ONLY,
     "modalities": _TEXT_ONLY,
+    "chat_template": "the models' own are used; set their variables with chat_template_kwargs",
     "suffix": "the models here continue a text; they do not fill a gap",
     "best_of": "use n, or guidance.method best-of-n with a scorer",
     "prediction": "drafts are a setting of rgtg generate (draft), not of a request",

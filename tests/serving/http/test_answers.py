@@ -2,10 +2,11 @@
 
 import pytest
 
+from helpers.naive import info
 from helpers.other_tokenizers import reward_model_with, tokenizer_of
 from helpers.scorer_kinds import kinds
 from helpers.served import chat_tokenizer, close, events_of, serving
-from helpers.tiny_models import tiny_policy
+from helpers.tiny_models import tiny_policy, tiny_reward_model
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import METHODS
 from rgtg.models.loading.policy import Policy
@@ -206,3 +207,68 @@ def test_the_openapi_document_names_every_route(served):
     chat = document["components"]["schemas"]["ChatRequest"]
     assert chat["additionalProperties"] is False
     assert "tools" not in chat["properties"]
+
+
+# A variable that the caller may set, and names.
+BRIEF = (
+    "{% for m in messages %}{{ m.name }}: {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}a:{{ ' no' if brief }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_variables():
+    """A policy and a scorer with templates of their own that read ``brief``."""
+    policy = Policy(tiny_policy(), chat_tokenizer())
+    other = PrefixScorer(tiny_reward_model(seed=5), chat_tokenizer(), info=info())
+    policy.tokenizer.chat_template, other.tokenizer.chat_template = BRIEF, BRIEF.replace("no", "Never")
+    with serving(ServedModels(policy, {"other": other}, "tiny")) as made:
+        yield made, policy, other
+
+
+NAMED = [{"role": "user", "name": "Ann", "content": "Hi"}]
+PARTS = [{"role": "user", "name": "Ann", "content": [{"type": "text", "text": text} for text in "Hi"]}]
+BY_PATH = {
+    "/tokenize": {}, "/v1/score": {"completion": "x"}, "/v1/chat/completions": {"model": "tiny"}, "/v1/compare": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BY_PATH)
+def test_unknown_variables_and_other_templates_are_refused(with_variables, path):
+    def error(**body):
+        answer = with_variables[0].post(path, messages=NAMED, **BY_PATH[path], **body)
+        assert answer.status_code == 400
+        return answer.json()["error"]
+
+    unknown = error(chat_template_kwargs={"brief": True, "long": 1})
+    assert unknown["param"] == "chat_template_kwargs"
+    assert "does not read long; it reads brief" in unknown["message"]
+    assert error(chat_template_kwargs=[1])["param"].startswith("chat_template_kwargs")
+    template = error(chat_template="{{ messages }}")
+    assert template["param"] == "chat_template"
+    assert "set their variables with chat_template_kwargs" in template["message"]
+
+
+def test_variables_of_the_chat_template_and_names(with_variables):
+    served, policy, other = with_variables
+    guided = GuidedPolicy(policy, other, method="pargs", beta=2.0)
+    brief = {"brief": True}
+    texts, scores = [], []
+    for more in ({}, {"chat_template_kwargs": brief}):
+        texts.append("".join(served.post("/tokenize", messages=PARTS, **more).json()["token_strs"]))
+        asked = {"messages": PARTS, "completion": "x", "finished": False}
+        scores.append(served.post("/v1/score", **asked, **more).json()["data"][0]["score"])
+        assert scores[-1] == pytest.approx(other.score([NAMED], ["x"], finished=False, **more)[0], abs=1e-4)
+        (expected,) = guided.generate([NAMED], seed=11, max_new_tokens=6, **more)
+        answer = served.post("/v1/chat/completions", model="tiny+other", messages=PARTS, max_tokens=6, seed=11,
+                             guidance={"beta": 2.0}, **more)  # fmt: skip
+        assert answer.json()["choices"][0]["message"]["content"] == expected.text
+        assert served.post("/v1/compare", messages=PARTS, max_tokens=3, **more).status_code == 200
+    assert texts == ["Ann: Hi a:", "Ann: Hi a: no"]
+    assert scores[0] != pytest.approx(scores[1])
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/score", "/v1/compare"])
+def test_variables_without_messages_are_refused(with_variables, path):
+    answer = with_variables[0].post(path, prompt="Hi", chat_template_kwargs={"brief": True}, **BY_PATH[path])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")

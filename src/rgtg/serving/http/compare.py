@@ -69,7 +69,7 @@ def _parse(processor: InputProcessor, body: CompareRequest) -> ParsedComparison:
     guidance = body.guidance or Guidance()
     trace = guidance.trace is not False
     source, param = body.source
-    prompts = processor.encode([source], param)
+    prompts = processor.encode([source], param, body.chat_template_kwargs)
 
     def parse(guidance: Guidance, **changes: Any) -> ParsedRequest:
         changed = body.model_copy(update=changes | {"guidance": guidance})

@@ -74,7 +74,7 @@ def _parse(processor: InputProcessor, body: ChatRequest | CompletionRequest) -> 
     chat = isinstance(body, ChatRequest)
     return processor.parse(
         body,
-        processor.encode(sources, param),
+        processor.encode(sources, param, body.chat_template_kwargs if isinstance(body, ChatRequest) else None),
         param,
         default_tokens=processor.settings.default_max_tokens if chat else _DEFAULT_COMPLETION_TOKENS,
         n=body.n or 1,

@@ -27,7 +27,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 # Decoding setting → the request field that sets it.
 _PARAMS = {
     "max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop",
-    "logit_bias": "logit_bias",
+    "logit_bias": "logit_bias", "chat_template_kwargs": "chat_template_kwargs",
     **{name: f"guidance.{name}" for name in (
         "method", "beta", "top_k", "entropy_gate", "n", "segment_length", "min_segment", "entropy_threshold",
         "reward_threshold", "threshold_start", "retries", "scorers",

@@ -169,8 +169,8 @@ def token_routes(state: ServerState) -> APIRouter:
 
 
 def _encode(processor: InputProcessor, body: TokenizeRequest) -> list[int]:
-    if body.messages is not None or (body.prompt and body.add_special_tokens):
+    if body.messages is not None or body.chat_template_kwargs or (body.prompt and body.add_special_tokens):
         source, param = body.source
-        (prompt,) = processor.encode([source], param)
+        (prompt,) = processor.encode([source], param, body.chat_template_kwargs)
         return list(prompt.ids)
     return list(processor.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids)

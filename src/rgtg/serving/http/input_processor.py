@@ -19,7 +19,7 @@ from rgtg.serving.engine.engine import Engine, num_sequences
 from rgtg.serving.http.errors import ApiError, ParameterNames, from_rgtg
 from rgtg.serving.http.requests import Guidance, Sampling, Source
 from rgtg.serving.settings import ServeSettings
-from rgtg.tokenization.conversation import encode_source
+from rgtg.tokenization.conversation import check_template_kwargs, encode_source
 from rgtg.tokenization.encoding import encode_prompt
 from rgtg.tokenization.token_bytes import TokenBytes
 
@@ -98,25 +98,31 @@ class InputProcessor:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def encode(self, sources: Sequence[Source], param: str) -> list[Prompt]:
+    def encode(
+        self, sources: Sequence[Source], param: str, template_kwargs: dict[str, Any] | None = None
+    ) -> list[Prompt]:
         """Encode prompts; blocking, so call it in a worker thread.
 
         Args:
             sources: texts, token ids or chats.
             param: their field in the request.
+            template_kwargs: variables of the chat template.
 
         Raises:
-            ApiError: too many prompts, an empty one, ids outside the vocabulary, or a chat the template refuses.
+            ApiError: too many prompts, an empty one, ids outside the vocabulary, a chat the template refuses, or
+                variables that it does not read.
         """
         if len(sources) > self.settings.max_prompts:
             raise ApiError(400, f"at most {self.settings.max_prompts} prompts in a request", param=param)
+        if template_kwargs and param != "messages":
+            raise ApiError(400, "chat_template_kwargs applies to messages", param="chat_template_kwargs")
         try:
             with self._tokenizer_lock:
-                return [self._encode_one(source, param) for source in sources]
+                return [self._encode_one(source, param, template_kwargs) for source in sources]
         except DataError as error:
             raise from_rgtg(error, ParameterNames(param)) from error
 
-    def _encode_one(self, source: Source, param: str) -> Prompt:
+    def _encode_one(self, source: Source, param: str, template_kwargs: dict[str, Any] | None) -> Prompt:
         if isinstance(source, str):
             return Prompt(source, tuple(encode_prompt(self.tokenizer, source)), source)
         if isinstance(source[0], int):
@@ -127,7 +133,11 @@ class InputProcessor:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, "this policy has no chat template; use /v1/completions with a prompt", param="messages")
         try:
-            text, ids = encode_source(self.tokenizer, messages)
+            check_template_kwargs(self.tokenizer, template_kwargs)
+        except UsageError as error:
+            raise from_rgtg(error, ParameterNames(param)) from error
+        try:
+            text, ids = encode_source(self.tokenizer, messages, template_kwargs=template_kwargs)
         except Exception as error:  # a template is a program and can raise anything
             raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
         return Prompt(text, tuple(ids), messages)
@@ -321,6 +331,7 @@ def _given_settings(body: Sampling, guidance: Guidance, scorers: tuple[str, ...]
         given["top_k"] = guidance.top_k
     shared: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "stop": body.stop_texts or None}
     shared["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None
+    shared["chat_template_kwargs"] = getattr(body, "chat_template_kwargs", None)
     given |= {name: value for name, value in shared.items() if value is not None}
     if isinstance(guidance.scorers, dict):
         betas = [guidance.scorers[name] for name in scorers]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from rgtg.data.openai_batch import not_supported
 from rgtg.decoding.methods import METHODS
@@ -61,6 +61,7 @@ class TextPart(Body):
 
 _NONE: tuple[Any, ...] = (None,)
 _NONE_OR_EMPTY: tuple[Any, ...] = (None, [])
+_OF_CHATS: dict[str, tuple[Any, ...]] = {"chat_template": _NONE}
 Text = Annotated[str, Tag("#text")]
 
 
@@ -69,20 +70,28 @@ class Message(Body):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "refusal": _NONE, "audio": _NONE, "function_call": _NONE, "tool_calls": _NONE_OR_EMPTY,
-        "annotations": _NONE_OR_EMPTY, "name": _NONE,
+        "annotations": _NONE_OR_EMPTY,
     }  # fmt: skip
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text | Annotated[list[TextPart], Tag("#list"), Field(min_length=1)], _text_or_texts] = Field(
         description="a text, or text parts"
     )
+    name: Name | None = Field(None, description="of who speaks, for chat templates that write it")
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates take it: one text; ``developer`` becomes ``system``."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, **name, "content": text}
 
 
+TemplateKwargs = Annotated[
+    dict[Name, JsonValue] | None,
+    Field(
+        description='variables of the chat template: {"enable_thinking": false}; one that it does not read is an error'
+    ),
+]
 # A prompt: text, token ids or a chat.
 Source = str | list[int] | list[Message]
 
@@ -204,7 +213,7 @@ _OF_BOTH: dict[str, tuple[Any, ...]] = {
 class ChatRequest(ChoicesRequest):
     """``POST /v1/chat/completions``."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_BOTH | {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_BOTH | _OF_CHATS | {
         "audio": _NONE, "metadata": (None, {}), "modalities": (None, ["text"]), "moderation": _NONE,
         "prediction": _NONE, "prompt_cache_key": _NONE, "prompt_cache_options": _NONE, "prompt_cache_retention": _NONE,
         "reasoning_effort": _NONE, "safety_identifier": _NONE, "service_tier": (None, "auto", "default"),
@@ -212,6 +221,7 @@ class ChatRequest(ChoicesRequest):
     }  # fmt: skip
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
+    chat_template_kwargs: TemplateKwargs = None
     max_completion_tokens: Count | None = Field(None, description="newer name of max_tokens")
     logprobs: bool | None = Field(None, description="return log-probabilities under the guided distribution")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
@@ -287,10 +297,13 @@ class CompletionRequest(ChoicesRequest):
 class OnePromptRequest(Body):
     """Fields of a request with one prompt: either ``prompt`` or ``messages``."""
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_CHATS
+
     prompt: Text | None = Field(None, description="a text; or give messages")
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = Field(
         None, description="a chat, rendered with the policy's chat template"
     )
+    chat_template_kwargs: TemplateKwargs = None
 
     @model_validator(mode="after")
     def _either(self) -> Self:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
@@ -52,7 +53,7 @@ def _parse(processor: InputProcessor, body: ScoreRequest, name: str) -> tuple[li
         ApiError: a bad prompt, too many completions, or a completion that does not fit the scorer.
     """
     source, param = body.source
-    (prompt,) = processor.encode([source], param)
+    (prompt,) = processor.encode([source], param, body.chat_template_kwargs)
     completions = [body.completion] if isinstance(body.completion, str) else body.completion
     if (limit := processor.settings.max_prompts) < len(completions):
         raise ApiError(400, f"at most {limit} completions in a request", param="completion")
@@ -72,7 +73,9 @@ def _token_task(
 ) -> ScoringTask:
     """For a scorer of the policy's tokens: one call scores all prefixes."""
     source = prompt.text if prompt.source is None else prompt.source
-    (prompt_ids,), (completion_ids,) = encode_for_scoring(scorer, [source], [text], body.finished)
+    (prompt_ids,), (completion_ids,) = encode_for_scoring(
+        scorer, [source], [text], body.finished, chat_template_kwargs=body.chat_template_kwargs
+    )
     require_within_context([(prompt_ids, completion_ids)], scorer.max_length)
     processor.require_tokens([*prompt_ids, *completion_ids], "completion")
     return ScoringTask(completion_ids, [partial(_score_tokens, scorer, prompt_ids, completion_ids)])
@@ -86,7 +89,7 @@ def _text_task(
     ids = encode_completion(tokenizer, prompt.text, text, templated=body.messages is not None, append_eos=False)
     lengths = range(1, len(ids)) if body.prefixes else ()
     prefixes = [decode_completion(tokenizer, prompt.ids, ids[:length]) for length in lengths]
-    score = partial(_score_texts, scorer, prompt)
+    score = partial(_score_texts, scorer, prompt, kwargs=body.chat_template_kwargs)
     parts = range(0, len(prefixes), _TEXTS_PER_CALL)
     calls = [partial(score, prefixes[i : i + _TEXTS_PER_CALL], finished=False) for i in parts]
     return ScoringTask(ids, [*calls, partial(score, [text], finished=body.finished)])
@@ -99,8 +102,11 @@ def _score_tokens(scorer: AnyScorer, prompt_ids: list[int], completion_ids: list
     return [float(score) for score in scorer.score_prefixes([prompt_ids], [completion_ids])[0]]
 
 
-def _score_texts(scorer: CrossTokenizerScorer, prompt: Prompt, texts: Sequence[str], *, finished: bool) -> list[float]:
-    return scorer.score([prompt.source or prompt.text] * len(texts), texts, finished=finished)
+def _score_texts(
+    scorer: CrossTokenizerScorer, prompt: Prompt, texts: Sequence[str], *, finished: bool, kwargs: dict[str, Any] | None
+) -> list[float]:
+    sources = [prompt.source or prompt.text] * len(texts)
+    return scorer.score(sources, texts, finished=finished, chat_template_kwargs=kwargs)
 
 
 @torch.inference_mode()
