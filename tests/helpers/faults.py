@@ -95,3 +95,24 @@ def of_committed_texts(owner):
 def of_whole_texts(owner):
     """What scores whole texts: every row is one value."""
     return Fault(owner, "score_ids", lambda rows: [{tuple(row)} for row in rows])
+
+
+# Where it fails: scorers of the requests (of `helpers.scorer_kinds.every_scorer`), what fails in one of them (or the
+# policy), and in which.
+PLACES = {
+    "policy": ((), of_tokens, "policy"),
+    "separate scorer": (("separate",), of_tokens, "separate"),
+    "second separate scorer": (("other", "separate"), of_tokens, "separate"),
+    "token reward": (("vocabulary scorer",), of_tokens, "vocabulary scorer"),
+    "the policy's tree": (("state",), of_tokens, "policy"),
+    "state head": (("state",), of_states, "state"),
+    "vocabulary head": (("vocab",), of_candidates, "vocab"),
+    "fused adapter": (("adapter",), of_tokens, "adapter"),
+    "second pass": (("state", "adapter"), of_tokens, "adapter"),
+    "text": (("text",), of_texts, "text"),
+    "committed text": (("text",), of_committed_texts, "text"),
+    "text scorer's model": (("text",), of_tokens, "text"),
+    "encoder": (("encoder",), of_whole_texts, "encoder"),
+    "overlapped scorer": (("separate",), of_tokens, "separate"),
+    "overlapped policy": (("separate",), of_tokens, "policy"),
+}

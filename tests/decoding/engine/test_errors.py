@@ -8,7 +8,7 @@ import torch
 
 from helpers import faults
 from helpers.batches import make_request, prefill_chunked, run, start
-from helpers.faults import BOOM
+from helpers.faults import BOOM, PLACES
 from helpers.scorer_kinds import every_scorer
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.request import prompt_source
@@ -18,24 +18,6 @@ from rgtg.tokenization.encoding import decode_completion
 
 PROMPTS = [[0, 5, 9, 12, 33], [0, 44], [0, 7, 7, 30, 31], [0, 11, 25]]
 LENGTH = 8
-# Where it fails: scorers of the requests, what fails in one of them (or the policy), and in which.
-PLACES = {
-    "policy": ((), faults.of_tokens, "policy"),
-    "separate scorer": (("separate",), faults.of_tokens, "separate"),
-    "second separate scorer": (("other", "separate"), faults.of_tokens, "separate"),
-    "token reward": (("vocabulary scorer",), faults.of_tokens, "vocabulary scorer"),
-    "the policy's tree": (("state",), faults.of_tokens, "policy"),
-    "state head": (("state",), faults.of_states, "state"),
-    "vocabulary head": (("vocab",), faults.of_candidates, "vocab"),
-    "fused adapter": (("adapter",), faults.of_tokens, "adapter"),
-    "second pass": (("state", "adapter"), faults.of_tokens, "adapter"),
-    "text": (("text",), faults.of_texts, "text"),
-    "committed text": (("text",), faults.of_committed_texts, "text"),
-    "text scorer's model": (("text",), faults.of_tokens, "text"),
-    "encoder": (("encoder",), faults.of_whole_texts, "encoder"),
-    "overlapped scorer": (("separate",), faults.of_tokens, "separate"),
-    "overlapped policy": (("separate",), faults.of_tokens, "policy"),
-}
 
 
 def requests_of(policy, names):
