@@ -15,13 +15,14 @@ from rgtg.data.pairs import TokenizedPair, tokenize_pairs
 from rgtg.errors import NonFiniteError, OutputError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import fingerprint_weights, read_info
 from rgtg.models.scorers.base import load_scorer
 from rgtg.training.arguments import reward_config
 from rgtg.training.data import state_cache
 from rgtg.training.data.state_cache import cache_states
 from rgtg.training.train import train_scorer
-from rgtg.training.train_head import RANK, TABLE_ENTRIES, table_rank
+from rgtg.training.train_head import RANK, TABLE_ENTRIES, policy_files, table_rank
 from rgtg.training.trainers.head import (
     HeadTrainer,
     StatePairs,
@@ -295,3 +296,17 @@ def test_evaluation_during_training_is_logged(policy_folder, pairs_file, tmp_pat
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
     assert len([line for line in lines if "eval_loss" in line]) >= 3
     assert all(line["layer"] == 1 for line in lines)
+
+
+def test_a_gguf_policy_is_known_by_its_file_and_by_its_conversion(tmp_path):
+    pytest.importorskip("gguf", reason="GGUF files need gguf: pip install 'rgtg[gguf]'")
+    from helpers.gguf_files import write_gguf
+
+    path = write_gguf(tmp_path / "a.gguf", "qwen2")
+    (alone,) = policy_files(str(path))
+    assert alone == describe_policy_files(str(path))
+    load_policy(str(path), cache_gguf=True)
+    folder = str(tmp_path / "a.gguf.bf16")
+    both = {"gguf": alone.fingerprint, "safetensors": describe_policy_files(folder).fingerprint}
+    for source in (str(path), folder):
+        assert {files.format: files.fingerprint for files in policy_files(source)} == both

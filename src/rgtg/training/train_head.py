@@ -8,6 +8,7 @@ from typing import Any
 
 from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError, UsageError
+from rgtg.models.loading.gguf import CONVERTED, converted_folder, find_gguf
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
@@ -35,6 +36,7 @@ from rgtg.training.trainers.head import (
     vocabulary_size,
 )
 from rgtg.training.trainers.resumable import TrainedModel, TrainingRun
+from rgtg.types.scorer import PolicyFiles
 
 WIDTHS = (64, 256)  # that an automatic choice tries
 RANK = 16  # of the token table; larger ranks memorise the training pairs (docs/training.md)
@@ -78,7 +80,7 @@ class HeadTraining:
             "vocabulary": vocabulary_size(self.policy) if settings.head == "vocab" else None,
             "normalisation": "standardize",
             "activation": "gelu",
-            "policy_files": [describe_policy_files(settings.base)],
+            "policy_files": policy_files(settings.base),
         }
 
     def require_data(self, data: TrainData) -> None:
@@ -228,6 +230,16 @@ class HeadTraining:
         choice = trained.record.choice
         with self.run.stop.defer():
             save_trained_head(self._folder(choice.layer, choice.width), trained, self.run.facts)
+
+
+def policy_files(source: str) -> list[PolicyFiles]:
+    """Fingerprints of the policy's files; of a GGUF file and of its conversion, where both are there."""
+    other: Path | None = None
+    if gguf := find_gguf(source):
+        other = converted_folder(gguf)
+    elif (folder := Path(source)).suffix == CONVERTED and converted_folder(file := folder.with_suffix("")) == folder:
+        other = file
+    return [describe_policy_files(str(one)) for one in (source, other) if one is not None]
 
 
 def candidate_layers(settings: TrainSettings, model: Any) -> list[int]:

@@ -45,4 +45,3 @@ def run_vllm(vllm_python, vllm_world, tmp_path_factory):
         return [result["tokens"][str(i)] for i in range(len(requests))], result["counters"]
 
     return run
-

@@ -60,7 +60,7 @@ def test_equal_to_the_draw_of_the_decoding_loop(method, top_k, names):
     expected = torch.zeros(3, 40).scatter(1, drawn.ids, drawn.guided.exp())
 
     guide = read_guide(xargs(names, betas, top_k=top_k, method=method), KNOWN)
-    guide_rows(logits, {i: guide for i in range(3)}, tables)
+    guide_rows(logits, dict.fromkeys(range(3), guide), tables)
     torch.testing.assert_close(torch.softmax(logits, -1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -78,6 +78,13 @@ def test_other_rows_are_not_touched_and_order_does_not_matter():
         alone = before.clone()
         guide_rows(alone, {row: guide}, tables)
         torch.testing.assert_close(logits[row], alone[row])
+
+
+def test_padding_is_no_candidate():
+    logits, tables = torch.zeros(1, 40), scorers(1)
+    logits[0, 38:] = 50.0
+    guide_rows(logits, {0: read_guide(xargs("a", 1.0, top_k=39), KNOWN)}, tables, torch.tensor([38, 39]))
+    assert logits[0].isfinite().tolist() == [True] * 38 + [False] * 2
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])

@@ -12,7 +12,7 @@ _PLACES = {
     "guided_params": "rgtg.engines.vllm.arguments",
     "xargs": "rgtg.engines.vllm.arguments",
 }
-__all__ = ["Guidance", "guided_params", "xargs"]  # noqa: F822  # __getattr__ has them
+__all__ = ["Guidance", "guided_params", "xargs"]  # by __getattr__
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ class TorchHead:
         self._mean, self._std, self._w1, self._b1, self._w2, self._b2, self._table, self._bias = tensors
 
     def score(self, states: Tensor, candidate_ids: Tensor | None) -> Tensor:
-        """Scores (R, K) of candidates (R, K) at states (R, H) of any dtype; (R, V) of all tokens where they are None."""
+        """Scores (R, K) of candidates (R, K) at states (R, H); (R, V) of all tokens where they are None."""
         standardized = (states.float() - self._mean) / self._std
         hidden = torch.nn.functional.gelu(torch.nn.functional.linear(standardized, self._w1, self._b1))
         query = torch.nn.functional.linear(hidden, self._w2, self._b2)  # (R, rank)
@@ -52,13 +52,16 @@ class HeadOnStates:
         return self.head.score(self.states[list(rows)], candidate_ids)
 
 
-def guide_rows(logits: Tensor, guides: Mapping[int, Guide], scorers: Mapping[str, RowScorer]) -> list[int]:
+def guide_rows(
+    logits: Tensor, guides: Mapping[int, Guide], scorers: Mapping[str, RowScorer], padding: Tensor | None = None
+) -> list[int]:
     """Guide some rows of logits (B, V) fp32, in place.
 
     Args:
         logits: of the policy, after bans and biases; -inf excludes a token.
         guides: by row.
         scorers: by name.
+        padding: (P,) ids without a token, which are no candidates; None if there are none.
 
     Returns:
         Rows that are left to the policy because a scorer gave scores that are not finite.
@@ -71,6 +74,8 @@ def guide_rows(logits: Tensor, guides: Mapping[int, Guide], scorers: Mapping[str
         # 1. the policy's candidates V_k; all tokens where there is no k, or where it counts sums
         index = torch.tensor(rows, device=logits.device)
         own = logits if rows == list(range(len(logits))) else logits[index]  # (R, V)
+        if padding is not None:
+            own = own.index_fill(1, padding, -torch.inf)
         k = min(top_k or own.shape[1], own.shape[1])
         if kind != "sum" and k < own.shape[1]:
             values, ids = own.topk(k, -1)

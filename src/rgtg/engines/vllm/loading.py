@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from rgtg.engines.vllm.guide import TorchHead
 from rgtg.engines.vllm.scorer_file import scorers_of_server
 from rgtg.engines.vllm.states import registered
@@ -9,6 +11,7 @@ from rgtg.errors import UsageError
 from rgtg.models.loading.hub import with_revision
 from rgtg.models.scorers.head_file import HeadFile, read_head
 from rgtg.tokenization.encoding import tokenizer_hash
+from rgtg.tokenization.vocabulary import ids_without_token
 
 
 def require_engine(vllm_config: Any) -> None:
@@ -62,9 +65,21 @@ def require_policy(model_config: Any, head: HeadFile) -> None:
     }
     for field, size in found.items():
         if getattr(head.info, field) != size:
-            raise UsageError(f"{head.folder}: {field} is {getattr(head.info, field)}, and the served policy's is {size}")
+            raise UsageError(
+                f"{head.folder}: {field} is {getattr(head.info, field)}, and the served policy's is {size}"
+            )
     if not model_config.skip_tokenizer_init:
         head.require_tokenizer(tokenizer_hash(_tokenizer(model_config)))
+
+
+def padding_ids(model_config: Any, device: Any) -> torch.Tensor | None:
+    """Ids (P,) of the policy's output layer without a token, which are no candidates; None if there are none."""
+    if model_config.skip_tokenizer_init:
+        return None
+    rows = model_config.get_vocab_size()
+    size, missing = ids_without_token(_tokenizer(model_config), rows)
+    ids = [*missing, *range(size, rows)]
+    return torch.tensor(ids, device=device) if ids else None
 
 
 def _tokenizer(model_config: Any) -> Any:

@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor import process_dict_updates
 
 from rgtg.engines.vllm.arguments import Guide, read_guide, require_sampling
 from rgtg.engines.vllm.guide import HeadOnStates, guide_rows
-from rgtg.engines.vllm.loading import load_heads, require_engine
+from rgtg.engines.vllm.loading import load_heads, padding_ids, require_engine
 from rgtg.engines.vllm.scorer_file import scorers_of_server
 from rgtg.engines.vllm.states import LATEST
 
@@ -53,6 +53,7 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         self._device = device_or_states if self._first_version else device_or_states.device
         self._known = {name: one.scores_vocabulary for name, one in scorers_of_server().items()}
         self._heads = load_heads(vllm_config, self._device)
+        self._padding = padding_ids(vllm_config.model_config, self._device)
         self._speculates = vllm_config.speculative_config is not None
         self._running: dict[int, _Guided] = {}  # by row (V1) or slot (V2)
         self._warned = False
@@ -110,7 +111,7 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
             return logits
         assert states is not None, "there are guided requests"
         scorers = {name: HeadOnStates(head, states) for name, head in self._heads.items()}
-        unscored = guide_rows(logits, guided, scorers)
+        unscored = guide_rows(logits, guided, scorers, self._padding)
         if unscored and not self._warned:
             self._warned = True
             _logger.warning("a scorer gave scores that are not finite; those tokens were left to the policy")

@@ -34,7 +34,7 @@ def describe_policy_files(source: str) -> PolicyFiles:
     """
     try:
         paths = _weight_files(Path(local_folder(source)))
-        if paths[0].suffix == ".gguf":
+        if paths[0].suffix.lower() == ".gguf":
             return PolicyFiles(format="gguf", fingerprint=_fingerprint_gguf(paths))
         tensors = sorted((tensor for path in paths for tensor in _tensors(path)), key=lambda one: one.name.encode())
         casts = {"bfloat16": _round_to_bfloat16, "float16": _round_to_float16}
@@ -50,7 +50,7 @@ def describe_policy_files(source: str) -> PolicyFiles:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return _parts_of_gguf(path)
     if (path / _INDEX).is_file():
         try:
@@ -63,7 +63,8 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     found = sorted(path.glob("*.safetensors"))
-    if not found and len(models := [p for p in sorted(path.glob("*.gguf")) if _part(p) in (None, 1)]) == 1:
+    models = [one for one in sorted(path.glob("*.gguf")) if _part(one) in (None, 1) and one.name[:6] != "mmproj"]
+    if not found and len(models) == 1:
         found = _parts_of_gguf(models[0])
     if not found:
         raise ModelNotFoundError(f"{path} holds neither safetensors weights nor one GGUF model: it is no policy")
