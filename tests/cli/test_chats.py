@@ -223,3 +223,31 @@ def test_the_same_chats_are_compared_swept_audited_and_shown(tmp_path, policy, p
         for texts, ends, rewards in zip(row["texts"], row["finished"], row["rewards"], strict=True):
             ids = stock_ids(own, row["messages"], texts[0], finished=ends[0])
             assert rewards[0] == pytest.approx(stock_reward(gold, ids), abs=1e-4)
+
+
+def test_scorers_are_trained_checked_and_audited_with_variables_of_the_template(tmp_path):
+    policy = save(chat_policy(), chat_tokenizer(THINKING), tmp_path / "policy")
+    reply = [[{"role": "assistant", "content": text}] for text in ("Four.", "Five.")]
+    question = [{"role": "user", "content": "Two and two?"}]
+    rows = [{"prompt": [{**question[0], "content": f"{i}?"}], "chosen": as_parts(reply[0]), "rejected": reply[1]}
+            for i in range(4)]  # fmt: skip
+    pairs = write(tmp_path / "pairs.jsonl", rows)
+    kwargs = ["--chat-template-kwargs", '{"enable_thinking": false}']
+    checked = run("data", "check", pairs, "--tokenizer", policy, "--json", *kwargs)
+    assert checked.exit_code == 0, checked.output
+    assert json.loads(checked.stdout)["kept"] == 4
+    trained = run("train", "--pairs", pairs, "--base", policy, "--output", tmp_path / "scorer", *kwargs, "--quiet",
+                  "--set", "train.max_steps=1", "--set", "train.use_cpu=true")  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    settings = json.loads((tmp_path / "scorer" / "settings.json").read_text())
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
+    audited = run("audit", "--scorer", tmp_path / "scorer", "--pairs", pairs, "--json", "--bootstrap", 100, *kwargs)
+    assert audited.exit_code == 0, audited.output
+    commands = [
+        ["data", "check", pairs, "--tokenizer", policy],
+        ["audit", "--scorer", tmp_path / "scorer", "--pairs", pairs],
+        ["train", "--pairs", pairs, "--base", policy, "--output", tmp_path / "no"],
+    ]
+    for command in commands:
+        refused = run(*command, "--chat-template-kwargs", '{"thinking": 1}')
+        assert (refused.exit_code, "does not read thinking; it reads enable_thinking" in refused.stderr) == (2, True)

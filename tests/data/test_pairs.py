@@ -208,6 +208,56 @@ def test_every_form_of_chat_row_gives_the_same_pair(tmp_path, chat_tokenizer):
         assert read_pairs(path, tokenizer=chat_tokenizer).pairs == [expected, PreferencePair(**GOOD)]
 
 
+def test_pairs_of_text_parts_are_read_as_text(tmp_path, chat_tokenizer):
+    def parts(role, *texts):
+        return [{"role": role, "content": [{"type": "text", "text": text} for text in texts]}]
+
+    given = {"prompt": parts("user", "Two and ", "two?"), "chosen": parts("assistant", "Four."),
+             "rejected": parts("assistant", "Five.")}  # fmt: skip
+    plain = {name: [said(rows[0]["role"], "".join(part["text"] for part in rows[0]["content"]))]
+             for name, rows in given.items()}  # fmt: skip
+    one, other = (read_pairs(write_rows(tmp_path / "pairs.jsonl", row), tokenizer=chat_tokenizer)
+                  for row in (given, plain))  # fmt: skip
+    assert (one.pairs, one.fingerprint) == (other.pairs, other.fingerprint)
+    image = {"type": "image", "image": "x.png"}
+    for row, reason in (
+        (given | {"chosen": [{"role": "assistant", "content": [image]}]}, "message 1 of chosen holds 'image'"),
+        (plain | {"tools": [{}]}, "unsupported field: tools"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            read_pairs(write_rows(tmp_path / "pairs.jsonl", row), tokenizer=chat_tokenizer)
+
+
+def test_variables_of_the_chat_template_belong_to_a_run_or_to_a_row(tmp_path, tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace("assistant: {%", "assistant: {{ 'no' if brief }}{%").replace(
+        "{{ m.role }}:", "{{ m.role }}:{{ ' no' if brief and m.role == 'assistant' }}"
+    )
+    row = {"prompt": [said("user", "a")], "chosen": [said("assistant", "b")], "rejected": [said("assistant", "c")]}
+    path = write_rows(tmp_path / "pairs.jsonl", row, row | {"chat_template_kwargs": {"brief": False}})
+    brief, own = read_pairs(path, tokenizer=tokenizer, chat_template_kwargs={"brief": True}).pairs
+    assert (brief.prompt, brief.chosen) == ("user: a</s>\nassistant: no", " b</s>\n")
+    assert (own.prompt, own.chosen) == ("user: a</s>\nassistant: ", "b</s>\n")
+    with pytest.raises(UsageError, match="does not read long; it reads brief"):
+        read_pairs(path, tokenizer=tokenizer, chat_template_kwargs={"long": True})
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: bad value: the chat template does not read long"):
+        read_pairs(
+            write_rows(tmp_path / "other.jsonl", row | {"chat_template_kwargs": {"long": 1}}), tokenizer=tokenizer
+        )
+    with pytest.raises(UsageError, match=r"applies to chats, and .* holds none"):
+        read_pairs(write_rows(tmp_path / "p.jsonl", GOOD), tokenizer=tokenizer, chat_template_kwargs={"brief": True})
+    with pytest.raises(UsageError, match="give its tokenizer"):
+        read_pairs(path, chat_template_kwargs={"brief": True})
+
+
+def test_chats_as_people_read_them_need_no_tokenizer(tmp_path):
+    system = [said("system", "Be brief."), said("user", "Hi")]
+    replies = {"chosen": [said("assistant", "Ho")], "rejected": [said("assistant", "Hm")]}
+    path = write_rows(tmp_path / "pairs.jsonl", {"prompt": system[1:]} | replies, {"prompt": system} | replies, GOOD)
+    read = read_pairs(path, readable=True).pairs
+    assert [pair.prompt for pair in read] == ["Hi", "System: Be brief.\n\nUser: Hi", GOOD["prompt"]]
+    assert (read[0].chosen, read[1].rejected, read[0].prompt_templated) == ("Ho", "Hm", False)
+
+
 def test_a_text_prompt_must_be_the_last_shared_message(tmp_path, chat_tokenizer):
     ask, good, bad = said("user", "hi"), said("assistant", "hello"), said("assistant", "no")
     path = write_rows(tmp_path / "pairs.jsonl", {"prompt": "ho", "chosen": [ask, good], "rejected": [ask, bad]})

@@ -80,6 +80,7 @@ def _audit_pairs(model: Any, settings: AuditSettings) -> "AuditResult":
         seed=settings.seed,
         on_bad=settings.on_bad,
         rejects=settings.output / "rejects.jsonl" if settings.output and settings.on_bad == "skip" else None,
+        chat_template_kwargs=settings.chat_template_kwargs,
     )
     if settings.output:
         with atomic_write(settings.output / "audit.png") as partial:

@@ -22,7 +22,7 @@ def _group() -> None:
 
 
 @app.command("check")
-@command(DataCheckSettings, "file tokenizer max_length on_bad output rejects")
+@command(DataCheckSettings, "file tokenizer max_length chat_template_kwargs on_bad output rejects")
 def check(settings: DataCheckSettings, invocation: Invocation) -> None:
     """Check preference pairs row by row, and show sizes, lengths, length bias and what is wrong."""
     for name, given in (("--rejects", settings.rejects), ("--output", settings.output)):
@@ -51,7 +51,7 @@ def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> 
     with reading_bar("checking", quiet=quiet) as progress:
         reader = PairReader(
             settings.file, tokenizer=tokenizer, max_length=settings.max_length, on_bad=settings.on_bad,
-            rejects=rejects, progress=progress,
+            rejects=rejects, progress=progress, chat_template_kwargs=settings.chat_template_kwargs,
         )  # fmt: skip
         for _ in reader:
             pass

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from rgtg.config.base import OnBad, Settings
+from rgtg.config.base import OnBad, Settings, TemplateKwargs
 from rgtg.config.decoding import ModelSettings
 
 
@@ -17,6 +17,7 @@ class DataCheckSettings(Settings):
     file: str = Field(description=".jsonl, .gz/.xz/.zst of it, .parquet, or a hub id owner/name:split")
     tokenizer: str | None = Field(None, description="folder or hub id; needed for chat messages and lengths in tokens")
     max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
+    chat_template_kwargs: TemplateKwargs = None
     on_bad: OnBad = "error"
     output: Path | None = Field(None, description="folder for rejects.jsonl; default: the current folder")
     rejects: Path | None = Field(None, description="file of skipped rows; default: rejects.jsonl in --output")

@@ -76,6 +76,8 @@ class AuditSettings(DeviceSettings):
             raise ValueError(
                 f"{', '.join(fixed)}: fixed by the roll-outs file; give --prompts and --reward to make another"
             )
+        if not self.makes_rollouts and self.pairs is None and self.chat_template_kwargs:
+            raise ValueError("chat_template_kwargs: fixed by the roll-outs file")
         if self.beta is not None and self.kl_nats is not None:
             raise ValueError("give --beta or --kl-nats, not both")
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rgtg.config.base import OnBad, Settings
+from rgtg.config.base import OnBad, Settings, TemplateKwargs
 
 
 class _Group(BaseModel):
@@ -123,6 +123,7 @@ class TrainSettings(Settings):
     eval_rollouts: str | None = Field(None, description="held-out rollouts; default: a part of rollouts")
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="part of the prompts held out if there is no eval data")
     max_length: int | None = Field(None, ge=2, description="longest prompt + completion, in tokens")
+    chat_template_kwargs: TemplateKwargs = None
     on_bad: OnBad = "error"
     lora: LoraSettings | None = None
     resume: bool = Field(False, description="save checkpoints, and resume from the newest")

@@ -6,7 +6,13 @@ from typing import Any
 
 from rgtg.data.sources import RejectReason, RowError
 from rgtg.errors import DataError, UsageError, one_line
-from rgtg.tokenization.conversation import RenderedReplies, render_replies, text_of_content
+from rgtg.tokenization.conversation import (
+    RenderedReplies,
+    TemplateKwargs,
+    check_template_kwargs,
+    render_replies,
+    text_of_content,
+)
 from rgtg.types.generation import PreferencePair
 
 HH_TURN = "\n\nAssistant:"
@@ -15,12 +21,17 @@ _JSON_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true/false
 Message = dict[str, Any]
 
 
-def to_pair(row: Any, tokenizer: Any = None) -> PreferencePair:
+def to_pair(
+    row: Any, tokenizer: Any = None, *, template_kwargs: TemplateKwargs | None = None, readable: bool = False
+) -> PreferencePair:
     """Read one row as a preference pair.
 
     Args:
-        row: its JSON value; fields other than prompt, chosen and rejected are ignored.
+        row: its JSON value; fields other than prompt, chosen and rejected are ignored, except chat_template_kwargs
+            and tools of chats.
         tokenizer: renders chat messages; plain text needs none.
+        template_kwargs: variables of the chat template, for rows that have none of their own.
+        readable: write chats as people read them, instead of rendering them.
 
     Raises:
         RowError: the row cannot be used.
@@ -29,7 +40,7 @@ def to_pair(row: Any, tokenizer: Any = None) -> PreferencePair:
     require_fields(row, ("chosen", "rejected"))
     try:
         if isinstance(row["chosen"], list) or isinstance(row.get("prompt"), list):
-            return _chat_pair(row, tokenizer)
+            return _readable_pair(row) if readable else _chat_pair(row, tokenizer, template_kwargs)
         return _text_pair(row)
     except RecursionError as error:
         raise RowError(RejectReason.WRONG_TYPE, "lists are nested too deeply") from error
@@ -71,16 +82,24 @@ def to_prompt_or_chat(row: Any) -> str | list[Message]:
     Raises:
         RowError: the row has neither, or offers tools, which are not supported.
     """
-    if isinstance(row, dict) and row.get("tools"):
-        raise RowError(RejectReason.UNSUPPORTED, "tools: not supported; leave it out")
-    if isinstance(row, dict) and isinstance(row.get("prompt"), list):
+    if not isinstance(row, dict):
+        return to_prompt(row)
+    if isinstance(row.get("prompt"), list):
+        _refuse_tools(row)
         return to_chat(row["prompt"], "prompt")
-    if isinstance(row, dict) and row.get("prompt") is None and row.get("messages") is not None:
+    if row.get("prompt") is None and row.get("messages") is not None:
+        _refuse_tools(row)
         return to_chat(row["messages"], "messages")
-    if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), list):
+    if "prompt" not in row and isinstance(row.get("chosen"), list):
+        _refuse_tools(row)
         require_fields(row, ("chosen", "rejected"))
         return to_chat(_chat_parts(row)[0], "chosen")
     return to_prompt(row)
+
+
+def _refuse_tools(row: dict[str, Any]) -> None:
+    if row.get("tools"):
+        raise RowError(RejectReason.UNSUPPORTED, "tools: not supported; leave it out")
 
 
 def to_template_kwargs(row: Any) -> dict[str, Any]:
@@ -190,14 +209,36 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _chat_pair(row: dict[str, Any], tokenizer: Any) -> PreferencePair:
+def _chat_pair(row: dict[str, Any], tokenizer: Any, template_kwargs: TemplateKwargs | None) -> PreferencePair:
+    prompt, chosen, rejected = _usable_chat_parts(row)
+    kwargs = to_template_kwargs(row)
+    if kwargs and tokenizer is not None:
+        try:
+            check_template_kwargs(tokenizer, kwargs)
+        except UsageError as error:
+            raise RowError(RejectReason.BAD_VALUE, one_line(error, 200)) from error
+    rendered = _render(tokenizer, prompt, chosen, rejected, kwargs or template_kwargs)
+    return _pair(rendered.prompt, *rendered.replies, templated=True)
+
+
+def _readable_pair(row: dict[str, Any]) -> PreferencePair:
+    prompt, chosen, rejected = _usable_chat_parts(row)
+    return _pair(readable_prompt(prompt), _readable_reply(chosen), _readable_reply(rejected))
+
+
+def _readable_reply(tail: list[Message]) -> str:
+    return _said(tail[0]) if len(tail) == 1 else readable_prompt(tail)
+
+
+def _usable_chat_parts(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The messages of the prompt, and those of both replies, none of which is empty."""
+    _refuse_tools(row)
     prompt, chosen, rejected = _chat_parts(row)
     for name, tail in (("chosen", chosen), ("rejected", rejected)):
         _require_reply(name, tail)
     if not any(message["content"].strip() for message in prompt):
         raise RowError(RejectReason.EMPTY_PROMPT)
-    rendered = _render(tokenizer, prompt, chosen, rejected)
-    return _pair(rendered.prompt, *rendered.replies, templated=True)
+    return prompt, chosen, rejected
 
 
 def _pair(prompt: str, chosen: str, rejected: str, *, templated: bool = False) -> PreferencePair:
@@ -273,11 +314,17 @@ def _require_reply(name: str, tail: list[Message]) -> None:
         raise RowError(RejectReason.NO_SHARED_PROMPT, f"{name} holds a {asked!r} message after the shared ones")
 
 
-def _render(tokenizer: Any, prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> RenderedReplies:
+def _render(
+    tokenizer: Any,
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    template_kwargs: TemplateKwargs | None,
+) -> RenderedReplies:
     if tokenizer is None:
         raise UsageError("the row holds chat messages: give a tokenizer (--tokenizer DIR), whose template renders them")
     try:
-        return render_replies(tokenizer, prompt, [chosen, rejected])
+        return render_replies(tokenizer, prompt, [chosen, rejected], template_kwargs=template_kwargs)
     except DataError as error:
         raise RowError(RejectReason.CHAT_TEMPLATE, one_line(error, 200)) from error
 

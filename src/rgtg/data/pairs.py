@@ -22,7 +22,7 @@ from rgtg.data.sources import (
     usable_rows,
 )
 from rgtg.errors import DataError, UsageError
-from rgtg.tokenization.conversation import RenderedReplies, encode_replies
+from rgtg.tokenization.conversation import RenderedReplies, TemplateKwargs, check_template_kwargs, encode_replies
 from rgtg.tokenization.encoding import encode_completion, encode_prompt
 from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.types.generation import PreferencePair
@@ -107,12 +107,18 @@ class PairReader:
         on_bad: Literal["error", "skip"] = "error",
         rejects: Path | None = None,
         progress: ReadProgress | None = None,
+        chat_template_kwargs: TemplateKwargs | None = None,
+        readable: bool = False,
     ) -> None:
         check_arguments(source, tokenizer, max_length, on_bad, rejects)
+        if chat_template_kwargs:
+            if tokenizer is None:
+                raise UsageError("chat_template_kwargs are variables of a chat template: give its tokenizer")
+            check_template_kwargs(tokenizer, chat_template_kwargs)
         self.source, self.on_bad, self.progress = source, on_bad, progress
         self.rejects = rejects if on_bad == "skip" else None
         self._bad = BadRowCounter(str(source))
-        self._checker = _PairChecker(str(source), tokenizer, max_length)
+        self._checker = _PairChecker(str(source), tokenizer, max_length, chat_template_kwargs, readable)
 
     def __iter__(self) -> "Iterator[tuple[PreferencePair, TokenizedPair | None]]":
         yield from usable_rows(
@@ -120,6 +126,8 @@ class PairReader:
         )
         nothing = "Nothing is left to use: check that the file is in a format rgtg reads."
         self._bad.finish(len(self._checker.seen), self.on_bad, self.rejects, nothing)
+        if self._checker.template_kwargs and not self._checker.chats:
+            raise UsageError(f"chat_template_kwargs applies to chats, and {self.source} holds none")
 
     @property
     def fingerprint(self) -> str:
@@ -139,6 +147,8 @@ def read_pairs(
     max_length: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
+    readable: bool = False,
 ) -> Pairs:
     """Read and check all preference pairs of a file or a hub dataset.
 
@@ -148,6 +158,8 @@ def read_pairs(
         max_length: longest prompt + completion in tokens; needs a tokenizer.
         on_bad: ``error`` raises an error if any row is bad; ``skip`` leaves bad rows out.
         rejects: file to which ``skip`` writes each bad row with file, line, reason and raw text, as JSONL.
+        chat_template_kwargs: variables of the tokenizer's chat template, for rows that have none of their own.
+        readable: write chats as people read them, instead of rendering them.
 
     Raises:
         DataError: bad rows (``error``), no usable row, chat rows without a chat template, or a file that is empty,
@@ -155,7 +167,10 @@ def read_pairs(
         UsageError: no such file, an unknown kind of file, an unreachable hub dataset, or invalid arguments.
         OutputError: ``rejects`` cannot be written.
     """
-    reader = PairReader(source, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad, rejects=rejects)
+    reader = PairReader(
+        source, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad, rejects=rejects,
+        chat_template_kwargs=chat_template_kwargs, readable=readable,
+    )  # fmt: skip
     pairs = [pair for pair, _ in reader]
     return Pairs(pairs, reader.fingerprint, reader.summary)
 
@@ -247,6 +262,9 @@ class _PairChecker:
     source: str
     tokenizer: Any
     max_length: int | None
+    template_kwargs: TemplateKwargs | None = None
+    readable: bool = False
+    chats: int = 0
     lengths: list["array[int]"] = field(default_factory=lambda: [array("Q") for _ in range(3)])
     seen: dict[bytes, int] = field(default_factory=dict)
     digest: Any = field(default_factory=hashlib.sha256)
@@ -256,7 +274,7 @@ class _PairChecker:
     def check(self, line: int, row: Any) -> tuple[PreferencePair, TokenizedPair | None]:
         """Convert and tokenize a row; raise RowError if it cannot be used."""
         try:
-            pair = to_pair(row, self.tokenizer)
+            pair = to_pair(row, self.tokenizer, template_kwargs=self.template_kwargs, readable=self.readable)
         except UsageError as error:  # chat messages without a chat template
             raise DataError(f"{self.source}:{line}: {error}") from error
         content = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.prompt_templated]).encode()
@@ -265,6 +283,7 @@ class _PairChecker:
             raise RowError(RejectReason.DUPLICATE, f"the same as line {self.seen[key]}")
         ids = self._tokenized(pair)
         self.seen[key] = line
+        self.chats += pair.prompt_templated
         self.digest.update(content + b"\n")
         parts = (pair.prompt, pair.chosen, pair.rejected) if ids is None else ids.parts
         for lengths, part in zip(self.lengths, parts, strict=True):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from rgtg.data.completions import completion_source, completion_text, is_chat
 from rgtg.data.formats import to_template_kwargs
 from rgtg.data.sources import BadRowCounter, ReadProgress, RejectReason, RowError, check_arguments, usable_rows
-from rgtg.errors import DataError, one_line
-from rgtg.tokenization.conversation import TemplateKwargs, encode_completed, render_chat
+from rgtg.errors import DataError, UsageError, one_line
+from rgtg.tokenization.conversation import TemplateKwargs, check_template_kwargs, encode_completed, render_chat
 
 _COLUMNS = ("prompt", "messages", "chat_template_kwargs", "text", "completion", "reward", "finish_reason")
 
@@ -70,7 +70,7 @@ def read_rollouts(
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
     progress: ReadProgress | None = None,
-    template_kwargs: TemplateKwargs | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> Rollouts:
     """Read rows of prompt, text (or completion) and reward, as ``rgtg generate`` and then ``rgtg score`` write them.
 
@@ -87,7 +87,7 @@ def read_rollouts(
         on_bad: ``error`` raises an error if any row is bad; ``skip`` leaves bad rows out.
         rejects: file to which ``skip`` writes each bad row.
         progress: called now and then with how much of the source is read, and how much there is.
-        template_kwargs: variables of the chat template, for rows that have none of their own.
+        chat_template_kwargs: variables of the chat template, for rows that have none of their own.
 
     Raises:
         DataError: bad rows (``error``), with file and line; no usable row; a file that is empty or corrupt.
@@ -95,16 +95,19 @@ def read_rollouts(
         OutputError: ``rejects`` cannot be written.
     """
     check_arguments(source, tokenizer, max_length, on_bad, rejects)
+    check_template_kwargs(tokenizer, chat_template_kwargs)
     rejects = rejects if on_bad == "skip" else None
 
     def check(line: int, row: Any) -> Rollout:
-        rollout = _rollout(row, labels, reward_range, tokenizer, template_kwargs)
+        rollout = _rollout(row, labels, reward_range, tokenizer, chat_template_kwargs)
         _check_length(rollout, tokenizer, max_length)
         return rollout
 
     bad, digest = BadRowCounter(str(source)), hashlib.sha256()
     kept = list(usable_rows(source, _COLUMNS, check, bad, rejects=rejects, progress=progress))
     bad.finish(len(kept), on_bad, rejects, 'Nothing is left to use; expected "prompt", "text" and "reward".')
+    if chat_template_kwargs and not any(rollout.templated for rollout in kept):
+        raise UsageError(f"chat_template_kwargs applies to chats, and {source} holds none")
     for rollout in kept:
         content = [rollout.prompt, rollout.text, rollout.reward, rollout.finished]
         content += [True] if rollout.templated else []

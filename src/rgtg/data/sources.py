@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from rgtg.errors import DataError, MissingExtraError, UsageError, first_line
 from rgtg.utils.files import atomic_write
 
-PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chat_template_kwargs", "tools")
 MAX_LINE = 64 << 20  # bytes
 _MAX_WINDOW = 256 << 20  # bytes of memory that decompression may use
 _CHUNK = 1024  # compressed bytes at a time: a few can expand to megabytes

@@ -383,3 +383,28 @@ def test_the_url_can_come_from_the_environment(monkeypatch, tmp_path):
     assert client.endpoint_url(given) == client.OPENAI
     monkeypatch.setenv("OPENAI_BASE_URL", "http://10.0.0.1/v1/")
     assert client.endpoint_url(given) == "http://10.0.0.1/v1"
+
+
+def test_chats_are_shown_as_people_read_them(tmp_path):
+    """Policies with other chat templates answer the same messages; their renderings differ."""
+    chats = [[{"role": "user", "content": f"Question {i}"}] for i in range(2)]
+    chats.append([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+    files = []
+    for name, text, mark in (("ours", "good", "<s>[INST]"), ("theirs", "bad", "<|im_start|>")):
+        rows = [{"prompt": f"{mark}{i}", "messages": chat, "text": f"{text} {i}"} for i, chat in enumerate(chats)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        files.append(str(tmp_path / f"{name}.jsonl"))
+    with serve(prefers_good) as server:
+        found = judge(settings(tmp_path, server, files))
+        asked = "".join(body["messages"][0]["content"] for body in server.bodies)
+    assert [pair.prompt for pair in found.pairs] == ["Question 0", "Question 1", "System: Be brief.\n\nUser: Why?"]
+    assert found.result.matches[0].win_rate.mean == 1.0
+    assert "Question 1" in asked
+    assert "[INST]" not in asked
+    pairs = tmp_path / "pairs.jsonl"
+    reply = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
+    write_rows(pairs, [{"prompt": chat, "chosen": reply[0], "rejected": reply[1]} for chat in chats])
+    with serve(prefers_good) as server:
+        agreed = judge(settings(tmp_path, server, pairs=str(pairs), output=tmp_path / "agreed"))
+    assert agreed.result.matches[0].win_rate.mean == 1.0
+    assert agreed.pairs[2].prompt == "System: Be brief.\n\nUser: Why?"

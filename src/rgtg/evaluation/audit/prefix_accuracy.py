@@ -19,6 +19,7 @@ from rgtg.evaluation.metrics import expected_calibration_error, interval_or_empt
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import CompletionScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
+from rgtg.tokenization.conversation import TemplateKwargs
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
 from rgtg.types.generation import PreferencePair
@@ -48,6 +49,7 @@ def audit_prefixes(
     seed: int = 0,
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> AuditResult:
     """Measure a scorer on partial sequences.
 
@@ -64,6 +66,7 @@ def audit_prefixes(
         seed: of the bootstrap.
         on_bad: whether bad rows of a file, and pairs longer than the scorer's context, are errors or are skipped.
         rejects: where ``skip`` writes each bad row of a file with its line, reason and raw text, as JSONL.
+        chat_template_kwargs: variables of the scorer's chat template, for the rows of a file.
 
     Raises:
         DataError: unusable pairs, or no pairs left.
@@ -72,7 +75,7 @@ def audit_prefixes(
     """
     model = load_scorer(scorer)
     assert not isinstance(model, SharedTrunkScorer), "a LoRA scorer is fused only when a policy is given"
-    kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects)
+    kept, fingerprint = _usable_pairs(model, pairs, on_bad, rejects, chat_template_kwargs)
     margins = _all_margins(model, kept, batch_size)
     if not any(m.differs.any() for m in margins):
         raise DataError("chosen and rejected are the same tokens in every pair: there is nothing to distinguish")
@@ -89,7 +92,8 @@ def audit_prefixes(
         verdict=verdict(early, full, objective),
         provenance=provenance(
             command="rgtg audit",
-            settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad},
+            settings={"batch_size": batch_size, "bootstrap": bootstrap, "fractions": fractions, "on_bad": on_bad,
+                      **({"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {})},
             seed=seed, models={"scorer": weights_of(model)}, data={"pairs": fingerprint},
         ),
     )  # fmt: skip
@@ -141,12 +145,18 @@ def _usable_pairs(
     pairs: "Sequence[PreferencePair] | str | Path",
     on_bad: Literal["error", "skip"],
     rejects: Path | None,
+    kwargs: TemplateKwargs | None,
 ) -> tuple[list[PreferencePair], str]:
     """The pairs to audit with, and their fingerprint."""
     if rejects is not None and (on_bad != "skip" or not isinstance(pairs, str | Path)):
         raise UsageError("rejects holds the bad rows of a file that on_bad='skip' skips; here it would stay empty")
+    if kwargs and not isinstance(pairs, str | Path):
+        raise UsageError("chat_template_kwargs applies to the chats of a file; these pairs are rendered already")
     if isinstance(pairs, str | Path):
-        read = read_pairs(pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad, rejects=rejects)
+        read = read_pairs(
+            pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad, rejects=rejects,
+            chat_template_kwargs=kwargs,
+        )  # fmt: skip
         if rejects is not None and (reasons := read.summary.rejects_by_reason):
             counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
             left_out = f"left out {sum(reasons.values())} of {read.summary.rows} rows ({counts})"

@@ -59,7 +59,7 @@ def read_inputs(settings: JudgeSettings, rejects: Path | None = None) -> JudgeIn
             "give the judge one of: --a FILE with --b FILE, --completions (twice or a folder), or --pairs FILE"
         )
     if settings.pairs:
-        human = read_pairs(settings.pairs, on_bad=settings.on_bad, rejects=rejects)
+        human = read_pairs(settings.pairs, on_bad=settings.on_bad, rejects=rejects, readable=True)
         kept = human.pairs[: settings.limit]
         pairs = [CompletionPair("chosen", "rejected", pair.prompt, pair.chosen, pair.rejected) for pair in kept]
         return JudgeInputs("agreement", pairs, {"pairs": human.fingerprint})

@@ -135,7 +135,7 @@ def _read_pairs(
     store, hashes = TokenStore(), array("d")
     reader = PairReader(
         path, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=rejects,
-        progress=progress(f"reading {path}") if show else None,
+        progress=progress(f"reading {path}") if show else None, chat_template_kwargs=settings.chat_template_kwargs,
     )  # fmt: skip
     for pair, ids in reader:
         assert ids is not None, "there is a tokenizer"
@@ -151,6 +151,7 @@ def _read_rollouts(
     found = read_rollouts(
         path, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=rejects, labels=labels,
         reward_range=settings.options.reward_range if labels else None,
+        chat_template_kwargs=settings.chat_template_kwargs,
         progress=progress(f"reading {path}") if show else None,
     )  # fmt: skip
     hashes = np.array([split_position(row.prompt, settings.seed) for row in found.rows])
