@@ -6,6 +6,8 @@ of the size that is fastest for it, with accumulated gradients. Repeats alternat
 
     python benchmarks/train.py [--layers 4] [--width 256] [--prompt 128] [--completion 64] [--pairs 1] [--repeats 3]
 
+The states of heads on human pairs are another part: ``python benchmarks/train.py --states``, see benchmarks/states.py.
+
 The last line of stdout is one JSON object.
 """
 
@@ -114,7 +116,13 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--states", nargs=argparse.REMAINDER, help="instead: the options of benchmarks/states.py")
     args = parser.parse_args()
+    if args.states is not None:
+        import states
+
+        states.main(args.states)
+        return
 
     model = make_model(args.layers, args.width).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # a learning rate of 0 keeps the same weights for both
@@ -146,6 +154,7 @@ def main() -> None:
     for name, times in (("one pass", fast), (f"row per prefix (batch {best})", slow)):
         print(f"{name:<28}{args.pairs / statistics.median(times):>12.2f}{statistics.median(times):>14.3f}")
     print(f"one pass is {ratio:.1f} times as fast; largest difference of a gradient entry {gap:.1e}")
+    del args.states
     result = vars(args) | {
         "pairs_per_second": rates, "speedup": ratio, "speedups": [s / f for s, f in zip(slow, fast, strict=True)],
         "twin_batch": best, "loss_difference": abs(float(loss) - slow_loss), "gradient_difference": gap,

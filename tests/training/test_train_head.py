@@ -115,7 +115,7 @@ def test_the_cache_holds_the_hidden_states_of_transformers(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_on_disk_equals_one_in_memory(dtype, monkeypatch):
-    monkeypatch.setattr(state_cache, "TOKENS", 20)  # several batches
+    monkeypatch.setattr(state_cache, "CPU_TOKENS", 20)  # several batches
     model = tiny_policy().to(dtype)
     memory = cache_states(model, PAIRS, [1, 2], "state")
     disk = cache_states(model, PAIRS, [1, 2], "state", memory_limit=100)
@@ -144,8 +144,12 @@ def test_too_little_disk_space_for_the_states_raises_an_error(monkeypatch):
 
 def test_the_policy_runs_once_for_any_number_of_epochs(policy_folder, pairs_file, tmp_path, monkeypatch):
     read = []
-    real = state_cache.hidden_states_of
-    monkeypatch.setattr(state_cache, "hidden_states_of", lambda *a: read.append(len(a[1])) or real(*a))
+    real = state_cache.packed_states_of
+    monkeypatch.setattr(
+        state_cache,
+        "packed_states_of",
+        lambda model, rows, layers: read.extend(len(row.columns) for row in rows) or real(model, rows, layers),
+    )
     train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", train={"num_train_epochs": 3}))
     assert sum(read) == 2 * 64
 

@@ -1,6 +1,7 @@
 """``rgtg train --trunk own``: heads on the frozen policy's hidden states; the best on held-out data is kept."""
 
 import copy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -108,13 +109,14 @@ class HeadTraining:
         self.run = run
         self.resumed_from = str(checkpoint) if checkpoint else None
         # 1. the states and the token table; after that the policy is not needed
-        self.states = self._compute_states(run.data.train, "states")
-        self.held_out = self._compute_states(run.data.held_out, "states of held-out completions")
+        self.states = self._compute_states(run.data.train, "states", "train")
+        self.held_out = self._compute_states(run.data.held_out, "states of held-out completions", "held-out")
         self.table = starting_table(self.policy, self.rank, run.settings.seed) if self.rank is not None else None
         del self.policy
         states_seconds = time.perf_counter() - self.began
         # 2. one head for each layer and width
         trained = self._train_all()
+        shutil.rmtree(self._states_folder, ignore_errors=True)
         # 3. the best
         best = min(trained, key=lambda one: one.record.choice.evaluation.get("loss", 0.0))
         record, choice = best.record, best.record.choice
@@ -128,14 +130,23 @@ class HeadTraining:
             },
         )  # fmt: skip
 
-    def _compute_states(self, units: Any, what: str) -> StateCache | None:
-        """States of completions, or None if there are none."""
+    @property
+    def _states_folder(self) -> Path:
+        """Where a run with ``--resume`` saves states until all heads are trained."""
+        return self.settings.output / CHECKPOINTS / "states"
+
+    def _compute_states(self, units: Any, what: str, name: str) -> StateCache | None:
+        """States of completions, or None if there are none; with ``--resume``, saved in a folder of this name."""
         if not units:
             return None
         show_progress = progress(what, last=True) if self.run.show else None
-        cache = cache_states(self.policy, units, self.layers, str(self.settings.head), progress=show_progress)
+        folder = self._states_folder / name if self.settings.resume else None
+        cache = cache_states(
+            self.policy, units, self.layers, str(self.settings.head), folder=folder, progress=show_progress
+        )
         if self.run.show and cache.on_disk:
-            sys.stderr.write(f"{what}: {cache.bytes / 1e9:.1f} GB are kept in a temporary file\n")
+            where = folder if folder is not None else "a temporary file"
+            sys.stderr.write(f"{what}: {cache.bytes / 1e9:.1f} GB are kept in {where}\n")
         return cache
 
     def _train_all(self) -> list[TrainedHead]:

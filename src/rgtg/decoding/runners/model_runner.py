@@ -14,15 +14,14 @@ from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.decoding.runners.token_tree import States, TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.loading.engine_model import EngineModel
-from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
+from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
 from rgtg.tokenization.padding import pad_right
 
 # head(model, states (…, H)) → logits (…, V) or scores (…)
 OutputHead = Callable[[Any, Tensor], Tensor]
 
-_MASKED_LAYERS = {"full_attention", "sliding_attention"}
 # Masks of wider trees (prompts) are used once and not cached.
 _MAX_CACHED_WIDTH = 1024
 
@@ -394,39 +393,14 @@ def make_runner(
     return (TreeRunner if tree else RecomputeRunner)(model, head, capacity, layer=layer)
 
 
-def mask_windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers, each with its sliding window in tokens (None attends to everything)."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        return {"full_attention": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
-
-
 _supported: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 def supports_token_tree(model: Any, head: OutputHead) -> bool:
     """Whether a model reads a tree exactly: known kinds of layers, and a probe that agrees with plain passes."""
     if model not in _supported:
-        _supported[model] = _has_known_layers(model) and _probe_agrees(model, head)
+        _supported[model] = has_maskable_layers(model) and _probe_agrees(model, head)
     return _supported[model]
-
-
-def _has_known_layers(model: Any) -> bool:
-    text = model.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or _MASKED_LAYERS)
-    if getattr(model.config, "is_encoder_decoder", False) or not kinds <= _MASKED_LAYERS:
-        return False
-    if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
-        return False
-    if model.config._attn_implementation not in ("sdpa", "eager", SINGLE_QUERY_ATTENTION):
-        try:  # flash and flex back-ends take no arbitrary 4-D mask
-            model.set_attn_implementation("sdpa")
-        except (ValueError, ImportError, AttributeError):
-            return False
-    return True
 
 
 @torch.inference_mode()

@@ -1,0 +1,162 @@
+"""Several completions of one prompt packed in one row, so that one forward pass reads the prompt once.
+
+The columns of a row are the prompt, the tokens with which all its completions begin, and then the rest of each
+completion in turn. A completion attends to the shared columns and to itself, at the positions it has in a row of its
+own, so its states are those of a row of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rgtg.models.ops.hidden_states import capture_hidden_states
+from rgtg.models.ops.lm_head import final_states, trunk
+from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
+from rgtg.tokenization.padding import pad_right
+
+SHARED, PADDING = 0, -1  # parts of a row; the rest of completion c is part c + 1
+_reads_packed: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A prompt and its completions in one row of L columns.
+
+    Attributes:
+        ids: (L,) tokens.
+        positions: (L,) position of each token in a row of its own completion.
+        parts: (L,) ``SHARED``, or c + 1 for a token of completion c alone.
+        columns: for each completion, the columns (P + T,) of its prompt and of its tokens.
+    """
+
+    ids: Int[Tensor, " length"]
+    positions: Int[Tensor, " length"]
+    parts: Int[Tensor, " length"]
+    columns: list[Int[Tensor, " tokens"]]
+
+
+def pack_row(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> PackedRow:
+    """Pack completions of one prompt.
+
+    Example:
+        >>> row = pack_row([5, 6], [[7, 8], [7, 9, 2]])
+        >>> row.ids.tolist(), row.positions.tolist(), row.parts.tolist()
+        ([5, 6, 7, 8, 9, 2], [0, 1, 2, 3, 3, 4], [0, 0, 0, 1, 2, 2])
+        >>> [columns.tolist() for columns in row.columns]
+        [[0, 1, 2, 3], [0, 1, 2, 4, 5]]
+    """
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*completions, strict=False)))
+    shared = [*prompt, *completions[0][:common]]
+    ids, positions, parts, columns = list(shared), list(range(len(shared))), [SHARED] * len(shared), []
+    for part, completion in enumerate(completions, start=1):
+        own = completion[common:]
+        columns.append(torch.tensor([*range(len(shared)), *range(len(ids), len(ids) + len(own))]))
+        ids += own
+        positions += range(len(shared), len(shared) + len(own))
+        parts += [part] * len(own)
+    return PackedRow(torch.tensor(ids), torch.tensor(positions), torch.tensor(parts), columns)
+
+
+def packed_inputs(model: Any, rows: Sequence[PackedRow]) -> dict[str, Any]:
+    """The keyword arguments with which a model reads packed rows, padded on the right, on its device."""
+    ids = pad_sequence([row.ids for row in rows], batch_first=True)  # (B, L)
+    positions = pad_sequence([row.positions for row in rows], batch_first=True)
+    parts = pad_sequence([row.parts for row in rows], batch_first=True, padding_value=PADDING)
+    device = model.device
+    return {
+        "input_ids": ids.to(device),
+        "position_ids": positions.to(device),
+        "attention_mask": attention_masks(model, positions.to(device), parts.to(device)),
+        "use_cache": False,
+    }
+
+
+@torch.no_grad()
+def packed_states_of(model: Any, rows: Sequence[PackedRow], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Hidden states (B, L, H) of several layers, in one pass of the trunk over packed rows."""
+    with capture_hidden_states(model, layers) as states:
+        trunk(model)(**packed_inputs(model, rows))
+    return dict(states)
+
+
+def attention_masks(
+    model: Any, positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"]
+) -> Tensor | dict[str, Tensor]:
+    """The 4-D mask (B, 1, L, L) of packed rows, or one for each kind of attention layer if there are several.
+
+    Masks are booleans for ``sdpa``, which converts them in any dtype (autocast included), and additive for ``eager``.
+    """
+    masks = {}
+    for kind, window in mask_windows(model.config).items():
+        masks[kind] = visible_tokens(positions, parts, window)[:, None]
+        if model.config._attn_implementation == "eager":
+            hidden = ~masks[kind]
+            masks[kind] = torch.zeros(hidden.shape, dtype=model.dtype, device=hidden.device)
+            masks[kind].masked_fill_(hidden, torch.finfo(model.dtype).min)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def visible_tokens(
+    positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"], window: int | None
+) -> Bool[Tensor, "batch length length"]:
+    """``[b, i, j]``: token i attends to token j, that is j is not later, and is shared or of the same completion.
+
+    Padding attends to padding, so that no row of the mask is empty.
+
+    Args:
+        positions: of each token.
+        parts: as in `PackedRow`, ``PADDING`` at padding.
+        window: of sliding attention, in tokens; None attends to everything.
+    """
+    length = parts.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=parts.device).tril()
+    visible = earlier & ((parts[:, None] == SHARED) | (parts[:, None] == parts[..., None]))
+    if window is not None:
+        near = positions[..., None] - positions[:, None] < window
+        visible &= near | torch.eye(length, dtype=torch.bool, device=parts.device)
+    return visible
+
+
+def reads_packed_rows(model: Any) -> bool:
+    """Whether a model reads packed rows exactly: known kinds of layers, and a probe that agrees with plain rows.
+
+    The rule is that of token trees in decoding. Other models (linear attention, attention biases that are built from
+    2-D masks) read every completion in a row of its own.
+    """
+    if model not in _reads_packed:
+        _reads_packed[model] = has_maskable_layers(model) and _probe_agrees(model)
+    return _reads_packed[model]
+
+
+@torch.inference_mode()
+def _probe_agrees(model: Any) -> bool:
+    """Compare final states of two packed rows with those of plain rows: a model that misreads the mask differs."""
+    training = model.training
+    model.eval()  # no dropout
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = [(7 * i + 3) % vocabulary for i in range(12)]
+    texts = [(ids[:4], [ids[4:7], ids[6:11]]), (ids[2:4], [ids[7:9], ids[7:8] + ids[1:3]])]
+    rows = [pack_row(*text) for text in texts]
+    try:
+        packed = trunk(model)(**packed_inputs(model, rows)).last_hidden_state
+        whole = [[*prompt, *completion] for prompt, completions in texts for completion in completions]
+        plain = final_states(model, *pad_right(whole, 0, model.device))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+        return False
+    finally:
+        model.train(training)
+    places = [(b, columns) for b, row in enumerate(rows) for columns in row.columns]
+    found = torch.cat([packed[b, columns] for b, columns in places]).float()
+    expected = torch.cat([plain[i, : len(columns)] for i, (_, columns) in enumerate(places)]).float()
+    if not bool(expected.isfinite().all()):
+        return True  # a broken model is no reason to read it slowly; training refuses what is not finite
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 0.1
+    scale = expected.abs().max().clamp(min=1e-3)
+    return bool((found - expected).abs().max() <= tolerance * scale)
