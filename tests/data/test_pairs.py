@@ -239,7 +239,7 @@ def test_variables_of_the_chat_template_belong_to_a_run_or_to_a_row(tmp_path, to
     assert (own.prompt, own.chosen) == ("user: a</s>\nassistant: ", "b</s>\n")
     with pytest.raises(UsageError, match="does not read long; it reads brief"):
         read_pairs(path, tokenizer=tokenizer, chat_template_kwargs={"long": True})
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: bad value: the chat template does not read long"):
+    with pytest.raises(DataError, match=r"other\.jsonl:1: bad value: the chat template does not read long"):
         read_pairs(
             write_rows(tmp_path / "other.jsonl", row | {"chat_template_kwargs": {"long": 1}}), tokenizer=tokenizer
         )

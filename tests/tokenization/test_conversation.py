@@ -1,6 +1,7 @@
 """Conversations become the same tokens everywhere: those of transformers' own rendering by the owner's template."""
 
 import importlib.resources
+import json
 import re
 from functools import cache
 
@@ -13,6 +14,7 @@ from helpers.chats import TEMPLATES, chat_tokenizer
 from helpers.naive import info, reward
 from rgtg.data.formats import to_pair
 from rgtg.data.pairs import tokenize_pairs
+from rgtg.data.rollouts import read_rollouts, tokenize_rollouts
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import end_tokens
 from rgtg.errors import DataError, UsageError
@@ -368,3 +370,19 @@ def test_a_scorer_of_the_policys_tokens_says_that_it_reads_the_policys_template(
     scorer = VocabularyScorer(Policy(small_policy(own).model, own))
     with pytest.warns(UserWarning, match="reads chats in the policy's chat template"):
         GuidedPolicy(policy, scorer, method="genarm")
+
+
+@pytest.mark.parametrize("name", templates())
+def test_training_on_rollouts_reads_what_the_policy_was_given_and_wrote(name, tmp_path):
+    tokenizer = tokenizer_with(template_of(name))
+    given = by_transformers(tokenizer, USER, add_generation_prompt=True)
+    end = turn_end(tokenizer)
+    rows = [{"prompt": render_chat(tokenizer, USER, add_generation_prompt=True), "messages": USER, "text": REPLIES[0],
+             "reward": 1, "finish_reason": reason} for reason in ("stop", "length")]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished, cut = tokenize_rollouts(read_rollouts(tmp_path / "rows.jsonl", tokenizer=tokenizer).rows, tokenizer)
+    text = tokenizer(REPLIES[0], add_special_tokens=False).input_ids
+    assert (cut.prompt_ids, cut.completion_ids) == (given, text)
+    closing = [2] if end is None else tokenizer(end.closing, add_special_tokens=False).input_ids
+    assert (finished.prompt_ids, finished.completion_ids) == (given, [*text, *closing])
+    assert end is None or end.token_id is None or finished.completion_ids[-1] == end.token_id

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 
+from helpers.chats import chat_reward, chat_tokenizer
 from helpers.naive import info, reward
 from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with, tokenizer_of, word_piece
 from rgtg.errors import DataError, PromptTooLongError, UnknownTokenError, UsageError
@@ -139,3 +140,13 @@ def test_equal_texts_have_equal_scores_in_any_batch():
     texts = [" was old", " was", " was old", " was old and slow in the woods"]
     scores = scorer.score(["the dog"] * 4, texts, batch_size=2)
     assert scores[0] == scores[2] != scores[1]
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one():
+    scorer = CrossTokenizerScorer(PrefixScorer(chat_reward(), chat_tokenizer(), name="mine"))
+    once, twice = (scorer.encode([scorer.render(text)], [" you"], [False])[0] for text in ("Hi", "<s><s>Hi"))
+    assert scorer.encode([scorer.render("<s>Hi")], [" you"], [False]) == [once]
+    assert twice == [scorer.tokenizer.bos_token_id, *once]
+    assert scorer.score(["<s>Hi"], [" you"]) == scorer.score(["Hi"], [" you"])
+    plain = scorer_of("byte-level")  # it adds none
+    assert plain.encode([plain.render("<s>Hi")], [""], [False])[0].count(plain.tokenizer.bos_token_id) == 1

@@ -60,6 +60,7 @@ class CrossTokenizerScorer:
         if self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
             self.after = self.after[:-1]  # only finished texts end with EOS
         self.retokenizer = Retokenizer(self.tokenizer)
+        self._bos = self._added_bos()
         self._embeddings = embedding_rows(self.model)
         self._require_special_tokens()
 
@@ -108,10 +109,19 @@ class CrossTokenizerScorer:
         """Special tokens before and after those of the text."""
         if prompt.templated:
             return [], []
+        # as for the policy, a text that itself begins with BOS gets no second one
+        before = self.before[1:] if self._bos is not None and prompt.text.startswith(self._bos) else self.before
         eos = self.tokenizer.eos_token_id
         if finished and self.append_eos and self.causal and eos is not None and self.after[-1:] != [eos]:
-            return self.before, [*self.after, eos]
-        return self.before, self.after
+            return before, [*self.after, eos]
+        return before, self.after
+
+    def _added_bos(self) -> str | None:
+        """BOS as text, if the tokenizer adds it before every text, and reads it in a text."""
+        bos = self.tokenizer.bos_token
+        if not bos or self.before[:1] != [self.tokenizer.bos_token_id]:
+            return None
+        return str(bos) if self.retokenizer.encode([bos])[0] == self.before[:1] else None
 
     def require_room(self, prompt: PromptSource, template_kwargs: TemplateKwargs | None = None) -> None:
         """Check that the scorer's context has room for a completion after the prompt.
