@@ -348,6 +348,21 @@ def test_openai_batch_lines_give_openai_batch_results(job, tmp_path):
     assert [c.id for c in plain] == ["a", "b"]
 
 
+def test_rows_bias_their_own_tokens_and_jobs_without_a_bias_do_not_mention_it(job, tmp_path, guided):
+    body = {"prompt": "abc", "max_tokens": 6, "seed": 5}
+    rows = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body | more}
+        for name, more in (("a", {}), ("b", {"logit_bias": {"9": 50, "2": -100}}), ("c", {"logit_bias": {"64": 1}}))
+    ]
+    job(rows, output_format="records", on_bad="skip")
+    plain, biased = [Completion.model_validate(line) for line in lines(tmp_path / "out.jsonl")]
+    assert biased.token_ids == [9] * 6 != plain.token_ids
+    (failure,) = lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert "64 is not a token id" in json.dumps(failure)
+    result = json.loads((tmp_path / "out.jsonl.job.json").read_text())
+    assert "logit_bias" not in result["made_with"]  # as jobs were before there was one, which can still be resumed
+
+
 def test_openai_failures_are_listed_and_retried(job, tmp_path, guided):
     rows = [
         {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"prompt": prompt, "model": "other"}}

@@ -47,6 +47,10 @@ def test_one_prompt_is_completed_on_the_terminal(models):
     assert greedy[0] == greedy[1]
     traced = Completion.model_validate_json(run("generate", *models, "--prompt", "Once", "--seed", 3, "--trace").stdout)
     assert len(traced.trace) == len(done.token_ids)
+    biased = run(
+        "generate", *models, "--prompt", "Once", "--set", "logit_bias.9=60", "--set", "logit_bias.2=-100", "--json"
+    )
+    assert Completion.model_validate_json(biased.stdout).token_ids == [9] * 8
 
 
 def test_a_file_of_prompts_is_completed_and_scored(models, prompts, scorer_folder, tmp_path):

@@ -129,6 +129,7 @@ def test_a_request_depends_on_no_neighbour(draft, tree):
 
 def test_processors_see_the_drafted_tokens():
     settings = {"max_new_tokens": 12, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 6}
+    settings["logit_bias"] = {9: 4.0, 40: -100.0}
     plain = make_guided("pargs-greedy", beta=1.5).generate_ids([*PROMPTS, ECHO], **settings)
     for draft in DRAFTS:
         guided = make_guided("pargs-greedy", beta=1.5, draft=DRAFTS[draft]())
