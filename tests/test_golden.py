@@ -17,7 +17,8 @@ PART = [
     "method/pargs/reward/default", "method/pargs/state/default", "method/pargs/adapter/greedy",
     "method/pargs/pieces/default", "method/pargs/encoder/default", "method/farma/vocab/default",
     "method/genarm/autoregressive/default", "method/rad/reward/default", "method/cards/reward/default",
-    "method/cd-blockwise/pieces/default", "method/best-of-n/reward/default", "method/policy/default",
+    "method/smc/state/default", "method/cd-blockwise/pieces/default", "method/best-of-n/reward/default",
+    "method/policy/default",
     "setting/entropy-gate/vocab", "setting/everything/reward", "setting/no-tree/reward", "part/several/adapter-pieces",
     "part/draft/policy/default", "part/overlap/reward", "model/family/gpt2/pargs", "public/ids", "public/losses",
 ]  # fmt: skip

@@ -30,8 +30,9 @@ def by_methods():
         "cd": ("reward", "adapter", "vocab"), "rad": ("reward", "farma", "pieces"),
         "farma": ("farma", "vocab", "lora-farma"), "genarm": ("autoregressive", "draft", "vocab"),
         "cards": REWARDS, "cd-blockwise": REWARDS, "best-of-n": REWARDS, "policy": (None,),
+        "smc": PREFIXES,
     }  # fmt: skip
-    own = {"cards": CARDS, "cd-blockwise": SEGMENTS, "best-of-n": {"n": 3}}
+    own = {"cards": CARDS, "cd-blockwise": SEGMENTS, "best-of-n": {"n": 3}, "smc": {"n": 4}}
     for method, scorers in kinds.items():
         for scorer in scorers:
             name = f"{method}/{scorer}" if scorer else method
@@ -39,7 +40,7 @@ def by_methods():
             if method in ("cards", "cd-blockwise") and scorer in ("vocab", "autoregressive"):
                 given["prompts"] = [prompt for prompt in PROMPTS if len(prompt) > 1]  # of one token is refused
             yield f"{name}/default", given
-            if method not in ("pargs-greedy", "args") and (method not in own or scorer in ("reward", "pieces")):
+            if method not in ("pargs-greedy", "args", "smc") and (method not in own or scorer in ("reward", "pieces")):
                 yield f"{name}/greedy", given | {"temperature": 0.0}
 
 

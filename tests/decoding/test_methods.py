@@ -14,7 +14,7 @@ from rgtg.models.loading.policy import Policy
 
 NAMES = [
     "policy", "pargs", "pargs-greedy", "args", "args-sample", "cd", "cd-blockwise", "rad", "farma", "genarm", "cards",
-    "best-of-n",
+    "best-of-n", "smc",
 ]  # fmt: skip
 
 
@@ -38,10 +38,13 @@ REFUSED = [
     ("policy", {"entropy_gate": 1.0}, "entropy_gate applies to pargs"),
     ("best-of-n", {"beta": 1.0}, "takes the completion of highest reward"),
     ("cd-blockwise", {"beta": 1.0}, "takes the segment of highest reward"),
-    ("pargs", {"n": 3}, "n applies to cd-blockwise, best-of-n"),
-    ("pargs", {"segment_length": 3}, "segment_length applies to cd-blockwise, cards"),
+    ("pargs", {"n": 3}, "n applies to cd-blockwise, best-of-n, smc"),
+    ("pargs", {"segment_length": 3}, "segment_length applies to cd-blockwise, cards, smc"),
     ("cd-blockwise", {"retries": 3}, "retries applies to cards"),
     ("args", {"temperature": 0.5}, "has no temperature"),
+    ("pargs", {"proposal": "policy"}, "proposal applies to smc"),
+    ("smc", {"entropy_gate": 1.0}, "entropy_gate applies to pargs"),
+    ("smc", {"temperature": 0.0}, "draws its completions at random"),
     ("pargs", {"min_new_tokens": 65}, "exceeds max_new_tokens"),
 ]
 

@@ -1,5 +1,6 @@
 """What guided decoding must equal, written the slow way: stock models, one whole text at a time, float64 formulas."""
 
+import itertools
 import math
 
 import torch
@@ -199,3 +200,71 @@ def accepted_among(masses, rewards, thresholds, beta, retries) -> dict:
     tries = sum(refused**i for i in range(retries + 1))
     fallback = best_among({t: p * (1 - accept[t]) for t, p in masses.items()}, rewards, retries + 1)
     return {t: p * accept[t] * tries + fallback[t] for t, p in masses.items()}
+
+
+def resampled_from(weights) -> dict[tuple[int, ...], float]:
+    """Probability of every list of n ancestors under systematic resampling with one uniform number."""
+    n, total = len(weights), sum(weights)
+    below = [sum(weights[: i + 1]) / total for i in range(n)]
+    # the ancestors change where a point (i + u)/n passes one of these sums
+    edges = sorted({0.0, 1.0, *(u for b in below for i in range(n) if 0 < (u := n * b - i) < 1)})
+    found = {}
+    for low, high in itertools.pairwise(edges):
+        points = [(i + (low + high) / 2) / n for i in range(n)]
+        ancestors = tuple(next((j for j, b in enumerate(below) if point < b), n - 1) for point in points)
+        found[ancestors] = found.get(ancestors, 0.0) + high - low
+    return found
+
+
+def particle_distribution(guided, prompt, length, n, *, beta, **settings) -> dict[tuple[int, ...], float]:
+    """Probability of each completion that n particles give, by going through all their joint histories.
+
+    Particles are drawn from the guided distribution; after each token they weigh π/q·exp(β·r) and are resampled where
+    their effective number is below n/2. The result is one of them, drawn by the weights.
+    """
+    steps, scores = {}, {}
+
+    def grown(tokens):
+        """Each next token with its probability and the logarithm of π over it, π being cut to the candidates."""
+        if tokens not in steps:
+            text = [*prompt, *tokens]
+            guiding = step_distribution(guided, text, beta=beta, **settings)
+            plain = step_distribution(guided, text, beta=0.0, **(settings | {"temperature": 1.0}))
+            steps[tokens] = [(v, math.exp(q), plain[v] - q) for v, q in guiding.items()]
+        return steps[tokens]
+
+    def score_of(tokens):
+        if tokens not in scores:
+            scores[tokens] = beta * score(guided, guided.scorer, [*prompt, *tokens]) if tokens else 0.0
+        return scores[tokens]
+
+    states, done = {tuple(((), 0.0) for _ in range(n)): 1.0}, {}
+    for step in range(length):
+        after = {}
+        for particles, mass in states.items():
+            # 1. every way in which the particles grow; (tokens, log of what resamplings and π/q made of their weight)
+            ways = []
+            for tokens, held in particles:
+                ended = bool(tokens) and tokens[-1] == EOS
+                more = [(tokens, held, 1.0)] if ended else [((*tokens, v), held + w, p) for v, p, w in grown(tokens)]
+                ways.append(more)
+            for way in itertools.product(*ways):
+                p = mass * math.prod(q for *_, q in way)
+                now = [(tokens, held) for tokens, held, _ in way]
+                weights = [math.exp(held + score_of(tokens)) for tokens, held in now]
+                ended = all(tokens[-1] == EOS for tokens, _ in now) or step + 1 == length
+                if ended or sum(weights) ** 2 / sum(w * w for w in weights) >= n / 2:
+                    after[tuple(now)] = after.get(tuple(now), 0.0) + p
+                    continue
+                # 2. every outcome of a resampling; the survivors weigh the same
+                for ancestors, q in resampled_from(weights).items():
+                    mean = math.log(sum(weights) / n)
+                    kept = tuple((now[j][0], mean - score_of(now[j][0])) for j in ancestors)
+                    after[kept] = after.get(kept, 0.0) + p * q
+        states = after
+    # 3. one of them, by the weights
+    for particles, mass in states.items():
+        weights = [math.exp(held + score_of(tokens)) for tokens, held in particles]
+        for (tokens, _), w in zip(particles, weights, strict=True):
+            done[tokens] = done.get(tokens, 0.0) + mass * w / sum(weights)
+    return done

@@ -31,9 +31,20 @@ class DecodingSettings(Settings):
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
         default_factory=dict, description="added to the policy's logits, by token id; -100 to 100"
     )
-    n: int = Field(10, ge=1, description="completions that best-of-n samples, segments that cd-blockwise samples")
+    n: int = Field(
+        10, ge=1, description="completions that best-of-n and smc sample, segments that cd-blockwise samples"
+    )
     segment_length: int | None = Field(
-        None, ge=1, description="tokens of a segment: exact for cd-blockwise (16), the most for cards (64)"
+        None,
+        ge=1,
+        description="tokens of a segment: exact for cd-blockwise (16), the most for cards (64), between two "
+        "resamplings of smc (1; 16 with proposal policy)",
+    )
+    proposal: Literal["pargs", "policy"] = Field(
+        "pargs", description="smc draws tokens by pargs, or from the policy, which needs fewer scores"
+    )
+    resample_finished: bool = Field(
+        True, description="smc: resample finished completions with unfinished ones; false: keep their weight"
     )
     min_segment: int = Field(4, ge=1, description="fewest tokens of a segment of cards")
     entropy_threshold: float = Field(3.0, ge=0, description="cards ends a segment at this entropy, in nats")

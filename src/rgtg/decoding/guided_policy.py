@@ -13,8 +13,9 @@ from rgtg.config.engines import require_carried
 from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.engine.best_of_n import best_of_n
-from rgtg.decoding.engine.chunked_prefill import ChunkedPrefill, PrefillTask
+from rgtg.decoding.engine.chunked_prefill import BatchPrefill, ChunkedPrefill, PrefillTask
 from rgtg.decoding.engine.drafters import DRAFTS
+from rgtg.decoding.engine.particles import ParticleParams, branch, sample_particles
 from rgtg.decoding.engine.segments import SegmentParams, SegmentStopping, decode_segments
 from rgtg.decoding.engine.speculative import SpeculativeBatch, check_draft
 from rgtg.decoding.loading import ScorerSource, load_models
@@ -26,6 +27,7 @@ from rgtg.decoding.methods import (
     check_settings,
     find_method,
     require_complete,
+    resampling_period,
     segments_of,
 )
 from rgtg.decoding.request import (
@@ -39,7 +41,14 @@ from rgtg.decoding.request import (
     require_room,
     row_seeds,
 )
-from rgtg.decoding.runners.factory import RunnerFactory, TokenRunners, fit_scorer, require_all_tokens, scorer_kind
+from rgtg.decoding.runners.factory import (
+    RunnerFactory,
+    TokenRunners,
+    fit_scorer,
+    require_all_tokens,
+    scorer_kind,
+    tree_columns,
+)
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
 from rgtg.decoding.runners.segment_scorer import ChunkedRewards
@@ -500,6 +509,26 @@ class GuidedPolicy:
                 completions.append(request.to_completion())
         return completions
 
+    def particles(
+        self,
+        prompts: "Prompt | Sequence[Prompt]",
+        *,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> list[list[Completion]]:
+        """All n weighted completions of each prompt (method ``smc``), where ``generate`` draws one of them.
+
+        ``Completion.weight`` sums to 1 over the completions of a prompt, and ``Completion.log_normaliser`` estimates
+        log Σ_y π(y)·exp(β·r(y)). The completions share ancestors: they are not independent. Arguments and errors are
+        those of ``generate``.
+        """
+        if self.method.rule != "resample":
+            raise UsageError(f"{self.method.name} draws no weighted completions; use method smc", setting="method")
+        requests = self.prepare(prompts, seed=seed, **settings)
+        self._complete_all(requests, batch_size)
+        return [[particle.to_completion() for particle in request.particles] for request in requests]
+
     def stream(self, prompt: Prompt, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """Complete one prompt, yielding text as it is drawn; the parts joined equal ``generate``'s text.
 
@@ -587,20 +616,20 @@ class GuidedPolicy:
         return batch
 
     @torch.inference_mode()
-    def _prefill(self, requests: Sequence[Request], runners: TokenRunners, overlap: bool) -> Prefilled:
-        """Read the prompts whole, each model in one pass."""
+    def _prefill(self, requests: Sequence[Request], runners: TokenRunners, overlap: bool, n: int = 1) -> Prefilled:
+        """Read the prompts whole, each model in one pass, with room for n completions of each."""
         prompts, longest = [], 0
         for request in requests:
             prompts.append(request.prompt_ids)
             longest = max(longest, len(request.prompt_ids))
         settings, params = requests[0].settings, requests[0].params
-        longest += settings.max_new_tokens
+        longest += n * settings.max_new_tokens
         width = MAX_WIDTH if params.top_k_of_sums or params.top_k is None else min(params.top_k, MAX_WIDTH)
         reads_candidates = overlap or runners.options["fused"] is not None
-        policy = runners.policy.fresh(longest, width if reads_candidates else 1)
+        policy = runners.policy.fresh(longest, n * width if reads_candidates else n)
         scorers = {}
         for name, runner in runners.scorers.items():
-            scorers[name] = runner.fresh(longest, width)
+            scorers[name] = runner.fresh(longest, n * width)
             scorers[name].prefill(requests, prompts)
         return Prefilled(policy, policy.prefill(prompts), scorers)
 
@@ -624,6 +653,8 @@ class GuidedPolicy:
             requests: of ``prepare``; only one, where texts are read in chunks.
             chunk: tokens of an ended completion that its scorer reads at once; None reads it whole.
         """
+        if self.method.rule == "resample":
+            return self._start_particles(requests, chunk)
         settings = requests[0].settings
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
         reward = cast(Scorer | CrossTokenizerScorer, self.scorer)
@@ -664,6 +695,28 @@ class GuidedPolicy:
             yield from decode_segments(requests, policy, states[0], scores, of_scorer, reward, params, ends, chunked)
 
         return SegmentRun(ChunkedPrefill(tasks), steps())
+
+    def _start_particles(self, requests: list[Request], chunk: int | None) -> SegmentRun:
+        """Start requests whose completions are weighted particles; ``chunk``: the only prompt is read in chunks."""
+        settings = requests[0].settings
+        runners = self.factory.token_runners(self.names)
+        columns = settings.n * (settings.max_new_tokens + tree_columns(settings.top_k))
+        in_chunks = BatchPrefill(runners, requests[0], columns=columns) if chunk else None
+
+        def steps() -> Iterator[list[Request]]:
+            if in_chunks is not None:
+                prefilled = in_chunks.result()
+            else:
+                prefilled = self._prefill(requests, runners, False, settings.n)
+            with torch.inference_mode():
+                particles, rows = branch(requests, prefilled, settings.n)
+            drawn_first = settings.proposal == "policy"
+            period = resampling_period(settings)
+            batch = Batch(**runners.options, score_every=period if drawn_first else None)
+            params = ParticleParams(period, settings.resample_finished)
+            yield from sample_particles(particles, batch, rows, params)
+
+        return SegmentRun(in_chunks or ChunkedPrefill([]), steps())
 
 
 def _named(scorer: Any) -> dict[str, AnyScorer]:

@@ -126,7 +126,7 @@ def load_for_method(source: ScorerSource, policy: Policy, method: str, where: Pl
     if where.device_map is None and where.tp_plan is None:
         where = replace(where, device=where.device or policy.model.device)
     placed = vars(where) if isinstance(source, str) else {}
-    scorer = load_scorer(source, policy=policy, join=row.unit == "token", kind=kind, **placed)
+    scorer = load_scorer(source, policy=policy, join=row.scores_tokens, kind=kind, **placed)
     return pack_separate(scorer) if pack and isinstance(source, str) else scorer
 
 

@@ -16,7 +16,8 @@ _STEERED = ("beta", "entropy_gate")
 _CARDS = (
     "beta", "reward_threshold", "threshold_start", "entropy_threshold", "segment_length", "min_segment", "retries",
 )  # fmt: skip
-_OWN = dict.fromkeys([*_STEERED, *_CARDS, "n"])
+_SMC = ("beta", "n", "proposal", "segment_length", "resample_finished")
+_OWN = dict.fromkeys([*_STEERED, *_CARDS, *_SMC])
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,18 @@ class Method:
     name: str
     unit: Literal["token", "segment", "completion"]
     scorer: Objective | None
-    rule: Literal["sample", "greedy", "accept", "best"]
+    rule: Literal["sample", "greedy", "accept", "best", "resample"]
     paper: str
     candidates: Literal["policy", "all", "sum"] = "policy"
     top_k: int | None = 10
     vocabulary: bool = False
     clip: bool = False
     takes: tuple[str, ...] = _STEERED
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether its scorers score next tokens, and not segments or finished completions only."""
+        return self.unit == "token" or self.rule == "resample"
 
 
 METHODS = {
@@ -63,6 +69,7 @@ METHODS = {
         Method("genarm", "token", "autoregressive", "sample", "arXiv 2410.08193", "all", None, vocabulary=True),
         Method("cards", "segment", "full-bt", "accept", "arXiv 2406.16306", top_k=40, takes=_CARDS),
         Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325", takes=("n",)),
+        Method("smc", "completion", "prefix-bt", "resample", "arXiv 2404.17546", takes=_SMC),
     )
 }
 
@@ -98,6 +105,12 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
     for name in _OWN:
         if name in given and getattr(settings, name) is not None and name not in method.takes:
             raise UsageError(_refusal(method, name), setting=name)
+    if method.rule == "resample" and settings.temperature == 0:
+        raise UsageError(
+            f"{method.name} draws its completions at random: give a temperature above 0 (it shapes the proposals only, "
+            "not what is sampled)",
+            setting="temperature",
+        )
     if settings.min_new_tokens > settings.max_new_tokens:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
 
@@ -146,6 +159,11 @@ def branch_columns(method: Method, settings: DecodingSettings) -> int:
     return 0
 
 
+def resampling_period(settings: DecodingSettings) -> int:
+    """Tokens between two resamplings: each token where it is scored anyway, else 16."""
+    return settings.segment_length or (1 if settings.proposal == "pargs" else 16)
+
+
 def betas_of(settings: DecodingSettings) -> list[float]:
     """Guidance strengths, one or more."""
     return settings.beta if isinstance(settings.beta, list) else [settings.beta]
@@ -163,10 +181,10 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
         return
     if not scorers:
         raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy", setting="scorers")
-    if len(scorers) > 1 and method.unit != "token":
+    if len(scorers) > 1 and not method.scores_tokens:
         raise UsageError(f"several scorers steer token by token; {method.name} takes one", setting="scorers")
     for scorer in scorers:
-        if method.unit == "token":
+        if method.scores_tokens:
             _check_token_scorer(method, scorer)
         elif not hasattr(scorer, "score"):
             raise UsageError(

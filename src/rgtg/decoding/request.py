@@ -53,6 +53,9 @@ class Request:
         error: why it failed; its neighbours go on.
         scores_not_finite: tokens that were left to the policy because a scorer returned NaN.
         cached_tokens: prompt tokens that the prefix cache held.
+        log_normaliser: of sequential Monte Carlo: estimate of log Σ_y π(y)·exp(β·r(y)), in nats.
+        weight: share of the weight that a particle has.
+        particles: all of them.
     """
 
     prompt: str
@@ -87,6 +90,9 @@ class Request:
     error: Exception | None = None
     scores_not_finite: int = 0
     cached_tokens: int = 0
+    log_normaliser: float | None = None
+    weight: float | None = None
+    particles: "list[Request]" = field(default_factory=list)
     _generator: torch.Generator | None = field(default=None, init=False, repr=False)
 
     def uniform(self) -> float:
@@ -94,6 +100,10 @@ class Request:
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    def take_stream(self, other: "Request") -> None:
+        """Go on with the seed and the random numbers of another request."""
+        self.seed, self._generator = other.seed, other._generator
 
     @property
     def ended(self) -> bool:
@@ -156,6 +166,8 @@ class Request:
             policy_calls=self.policy_calls,
             scorer_calls=self.scorer_calls,
             selection_nats=self.selection_nats,
+            log_normaliser=self.log_normaliser,
+            weight=self.weight,
             drafted=self.drafted,
             accepted=self.accepted,
             candidates=self.candidates,

@@ -400,3 +400,37 @@ def best_of_n_kl(n: int) -> float:
     0.0
     """
     return math.log(n) - (n - 1) / n
+
+
+def effective_sample_size(log_weights: Float[Tensor, " particles"]) -> float:
+    """Effective number (Σw)²/Σw² of weighted particles: n where all weigh the same, 1 where one has all the weight.
+
+    Source: Kong, Liu and Wong 1994; the usual measure of when to resample.
+
+    >>> round(effective_sample_size(torch.tensor([0.5, 0.25, 0.25]).log()), 3)
+    2.667
+    """
+    weights = torch.softmax(log_weights.double(), 0)
+    return float(1 / (weights * weights).sum())
+
+
+def systematic_resample(log_weights: Float[Tensor, " particles"], uniform: float) -> Int[Tensor, " particles"]:
+    """Ancestor of each of n particles after systematic resampling, by one uniform number.
+
+    Particle i is copied floor(n·w_i) or ceil(n·w_i) times, n·w_i on average (w normalised). A particle that survives
+    keeps its own place, so that as few rows as possible move. Source: Carpenter, Clifford and Fearnhead 1999.
+
+    Args:
+        log_weights: (n,) in nats, not normalised; not all of them -inf.
+        uniform: in [0, 1).
+
+    >>> systematic_resample(torch.tensor([0.05, 0.05, 0.65, 0.25]).log(), 0.5).tolist()
+    [2, 2, 2, 3]
+    """
+    n = len(log_weights)
+    cumulative = torch.softmax(log_weights.double(), 0).cumsum(0)
+    points = (torch.arange(n, dtype=torch.float64) + uniform) / n * cumulative[-1]
+    drawn = torch.searchsorted(cumulative, points, right=True).clamp(max=n - 1)
+    copies = torch.bincount(drawn, minlength=n).tolist()
+    extra = [i for i, count in enumerate(copies) for _ in range(count - 1)]
+    return torch.tensor([i if count else extra.pop(0) for i, count in enumerate(copies)])

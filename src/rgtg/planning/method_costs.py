@@ -99,7 +99,7 @@ def prefill_time(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
     """Time to read the prompts of a batch."""
     length, batch = planned.settings.prompt_tokens, planned.batch
     total = planned.run(planned.policy, ForwardPass(batch * (2 if variant.kind == "adapter" else 1), length, 0, batch))
-    if variant.needs_scorer and variant.method.unit != "completion":
+    if variant.needs_scorer and (variant.method.unit != "completion" or variant.method.scores_tokens):
         scorer = planned.reward_model if variant.kind == "separate" else planned.second_model
         total += planned.run(scorer, ForwardPass(batch, length, 0))
     return total
@@ -123,7 +123,8 @@ def token_time(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
         case "completion":
             n = planned.settings.n
             rewards = _score_completions(planned, n) * (1 / planned.settings.new_tokens)
-            return planned.policy_token(n) + planned.sampling(n) + rewards
+            drawn = planned.policy_token(n) + planned.sampling(n)
+            return drawn + (_score_candidates(variant, planned) if variant.method.scores_tokens else rewards)
     return _cards(planned) if variant.method.rule == "accept" else _blockwise(planned)
 
 
@@ -157,6 +158,15 @@ def _score_completions(planned: PlannedBatch, n: float) -> TimeEstimate:
     together = min(_SCORED_TOGETHER, planned.batch * n)
     one = ForwardPass(together, s.prompt_tokens + s.new_tokens, 0)
     return planned.run(planned.reward_model, one) * max(passes, 1)
+
+
+def _score_candidates(variant: MethodVariant, planned: PlannedBatch) -> TimeEstimate:
+    """A reward model reads k candidates of each of n growing completions in one pass over the prompt's cache."""
+    s = planned.settings
+    k = candidate_count(variant, s, planned.policy.vocabulary)
+    return planned.run(
+        planned.reward_model, ForwardPass(planned.batch, s.n * k, s.prompt_tokens + s.n * s.new_tokens / 2)
+    )
 
 
 def _blockwise(planned: PlannedBatch) -> TimeEstimate:
@@ -241,6 +251,12 @@ def caches(variant: MethodVariant, planned: PlannedBatch) -> list[tuple[ModelSha
     wide = longest + min(candidate_count(variant, s, planned.policy.vocabulary), MAX_WIDTH)
     if variant.kind in ("state head", "adapter"):
         return [(planned.policy, planned.batch * (2 if variant.kind == "adapter" else 1), wide)]
+    if method.unit == "completion" and method.scores_tokens:  # branches of one prompt in both caches
+        together, candidates = s.prompt_tokens + s.n * s.new_tokens, wide - longest
+        return [
+            (planned.policy, planned.batch, together + s.n),
+            (planned.second_model, planned.batch, together + s.n * candidates),
+        ]
     found = [(planned.policy, planned.batch, longest + branch_columns(method, asked) + 1)]
     if variant.needs_scorer and method.unit == "token":
         found.append((planned.second_model, planned.batch, wide if variant.kind == "separate" else longest + 1))
@@ -263,6 +279,6 @@ def activation_bytes(variant: MethodVariant, planned: PlannedBatch) -> float:
     inner = planned.policy.trunk / planned.policy.layers / planned.policy.hidden  # outputs of one layer's products
     states = tokens * (4 * planned.policy.hidden + inner) * width
     mask = planned.batch * s.prompt_tokens**2 * width
-    branches = s.n if variant.method.unit != "token" and variant.method.rule == "best" else 1
+    branches = s.n if variant.method.unit != "token" and variant.method.rule in ("best", "resample") else 1
     logits = 4 * planned.batch * branches * planned.policy.vocabulary * 4
     return float(states + mask + logits)

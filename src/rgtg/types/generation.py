@@ -57,9 +57,13 @@ class Completion(Record):
     selection_nats: float = Field(
         default=0.0,
         description="nats that selecting among samples adds to guided − policy: a bound (best-of-n, cd-blockwise) or "
-        "an estimate (cards)",
+        "an estimate (cards, smc)",
     )
     score: float | None = Field(default=None, description="the last score, or the reward that selected it")
+    log_normaliser: float | None = Field(
+        default=None, description="smc: estimate of log Σ π(y)·exp(β·r(y)) over all completions, in nats"
+    )
+    weight: float | None = Field(default=None, description="of one of several weighted completions; they sum to 1")
     policy_calls: int = 0
     scorer_calls: int = 0
     drafted: int = Field(default=0, description="tokens proposed by speculative decoding")

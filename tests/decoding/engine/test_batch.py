@@ -13,6 +13,7 @@ from helpers.naive import (
     best_among,
     completion_distribution,
     make_guided,
+    particle_distribution,
     reward,
     segmented_distribution,
     step_distribution,
@@ -44,20 +45,21 @@ OWN = {
     "cd-blockwise": {"n": 2, "segment_length": 1},
     "cards": {"beta": 1.5, "reward_threshold": 0.5, "segment_length": 2, "min_segment": 1, "entropy_threshold": 2.0,
               "retries": 1},
+    "smc": {"n": 3},
 }  # fmt: skip
 
 
 def exact_settings(method, named):
     """What the definition is given: greedy methods are T = 0, and beta is 1.5 where a scorer steers each token."""
     row = METHODS[method]
-    beta = 1.5 if row.scorer and row.unit == "token" else 0.0
+    beta = 1.5 if row.scorer and row.scores_tokens else 0.0
     exact = SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
     return exact | {"top_k": None, "sums": exact["top_k"]} if row.candidates == "sum" else exact
 
 
 def build(method):
     row = METHODS[method]
-    return make_guided(method, **{"beta": 1.5} if row.scorer and row.unit == "token" else {})
+    return make_guided(method, **{"beta": 1.5} if row.scorer and row.scores_tokens else {})
 
 
 def call_settings(method, named):
@@ -72,6 +74,8 @@ def exact_distribution(method, guided, prompt, length, exact):
     own = OWN.get(method, {})
     if method == "best-of-n":
         return winner_distribution(guided, prompt, length, own["n"], **exact)
+    if method == "smc":
+        return particle_distribution(guided, prompt, length, own["n"], **exact)
     if method == "cd-blockwise":
         return segmented_distribution(
             guided, prompt, length, lambda masses, rewards, _: best_among(masses, rewards, own["n"]),
@@ -97,6 +101,7 @@ CASES = [
     for method in METHODS
     for named in SETTINGS
     if METHODS[method].rule != "greedy" or named in ("plain", "nucleus", "biased")
+    if METHODS[method].rule != "resample" or named != "greedy"
 ]
 
 
@@ -137,6 +142,8 @@ def test_every_traced_log_probability_is_the_enumerated_one(method, named):
     row = METHODS[method]
     if row.rule == "greedy" and named in ("cool", "greedy"):
         pytest.skip("a greedy method has no temperature")
+    if row.rule == "resample" and named == "greedy":
+        pytest.skip("particles are drawn at random")
     guided = build(method)
     if named == "all":
         given = OWN.get(method, {}) | {"top_k": None}

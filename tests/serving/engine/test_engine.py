@@ -157,6 +157,8 @@ CASES = [
     ("best-of-n", ("kind",), {"n": 4}),
     ("cd-blockwise", ("separate",), {"n": 3, "segment_length": 3}),
     ("cards", ("separate",), {"reward_threshold": 0.5}),
+    ("smc", ("kind",), {"n": 3}),
+    ("smc", ("vocab", "text"), {"n": 2, "beta": [1.0, 0.5], "proposal": "policy", "segment_length": 3}),
 ]
 
 
@@ -174,7 +176,7 @@ def test_everything_at_once_equals_each_alone(models, engine):
     for (listener, _, asked), alone in zip(heard, expected, strict=True):
         (done,) = listener.finished()
         require_same(done, alone)
-        assert listener.tokens == ([] if done.method == "best-of-n" else done.token_ids)
+        assert listener.tokens == ([] if done.method in ("best-of-n", "smc") else done.token_ids)
         assert all((step.trace is not None) == asked[3] for step in listener.events if isinstance(step, TokenEvent))
 
 
@@ -245,6 +247,8 @@ APART = [
     ("cd-blockwise", ("separate",), {"n": 3, "segment_length": 3}),
     ("cd-blockwise", ("text",), {"n": 2, "segment_length": 4}),
     ("cards", ("separate",), {"reward_threshold": 0.5}),
+    ("smc", ("kind",), {"n": 3, "beta": 2.0}),
+    ("smc", ("adapter",), {"n": 2, "proposal": "policy", "segment_length": 2}),
     ("pargs", ("vocab", "state"), {"beta": [1.0, 0.7]}),
     ("pargs", ("state", "adapter", "text"), {"beta": [0.5, 0.3, 0.2], "top_k": 4}),
 ]
@@ -308,7 +312,7 @@ def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_
     assert end.cached_tokens == 0
     assert turns >= len(alone.token_ids)  # of segments too, one token in each
     if not {"text", "encoder"} & {*scorers}:  # a scorer without a cache reads every text from its beginning
-        assert max(seen) <= 12
+        assert max(seen) <= (30 if method == "smc" else 12)  # 10 candidates of each of three particles
 
 
 @pytest.mark.parametrize(("method", "scorers", "settings"), APART)
@@ -325,19 +329,20 @@ def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, metho
         if each is asked:
             require_same(end.completion, alone)
     # a batch with a fused LoRA scorer has entries of its own: its rows are doubled
-    fused = models.factory.key(scorers).fused if method == "pargs" else None
+    fused = models.factory.key(scorers).fused if method in ("pargs", "smc") else None
     first = 0 if fused is not None and isinstance(models.scorers[fused], SharedTrunkScorer) else len(ids) - 1
     assert found == [0, first, len(ids) - 1, len(ids) - 1]
 
 
 def test_a_row_that_decodes_apart_can_be_given_up_while_its_prompt_is_read(models):
     engine, heard, both = Engine(models, EngineSettings(prefill_chunk=5)), Heard(), {"n": 2, "max_new_tokens": 9}
-    handle = put(engine, LONG, row("best-of-n", ["kind"], **both), row("cd-blockwise", ["kind"], **both), to=heard)
+    rows = [row(method, ["kind"], **both) for method in ("best-of-n", "cd-blockwise", "smc")]
+    handle = put(engine, LONG, *rows, to=heard)
     engine._turn()
-    assert engine.snapshot().running == 4
+    assert engine.snapshot().running == 6
     handle.cancelled = True
     engine._turn()
-    assert [type(end.error) for end in heard.ended(2)] == [StoppedError, StoppedError]
+    assert [type(end.error) for end in heard.ended(3)] == [StoppedError] * 3
     assert engine.snapshot().running == 0
 
 
@@ -406,6 +411,22 @@ def test_cancelled_rows_leave_and_the_others_do_not_notice(models, engine):
             require_same(end.completion, expected[i])
     assert engine.drain(10)
     assert engine.snapshot().running == engine.snapshot().waiting == 0
+
+
+def test_particles_that_are_cancelled_while_they_grow_leave_nothing(models, serving):
+    engine = serving(max_batch=9)
+    heard, other = Heard(), Heard()
+    expected = expect(models, "Hi", "smc", ["kind"], {"n": 4, "max_new_tokens": 20}, 5)
+    handle = submit(engine, "Once", row("smc", ["kind"], n=4, max_new_tokens=100), to=heard)
+    submit(engine, "Hi", row("smc", ["kind"], expected.seed, n=4, max_new_tokens=20), to=other)
+    while not any(run.requests[0].policy_calls for run in list(engine._unbatched)):
+        time.sleep(0.001)
+    engine.cancel(handle)
+    (end,) = heard.ended()
+    assert isinstance(end.error, StoppedError)
+    require_same(other.finished()[0], expected)
+    assert engine.drain(30)
+    assert engine.snapshot().running == 0
 
 
 def test_time_that_is_over_ends_a_request_wherever_it_is(models, serving):
@@ -654,7 +675,7 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(models, serving, monkeypat
     assert not engine.alive
 
 
-@pytest.mark.parametrize("method", [row("best-of-n", ["kind"], n=2), row("cd-blockwise", ["kind"], n=2)])
+@pytest.mark.parametrize("method", [row(name, ["kind"], n=2) for name in ("best-of-n", "cd-blockwise", "smc")])
 def test_segments_and_whole_texts_without_figures_are_counted(models, serving, method, monkeypatch):
     engine, listener = serving(on_nan="unguided"), Heard()
     monkeypatch.setattr(models.scorers["kind"].model.score, "forward", lambda states: states[..., :1] * math.nan)
@@ -676,6 +697,8 @@ REFUSED = [
     (row("cards", ["kind"]), "needs reward_threshold"),
     (row("best-of-n", ["kind"], n=9), "at most 8"),
     (row("cd-blockwise", ["kind"], n=9), "at most 8"),
+    (row("smc", ["kind"], n=9), "at most 8"),
+    (row("smc", ["kind"], top_k=None), "at most 128"),
     (row("cards", ["kind"], reward_threshold=1.0, segment_length=10**9), "segment_length = 1000000000"),
     (row("pargs", ["kind"], draft_length=3), "draft_length"),
 ]

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -103,6 +103,7 @@ class Batch:
         prefix_cache: PrefixCache | None = None,
         keep_order: bool = True,
         ends_early: Callable[[list[Request], Tensor, Tensor], list[Request]] | None = None,
+        score_every: int | None = None,
     ) -> None:
         """Start without requests; the first ones bring the runners.
 
@@ -116,7 +117,10 @@ class Batch:
                 else the last row takes the free place, and only that one is copied.
             ends_early: called before each draw with the requests, the policy's logits and log-probabilities (B, V);
                 returns those that it has ended.
+            score_every: draw from the policy, and let the scorers read drawn tokens only: every so many of them, and
+                where a text ends. None scores the candidates before the draw.
         """
+        self.score_every = score_every
         self.fused, self.heads, self.on_nan, self.ends_early = fused, heads or {}, on_nan, ends_early
         self.prefix_cache, self.keep_order = prefix_cache, keep_order
         self.requests: list[Request] = []
@@ -198,6 +202,23 @@ class Batch:
         if self.state is not None:
             self.state = select_state(self.state, kept)
 
+    @torch.inference_mode()
+    def replace_rows(self, rows: Sequence[int], requests: Sequence[Request]) -> None:
+        """Let row i be a copy of the row that was ``rows[i]``, for ``requests[i]``, between two steps.
+
+        All requests have the same scorers. No rows at all empties the batch.
+        """
+        if not rows:
+            self.remove(list(self.requests))
+            return
+        for entry in self.separate.values():
+            places = {request: place for place, request in enumerate(entry.requests)}
+            entry.runner.select_rows([places[self.requests[row]] for row in rows])
+            entry.runner.set_requests(requests)
+            entry.requests, entry.scored = list(requests), None
+        self._policy.select_rows(rows)
+        self.state, self.requests = select_state(self._state, rows), list(requests)
+
     def _drop(self, leaving: Iterable[Request]) -> list[int] | None:
         """Remove requests everywhere but in ``state``; rows of those that stay in their new order, None if all stay."""
         gone = set(leaving)
@@ -240,7 +261,7 @@ class Batch:
         # 1. propose the policy's likely next tokens, and
         # 2. score them; a request that cannot be scored leaves, and the others start over
         groups = self._propose()
-        while failed := self._score(groups):
+        while self.score_every is None and (failed := self._score(groups)):
             self.remove(failed)
             groups = self._propose()
         # 3. draw from π·exp(β·r)
@@ -255,6 +276,8 @@ class Batch:
             except Exception as error:
                 request.error = error
             going += request.finish_reason is None and request.error is None
+        if self.score_every is not None:
+            self._score_drawn(groups, self.score_every)
         if on_draw is not None and self.requests:
             on_draw(list(self.requests))
         # 5. commit the tokens everywhere; the policy reads those of the requests that go on
@@ -506,6 +529,41 @@ class Batch:
                         "its training"
                     )
         return Candidates(given.policy_log_probs, given.ids, given.log_probs, steered)
+
+    def _score_drawn(self, groups: list[Group], every: int) -> None:
+        """Score the tokens that were drawn, in the rows whose score is due."""
+        due = [one.ended or len(one.token_ids) % every == 0 for one in self.requests]
+        # 1. the drawn tokens are the only candidates
+        self._tree = None
+        for group in groups:
+            assert group.draws is not None, "tokens have been drawn"
+            ids, choice = group.draws.tokens, torch.zeros_like(group.draws.choice)
+            steered = torch.tensor([due[row] for row in group.rows], device=ids.device)
+            group.candidates = Candidates(group.candidates.policy_log_probs, ids, torch.zeros(ids.shape), steered)
+            group.draws = replace(group.draws, choice=choice)
+        for entry in self.separate.values():
+            entry.scored = None
+        if not any(due):
+            return
+        # 2. their scores; an error also fails a request whose text has just ended
+        reasons = [(request, request.finish_reason) for request in self.requests]
+        for request, _ in reasons:
+            request.finish_reason = None
+        failed = self._score(groups)
+        for request, reason in reasons:
+            request.finish_reason = reason if request.error is None else None
+        if failed:
+            return
+        # 3. to the requests
+        for group in groups:
+            requests = [self.requests[row] for row in group.rows]
+            self._without_nan(group, requests)
+            scores, _ = self._weighted(group, requests)
+            assert scores is not None, "requests have scorers"
+            for row, score in zip(group.rows, scores[:, 0].tolist(), strict=True):
+                if due[row]:
+                    self.requests[row].score = score
+                    self.requests[row].scorer_calls += 1
 
     # -- 5. commit -------------------------------------------------------------------------------------------------
 

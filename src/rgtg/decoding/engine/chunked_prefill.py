@@ -98,22 +98,24 @@ class ChunkedPrefill:
 class BatchPrefill(ChunkedPrefill):
     """A prompt on its way into a batch: the policy, and the scorers that make passes of their own."""
 
-    def __init__(self, runners: TokenRunners, request: Request) -> None:
+    def __init__(self, runners: TokenRunners, request: Request, *, columns: int | None = None) -> None:
         """Start fresh runners; nothing is read.
 
         Args:
             runners: of the policy and its scorers.
             request: whose prompt is read.
+            columns: room for what decoding adds, where it goes on in these runners; None: a batch copies them.
         """
-        length = len(request.prompt_ids)
-        self.policy = runners.policy.fresh(length, 1)
+        length, room = len(request.prompt_ids), columns or 1
+        self._joins = columns is None
+        self.policy = runners.policy.fresh(length, room)
         prompts = [request.prompt_ids] * self.policy.copies
         doubled = runners.key.fused if len(prompts) > 1 else None
         super().__init__([PrefillTask(("policy", doubled), self.policy.runner, prompts)])
         self.scorers: dict[str, Any] = {}
         self._of_scorer: dict[str, PrefillTask] = {}
         for name, empty in runners.scorers.items():
-            self.scorers[name] = runner = empty.fresh(length, 1)
+            self.scorers[name] = runner = empty.fresh(length, room)
             if (texts := runner.begin([request])) is not None:
                 self._of_scorer[name] = PrefillTask(("scorer", name), runner.runner, texts)
         self.tasks += self._of_scorer.values()
@@ -130,8 +132,8 @@ class BatchPrefill(ChunkedPrefill):
         return Prefilled(self.policy, state, self.scorers, self._shared)
 
     def _store_prefix(self, task: PrefillTask, runner: CachedRunner, cache: PrefixCache) -> None:
-        """Give the prefix cache the runner's own keys and values: the batch copies them. Other engines' are copied."""
-        if not isinstance(runner, TreeRunner):
+        """Give the prefix cache the runner's own keys and values if a batch copies them, else a copy."""
+        if not self._joins or not isinstance(runner, TreeRunner):
             super()._store_prefix(task, runner, cache)
             return
         cache.add(task.key, task.texts[0], runner.cache)

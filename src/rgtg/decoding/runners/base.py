@@ -66,6 +66,13 @@ class PolicyRunner(Protocol):
         """A runner of its own with copies of some rows: stepping it leaves these rows as they are."""
         ...
 
+    def branch(self, n: int) -> Self:
+        """A runner of n rows for each row; they share what the rows have read, and take this runner's place.
+
+        Only methods that draw several completions of a prompt together need it.
+        """
+        ...
+
     def add(self, other: Self) -> None:
         """Append copies of the rows of another runner of the same policy. Adds all of them, or none and raises."""
         ...
@@ -127,6 +134,14 @@ class ScorerRunner(Protocol):
 
     def fork(self, request: Request) -> Self:
         """The same single prefilled prompt, for another request with that prompt."""
+        ...
+
+    def branch(self, n: int, requests: Sequence[Request]) -> Self:
+        """A runner of n rows for each row, one for each request; they take this runner's place."""
+        ...
+
+    def set_requests(self, requests: Sequence[Request]) -> None:
+        """The rows belong to these requests from now on."""
         ...
 
     def add(self, other: Self) -> None:

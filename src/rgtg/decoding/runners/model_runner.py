@@ -214,7 +214,7 @@ class RecomputeRunner:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
         """Start with these prompts as rows; states (B, H) at the last token of each."""
-        self.texts = [list(prompt) for prompt in prompts]
+        self.texts, self.tree = [list(prompt) for prompt in prompts], None
         return self._read_last(self.texts)
 
     def read(self, tree: TokenTree) -> States:
@@ -243,6 +243,8 @@ class RecomputeRunner:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows only, in this order; a row named twice is copied."""
         self.texts = [list(self.texts[i]) for i in rows]
+        if self.tree is not None:  # what was read and not committed yet
+            self.tree = TokenTree(self.tree.tokens[list(rows)], self.tree.parents)
 
     def copy_rows(self, rows: Sequence[int]) -> "RecomputeRunner":
         """A runner of its own with copies of some rows."""
@@ -252,11 +254,12 @@ class RecomputeRunner:
 
     def reset(self, rows: int) -> None:
         """Start again with so many empty rows."""
-        self.texts = [[] for _ in range(rows)]
+        self.texts, self.tree = [[] for _ in range(rows)], None
 
     def add(self, other: "RecomputeRunner") -> None:
         """Append copies of the rows of another runner of the same model."""
         self.texts += [list(text) for text in other.texts]
+        self.tree = None  # of fewer rows
 
     def _read_last(self, texts: list[list[int]]) -> States:
         """States (R, H) at the last token of each of R texts."""
@@ -360,7 +363,7 @@ def outputs(runner: Runner, tree: TokenTree) -> Tensor:
 
 def append_tokens(runner: Runner, tokens: Tensor) -> States:
     """Read tokens (B, n), one after the other, and commit them; states (B, H) at the last ones."""
-    if not isinstance(runner, TreeRunner | RecomputeRunner):
+    if not isinstance(runner, TreeRunner | RecomputeRunner) and hasattr(runner, "append"):  # another engine's
         return runner.append(tokens)
     states = runner.read(TokenTree.chain(tokens))
     n = tokens.shape[1]

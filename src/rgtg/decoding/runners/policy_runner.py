@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import append_tokens
+from rgtg.decoding.runners.shared_prefix_runner import fork
 from rgtg.decoding.runners.token_tree import States, TokenTree
 
 # Widest tree read in one pass; more candidates are read in several, so that memory stays bounded.
@@ -84,6 +85,12 @@ class TorchPolicyRunner:
     def copy_rows(self, rows: Sequence[int]) -> Self:
         """A runner of its own with copies of some rows."""
         return type(self)(self.runner.copy_rows(rows))
+
+    def branch(self, n: int) -> Self:
+        """A runner of n rows for each row; they share what the rows have read, and take this runner's place."""
+        other = copy.copy(self)
+        other.runner = fork(self.runner, n)
+        return other
 
     def add(self, other: Self) -> None:
         """Append copies of the rows of another runner of the same policy."""

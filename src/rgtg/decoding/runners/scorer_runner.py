@@ -11,6 +11,7 @@ from rgtg.decoding.request import Request
 from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import Runner, append_tokens, outputs
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH, TorchPolicyRunner
+from rgtg.decoding.runners.shared_prefix_runner import fork
 from rgtg.decoding.runners.token_tree import States, TokenTree
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0
 
@@ -109,6 +110,16 @@ class _CachedScorer:
         """Itself: its rows hold nothing but what was read."""
         return self
 
+    def branch(self, n: int, requests: Sequence[Request]) -> Self:
+        """A runner of n rows for each row; they share what the rows have read, and take this runner's place."""
+        self.read_pending()
+        other = copy.copy(self)
+        other.runner = fork(self.runner, n)  # type: ignore[assignment]
+        return other
+
+    def set_requests(self, requests: Sequence[Request]) -> None:
+        """Nothing to do: its rows hold nothing of their requests."""
+
     def add(self, other: Self) -> None:
         """Append copies of another runner's rows; tokens that wait in either are read first."""
         for one in (self, other):
@@ -200,6 +211,12 @@ class TokenRewardRunner(_CachedScorer):
         copied = self._copy(rows)
         copied.hidden = None if self.hidden is None else self.hidden[list(rows)]
         return copied
+
+    def branch(self, n: int, requests: Sequence[Request]) -> "TokenRewardRunner":
+        """A runner of n rows for each row; they share what the rows have read, and take this runner's place."""
+        other = super().branch(n, requests)
+        other.hidden = _required(self.hidden).repeat_interleave(n, 0)
+        return other
 
     def add(self, other: Self) -> None:
         """Append copies of another runner's rows; tokens that wait in either are read first."""
@@ -297,6 +314,16 @@ class SecondPassRunner:
         """Itself: its rows hold nothing but what was read."""
         return self
 
+    def branch(self, n: int, requests: Sequence[Request]) -> "SecondPassRunner":
+        """A runner of n rows for each row; they share what the rows have read, and take this runner's place."""
+        self._read_pending()
+        branched = SecondPassRunner(self.policy.branch(n), self.head)
+        branched.state = repeat_state(_required(self.state), n)
+        return branched
+
+    def set_requests(self, requests: Sequence[Request]) -> None:
+        """Nothing to do: its rows hold nothing of their requests."""
+
     def add(self, other: Self) -> None:
         """Append copies of another runner's rows; tokens that wait in either are read first."""
         for one in (self, other):
@@ -311,6 +338,12 @@ def select_state(state: PolicyState, rows: Sequence[int] | None) -> PolicyState:
         return state
     index = list(rows)
     return PolicyState(state.logits[index], None if state.hidden is None else state.hidden[index])
+
+
+def repeat_state(state: PolicyState, n: int) -> PolicyState:
+    """States (B·n, …): each row's n times, side by side."""
+    hidden = None if state.hidden is None else state.hidden.repeat_interleave(n, 0)
+    return PolicyState(state.logits.repeat_interleave(n, 0), hidden)
 
 
 def concat_states(mine: PolicyState | None, theirs: PolicyState) -> PolicyState:

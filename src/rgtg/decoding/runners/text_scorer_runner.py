@@ -130,6 +130,19 @@ class TextScorerRunner:
         other.begin([request])
         return other
 
+    def branch(self, n: int, requests: Sequence[Request]) -> Self:
+        """A runner of n rows for each row, one for each request; they take this runner's place."""
+        other = copy.copy(self)
+        other._forget_scores()
+        other.select_rows([row for row in range(len(self.rows)) for _ in range(n)])
+        other.set_requests(requests)
+        return other
+
+    def set_requests(self, requests: Sequence[Request]) -> None:
+        """Count what the rows read for these requests from now on."""
+        for row, request in zip(self.rows, requests, strict=True):
+            row.request = request
+
     def add(self, other: Self) -> None:
         """Append another runner's rows."""
         self._forget_scores()
@@ -242,8 +255,13 @@ class TextScorerRunner:
         row.completion.text = candidate.text
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in this order."""
-        self.rows = [self.rows[i] for i in rows]
+        """Keep these rows only, in this order; a row named twice is copied."""
+        once = set(rows)
+        selected = []
+        for i in rows:
+            selected.append(self.rows[i] if i in once else self.rows[i].copy())
+            once.discard(i)
+        self.rows = selected
         if len(self._scored):
             self._scored, self._counts = self._scored[list(rows)], [self._counts[i] for i in rows]
 
@@ -392,7 +410,7 @@ class CachedTextScorerRunner(TextScorerRunner):
         self._commit_nodes(read, [list(range(len(branches.tokens))) for branches in read])
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in this order."""
+        """Keep these rows only, in this order; a row named twice is copied."""
         super().select_rows(rows)
         self._select_branches(rows)
         self.runner.select_rows(rows)

@@ -111,8 +111,8 @@ def run_result(
         settings=full, seeds=[shard.seed for shard in shards],
         metrics=measure(
             [shard.completions for shard in shards], gold, proxies=others, reference=reference or None,
-            n=int(full["n"]) if method.unit == "completion" else None, bounded=method.rule == "best",
-            seed=settings.seed, resamples=settings.bootstrap,
+            n=int(full["n"]) if (method.unit, method.rule) == ("completion", "best") else None,
+            bounded=method.rule == "best", seed=settings.seed, resamples=settings.bootstrap,
         ),
         rewards=gold, proxy_rewards=others, guided_by=list(guided_by), tokens=tokens, seconds=seconds,
         tokens_per_second=tokens / seconds, policy_calls=sum(c.policy_calls for c in done),

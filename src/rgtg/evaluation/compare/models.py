@@ -131,7 +131,7 @@ def scorer_keys(run: MethodRun, given: Container[str] = ()) -> list[ScorerKey]:
     keys = []
     for name in run.scorers if method.scorer else ():
         trunk = "separate" if name in given else trunk_of(name)
-        fused = trunk == "shared" and method.unit == "token"
+        fused = trunk == "shared" and method.scores_tokens
         own = None if trunk == "separate" else run.policy
         keys.append(ScorerKey(name, own, fused, method.scorer == "autoregressive"))
     return keys

@@ -170,7 +170,7 @@ class Engine:
     def _require_narrow(self, request: Request) -> None:
         """Refuse more candidates than a scorer that reads each of them may be given."""
         each = [name for name in request.scorers if not scores_vocabulary(self.models.scorers[name])]
-        if each and METHODS[request.method].unit == "token":
+        if each and METHODS[request.method].scores_tokens:
             raise UsageError(
                 f"top_k = {request.settings.top_k}: {each[0]} reads every candidate, on this server at most "
                 f"{self.settings.max_candidates}",

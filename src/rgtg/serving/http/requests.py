@@ -129,7 +129,11 @@ class Guidance(Body):
     entropy_gate: Annotated[float, Field(ge=0)] | None = Field(
         None, description="guide only where the policy's entropy, in nats, exceeds this"
     )
-    n: Count | None = Field(None, description="number of completions (best-of-n) or of segments (cd-blockwise) to draw")
+    n: Count | None = Field(
+        None, description="number of completions (best-of-n, smc) or of segments (cd-blockwise) to draw"
+    )
+    proposal: Literal["pargs", "policy"] | None = Field(None, description="smc: what draws tokens")
+    resample_finished: bool | None = Field(None, description="smc: resample finished completions with unfinished ones")
     segment_length: Count | None = Field(None, description="tokens per segment")
     min_segment: Count | None = Field(None, description="cards: minimum tokens per segment")
     entropy_threshold: Annotated[float, Field(ge=0)] | None = Field(
