@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @command(
     TrainSettings,
-    "pairs rollouts base objective output trunk head layer eval_pairs eval_rollouts reference_scorer max_length "
+    "pairs rollouts base objective output trunk head layer engine eval_pairs eval_rollouts reference_scorer max_length "
     "chat_template_kwargs on_bad resume force",
 )
 def run(settings: TrainSettings, invocation: Invocation) -> None:

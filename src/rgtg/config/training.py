@@ -108,6 +108,10 @@ class TrainSettings(Settings):
         description="with own: hidden state that the head reads; final: the output layer's, which every engine gives; "
         "auto (default) tries three",
     )
+    engine: Literal["torch", "llama-cpp"] = Field(
+        "torch",
+        description="with own: whose states train the head; llama-cpp: those of a GGUF file, quantised as it is",
+    )
     width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")
     objective: Objective = Field("prefix-bt", description="prefix-bt suits token-wise guidance")

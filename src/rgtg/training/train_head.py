@@ -61,7 +61,8 @@ class HeadTraining:
         self.config = reward_config(settings, settings.max_length)
         self.config._n_gpu = min(self.config.n_gpu, 1)  # a batch of states is not spread over several GPUs
         dtype = (settings.train.get("model_init_kwargs") or {}).get("dtype")
-        policy = load_policy(settings.base, dtype=dtype, device=self.config.device)
+        device = self.config.device if settings.engine == "torch" else None
+        policy = load_policy(settings.base, dtype=dtype, device=device, engine=settings.engine)
         self.policy, self.tokenizer = policy.model, policy.tokenizer
         self.layers = candidate_layers(settings, self.policy)
         self.widths = [settings.width] if isinstance(settings.width, int) else list(WIDTHS)
@@ -258,7 +259,7 @@ def candidate_layers(settings: TrainSettings, model: Any) -> list[int]:
     final = depth(model)
     if isinstance(settings.layer, int):
         return [settings.layer]
-    if settings.layer == "final":
+    if settings.layer == "final" or settings.engine != "torch":  # other engines give no other states
         return [final]
     return list(dict.fromkeys([final, -(-3 * final // 4), -(-final // 2)]))
 

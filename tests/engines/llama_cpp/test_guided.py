@@ -217,7 +217,7 @@ def test_best_of_n_reads_the_prompt_once(monkeypatch):
     guided.complete([request])
     assert request.error is None
     assert sum(read) <= len(request.prompt_ids) + 16 * 3
-    assert len(policy.model.context._free) == policy.model.context.max_sequences, "all sequences are gone"
+    assert policy.model.context.free_sequences == policy.model.context.max_sequences, "all sequences are gone"
 
 
 def test_streams_join_to_the_text(guided):

@@ -130,7 +130,7 @@ def test_saved_prefixes_begin_other_texts(runner):
 def test_too_many_sequences_are_an_error_that_a_job_can_halve(runner):
     with pytest.raises(RuntimeError, match=r"not enough memory for another sequence: .* holds at most 128"):
         runner.select_rows([0] * 200)
-    assert len(runner.context._free) >= runner.context.max_sequences - 8, "none are lost"
+    assert runner.context.free_sequences >= runner.context.max_sequences - 8, "none are lost"
     assert_holds(runner, PROMPTS)
 
 

@@ -1,15 +1,20 @@
 """A llama.cpp context: sequences over one cache, which share what they were forked from, and the outputs of a pass."""
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rgtg.engines.llama_cpp.library import forget_messages, last_message, library
+from rgtg.engines.llama_cpp.library import first_error, forget_errors, library
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _TOKENS = 512  # of one call of the library
 _OUTPUTS = 128  # tokens of one call whose logits are read: the library's buffers are that many times the vocabulary
 _SEQUENCES = 128  # at once; not more than _OUTPUTS
@@ -66,8 +71,20 @@ class SavedPrefix(NamedTuple):
         return int(self.data.nbytes)
 
 
+def _in_turn(call: Callable[P, R]) -> Callable[P, R]:
+    """Let threads call a method of a context one after the other: the library takes one call at a time."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        context: Any = args[0]
+        with context._lock:
+            return call(*args, **kwargs)
+
+    return run
+
+
 class LlamaContext:
-    """One model with one cache, for all sequences that are read at a time. Not for several threads at once.
+    """One model with one cache, for all sequences that are read at a time. Threads take turns.
 
     Sequences share the cells of what they were forked from. The cache grows when it is full; it is never made smaller.
     """
@@ -86,18 +103,22 @@ class LlamaContext:
         self.hidden = int(lib.llama_model_n_embd_out(model))
         self.max_sequences = min(_SEQUENCES, int(lib.llama_max_parallel_sequences()))
         self._free = list(reversed(range(self.max_sequences)))
+        self._released: deque[int] = deque()  # sequences that nothing refers to; they are still in the cache
+        self._lock = threading.RLock()
         self._batch = _Batch(lib, self.max_sequences)
         self.cells, self._embeddings = _FIRST_CELLS, True
         self._context = self._new_context(self.cells)
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
+    @_in_turn
     def new(self) -> CachedSequence:
         """An empty sequence.
 
         Raises:
             RuntimeError: llama.cpp holds no more of them.
         """
+        self._remove_released()
         if not self._free:
             raise RuntimeError(
                 f"not enough memory for another sequence: llama.cpp holds at most {self.max_sequences}; decode fewer "
@@ -105,6 +126,7 @@ class LlamaContext:
             )
         return CachedSequence(self, self._free.pop(), 0)
 
+    @_in_turn
     def fork(self, sequence: CachedSequence, length: int | None = None) -> CachedSequence:
         """A new sequence that shares the first ``length`` tokens of another (None: all of them)."""
         length = sequence.length if length is None else length
@@ -113,17 +135,24 @@ class LlamaContext:
         forked.length = length
         return forked
 
+    @_in_turn
     def cut(self, sequence: CachedSequence, length: int) -> None:
         """Keep the first ``length`` tokens of a sequence, also where tokens after its own were read."""
         self._lib.llama_memory_seq_rm(self._memory, sequence.number, length, -1)
         sequence.length = length
 
     def release(self, number: int) -> None:
-        """Take a sequence out of the cache. The last one leaves it as it was at first, cell by cell."""
-        if self._context is None:
+        """Let a sequence leave the cache before the next call; any thread may do so, also while another one reads."""
+        self._released.append(number)
+
+    def _remove_released(self) -> None:
+        """Take released sequences out of the cache. The last one leaves it as it was at first, cell by cell."""
+        if not self._released or self._context is None:
             return
-        self._lib.llama_memory_seq_rm(self._memory, number, -1, -1)
-        self._free.append(number)
+        while self._released:
+            number = self._released.popleft()
+            self._lib.llama_memory_seq_rm(self._memory, number, -1, -1)
+            self._free.append(number)
         if len(self._free) == self.max_sequences:
             # The order of cells decides the order of sums: what is read next must not depend on what was read before.
             self._free.sort(reverse=True)
@@ -132,17 +161,19 @@ class LlamaContext:
     @property
     def free_sequences(self) -> int:
         """How many more sequences there can be."""
-        return len(self._free)
+        return len(self._free) + len(self._released)
 
+    @_in_turn
     def save(self, sequence: CachedSequence) -> SavedPrefix:
         """A copy of a sequence's keys and values outside of the context."""
         size = self._lib.llama_state_seq_get_size(self._context, sequence.number)
         data = np.empty(size, np.uint8)
         written = self._lib.llama_state_seq_get_data(self._context, _bytes(data), size, sequence.number)
         if not written:
-            raise RuntimeError(f"llama.cpp could not copy a sequence: {last_message()}")
+            raise RuntimeError(f"llama.cpp could not copy a sequence: {first_error()}")
         return SavedPrefix(data[:written], sequence.length)
 
+    @_in_turn
     def restore(self, saved: SavedPrefix, length: int) -> CachedSequence:
         """A sequence with the first ``length`` tokens of what was saved."""
         sequence = self.new()
@@ -157,8 +188,10 @@ class LlamaContext:
         """Bytes of keys and values of so many tokens."""
         return tokens * self._token_bytes
 
+    @_in_turn
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens before they are read, where the cache is smaller."""
+        self._remove_released()
         if tokens > self.cells:
             self._grow(max(tokens, 2 * self.cells))
 
@@ -172,13 +205,20 @@ class LlamaContext:
         """Read N tokens; logits and states after each. Changes nothing where it raises."""
         return Outputs(*map(torch.from_numpy, self._read(nodes, outputs=True)))
 
-    def _read(self, nodes: Sequence[Node], *, outputs: bool) -> tuple[Any, Any]:
+    def states(self, nodes: Sequence[Node]) -> Tensor:
+        """Read N tokens; the final states (N, H) alone, without copying the logits of many tokens."""
+        return torch.from_numpy(self._read(nodes, outputs=True, logits=False)[1])
+
+    @_in_turn
+    def _read(self, nodes: Sequence[Node], *, outputs: bool, logits: bool = True) -> tuple[Any, Any]:
+        self._remove_released()
         lib, most = self._lib, _OUTPUTS if outputs else _TOKENS
         if outputs != self._embeddings:  # where it is set, the library computes the logits of all tokens
             lib.llama_set_embeddings(self._context, outputs)
             self._embeddings = outputs
         rows = len(nodes) if outputs else 0
-        logits, states = np.empty((rows, self.vocabulary), np.float32), np.empty((rows, self.hidden), np.float32)
+        scores = np.empty((rows if logits else 0, self.vocabulary), np.float32)
+        states = np.empty((rows, self.hidden), np.float32)
         before: dict[int, int] = {}
         for node in nodes:
             for sequence in node.sequences:
@@ -189,21 +229,22 @@ class LlamaContext:
                 self._decode(part, outputs)
                 if outputs:
                     end = start + len(part)
-                    _copy(lib.llama_get_logits(self._context), logits[start:end])
+                    if logits:
+                        _copy(lib.llama_get_logits(self._context), scores[start:end])
                     _copy(lib.llama_get_embeddings(self._context), states[start:end])
         except Exception:
             for number, position in before.items():
                 lib.llama_memory_seq_rm(self._memory, number, position, -1)
             raise
-        return logits, states
+        return scores, states
 
     def _decode(self, nodes: Sequence[Node], outputs: bool) -> None:
         self._batch.fill(nodes, outputs)
-        forget_messages()
+        forget_errors()
         while (code := self._lib.llama_decode(self._context, self._batch.struct)) == _NO_SLOT:
             self._grow(2 * self.cells)
         if code:
-            raise RuntimeError(f"llama.cpp could not read {len(nodes)} tokens (code {code}): {last_message()}")
+            raise RuntimeError(f"llama.cpp could not read {len(nodes)} tokens (code {code}): {first_error()}")
 
     # -- the cache -------------------------------------------------------------------------------------------------
 
@@ -221,10 +262,10 @@ class LlamaContext:
         if self._exact:
             params.type_k = params.type_v = self._lib.GGML_TYPE_F32
             params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        forget_messages()
+        forget_errors()
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
-            raise RuntimeError(f"not enough memory for a llama.cpp cache of {cells} tokens: {last_message()}")
+            raise RuntimeError(f"not enough memory for a llama.cpp cache of {cells} tokens: {first_error()}")
         return context
 
     def _grow(self, cells: int) -> None:
@@ -237,7 +278,7 @@ class LlamaContext:
             written = self._lib.llama_state_get_data(self._context, _bytes(data), size)
             if not written or not self._lib.llama_state_set_data(larger, _bytes(data), written):
                 self._lib.llama_free(larger)
-                raise RuntimeError(f"llama.cpp could not move its cache to a larger one: {last_message()}")
+                raise RuntimeError(f"llama.cpp could not move its cache to a larger one: {first_error()}")
         self._lib.llama_free(self._context)
         self._context, self.cells, self._embeddings = larger, cells, True
 

@@ -5,16 +5,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections import deque
 from typing import Any
 
 from rgtg.errors import MissingExtraError, first_line
 
 PACKAGE = "llama_cpp"
 EXTRA = "pip install 'rgtg[llama-cpp]'"
-_WARNING, _ERROR, _CONTINUED = 2, 3, 5  # of ggml's log levels
+_ERROR, _CONTINUED = 4, 5  # of ggml's log levels
 
-_said: deque[str] = deque(maxlen=20)
+_errors: list[str] = []
+_MOST = 20
 _loaded: list[Any] = []  # the module, and the callback that must outlive it
 
 
@@ -24,7 +24,7 @@ def is_installed() -> bool:
 
 
 def library() -> Any:
-    """The functions of llama.h. The library prints nothing from now on; `last_message` gives what it would have said.
+    """The functions of llama.h. The library prints nothing from now on; `first_error` gives its errors.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed, or does not work.
@@ -59,22 +59,19 @@ def describe() -> str:
     return f"llama-cpp (llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, built for {built})"
 
 
-def last_message() -> str:
-    """The newest warning or error of the library, on one line; empty if there is none."""
-    for text in reversed(_said):
-        line = " ".join(text.split())
-        if line:
-            return line.partition(": ")[2] or line  # without the name of the function
-    return ""
+def first_error() -> str:
+    """The first error that the library has reported since `forget_errors`, on one line; empty if there is none."""
+    line = " ".join("".join(_errors[:1]).split())
+    return line.partition(": ")[2] or line  # without the name of the function
 
 
-def forget_messages() -> None:
-    """Forget what the library has said so far."""
-    _said.clear()
+def forget_errors() -> None:
+    """Forget what the library has reported so far."""
+    _errors.clear()
 
 
 def _remember(level: int, text: bytes, _data: Any) -> None:
-    if level in (_WARNING, _ERROR):
-        _said.append(text.decode(errors="replace"))
-    elif level == _CONTINUED and _said:
-        _said[-1] += text.decode(errors="replace")
+    if level == _ERROR and len(_errors) < _MOST:
+        _errors.append(text.decode(errors="replace"))
+    elif level == _CONTINUED and _errors:
+        _errors[-1] += text.decode(errors="replace")

@@ -2,7 +2,8 @@
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.engines.llama_cpp.context import LlamaContext, Node
-from rgtg.engines.llama_cpp.library import forget_messages, last_message, library
+from rgtg.engines.llama_cpp.library import first_error, forget_errors, library
 from rgtg.engines.llama_cpp.probe import require_readable
 from rgtg.engines.llama_cpp.runner import LlamaRunner
 from rgtg.engines.llama_cpp.vocabulary import require_same_tokens
@@ -66,14 +67,14 @@ class LlamaModel(EngineModel):
         ``threads`` compute; None for as many as torch uses. ``exact`` computes attention in fp32, for comparisons.
         """
         self._lib = lib = library()
-        self.name_or_path = source
+        self.name_or_path, self.path = source, path
         params = lib.llama_model_default_params()
         if device is not None:
             params.n_gpu_layers = _gpu_layers(lib, torch.device(device))
-        forget_messages()
+        forget_errors()
         pointer = lib.llama_model_load_from_file(str(path).encode(), params)
         if not pointer:
-            raise ModelNotFoundError(f"llama.cpp cannot load {source}: {last_message() or 'no reason given'}")
+            raise ModelNotFoundError(f"llama.cpp cannot load {source}: {first_error() or 'no reason given'}")
         self._pointer = pointer
         self._free = weakref.finalize(self, lib.llama_model_free, pointer)
         self._require_decoder()
@@ -142,26 +143,39 @@ class LlamaModel(EngineModel):
     ) -> dict[int, Float[Tensor, "batch length hidden"]]:
         """Final states of whole texts; those at padding are zero."""
         self.require_layers(layers)
-        states = self._read(input_ids, attention_mask)[1]
+        states = torch.zeros(*input_ids.shape, self.config.hidden_size)
+        for row, places, nodes in self._texts(input_ids, attention_mask):
+            states[row, places] = self.context.states(nodes)
         return dict.fromkeys(layers, states)
 
     def logits(
         self, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length vocabulary"]:
         """Next-token logits at every token of whole texts; those at padding are zero."""
-        return self._read(input_ids, attention_mask)[0]
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, places, nodes in self._texts(input_ids, attention_mask):
+            logits[row, places] = self.context.outputs(nodes).logits
+        return logits
 
-    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        shape = tuple(input_ids.shape)
-        logits = torch.zeros(*shape, self.config.vocab_size)
-        states = torch.zeros(*shape, self.config.hidden_size)
-        for row in range(shape[0]):
+    def _texts(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[int, Tensor, list[Node]]]:
+        """Of each row: its number, the places of its tokens, and these as nodes of a sequence of their own."""
+        for row in range(len(input_ids)):
             places = attention_mask[row].nonzero()[:, 0]  # padding may be on either side
             sequence = self.context.new()
-            nodes = [Node(token, i, (sequence,)) for i, token in enumerate(input_ids[row, places].tolist())]
-            found = self.context.outputs(nodes)
-            logits[row, places], states[row, places] = found.logits, found.states
-        return logits, states
+            yield row, places, [Node(token, i, (sequence,)) for i, token in enumerate(input_ids[row, places].tolist())]
+
+    @cached_property
+    def _output_embedding(self) -> Tensor:
+        """(V, H): the rows of the output layer in fp32, dequantised from the file."""
+        from gguf import GGUFReader, dequantize
+
+        found = {tensor.name: tensor for tensor in GGUFReader(str(self.path)).tensors}
+        tensor = found.get("output.weight") or found["token_embd.weight"]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+
+    def get_output_embeddings(self) -> Any:
+        """The rows of the output layer, which training starts a head's token table from."""
+        return SimpleNamespace(weight=self._output_embedding)
 
     def _require_decoder(self) -> None:
         lib, pointer = self._lib, self._pointer

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rgtg.engines.llama_cpp.library import last_message, library
+from rgtg.engines.llama_cpp.library import first_error, library
 from rgtg.errors import ModelNotFoundError
 
 _SECONDS = 300
@@ -47,7 +47,7 @@ def _probe(path: str) -> str | None:
     params.load_mode, params.use_extra_bufts, params.n_gpu_layers = lib.LLAMA_LOAD_MODE_MMAP, False, 0
     model = lib.llama_model_load_from_file(path.encode(), params)
     if not model:
-        return last_message() or "no reason given"
+        return first_error() or "no reason given"
     vocab = lib.llama_model_get_vocab(model)
     if lib.llama_vocab_n_tokens(vocab) < 1:
         return "it has no vocabulary"
@@ -58,10 +58,10 @@ def _probe(path: str) -> str | None:
     of_cache.n_ctx = of_cache.n_batch = of_cache.n_ubatch = 64
     context = lib.llama_init_from_model(model, of_cache)
     if not context:
-        return last_message() or "no cache can be made for it"
+        return first_error() or "no cache can be made for it"
     tokens[0] = tokens[0] if n > 0 else 0
     code = lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1))
-    return None if code == 0 else f"it cannot be run (code {code}): {last_message()}"
+    return None if code == 0 else f"it cannot be run (code {code}): {first_error()}"
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class EngineModel(ABC):
     ) -> dict[int, Float[Tensor, "batch length hidden"]]:
         """States of whole texts, by layer; those at padding have no meaning."""
 
+    @abstractmethod
+    def get_output_embeddings(self) -> Any:
+        """The rows (V, H) of the output layer as ``weight``, which training starts a head's token table from."""
+
     def eval(self) -> Self:
         """Itself: it is never trained."""
         return self

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgtg.errors import ModelNotFoundError, UsageError
+from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.loading.hub import gguf_names, holds_only_pickles, local_folder
 from rgtg.models.scorers.head_file import read_info as read_info
 from rgtg.types.scorer import HEAD_FILE as HEAD_FILE
@@ -103,7 +104,9 @@ def _full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def cast_fingerprints(model: Any) -> dict[str, str]:
-    """Fingerprints that the weights have when loaded in a 16-bit dtype, by its name."""
+    """Fingerprints that the weights have when loaded in a 16-bit dtype, by its name; none of another engine's model."""
+    if isinstance(model, EngineModel):
+        return {}
     return {
         str(dtype).removeprefix("torch."): fingerprint_weights(model, dtype)
         for dtype in (torch.bfloat16, torch.float16)

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgtg.errors import ModelNotFoundError, TokenizerMismatchError, UsageError
+from rgtg.errors import ModelNotFoundError, RgtgError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, resolve_device
 from rgtg.models.loading.hub import local_folder
 from rgtg.models.loading.policy import Policy, load_policy, max_sequence_length, resolve_dtype
+from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.hidden_states import hidden_states_of, require_hidden_states
@@ -105,7 +106,8 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
         TokenizerMismatchError: another tokenizer.
     """
     found = fingerprint_weights(policy.model)
-    if found not in info.base_fingerprints | info.policy_file_fingerprints:  # an engine's is that of its files
+    known = info.base_fingerprints | info.policy_file_fingerprints  # an engine's is that of its files
+    if found not in known and not (info.policy_file_fingerprints and file_fingerprints(policy) & known):
         name = getattr(policy.model, "name_or_path", "") or type(policy.model).__name__
         kind = "" if info.head == "scalar" else f" --head {info.head}"
         raise UsageError(
@@ -118,6 +120,18 @@ def require_same_policy(policy: Policy, info: ScorerInfo, folder: str) -> None:
             f"the scorer {folder} was trained with another tokenizer than this policy's; load the policy with the "
             f"tokenizer of {info.base_model}"
         )
+
+
+def file_fingerprints(policy: Policy) -> set[str]:
+    """Fingerprints of the files that a policy was loaded from; none if they are not there any more.
+
+    A head that another engine's states trained knows its policy by them.
+    """
+    try:
+        files = describe_policy_files(policy.model.name_or_path)
+    except (AttributeError, RgtgError):
+        return set()
+    return {files.fingerprint, *files.casts.values()}
 
 
 def _read_head_info(folder: str) -> ScorerInfo:
