@@ -455,3 +455,13 @@ def test_random_input_gives_pairs_or_a_data_error(tmp_path, chat_tokenizer, line
                     read_pairs(path, tokenizer=tokenizer, on_bad=on_bad)
     with contextlib.suppress(DataError):
         read_prompts(path)
+
+
+def test_tokens_beyond_the_embeddings_are_bad_rows(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "chosen": chosen, "rejected": "d"} for chosen in ("bc", "b?", "bd")]
+    path, last = write_rows(tmp_path / "pairs.jsonl", *rows), tokenizer.convert_tokens_to_ids("?")
+    assert len(read_pairs(path, tokenizer=tokenizer, embeddings=last + 1).pairs) == 3
+    with pytest.raises(DataError, match=rf"pairs\.jsonl:2: unknown token: the text has token {last}, and the model "):
+        read_pairs(path, tokenizer=tokenizer, embeddings=last)
+    with pytest.warns(UserWarning, match=r"left out 1 of 3 rows \(unknown token: 1\)"):
+        assert len(read_pairs(path, tokenizer=tokenizer, embeddings=last, on_bad="skip").pairs) == 2

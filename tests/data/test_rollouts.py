@@ -52,11 +52,12 @@ def test_a_truncated_completion_gets_no_eos(read, tokenizer):
         (GOOD | {"prompt": ""}, "empty prompt"),
         (GOOD | {"text": "", "finish_reason": "length"}, "empty completion"),
         (GOOD | {"text": "a" * 40}, "too long"),
+        (GOOD | {"text": "what?"}, "unknown token"),
     ],
 )
 def test_an_error_names_file_and_line(read, row, message):
     with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{message}"):
-        read(GOOD, row, max_length=20)
+        read(GOOD, row, max_length=20, embeddings=60)  # there is none for the question mark
 
 
 def test_labels_must_lie_in_0_to_1_after_scaling(read):

@@ -12,7 +12,7 @@ from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import TrainSettings
 from rgtg.data.pairs import TokenizedPair, tokenize_pairs
-from rgtg.errors import NonFiniteError, OutputError, UsageError
+from rgtg.errors import DataError, NonFiniteError, OutputError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.policy_files import describe_policy_files
@@ -314,3 +314,18 @@ def test_a_gguf_policy_is_known_by_its_file_and_by_its_conversion(tmp_path):
     both = {"gguf": alone.fingerprint, "safetensors": describe_policy_files(folder).fingerprint}
     for source in (str(path), folder):
         assert {files.format: files.fingerprint for files in policy_files(source)} == both
+
+
+def test_rows_with_tokens_that_the_policy_cannot_read_are_bad_rows(policy_folder, pairs_file, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[MORE]"]})
+    tokenizer.save_pretrained(policy_folder)
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    rows[3]["chosen"] += "[MORE]"
+    write_rows(pairs_file, rows)
+    quick = {"train": {"num_train_epochs": 1}, "layer": 2, "width": 16}
+    with pytest.raises(DataError, match=r"pairs.jsonl:4: unknown token: the text has token 64, and the model has emb"):
+        train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", **quick))
+    report = train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", on_bad="skip", **quick))
+    assert report.pairs + report.eval_pairs == 63
+    assert "unknown token" in (tmp_path / "head" / "rejects.jsonl").read_text()

@@ -19,6 +19,7 @@ from rgtg.data.sources import (
     RejectReason,
     RowError,
     check_arguments,
+    require_known_tokens,
     usable_rows,
 )
 from rgtg.errors import DataError, UsageError
@@ -104,6 +105,7 @@ class PairReader:
         *,
         tokenizer: Any = None,
         max_length: int | None = None,
+        embeddings: int | None = None,
         on_bad: Literal["error", "skip"] = "error",
         rejects: Path | None = None,
         progress: ReadProgress | None = None,
@@ -118,7 +120,7 @@ class PairReader:
         self.source, self.on_bad, self.progress = source, on_bad, progress
         self.rejects = rejects if on_bad == "skip" else None
         self._bad = BadRowCounter(str(source))
-        self._checker = _PairChecker(str(source), tokenizer, max_length, chat_template_kwargs, readable)
+        self._checker = _PairChecker(str(source), tokenizer, max_length, embeddings, chat_template_kwargs, readable)
 
     def __iter__(self) -> "Iterator[tuple[PreferencePair, TokenizedPair | None]]":
         yield from usable_rows(
@@ -145,6 +147,7 @@ def read_pairs(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    embeddings: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     rejects: Path | None = None,
     chat_template_kwargs: TemplateKwargs | None = None,
@@ -156,6 +159,7 @@ def read_pairs(
         source: ``.jsonl``, ``.gz``, ``.xz`` or ``.zst`` of it, ``.parquet``, or a hub id ``owner/name[:split]``.
         tokenizer: renders chat messages and counts lengths in tokens; without it, lengths are in characters.
         max_length: longest prompt + completion in tokens; needs a tokenizer.
+        embeddings: number of tokens that the model which reads the pairs has embeddings for; None is not checked.
         on_bad: ``error`` raises an error if any row is bad; ``skip`` leaves bad rows out.
         rejects: file to which ``skip`` writes each bad row with file, line, reason and raw text, as JSONL.
         chat_template_kwargs: variables of the tokenizer's chat template, for rows that have none of their own.
@@ -168,7 +172,7 @@ def read_pairs(
         OutputError: ``rejects`` cannot be written.
     """
     reader = PairReader(
-        source, tokenizer=tokenizer, max_length=max_length, on_bad=on_bad, rejects=rejects,
+        source, tokenizer=tokenizer, max_length=max_length, embeddings=embeddings, on_bad=on_bad, rejects=rejects,
         chat_template_kwargs=chat_template_kwargs, readable=readable,
     )  # fmt: skip
     pairs = [pair for pair, _ in reader]
@@ -262,6 +266,7 @@ class _PairChecker:
     source: str
     tokenizer: Any
     max_length: int | None
+    embeddings: int | None = None
     template_kwargs: TemplateKwargs | None = None
     readable: bool = False
     chats: int = 0
@@ -334,6 +339,7 @@ class _PairChecker:
         longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if self.max_length is not None and longest > self.max_length:
             raise RowError(RejectReason.TOO_LONG, f"{longest} tokens, at most {self.max_length} allowed")
+        require_known_tokens([token for part in ids.parts for token in part], self.embeddings)
         return ids
 
 

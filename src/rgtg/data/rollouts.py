@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from rgtg.data.completions import completion_source, completion_text, is_chat
 from rgtg.data.formats import to_template_kwargs
-from rgtg.data.sources import BadRowCounter, ReadProgress, RejectReason, RowError, check_arguments, usable_rows
+from rgtg.data.sources import (
+    BadRowCounter,
+    ReadProgress,
+    RejectReason,
+    RowError,
+    check_arguments,
+    require_known_tokens,
+    usable_rows,
+)
 from rgtg.errors import DataError, UsageError, one_line
 from rgtg.tokenization.conversation import TemplateKwargs, check_template_kwargs, encode_completed, render_chat
 
@@ -65,6 +73,7 @@ def read_rollouts(
     *,
     tokenizer: Any,
     max_length: int | None = None,
+    embeddings: int | None = None,
     labels: bool = False,
     reward_range: tuple[float, float] | None = None,
     on_bad: Literal["error", "skip"] = "error",
@@ -82,6 +91,7 @@ def read_rollouts(
         source: a file of the kinds that pairs come in.
         tokenizer: counts lengths.
         max_length: longest prompt + completion in tokens.
+        embeddings: number of tokens that the model which reads the rows has embeddings for; None is not checked.
         labels: rewards must lie in [0, 1], after scaling by ``reward_range``.
         reward_range: (lowest, highest) reward, scaled linearly to 0 and 1.
         on_bad: ``error`` raises an error if any row is bad; ``skip`` leaves bad rows out.
@@ -100,7 +110,7 @@ def read_rollouts(
 
     def check(line: int, row: Any) -> Rollout:
         rollout = _rollout(row, labels, reward_range, tokenizer, chat_template_kwargs)
-        _check_length(rollout, tokenizer, max_length)
+        _check_tokens(rollout, tokenizer, max_length, embeddings)
         return rollout
 
     bad, digest = BadRowCounter(str(source)), hashlib.sha256()
@@ -180,7 +190,7 @@ def _reward(given: Any, labels: bool, reward_range: tuple[float, float] | None) 
     return float(reward)
 
 
-def _check_length(rollout: Rollout, tokenizer: Any, max_length: int | None) -> None:
+def _check_tokens(rollout: Rollout, tokenizer: Any, max_length: int | None, embeddings: int | None) -> None:
     try:
         ids = _tokenize(rollout, tokenizer)
     except DataError as error:
@@ -190,3 +200,4 @@ def _check_length(rollout: Rollout, tokenizer: Any, max_length: int | None) -> N
     total = len(ids.prompt_ids) + len(ids.completion_ids)
     if max_length is not None and total > max_length:
         raise RowError(RejectReason.TOO_LONG, f"{total} tokens, at most {max_length} allowed")
+    require_known_tokens([*ids.prompt_ids, *ids.completion_ids], embeddings)

@@ -12,7 +12,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rgtg.errors import DataError, MissingExtraError, UsageError, first_line
+from rgtg.tokenization.vocabulary import require_embeddings
 from rgtg.utils.files import atomic_write
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chat_template_kwargs", "tools")
@@ -121,6 +122,18 @@ class BadRowCounter:
             raise DataError(self.message(nothing_left))
         if self.reasons and rejects is None:
             warnings.warn(f"{self.source}: left out {self.counts()}", stacklevel=3)
+
+
+def require_known_tokens(ids: Sequence[int], embeddings: int | None) -> None:
+    """Check that a model with so many embeddings (None: any number) can read a row's tokens.
+
+    Raises:
+        RowError: it has none for one of them.
+    """
+    try:
+        require_embeddings(ids, embeddings, "the model")
+    except DataError as error:
+        raise RowError(RejectReason.UNKNOWN_TOKEN, str(error)) from error
 
 
 def check_arguments(

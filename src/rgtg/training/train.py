@@ -19,6 +19,7 @@ from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, finge
 from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
 from rgtg.models.ops.lm_head import scalar_head
 from rgtg.tokenization.encoding import tokenizer_hash
+from rgtg.tokenization.vocabulary import embedding_rows
 from rgtg.training.arguments import (
     defaults_of,
     longest_sequence,
@@ -109,7 +110,9 @@ def _train(settings: TrainSettings, stop: StopRequest, show: bool) -> TrainRepor
     show = show and is_main
     # 2. data
     make_folder(settings.output)
-    data = read_data(settings, config, tokenizer, training.max_length, is_main=is_main, show=show)
+    data = read_data(
+        settings, config, tokenizer, training.max_length, embeddings=training.embeddings, is_main=is_main, show=show
+    )
     training.require_data(data)
     if settings.reference_scorer is not None:
         add_pair_weights(data, settings, tokenizer, config.device)
@@ -177,7 +180,7 @@ class ModelTraining:
             settings = settings.model_copy(update={"lora": settings.lora or LoraSettings(), "train": train})
         self.settings = settings
         self.model, self.tokenizer = self._load()
-        self.max_length = longest_sequence(settings, self.model)
+        self.max_length, self.embeddings = longest_sequence(settings, self.model), embedding_rows(self.model)
         self.config = reward_config(settings, self.max_length)
         if self.config.world_size > 1:
             atexit.register(destroy_process_group)

@@ -15,6 +15,7 @@ from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
 from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import round_to_half
+from rgtg.tokenization.vocabulary import embedding_rows
 from rgtg.training.arguments import longest_sequence, reward_config
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.checkpoint.resume import (
@@ -68,7 +69,7 @@ class HeadTraining:
         self.widths = [settings.width] if isinstance(settings.width, int) else list(WIDTHS)
         require_hidden_states(self.policy, self.layers)
         self.rank = table_rank(settings, self.policy) if settings.head == "vocab" else None
-        self.max_length = longest_sequence(settings, self.policy)
+        self.max_length, self.embeddings = longest_sequence(settings, self.policy), embedding_rows(self.policy)
         base = Path(settings.base)
         self.about = {
             "base_model": str(base.resolve()) if base.exists() else settings.base,  # to be found from any folder

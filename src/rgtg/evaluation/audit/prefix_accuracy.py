@@ -20,6 +20,7 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import CompletionScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.tokenization.conversation import TemplateKwargs
+from rgtg.tokenization.vocabulary import embedding_rows
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
 from rgtg.types.generation import PreferencePair
@@ -154,7 +155,8 @@ def _usable_pairs(
         raise UsageError("chat_template_kwargs applies to the chats of a file; these pairs are rendered already")
     if isinstance(pairs, str | Path):
         read = read_pairs(
-            pairs, tokenizer=model.tokenizer, max_length=model.max_length, on_bad=on_bad, rejects=rejects,
+            pairs, tokenizer=model.tokenizer, max_length=model.max_length, embeddings=embedding_rows(model.model),
+            on_bad=on_bad, rejects=rejects,
             chat_template_kwargs=kwargs,
         )  # fmt: skip
         if rejects is not None and (reasons := read.summary.rejects_by_reason):

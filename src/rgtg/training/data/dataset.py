@@ -77,6 +77,7 @@ def read_data(
     tokenizer: Any,
     max_length: int | None,
     *,
+    embeddings: int | None = None,
     is_main: bool = True,
     show: bool = False,
 ) -> TrainData:
@@ -90,6 +91,7 @@ def read_data(
         config: trl's arguments, for when to evaluate.
         tokenizer: of the base model.
         max_length: longest prompt + completion in tokens.
+        embeddings: number of tokens that the model has embeddings for; None is not checked.
         is_main: whether this process warns and writes rejected rows.
         show: write progress to stderr.
 
@@ -105,7 +107,8 @@ def read_data(
             if not is_main:  # the main process warns for all
                 warnings.simplefilter("ignore")
             reader = _read_pairs if kind == "pairs" else _read_rollouts
-            return reader(settings, path, tokenizer, max_length, rejects_path, show and is_main)
+            limits = {"max_length": max_length, "embeddings": embeddings}
+            return reader(settings, path, tokenizer, limits, rejects_path, show and is_main)
 
     # 1. the training file, and the held-out file if there is one
     kind: DataKind = "pairs" if settings.rollouts is None else "rollouts"
@@ -130,11 +133,11 @@ def read_data(
 
 
 def _read_pairs(
-    settings: TrainSettings, path: str, tokenizer: Any, max_length: int | None, rejects: Path | None, show: bool
+    settings: TrainSettings, path: str, tokenizer: Any, limits: dict[str, Any], rejects: Path | None, show: bool
 ) -> _Source:
     store, hashes = TokenStore(), array("d")
     reader = PairReader(
-        path, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=rejects,
+        path, tokenizer=tokenizer, on_bad=settings.on_bad, rejects=rejects, **limits,
         progress=progress(f"reading {path}") if show else None, chat_template_kwargs=settings.chat_template_kwargs,
     )  # fmt: skip
     for pair, ids in reader:
@@ -145,11 +148,11 @@ def _read_pairs(
 
 
 def _read_rollouts(
-    settings: TrainSettings, path: str, tokenizer: Any, max_length: int | None, rejects: Path | None, show: bool
+    settings: TrainSettings, path: str, tokenizer: Any, limits: dict[str, Any], rejects: Path | None, show: bool
 ) -> _Source:
     labels = settings.objective == "cumulative-mse"
     found = read_rollouts(
-        path, tokenizer=tokenizer, max_length=max_length, on_bad=settings.on_bad, rejects=rejects, labels=labels,
+        path, tokenizer=tokenizer, on_bad=settings.on_bad, rejects=rejects, labels=labels, **limits,
         reward_range=settings.options.reward_range if labels else None,
         chat_template_kwargs=settings.chat_template_kwargs,
         progress=progress(f"reading {path}") if show else None,
