@@ -5,6 +5,8 @@ import torch
 
 from helpers.llama_models import require_llama_cpp, tiny_llama_policy
 from helpers.tiny_models import VOCAB, tiny_policy
+from rgtg.decoding.engine.prefix_cache import PrefixCache
+from rgtg.decoding.engine.prompt_log_probs import PromptLogProbs
 from rgtg.decoding.runners.token_tree import TokenTree
 
 require_llama_cpp()
@@ -178,3 +180,16 @@ def test_whole_texts_give_logits_and_states_at_every_token():
             expected = whole(ids[row, : place + 1].tolist())
             torch.testing.assert_close(logits[row, place], expected[0], **CLOSE)
             torch.testing.assert_close(states[row, place], expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_log_probs_of_a_prompt_are_those_of_torch(chunk):
+    ids = [*PROMPTS[0], *PROMPTS[1], 12, 30]
+    runner, reader, cache = tiny_llama_policy().model.runner(64, None), PromptLogProbs(ids, 2), PrefixCache(2**20)
+    steps = [step for _ in range(4) for step in reader.read(runner, chunk, cache)]
+    assert [step.token_id for step in steps] == ids[1:]
+    for place, step in enumerate(steps, 1):
+        expected = torch.log_softmax(whole(ids[:place])[0], -1)
+        for token, log_prob in zip(step.candidate_ids, step.policy_log_probs, strict=True):
+            assert log_prob == pytest.approx(float(expected[token]), abs=2e-4)
+    assert cache.find(("policy", None), [*ids, 5])[1] == len(ids)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgtg.decoding.engine.prefix_cache import PrefixCache
-from rgtg.decoding.runners.model_runner import Runner, TreeRunner
+from rgtg.decoding.runners.model_runner import CachedRunner, Runner, TreeRunner, has_cache
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.errors import NonFiniteError
 from rgtg.models.ops.lm_head import trunk
@@ -31,7 +31,7 @@ class PromptLogProbs:
 
     def __init__(self, ids: Sequence[int], count: int) -> None:
         self.ids, self.count = list(ids), count
-        self._runner: Runner | None = None
+        self._runner: CachedRunner | None = None
         self._position = 0
 
     @torch.inference_mode()
@@ -51,7 +51,7 @@ class PromptLogProbs:
         """
         if self._position >= len(self.ids):
             return []
-        if not isinstance(policy, TreeRunner):
+        if not has_cache(policy):
             self._position = len(self.ids)
             states = trunk(policy.model)(
                 input_ids=torch.tensor([self.ids], device=policy.model.device), use_cache=False
@@ -61,7 +61,6 @@ class PromptLogProbs:
         if self._runner is None:
             self._runner = policy.fresh(len(self.ids))
             self._runner.reset(1)
-        assert isinstance(self._runner, TreeRunner), "made above"
         # 2. one chunk
         start, part = self._position, self.ids[self._position : self._position + chunk]
         states = self._runner.read(TokenTree.chain(torch.tensor([part]))).final[0]  # (n, H)
@@ -69,7 +68,10 @@ class PromptLogProbs:
         self._position += len(part)
         # 3. the prompt is read: a request that continues it need not do that again
         if cache is not None and self._position == len(self.ids):
-            cache.add(("policy", None), self.ids, self._runner.cache)
+            if isinstance(self._runner, TreeRunner):
+                cache.add(("policy", None), self.ids, self._runner.cache)
+            else:  # of another engine
+                cache.add_rows(("policy", None), self._runner, self.ids, [0])
         return self._steps(self._runner, states, start)
 
     def _steps(self, runner: Runner, states: Float[Tensor, "length hidden"], start: int) -> list[StepTrace]:
