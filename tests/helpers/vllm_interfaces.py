@@ -78,10 +78,47 @@ def both_interfaces(world):
     return results
 
 
+def texts_of_both(world):
+    """A scorer that is a model of its own reads the same tokens by either interface, also after a move."""
+    made = config(world / "policy")
+    tokens = {7: [0, 5, 6, 9], 2: [0, 8]}
+    requests = SimpleNamespace(
+        device=CPU, all_token_ids=SimpleNamespace(gpu=torch.zeros(9, 32, dtype=torch.long)),
+        prefill_len=SimpleNamespace(np=[0] * 9),
+    )  # fmt: skip
+    first, second = Guidance(made, CPU, False), Guidance(made, requests)
+    params = {7: guided_params("reward", 2.0, top_k=4), 2: guided_params(["values", "kind"], [1.0, 1.0])}
+    outputs = {slot: [] for slot in tokens}
+    first.update_state(BatchUpdate(2, [], [(i, params[s], tokens[s], outputs[s]) for i, s in enumerate(tokens)], []))
+    for slot in tokens:
+        second.add_request(slot, params[slot])
+    order, equal = [7, 2], []
+    for token in (11, 12, 13, 14):
+        for slot in order:
+            text = [*tokens[slot], *outputs[slot]]
+            requests.all_token_ids.gpu[slot, : len(text)] = torch.tensor(text)
+        positions = torch.tensor([len(tokens[slot]) + len(outputs[slot]) - 1 for slot in order])
+        logits = step(2)
+        by_place = first.apply(logits.clone())
+        step(2)
+        by_slot = second.apply(logits.clone(), SimpleNamespace(expanded_idx_mapping=torch.tensor(order), pos=positions))
+        equal.append(bool(torch.allclose(by_place, by_slot, atol=1e-5)) and not torch.equal(by_place, logits))
+        for slot in order:
+            outputs[slot].append(token + slot)
+        first.update_state(BatchUpdate(2, [], [], [(0, 1, MoveDirectionality.SWAP)]))
+        order.reverse()
+    # a prompt that is being read in chunks draws nothing
+    requests.prefill_len.np[7] = 30
+    logits = step(1)
+    still = second.apply(logits.clone(), SimpleNamespace(expanded_idx_mapping=torch.tensor([7]), pos=torch.tensor([5])))
+    return [*equal, bool(torch.equal(still, logits))]
+
+
 def drafts(world):
     """With drafts a request has several rows, and rows are verified a few at a time."""
     made = config(world / "policy")
     made.speculative_config = object()
+    os.environ[VARIABLE] = str(world / "heads.json")
     guidance = Guidance(made, SimpleNamespace(device=CPU))
     assert guidance.add_request(2, guided_params("kind", 2.0, top_k=4))
     assert guidance.add_request(5, SamplingParams())  # it must be counted
@@ -99,6 +136,8 @@ def drafts(world):
 def refused(world):
     """What a start says about scorers and engines that do not fit."""
     cases = {
+        "a short context": ({"reward": "brief"}, lambda: config(world / "policy")),
+        "another tokenizer": ({"reward": "foreign"}, lambda: config(world / "policy")),
         "another policy": ({"kind": "kind"}, lambda: config(world / "other")),
         "a state head": ({"state": "state"}, lambda: config(world / "policy")),
         "adapters": ({"kind": "kind"}, lambda: config(world / "policy", enable_lora=True)),
@@ -127,6 +166,7 @@ def main(world, result_path):
     result = {
         "registered": [before, registered()],
         "rows": both_interfaces(world),
+        "texts": texts_of_both(world),
         "drafts": drafts(world),
         "refused": refused(world),
     }

@@ -27,8 +27,8 @@ def test_requests_without_guidance():
 def test_what_is_read():
     guide = read_guide({"rgtg_scorers": "helpful", "other": object()}, KNOWN)
     assert (guide.scorers, guide.betas, guide.top_k, guide.method.name) == (("helpful",), (1.0,), 10, "pargs")
-    guide = read_guide(xargs(["helpful", "slow"], [2, -0.5], top_k="all"), KNOWN)
-    assert (guide.scorers, guide.betas, guide.top_k) == (("helpful", "slow"), (2.0, -0.5), None)
+    guide = read_guide(xargs(["helpful", "short"], [2, -0.5], top_k="all"), KNOWN)
+    assert (guide.scorers, guide.betas, guide.top_k) == (("helpful", "short"), (2.0, -0.5), None)
     assert read_guide(xargs("short", 3, method="genarm"), KNOWN).top_k is None
     assert read_guide(xargs("short", 3, method="rad"), KNOWN).top_k == 20
     assert read_guide(xargs("short", 3, top_k=1), KNOWN).top_k == 1
@@ -59,6 +59,8 @@ REFUSED = {
     "a method of segments": (xargs("short", method="cards"), "decides on a whole segment"),
     "best-of-n": (xargs("short", method="best-of-n"), "decides on a whole completion"),
     "a scorer without guidance": (xargs("short", method="policy"), "is not guided: leave rgtg_betas, rgtg_scorers out"),
+    "many candidates of a slow scorer": (xargs("slow", top_k=257), "at most 256 candidates"),
+    "all candidates of a slow scorer": (xargs(["short", "slow"], [1, 1], top_k="all"), "at most 256 candidates"),
     "a slow scorer": (xargs("slow", method="genarm"), "slow scores one prefix at a time"),
 }
 

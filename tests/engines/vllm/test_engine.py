@@ -10,8 +10,8 @@ import torch
 from helpers.naive import next_log_probs
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.models.loading.policy import load_policy
+from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.head_file import read_head
-from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was trained on")
 PROMPTS = ["the cat sat on the mat. ", "Once upon a time, ", "a", "Why not? Because " * 5]
@@ -23,6 +23,9 @@ GUIDES = [
     {"scorers": "short", "betas": -2.0, "top_k": "all", "method": "genarm"},
     {"scorers": "short", "betas": 4.0, "top_k": 3, "method": "farma"},
     {"scorers": "kind", "betas": 9.0, "top_k": 4, "method": "rad"},
+    {"scorers": "reward", "betas": 3.0, "top_k": 6},
+    {"scorers": "values", "betas": -0.4, "method": "genarm"},
+    {"scorers": ["reward", "kind", "values"], "betas": [-1.0, 2.0, 0.3], "top_k": 4},
 ]
 
 
@@ -32,13 +35,11 @@ def policy(vllm_world):
 
 
 @pytest.fixture(scope="module")
-def heads(vllm_world, policy):
-    return {
-        name: OwnStateScorer.from_pretrained(str(folder), policy=policy) for name, folder in vllm_world.scorers.items()
-    }
+def scorers(vllm_world, policy):
+    return {name: load_scorer(str(folder), policy=policy, device="cpu") for name, folder in vllm_world.scorers.items()}
 
 
-def by_torch(policy, heads, prompt, guide, tokens):
+def by_torch(policy, scorers, prompt, guide, tokens):
     """Greedy tokens of the torch engine."""
     given = dict(guide or {"method": "policy"})
     names = given.pop("scorers", [])
@@ -47,12 +48,12 @@ def by_torch(policy, heads, prompt, guide, tokens):
         given["beta"] = given.pop("betas")
     if given.get("top_k") == "all":
         given["top_k"] = None
-    guided = GuidedPolicy(policy, {name: heads[name] for name in names} or None, **given)
+    guided = GuidedPolicy(policy, {name: scorers[name] for name in names} or None, **given)
     (done,) = guided.generate_ids([prompt], temperature=0.0, max_new_tokens=tokens)
     return done.token_ids
 
 
-def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, heads, vllm_world):
+def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scorers):
     """Guided and unguided in one batch, with prefill in chunks, preemption and prefix caching."""
     requests = []
     for i in range(24):
@@ -66,7 +67,7 @@ def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, head
     assert counters["num_preemptions"] > 0
     assert counters["prefix_cache_hits"] > 0
     for request, (tokens,) in zip(requests, found, strict=True):
-        wanted = by_torch(policy, heads, request["prompt"], request["guide"], request["params"]["max_tokens"])
+        wanted = by_torch(policy, scorers, request["prompt"], request["guide"], request["params"]["max_tokens"])
         assert tokens == wanted, request
 
 
@@ -102,8 +103,8 @@ def _chi2_quantile(degrees, z=3.7):
     return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3
 
 
-def test_guides_steer(policy, heads):
+def test_guides_steer(policy, scorers):
     """The requests above differ: a test in which guidance changes nothing would prove nothing."""
     prompt = policy.tokenizer(PROMPTS[0]).input_ids
-    tokens = [by_torch(policy, heads, prompt, guide, 12) for guide in GUIDES]
+    tokens = [by_torch(policy, scorers, prompt, guide, 12) for guide in GUIDES]
     assert all(one != other for one, other in itertools.combinations(tokens, 2)), tokens

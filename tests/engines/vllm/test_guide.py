@@ -21,9 +21,9 @@ class Table:
     def __init__(self, scores):
         self.scores = scores
 
-    def score(self, rows, candidate_ids):
-        own = self.scores[list(rows)]
-        return own if candidate_ids is None else own.gather(1, candidate_ids)
+    def score(self, wanted):
+        own = [(self.scores[list(rows)], ids) for rows, ids in wanted]
+        return [scores if ids is None else scores.gather(1, ids) for scores, ids in own]
 
 
 def scorers(rows=3, vocabulary=40, seed=0):
@@ -115,9 +115,10 @@ def test_a_head_scores_as_its_file_says(tmp_path, policy_folder):
     ids = torch.tensor([[3, 9], [60, 0]])
     on_states = HeadOnStates(head, states)
     wanted = torch.from_numpy(file.score(states.numpy()))
-    torch.testing.assert_close(on_states.score([0, 1, 2, 3], None), wanted)
-    torch.testing.assert_close(on_states.score([3, 1], ids), wanted[[3, 1]].gather(1, ids))
-    assert on_states.score([0], None).dtype == head.score(states.bfloat16(), None).dtype == torch.float32
+    every, some = on_states.score([([0, 1, 2, 3], None), ([3, 1], ids)])
+    torch.testing.assert_close(every, wanted)
+    torch.testing.assert_close(some, wanted[[3, 1]].gather(1, ids))
+    assert some.dtype == head.score(states.bfloat16(), None).dtype == torch.float32
 
 
 def test_states_are_handed_out_in_order():

@@ -1,6 +1,7 @@
 """The logits processor in vLLM's environment: both runner interfaces, drafts, and what a start refuses."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,14 @@ SCRIPT = Path(__file__).parents[2] / "helpers" / "vllm_interfaces.py"
 def found(vllm_python, vllm_world):
     world = vllm_world.folder
     write_random_head(world / "state", vllm_world.policy, "state")
+    (world / "heads.json").write_text('{"kind": "kind"}')
+    shutil.copytree(world / "reward", world / "foreign")
+    shutil.copytree(world / "reward", world / "brief")
+    config = json.loads((world / "brief" / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (world / "brief" / "config.json").write_text(json.dumps(config))
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "a"
+    tokenizer.save_pretrained(world / "foreign")
     other = randomise(AutoModelForCausalLM.from_pretrained(vllm_world.policy, dtype="float32"), 5)
     other.save_pretrained(world / "other")
     tiny_tokenizer().save_pretrained(world / "other")
@@ -38,6 +47,10 @@ def test_rows_and_slots_of_both_runners(found):
     assert len(found["rows"]) == 6
 
 
+def test_separate_scorers_read_the_same_tokens_in_both_runners(found):
+    assert found["texts"] == [True] * 5
+
+
 def test_drafts_are_verified_a_few_rows_at_a_time(found):
     assert found["drafts"]
 
@@ -46,6 +59,8 @@ def test_drafts_are_verified_a_few_rows_at_a_time(found):
     ("case", "message"),
     [
         ("another policy", "holds other weights"),
+        ("a short context", "give --max-model-len 256"),
+        ("another tokenizer", "another tokenizer than the policy"),
         ("a state head", "state head"),
         ("adapters", "--enable-lora exclude each other"),
         ("no file", "set RGTG_VLLM_SCORERS"),

@@ -16,6 +16,7 @@ PREFIX = "rgtg"
 NAMES = ("rgtg_scorers", "rgtg_betas", "rgtg_top_k", "rgtg_method")
 WHOLE_VOCABULARY = "all"
 MOST_SCORERS = 16
+MOST_CANDIDATES = 256  # of a scorer that scores one prefix at a time
 LARGEST_BETA = 1e30  # β·r must not overflow
 _DEFAULT = "pargs"
 
@@ -59,12 +60,19 @@ def read_guide(arguments: Mapping[str, Any] | None, known: Mapping[str, bool]) -
         return None
     scorers = _scorers(given, known)
     betas = _betas(given, scorers)
-    if method.vocabulary and (slow := [name for name in scorers if not known[name]]):
+    slow = [name for name in scorers if not known[name]]
+    if method.vocabulary and slow:
         raise UsageError(
             f"{method.name} asks for the scores of all next tokens in one call, and {slow[0]} scores one prefix at a "
             "time: use pargs with it"
         )
-    return Guide(scorers, betas, _top_k(given, method), method)
+    top_k = _top_k(given, method)
+    if slow and (top_k is None or top_k > MOST_CANDIDATES):
+        raise UsageError(
+            f"rgtg_top_k = {top_k or WHOLE_VOCABULARY}: {slow[0]} scores one prefix at a time, so it takes at most "
+            f"{MOST_CANDIDATES} candidates"
+        )
+    return Guide(scorers, betas, top_k, method)
 
 
 def require_sampling(guide: Guide, params: Any) -> None:

@@ -5,6 +5,7 @@ are not guided are not touched.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from rgtg.engines.vllm.arguments import Guide
 from rgtg.models.scorers.head_file import HeadFile
 
+# Rows of the batch, and their candidates (R, K); None is the whole vocabulary.
+Wanted = tuple[Sequence[int], Tensor | None]
+
 
 class RowScorer(Protocol):
     """Scores next tokens of rows of the batch."""
 
-    def score(self, rows: Sequence[int], candidate_ids: Tensor | None) -> Tensor:
-        """Scores in fp32: (R, K) of candidates (R, K) of R rows, or (R, V) of all tokens where they are None."""
+    def score(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """Scores in fp32 of every item: (R, K) of its candidates, or (R, V) of all tokens. Called once in a step."""
         ...
 
 
@@ -47,9 +51,30 @@ class HeadOnStates:
     def __init__(self, head: TorchHead, states: Tensor) -> None:
         self.head, self.states = head, states
 
-    def score(self, rows: Sequence[int], candidate_ids: Tensor | None) -> Tensor:
-        """Scores in fp32: (R, K) of candidates (R, K) of R rows, or (R, V) of all tokens where they are None."""
-        return self.head.score(self.states[list(rows)], candidate_ids)
+    def score(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """Scores in fp32 of every item: (R, K) of its candidates, or (R, V) of all tokens."""
+        return [self.head.score(self.states[list(rows)], ids) for rows, ids in wanted]
+
+
+@dataclass
+class _Group:
+    """Rows that choose their candidates alike.
+
+    Attributes:
+        rows: of the batch, R of them.
+        guides: of the rows.
+        logits: (R, V) of the policy.
+        values: (R, K) logits of the candidates.
+        ids: (R, K) the candidates; None is the whole vocabulary.
+        total: (R, K) Σ β_j·r_j in float64.
+    """
+
+    rows: list[int]
+    guides: list[Guide]
+    logits: Tensor
+    values: Tensor
+    ids: Tensor | None
+    total: Tensor
 
 
 def guide_rows(
@@ -66,58 +91,75 @@ def guide_rows(
     Returns:
         Rows that are left to the policy because a scorer gave scores that are not finite.
     """
-    groups: dict[tuple[str, int | None, bool], list[int]] = {}
+    # 1. candidates: those of rows that choose them alike together
+    alike: dict[tuple[str, int | None, bool], list[int]] = {}
     for row, guide in guides.items():
-        groups.setdefault((guide.method.candidates, guide.top_k, guide.method.clip), []).append(row)
+        alike.setdefault((guide.method.candidates, guide.top_k, guide.method.clip), []).append(row)
+    groups = [_propose(logits, rows, [guides[row] for row in rows], padding) for rows in alike.values()]
+    # 2. β·r, one scorer after the other
+    for name in dict.fromkeys(name for guide in guides.values() for name in guide.scorers):
+        _add_scores(name, scorers[name], groups)
+    # 3. log π + β·r in place of the logits
     unscored: list[int] = []
-    for (kind, top_k, clip), rows in groups.items():
-        # 1. the policy's candidates V_k; all tokens where there is no k, or where it counts sums
-        index = torch.tensor(rows, device=logits.device)
-        own = logits if rows == list(range(len(logits))) else logits[index]  # (R, V)
-        if padding is not None:
-            own = own.index_fill(1, padding, -torch.inf)
-        k = min(top_k or own.shape[1], own.shape[1])
-        if kind != "sum" and k < own.shape[1]:
-            values, ids = own.topk(k, -1)
-        else:
-            values, ids = own, None
-        # 2. β·r; a row whose scores are not finite is left to the policy
-        scores = _weighted(rows, [guides[row] for row in rows], ids, scorers, clip, values)
-        finite = scores.isfinite().all(-1)
-        if not bool(finite.all()):
-            scores = scores.masked_fill(~finite[:, None], 0.0)
-            unscored += [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
-        # 3. log π + β·r, with its maximum at 0
-        combined = values.double() + scores
-        if kind == "sum" and k < combined.shape[1]:
-            combined, ids = combined.topk(k, -1)
-        combined = combined - combined.amax(-1, keepdim=True)
-        for i, row in enumerate(rows):
-            if guides[row].method.rule == "greedy":
-                best = combined[i].argmax()
-                combined[i] = torch.full_like(combined[i], -torch.inf).index_fill(0, best[None], 0.0)
-        # 4. every other token is excluded
-        guided = combined.to(logits.dtype)
-        if ids is not None:
-            guided = torch.full_like(own, -torch.inf).scatter(1, ids, guided)
-        logits[index] = guided
+    for group in groups:
+        unscored += _write(logits, group)
     return unscored
 
 
-def _weighted(
-    rows: list[int], guides: list[Guide], ids: Tensor | None, scorers: Mapping[str, RowScorer], clip: bool, like: Tensor
-) -> Tensor:
-    """Σ β_j·r_j of R rows, (R, K) float64: the score of a single scorer is clipped before β, a sum as a whole."""
-    total = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
-    for name in dict.fromkeys(name for guide in guides for name in guide.scorers):
-        own = [i for i, guide in enumerate(guides) if name in guide.scorers]
-        scores = scorers[name].score([rows[i] for i in own], None if ids is None else ids[own]).double()
-        if clip:
-            single = torch.tensor([[len(guides[i].scorers) == 1] for i in own], device=scores.device)
+def _propose(logits: Tensor, rows: list[int], guides: list[Guide], padding: Tensor | None) -> _Group:
+    """The policy's candidates V_k; all tokens where there is no k, or where it counts sums."""
+    own = logits if rows == list(range(len(logits))) else logits[rows]  # (R, V)
+    if padding is not None:
+        own = own.index_fill(1, padding, -torch.inf)
+    top_k = guides[0].top_k
+    values, ids = own, None
+    if top_k is not None and top_k < own.shape[1] and guides[0].method.candidates != "sum":
+        values, ids = own.topk(top_k, -1)
+    return _Group(rows, guides, own, values, ids, torch.zeros(values.shape, dtype=torch.float64, device=own.device))
+
+
+def _add_scores(name: str, scorer: RowScorer, groups: list[_Group]) -> None:
+    """Add β·r of one scorer to the rows that it steers; RAD clips the score of a single scorer before β."""
+    own = [[i for i, guide in enumerate(group.guides) if name in guide.scorers] for group in groups]
+    steered = [(group, of_group) for group, of_group in zip(groups, own, strict=True) if of_group]
+    wanted: list[Wanted] = [
+        ([group.rows[i] for i in rows], None if group.ids is None else group.ids[rows]) for group, rows in steered
+    ]
+    for (group, rows), found in zip(steered, scorer.score(wanted), strict=True):
+        scores = found.double()
+        if group.guides[0].method.clip:
+            single = torch.tensor([[len(group.guides[i].scorers) == 1] for i in rows], device=scores.device)
             scores = torch.where(single, scores.clamp(0, 1), scores)
-        betas = [guides[i].betas[guides[i].scorers.index(name)] for i in own]
-        total[own] += torch.tensor(betas, dtype=torch.float64, device=scores.device)[:, None] * scores
-    if clip:
+        betas = [[group.guides[i].betas[group.guides[i].scorers.index(name)]] for i in rows]
+        group.total[rows] += torch.tensor(betas, dtype=torch.float64, device=scores.device) * scores
+
+
+def _write(logits: Tensor, group: _Group) -> list[int]:
+    """Write the guided logits of a group's rows; the rows without finite scores are left to the policy."""
+    total, ids, guides = group.total, group.ids, group.guides
+    # 1. RAD clips the sum of several scorers; scores that are not finite steer nothing
+    if guides[0].method.clip:
         several = torch.tensor([[len(guide.scorers) > 1] for guide in guides], device=total.device)
         total = torch.where(several, total.clamp(0, 1), total)
-    return total
+    finite = total.isfinite().all(-1)
+    unscored: list[int] = []
+    if not bool(finite.all()):
+        total = total.masked_fill(~finite[:, None], 0.0)
+        unscored = [row for row, fine in zip(group.rows, finite.tolist(), strict=True) if not fine]
+    # 2. log π + β·r with its maximum at 0; FaRMA keeps the k largest sums
+    combined = group.values.double() + total
+    top_k = guides[0].top_k
+    if guides[0].method.candidates == "sum" and top_k is not None and top_k < combined.shape[1]:
+        combined, ids = combined.topk(top_k, -1)
+    combined = combined - combined.amax(-1, keepdim=True)
+    # 3. methods that take the maximum leave only that
+    greedy = [i for i, guide in enumerate(guides) if guide.method.rule == "greedy"]
+    if greedy:
+        best = combined[greedy].argmax(-1, keepdim=True)
+        combined[greedy] = torch.full_like(combined[greedy], -torch.inf).scatter(1, best, 0.0)
+    # 4. every other token is excluded
+    guided = combined.to(logits.dtype)
+    if ids is not None:
+        guided = torch.full_like(group.logits, -torch.inf).scatter(1, ids, guided)
+    logits[group.rows] = guided
+    return unscored

@@ -1,17 +1,20 @@
 """Loads the server's scorers into a vLLM worker, and checks that they and the engine fit each other."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rgtg.engines.vllm.guide import TorchHead
 from rgtg.engines.vllm.scorer_file import scorers_of_server
 from rgtg.engines.vllm.states import registered
-from rgtg.errors import UsageError
+from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.hub import with_revision
 from rgtg.models.scorers.head_file import HeadFile, read_head
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.tokenization.vocabulary import ids_without_token
+
+if TYPE_CHECKING:
+    from rgtg.engines.vllm.separate import SeparateScorer
 
 
 def require_engine(vllm_config: Any) -> None:
@@ -44,9 +47,65 @@ def load_heads(vllm_config: Any, device: Any) -> dict[str, TorchHead]:
             head = read_head(scorer.folder)
             require_policy(vllm_config.model_config, head)
             heads[name] = TorchHead(head, device)
-        else:
-            raise UsageError(f"{name} ({scorer.folder}) is a model of its own; vLLM is guided by heads so far")
     return heads
+
+
+def load_separate(vllm_config: Any, device: Any) -> "dict[str, SeparateScorer]":
+    """The server's scorers that are models of their own, on a device.
+
+    Raises:
+        UsageError: a scorer with another tokenizer or a shorter context than the policy's, or drafts.
+        MissingExtraError: jaxtyping is not installed beside vLLM.
+        ModelNotFoundError: it cannot be loaded.
+    """
+    sources = {name: one.folder for name, one in scorers_of_server().items() if not one.on_policy_states}
+    if not sources:
+        return {}
+    if vllm_config.speculative_config is not None:
+        raise UsageError(f"speculative decoding is guided by heads only, and {next(iter(sources))} is a model")
+    try:
+        from rgtg.decoding.loading import pack_separate
+        from rgtg.engines.vllm.separate import SeparateScorer
+        from rgtg.models.scorers.base import load_scorer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"scorers that are models of their own need {error.name} in vLLM's environment: pip install {error.name}"
+        ) from error
+    model_config = vllm_config.model_config
+    loaded = {}
+    for name, source in sources.items():
+        scorer = load_scorer(source, device=device)
+        _require_scorer(model_config, scorer)
+        packed = pack_separate(scorer) if torch.device(device).type == "cpu" else scorer
+        loaded[name] = SeparateScorer(packed, model_config.get_vocab_size())
+    return loaded
+
+
+def _require_scorer(model_config: Any, scorer: Any) -> None:
+    """Check that a separate scorer reads the policy's tokens, all of them, and texts as long as vLLM writes.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not scorer.causal:
+        raise UsageError(f"{scorer.name} is an encoder, which reads whole texts; vLLM is guided by causal scorers")
+    if model_config.skip_tokenizer_init:
+        raise UsageError("--skip-tokenizer-init: a scorer that is a model of its own is checked against the tokenizer")
+    tokenizer = _tokenizer(model_config)
+    if tokenizer_hash(scorer.tokenizer) != tokenizer_hash(tokenizer):
+        raise UsageError(
+            f"{scorer.name} has another tokenizer than the policy, whose tokens it has to read in vLLM: train it "
+            "from the policy's base model"
+        )
+    rows = len(scorer.model.get_input_embeddings().weight)
+    if rows < ids_without_token(tokenizer, model_config.get_vocab_size())[0]:
+        raise UsageError(f"{scorer.name} has embeddings for {rows} tokens, fewer than the tokenizer has")
+    limit = scorer.max_length
+    if limit is not None and limit < model_config.max_model_len:
+        raise UsageError(
+            f"{scorer.name} reads at most {limit} tokens, and vLLM writes up to {model_config.max_model_len}: give "
+            f"--max-model-len {limit}"
+        )
 
 
 def require_policy(model_config: Any, head: HeadFile) -> None:

@@ -12,8 +12,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.sample.logits_processor import process_dict_updates
 
 from rgtg.engines.vllm.arguments import Guide, read_guide, require_sampling
-from rgtg.engines.vllm.guide import HeadOnStates, guide_rows
-from rgtg.engines.vllm.loading import load_heads, padding_ids, require_engine
+from rgtg.engines.vllm.guide import HeadOnStates, RowScorer, guide_rows
+from rgtg.engines.vllm.loading import load_heads, load_separate, padding_ids, require_engine
 from rgtg.engines.vllm.scorer_file import scorers_of_server
 from rgtg.engines.vllm.states import LATEST
 
@@ -23,6 +23,9 @@ except ImportError:  # a vLLM without the second model runner
     LogitsProcessorV2 = object
 
 _logger = logging.getLogger("vllm.rgtg")  # shown by vLLM's own logging
+
+
+_Texts = dict[int, list[int] | None]
 
 
 class _Guided(NamedTuple):
@@ -53,6 +56,8 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         self._device = device_or_states if self._first_version else device_or_states.device
         self._known = {name: one.scores_vocabulary for name, one in scorers_of_server().items()}
         self._heads = load_heads(vllm_config, self._device)
+        self._separate = load_separate(vllm_config, self._device)
+        self._requests: Any = device_or_states  # V2: their tokens
         self._padding = padding_ids(vllm_config.model_config, self._device)
         self._speculates = vllm_config.speculative_config is not None
         self._running: dict[int, _Guided] = {}  # by row (V1) or slot (V2)
@@ -101,18 +106,52 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Guide the rows (B, V) of guided requests, in place."""
-        states = LATEST.take(len(logits)) if self._running or self._speculates else None
-        if ctx is None:
-            guided = {row: one.guide for row, one in self._running.items() if row < len(logits)}
-        else:
-            slots = ctx.expanded_idx_mapping.tolist() if self._running else []
-            guided = {row: self._running[slot].guide for row, slot in enumerate(slots) if slot in self._running}
+        # 1. the states of these rows; without guided requests only counted
+        states: Any = LATEST.take(len(logits)) if self._running or self._speculates else None
+        guided, texts = self._rows(len(logits)) if ctx is None else self._rows_of_slots(ctx)
         if not guided:
             return logits
-        assert states is not None, "there are guided requests"
-        scorers = {name: HeadOnStates(head, states) for name, head in self._heads.items()}
-        unscored = guide_rows(logits, guided, scorers, self._padding)
-        if unscored and not self._warned:
+        # 2. what scores them
+        scorers: dict[str, RowScorer] = {name: HeadOnStates(head, states) for name, head in self._heads.items()}
+        if self._separate:
+            from rgtg.engines.vllm.separate import SeparateOnRows
+
+            scorers |= {name: SeparateOnRows(scorer, texts) for name, scorer in self._separate.items()}
+        # 3. their logits
+        if guide_rows(logits, guided, scorers, self._padding) and not self._warned:
             self._warned = True
             _logger.warning("a scorer gave scores that are not finite; those tokens were left to the policy")
         return logits
+
+    def _rows(self, rows: int) -> tuple[dict[int, Guide], _Texts]:
+        """V1's guided rows, and the tokens of those that a model of its own scores.
+
+        They are not known where a prompt was given as embeddings.
+        """
+        running = {row: one for row, one in self._running.items() if row < rows}
+        texts: _Texts = {
+            row: None if one.prompt_ids is None else [*one.prompt_ids, *one.output_ids]
+            for row, one in running.items()
+            if self._needs_text(one.guide)
+        }
+        return {row: one.guide for row, one in running.items()}, texts
+
+    def _rows_of_slots(self, ctx: Any) -> tuple[dict[int, Guide], _Texts]:
+        """V2's guided rows, and the tokens, up to the step's position, of those that a model of its own scores."""
+        guided: dict[int, Guide] = {}
+        texts: _Texts = {}
+        slots = ctx.expanded_idx_mapping.tolist() if self._running else []
+        for row, slot in enumerate(slots):
+            if slot not in self._running:
+                continue
+            guide = self._running[slot].guide
+            if self._needs_text(guide):
+                end = int(ctx.pos[row]) + 1
+                if end < int(self._requests.prefill_len.np[slot]):
+                    continue  # its prompt is being read: nothing is drawn
+                texts[row] = self._requests.all_token_ids.gpu[slot, :end].tolist()
+            guided[row] = guide
+        return guided, texts
+
+    def _needs_text(self, guide: Guide) -> bool:
+        return any(name in self._separate for name in guide.scorers)
