@@ -137,10 +137,10 @@ def _from_config(source: str) -> ModelShape:
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
+        return count_shape(model, source)
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, StrictDataclassError) as error:
         message = f"cannot determine the sizes of {source} from its config.json: {first_line(error)}"
         raise ModelNotFoundError(message) from error
-    return count_shape(model, source)
 
 
 def _base_of(adapter: Path) -> str:
@@ -157,10 +157,12 @@ def _base_of(adapter: Path) -> str:
 
 def count_shape(model: Any, name: str) -> ModelShape:
     """Count the sizes of a causal language model, which may be on the meta device."""
+    from rgtg.models.ops.trunk import trunk
+
     text = model.config.get_text_config()
     output = model.get_output_embeddings()
-    inside = [(n, p) for n, p in model.base_model.named_parameters() if p.dim() > 1]
-    embeddings = {id(m.weight) for m in model.base_model.modules() if type(m).__name__ == "Embedding"}
+    inside = [(n, p) for n, p in trunk(model).named_parameters() if p.dim() > 1]
+    embeddings = {id(m.weight) for m in trunk(model).modules() if type(m).__name__ == "Embedding"}
     products = [(n, p.numel()) for n, p in inside if id(p) not in embeddings]
     experts = sum(size for n, size in products if ".experts." in n)
     heads = text.num_attention_heads

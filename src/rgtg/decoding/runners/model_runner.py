@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, Protocol, Self, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,6 @@ from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
 from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
-from rgtg.tokenization.padding import pad_right
 
 # head(model, states (…, H)) → logits (…, V) or scores (…)
 OutputHead = Callable[[Any, Tensor], Tensor]
@@ -262,17 +261,23 @@ class RecomputeRunner:
         self.tree = None  # of fewer rows
 
     def _read_last(self, texts: list[list[int]]) -> States:
-        """States (R, H) at the last token of each of R texts."""
+        """States (R, H) at the last token of each of R texts.
+
+        Texts of one length are read together, because models that are read in this way may misread padding: recurrent
+        layers pass through it, and sparse attention selects among it. If every text occurs in both halves of the batch,
+        as a policy with an adapter needs it, that holds for each of these groups too.
+        """
         self.calls += 1
-        ids, mask = pad_right(texts, 0, self.model.device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        rows = torch.arange(len(texts))
-        last = torch.tensor([len(text) - 1 for text in texts])
-        if self.layer is None:
-            return States(trunk(self.model)(**inputs).last_hidden_state[rows, last], None)
-        with capture_hidden_states(self.model, [self.layer]) as captured:
-            final: Tensor = trunk(self.model)(**inputs).last_hidden_state[rows, last]
-        return States(final, captured[self.layer][rows, last])
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        final, hooked = [], []
+        for _, group in groupby(order, key=lambda i: len(texts[i])):
+            ids = torch.tensor([texts[i] for i in group], device=self.model.device)
+            layers = [] if self.layer is None else [self.layer]
+            with capture_hidden_states(self.model, layers) as captured:
+                final.append(trunk(self.model)(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
+            hooked += [states[:, -1] for states in captured.values()]
+        back = torch.tensor(order).argsort()
+        return States(torch.cat(final)[back], torch.cat(hooked)[back] if hooked else None)
 
 
 class EngineRunner(Protocol):
@@ -411,7 +416,8 @@ def _probe_agrees(model: Any, head: OutputHead) -> bool:
     """Compare a small ragged tree with whole texts: a model that ignores or misreads the mask differs."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + 3) % vocabulary for i in range(9)]
-    prompts, leaves = [ids[:5], ids[3:6]], torch.tensor([ids[6:9], ids[5:8]])
+    # every text twice, because an adapter changes the second half of a batch
+    prompts, leaves = [ids[:5], ids[3:6]] * 2, torch.tensor([ids[6:9], ids[5:8]] * 2)
     try:
         fast = TreeRunner(model, head, capacity=16)
         slow = RecomputeRunner(model, head, capacity=16)
@@ -420,7 +426,7 @@ def _probe_agrees(model: Any, head: OutputHead) -> bool:
         found = []
         for runner in (fast, slow):
             runner.read(TokenTree.leaves(leaves.to(model.device)))
-            runner.commit(torch.tensor([[2], [1]], device=model.device))
+            runner.commit(torch.tensor([[2], [1]] * 2, device=model.device))
             found.append(outputs(runner, TokenTree.leaves(leaves.to(model.device))).float())
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import MissingExtraError, UsageError, first_line
 from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, require_working_plan, tensor_parallel_kwargs
+from rgtg.models.ops.trunk import trunk
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -112,6 +113,6 @@ def _return_outputs_to_input_device(model: Any) -> None:
         output.last_hidden_state = output.last_hidden_state.to(device)
         return output
 
-    for module in (model.base_model, getattr(model, "score", None), model.get_output_embeddings()):
+    for module in (trunk(model), getattr(model, "score", None), model.get_output_embeddings()):
         if isinstance(module, nn.Module):
             module.register_forward_hook(move)

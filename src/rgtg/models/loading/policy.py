@@ -3,17 +3,19 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rgtg.decoding.sampling import Vocabulary
-from rgtg.errors import ModelNotFoundError, UsageError, first_line
+from rgtg.errors import RgtgError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.engine_choice import choose_engine, load_in_engine
 from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.families import explain, require_causal_policy, require_family
 from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf_arguments, write_converted
-from rgtg.models.loading.hub import EXPECTED, with_revision
+from rgtg.models.loading.hub import with_revision
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
 from rgtg.tokenization.vocabulary import embedding_rows, ids_without_token
@@ -70,7 +72,7 @@ def context_length(config: Any) -> int | None:
     """Number of positions that a config names; None if it names none. See ``max_sequence_length`` for a model's."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(limit) if limit else None
+    return int(limit) if limit and limit > 0 else None  # XLNet's −1 is no limit
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
@@ -93,7 +95,7 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
 
     Raises:
         ModelNotFoundError: the folder or hub id cannot be loaded.
-        UsageError: a model that cannot be sharded as requested.
+        UsageError: a model that cannot be sharded as requested, or of a family that cannot have this role.
     """
     from transformers import AutoConfig
 
@@ -109,12 +111,15 @@ def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> A
     )
     with located as (folder, kwargs):
         try:
+            if hasattr(auto_class, "_model_mapping") and (gguf or (Path(folder) / "config.json").is_file()):
+                of_file = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **of_file)
+                require_family(auto_class, config, source, role)
             loaded = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+        except RgtgError:
+            raise
         except Exception as error:  # a damaged checkpoint can lead to any of them
-            reason = first_line(error)
-            if "ignore_mismatched_sizes" in reason:  # transformers logs the names, and raises this hint at its setting
-                reason = "the sizes of its weights are not those that its config gives"
-            raise ModelNotFoundError(f"cannot load the {role} {source!r}: {reason}. {EXPECTED}") from error
+            raise explain(error, source, role) from error
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if folder != source:  # later files name the repository or the file, not a folder of a cache
         model.name_or_path = source
@@ -160,12 +165,15 @@ def load_policy(
 
     Raises:
         ModelNotFoundError: nothing loadable at ``source``.
-        UsageError: arguments for a loaded model; more than one of device, device_map and tp_plan; a tp_plan without
-            torchrun, or one that does not fit; a revision of a folder; missing weights; or cache_gguf for another kind
-            of model, in another dtype, or with tp_plan; or an engine that does not run this model.
+        UsageError: a model that reads later tokens; arguments for a loaded model; more than one of device, device_map
+            and tp_plan; a tp_plan without torchrun, or one that does not fit; a revision of a folder; missing weights;
+            cache_gguf for another kind of model, in another dtype, or with tp_plan; or an engine that does not run this
+            model.
         OutputError: the conversion cannot be written.
         MissingExtraError: a device_map without accelerate, or an engine that is not installed.
     """
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
     placement = Placement(dtype, device, device_map, tp_plan)
     if not isinstance(source, str):
         if placement != Placement() or revision is not None or cache_gguf:
@@ -173,10 +181,14 @@ def load_policy(
                 "dtype, device, device_map, tp_plan, cache_gguf and revision apply to a policy loaded by name; move a "
                 "loaded model yourself"
             )
-        policy = source if isinstance(source, Policy) else Policy(*source)
+        if isinstance(source, Policy):
+            source.model.eval()
+            return source
+        policy = Policy(*source)
         policy.model.eval()
+        if isinstance(policy.model, PreTrainedModel):
+            require_causal_policy(policy.model, "the loaded policy")
         return policy
-    from transformers import AutoModelForCausalLM
 
     source = with_revision(source, revision)
     if (chosen := choose_engine(source, engine, placement, cache_gguf=cache_gguf)) != "torch":
@@ -194,6 +206,7 @@ def load_policy(
             "reward model, or was saving it interrupted?"
         )
     finish_loading(model, placement)
+    require_causal_policy(model, source)
     return Policy(model, load_tokenizer(source, "policy"))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rgtg.errors import UsageError, first_line
+from rgtg.models.ops.trunk import trunk
 
 # "auto", the model's own plan; or transformers' styles by module, which override it.
 TpPlan = str | dict[str, str]
@@ -98,7 +99,7 @@ def require_working_plan(model: Any) -> None:
         UsageError: its plan does not fit it.
     """
     try:
-        model.base_model(torch.zeros(1, 3, dtype=torch.long, device=model.device), use_cache=False)
+        trunk(model)(torch.zeros(1, 3, dtype=torch.long, device=model.device), use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise UsageError(f"the tensor parallel plan does not fit {model.name_or_path}: {first_line(error)}") from error
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rgtg.errors import UsageError
 from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.lm_head import final_states
+from rgtg.models.ops.trunk import trunk
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 _EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # modules that run after positions are added to the embeddings
@@ -32,7 +33,7 @@ def hidden_state_module(model: Any, layer: int) -> nn.Module:
         raise UsageError(f"layer {layer} is not one of this model's: 0 (embeddings) to {len(layers)} (final state)")
     module: nn.Module
     if layer == len(layers):  # without a known final norm, the trunk itself: its first output is the final state
-        module = _child(owner, _FINAL_NORMS) or model.base_model
+        module = _child(owner, _FINAL_NORMS) or trunk(model)
     elif layer == 0:
         module = _child(owner, _EMBEDDINGS) or model.get_input_embeddings()
     else:
@@ -99,7 +100,7 @@ def require_hidden_states(model: Any, layers: Sequence[int]) -> None:
     hooks = [module.register_forward_pre_hook(partial(record, i), with_kwargs=True) for i, module in enumerate(stack)]
     try:
         with capture_hidden_states(model, layers) as captured:
-            expected[len(stack)] = model.base_model(ids, use_cache=False)[0]
+            expected[len(stack)] = trunk(model)(ids, use_cache=False)[0]
     finally:
         for hook in hooks:
             hook.remove()
@@ -114,7 +115,7 @@ def require_hidden_states(model: Any, layers: Sequence[int]) -> None:
 def _decoder_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the decoder layers, and the layers."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in trunk(model).modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0, is_tensor_parallel
+from rgtg.models.ops.trunk import trunk as trunk
+from rgtg.models.ops.trunk import without_peft
 from rgtg.tokenization.padding import position_ids
 
 # Modules of encoders' classification heads; decoder families call their head ``score``.
@@ -22,19 +24,13 @@ def scalar_head(model: Any) -> Any:
 
     Decoder families call it ``score``. Encoders pool the states first and have no such head.
     """
-    head = getattr(_without_peft(model), "score", None)
+    head = getattr(without_peft(model), "score", None)
     return head if isinstance(head, torch.nn.Module) else None
 
 
 def is_head_weight(name: str) -> bool:
     """Whether a weight of a sequence-classification model belongs to its head, judged by its name."""
     return "score" in name or any(head in name for head in _ENCODER_HEADS)
-
-
-def trunk(model: Any) -> Any:
-    """The transformer below the head, also of a model in a peft wrapper."""
-    stock = _without_peft(model)
-    return getattr(stock, stock.base_model_prefix)
 
 
 def final_states(
@@ -79,10 +75,6 @@ def output_head(model: Any, head: Callable[[Any, Tensor], Tensor]) -> Callable[[
     return partial(head, model)
 
 
-def _without_peft(model: Any) -> Any:
-    return getattr(model, "get_base_model", lambda: model)()
-
-
 @torch.inference_mode()
 def _check_linear(model: Any) -> bool:
     """Compare the output embedding's product with the model's logits on four tokens, bit for bit."""
@@ -103,12 +95,10 @@ def _logits_by_forward(model: Any, states: Float[Tensor, "*rows hidden"]) -> Flo
 
     The model's own forward runs with its trunk replaced by a function that returns ``states``.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     body = trunk(model)
     flat = states.reshape(1, -1, states.shape[-1])
     patched = vars(body).get("forward")  # set on the instance if accelerate wrapped it; normally only on the class
-    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=flat)
+    body.forward = lambda *_args, **_kwargs: _TrunkOutput(flat)
     try:
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=states.device)
         logits = model(input_ids=ids, use_cache=False).logits
@@ -117,3 +107,17 @@ def _logits_by_forward(model: Any, states: Float[Tensor, "*rows hidden"]) -> Flo
         if patched is not None:
             body.forward = patched
     return logits.reshape(*states.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+class _TrunkOutput:
+    """What a model's forward reads of its trunk: the final states. What else it asks for (router logits) is None."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

@@ -1,6 +1,7 @@
 """A sequence-classification reward model that scores every prefix in one forward pass."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ class PrefixScorer(TokenScorer):
             batch_size = 1  # nothing can pad
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]
-            batch = self.tokenizer(some, padding=True, return_tensors="pt", add_special_tokens=special_tokens)
+            batch = self.tokenizer(some, padding=len(some) > 1, return_tensors="pt", add_special_tokens=special_tokens)
             logits = self.model(**batch.to(self.model.device)).logits
             parts.append(broadcast_from_rank0(self.model, logits[:, 0].float()).cpu())
         return torch.cat(parts)
@@ -173,6 +174,12 @@ def position_scores(
     return scorer_scores(model, final_states(model, input_ids, attention_mask))
 
 
+def _renamed_head(names: Iterable[str]) -> str | None:
+    """A weight that is a reward head, judged by its name: value_head.weight, v_head.summary.weight and so on."""
+    found = [name for name in names if re.search(r"(head|score|reward|regression|value|classifier)\b", name)]
+    return next((name for name in sorted(found) if name.endswith("weight") and "lm_head" not in name), None)
+
+
 def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
@@ -185,6 +192,11 @@ def _load_classifier(source: str, placement: Placement, tokenizer: Any) -> Any:
         auto_class, source, "scorer", dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
     )
     if missing := [name for name in report["missing_keys"] if is_head_weight(name)]:
+        if name := _renamed_head(report["unexpected_keys"]):
+            raise UsageError(
+                f"the weights of {source} hold a head under another name ({name}): rename it to {missing[0]} in its "
+                "safetensors file"
+            )
         raise UsageError(
             f"{source} has no trained reward head ({', '.join(sorted(missing)[:3])} not in its weights): it is a "
             f"language model, not a reward model. Train one: rgtg train --base {source} (or use its "
