@@ -203,7 +203,7 @@ def test_as_a_scorer(model, request, policy_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--trunk", "own"), ("--objective", "farma")], ids=["reward", "own", "farma"]
+    "arguments", [(), ("--trunk", "own", "--head", "vocab"), ("--objective", "farma")], ids=["reward", "own", "farma"]
 )
 @pytest.mark.parametrize("model", WRONG, indirect=True)
 def test_as_a_base(model, arguments, request, tmp_path):
@@ -222,9 +222,9 @@ def test_ways_of_a_family_without_a_reward_model_work(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", synthetic_rows(8))
     train = verb("train")
     where = ("--pairs", pairs, "--base", tmp_path / "policy", "--set", "train.max_steps=1")
-    require_one_line(train(*where, "--output", tmp_path / "no"), "--trunk own.*--objective farma or autoregressive")
+    require_one_line(train(*where, "--output", tmp_path / "no"), "--trunk own --head vocab.*--objective farma, or auto")
     for name, more in {
-        "head": ("--trunk", "own", "--set", "layer=1", "--set", "width=8"),
+        "head": ("--trunk", "own", "--head", "vocab", "--set", "layer=1", "--set", "width=8"),
         "farma": ("--objective", "farma"),
         "autoregressive": ("--objective", "autoregressive"),
     }.items():

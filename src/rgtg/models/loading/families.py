@@ -10,8 +10,8 @@ from rgtg.models.loading.hub import EXPECTED
 
 # What a language model can do instead of having a reward model of its family.
 OTHER_WAYS = (
-    "train a head on the policy's own states (rgtg train --trunk own), train a scorer of next tokens (--objective "
-    "farma or autoregressive), or start from a model of another family (--base)"
+    "train a head on the policy's own states (rgtg train --trunk own --head vocab, or state), train a scorer of next "
+    "tokens (--objective farma, or autoregressive), or start from a model of another family (--base)"
 )
 
 

@@ -220,5 +220,5 @@ def _cache_gguf(source: str, placement: Placement) -> None:
     if placement.tp_plan is not None:
         raise UsageError("cache_gguf: convert the file first in one process, without tp_plan")
     if converted_folder(path) is None:
-        loaded = load_policy(source, device="cpu")
+        loaded = load_policy(source, device="cpu", engine="torch")
         write_converted(path, loaded.model, loaded.tokenizer)
