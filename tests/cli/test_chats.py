@@ -251,3 +251,28 @@ def test_scorers_are_trained_checked_and_audited_with_variables_of_the_template(
     for command in commands:
         refused = run(*command, "--chat-template-kwargs", '{"thinking": 1}')
         assert (refused.exit_code, "does not read thinking; it reads enable_thinking" in refused.stderr) == (2, True)
+
+
+def test_a_model_without_a_chat_template_is_refused_before_any_work(tmp_path, policy, prompts):
+    bare = save(chat_reward(5), chat_tokenizer(None), tmp_path / "gold")
+    config = tmp_path / "compare.yaml"
+    config.write_text(f"policy: {policy}\nprompts: {prompts}\nreward: {bare}\noutput: {tmp_path / 'compared'}\n"
+                      "methods:\n  - {method: policy}\n")  # fmt: skip
+    done = run("compare", "--config", config)
+    assert (done.exit_code, "and the reward gold has no chat template" in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "compared" / "parts").exists()
+    save(chat_reward(6), chat_tokenizer(TURNS), tmp_path / "scorer")
+    done = run("audit", "--rollouts", "--scorer", tmp_path / "scorer", "--policy", policy, "--prompts", prompts,
+               "--reward", bare, "--output", tmp_path / "audited")  # fmt: skip
+    assert (done.exit_code, "and the reward has no chat template" in done.stderr) == (2, True), done.output
+    done = run("compare", "--config", config, "--chat-template-kwargs", '{"a": 1}')
+    assert done.exit_code == 2
+
+
+def test_another_chat_template_is_another_job(tmp_path, policy, prompts):
+    rows = generate(policy, prompts, tmp_path / "out.jsonl")
+    assert generate(policy, prompts, tmp_path / "out.jsonl") == rows
+    save(chat_policy(), chat_tokenizer(TEMPLATES["brackets"]), policy)
+    done = run("generate", "--policy", policy, "--method", "policy", "--max-new-tokens", 6, "--prompts", prompts,
+               "--output", tmp_path / "out.jsonl")  # fmt: skip
+    assert (done.exit_code, "chat_templates" in done.stderr) == (2, True), done.output

@@ -23,12 +23,14 @@ from rgtg.batch.tasks import (
 from rgtg.config import GenerateSettings
 from rgtg.data.prompts import BadRow, PromptFile, raise_for_bad_rows
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.request import any_chat
 from rgtg.errors import DataError, RgtgError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.loading.tensor_parallel import broadcast_object, is_tensor_parallel
 from rgtg.models.scorers.base import weights_of
+from rgtg.tokenization.conversation import template_fingerprint
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.types.base import Provenance
 from rgtg.types.batch import JobResult
@@ -168,6 +170,9 @@ def plan_job(
         "prompts": prompts.fingerprint,
         **({"model": _model_name(settings)} if output_format == "openai" else {}),
     }
+    if any_chat(row.prompt for row in prompts.rows):
+        readers = [guided.policy, *guided.used]
+        made_with["chat_templates"] = [template_fingerprint(getattr(one, "tokenizer", None)) for one in readers]
     models = {"policy": guided.policy.model}
     for i, scorer in enumerate(guided.scorers):
         models[f"scorer {i + 1}" if len(guided.scorers) > 1 else "scorer"] = weights_of(scorer)

@@ -4,6 +4,7 @@ Policy, scorers, training, audit and server all read chats through this module, 
 same tokens to all of them. A chat template is applied once and writes all special tokens itself.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -136,6 +137,25 @@ def render_chat(
         if message.get("role") not in _USUAL_ROLES and not _is_written(message, text):
             raise DataError(f"the tokenizer's chat template leaves out messages of the role {message.get('role')!r}")
     return text
+
+
+def template_fingerprint(tokenizer: Any) -> str | None:
+    """Short hash of a tokenizer's chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16] if template else None
+
+
+def require_chat_template(tokenizer: Any, owner: str) -> None:
+    """Refuse chats, before any work, for a model that cannot read them.
+
+    Raises:
+        UsageError: naming the model.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            f"there are chats among the prompts, and {owner} has no chat template: set one in its "
+            "tokenizer_config.json, or give plain text"
+        )
 
 
 def _is_written(message: Message, text: str) -> bool:

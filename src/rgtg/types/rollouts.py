@@ -24,6 +24,9 @@ class RolloutHeader(Record):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, exclude_if=is_none, description="variables of the chat template, if some were given"
     )
+    chat_templates: list[str | None] | None = Field(
+        default=None, exclude_if=is_none, description="hashes, of the policy's and the reward's, if there are chats"
+    )
     provenance: Provenance
 
 

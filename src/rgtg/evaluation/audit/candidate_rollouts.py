@@ -23,7 +23,14 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import weights_of
-from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, check_template_kwargs, encode_source
+from rgtg.tokenization.conversation import (
+    PromptSource,
+    TemplateKwargs,
+    check_template_kwargs,
+    encode_source,
+    require_chat_template,
+    template_fingerprint,
+)
 from rgtg.tokenization.encoding import decode_completion, tokenizer_hash
 from rgtg.types.base import first_problem
 from rgtg.types.generation import Completion
@@ -116,6 +123,10 @@ def make_rollouts(
     if kwargs and not any_chat(sources):
         raise UsageError("chat_template_kwargs applies to chats, and every prompt is plain text")
     check_template_kwargs(policy.tokenizer, kwargs)
+    if any_chat(sources):
+        require_chat_template(policy.tokenizer, "the policy")
+        if (own := getattr(reward, "tokenizer", None)) is not None:
+            require_chat_template(own, "the reward")
     header = _header(policy, sources, reward, seed, candidates, per_candidate, max_new_tokens, kwargs)
     file = Path(path) if path is not None else None
     rollouts = _open(file, header) if file is not None else CandidateRollouts(header, [])
@@ -162,7 +173,11 @@ def rescore_rollouts(
         NonFiniteError: a reward that is NaN or infinite.
     """
     name, fingerprint = _describe(reward)
-    header = rollouts.header.model_copy(update={"reward": name, "reward_fingerprint": fingerprint})
+    changed: dict[str, Any] = {"reward": name, "reward_fingerprint": fingerprint}
+    if rollouts.header.chat_templates is not None:
+        own = template_fingerprint(getattr(reward, "tokenizer", None))
+        changed["chat_templates"] = [rollouts.header.chat_templates[0], own]
+    header = rollouts.header.model_copy(update=changed)
     rows = []
     for row in rollouts.rows:
         found = _rewards(reward, row.source, row.prompt, row.texts, row.finished, header.chat_template_kwargs)
@@ -290,14 +305,21 @@ def _header(
     kwargs: dict[str, Any] | None,
 ) -> RolloutHeader:
     name, fingerprint = _describe(reward)
+    templates = _templates(policy.tokenizer, reward) if any_chat(prompts) else None
     listed = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     counts = {"candidates": candidates, "per_candidate": per_candidate, "max_new_tokens": max_new_tokens}
     return RolloutHeader(
         policy=fingerprint_weights(policy.model), tokenizer=tokenizer_hash(policy.tokenizer), reward=name,
         reward_fingerprint=fingerprint, prompts=listed, seed=seed, **counts, chat_template_kwargs=kwargs,
+        chat_templates=templates,
         provenance=provenance(command="rgtg audit --rollouts", settings=counts, seed=seed,
                               models={"policy": policy.model}, data={"prompts": listed}),
     )  # fmt: skip
+
+
+def _templates(tokenizer: Any, reward: Any) -> list[str | None]:
+    """Hashes of the chat templates of the policy and of the reward."""
+    return [template_fingerprint(tokenizer), template_fingerprint(getattr(reward, "tokenizer", None))]
 
 
 def _describe(reward: Any) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from rgtg.config import CompareSettings, EvaluationSettings
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import Prompt
+from rgtg.decoding.request import Prompt, any_chat
 from rgtg.errors import UsageError
 from rgtg.evaluation.compare.generate import full_settings, make_guided_policy, run_shard
 from rgtg.evaluation.compare.grid import MethodRun, expand_runs, is_random, with_shared_settings
@@ -21,6 +21,7 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import AnyScorer, weights_of
+from rgtg.tokenization.conversation import check_template_kwargs, require_chat_template, template_fingerprint
 from rgtg.tokenization.token_bytes import TokenBytes
 from rgtg.types.base import Provenance
 from rgtg.types.comparison import ComparedCompletion, ComparisonResult, MethodResult
@@ -98,11 +99,18 @@ class ComparisonRunner:
 
     def check(self, runs: Sequence[MethodRun]) -> None:
         """Reject runs that cannot be made, and shards of another comparison, before any work."""
+        self._check_rewards()
         for run in runs:
             _, made_with = self._prepare(run)
             for seed in seeds_of(run, self.settings):
                 self.shards.find(run.label, seed, made_with)
                 self._total += 1
+
+    def _check_rewards(self) -> None:
+        """Refuse reward models that cannot read the prompts."""
+        for reward in self._rewards.values():
+            if reward.tokenizer is not None and any_chat(self.prompts):
+                require_chat_template(reward.tokenizer, f"the reward {reward.name}")
 
     def run(self, run: MethodRun) -> MethodResult:
         """The result of a run over all its seeds."""
@@ -148,6 +156,12 @@ class ComparisonRunner:
                 "prompts": fingerprint_prompts(self.prompts),
                 "batch_size": self.settings.batch_size,
             }  # fmt: skip
+            if any_chat(self.prompts):
+                tokenizer = guided.policy.tokenizer
+                require_chat_template(tokenizer, f"the policy of {run.label}")
+                check_template_kwargs(tokenizer, run.given.get("chat_template_kwargs"))
+                readers = [guided.policy, *guided.used, *([self.models.policy] if run.policy is not None else [])]
+                made_with["chat_templates"] = [template_fingerprint(getattr(one, "tokenizer", None)) for one in readers]
             self._prepared[run.label] = guided, made_with
         return self._prepared[run.label]
 

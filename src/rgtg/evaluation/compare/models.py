@@ -98,7 +98,7 @@ def load_comparison_models(
     if reward is None:
         gold = PrefixScorer.from_pretrained(_required(settings.reward, "reward", "held-out reward model"), **where)
         name = Path(settings.reward or gold.name).name
-        named = NamedReward(name, model_reward(gold), fingerprint_weights(gold.model))
+        named = NamedReward(name, model_reward(gold), fingerprint_weights(gold.model), gold.tokenizer)
     else:
         named = NamedReward.of(settings.reward or str(getattr(reward, "__name__", "gold")), reward)
     models = ComparisonModels(policy, named, gold_model=gold.model if gold else None, given=given)
@@ -170,7 +170,8 @@ def _proxies(
     for name, model in (named | own).items():
         if name in rewards or (name in named and name in own):
             raise UsageError(f"two rewards are called {name!r}: give the proxy another name")
-        rewards[name] = NamedReward(name, model_reward(model), fingerprint_weights(weights_of(model)))
+        fingerprint = fingerprint_weights(weights_of(model))
+        rewards[name] = NamedReward(name, model_reward(model), fingerprint, model.tokenizer)
     return rewards, named
 
 

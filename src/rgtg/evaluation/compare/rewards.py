@@ -10,6 +10,7 @@ from rgtg.errors import NonFiniteError, UsageError
 from rgtg.evaluation.compare.shards import Shard, ShardRewards
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
 from rgtg.models.scorers.base import weights_of
+from rgtg.tokenization.conversation import template_fingerprint
 from rgtg.types.generation import Completion
 
 RewardFunction = Callable[[Sequence[Completion]], list[float]]
@@ -26,16 +27,24 @@ class NamedReward:
     """A named reward of finished completions: a reward model, or any function.
 
     Stored rewards are reused while ``fingerprint`` is the same; with None the function is called again on every run.
+    ``tokenizer`` is the model's, whose chat template renders chats.
     """
 
     name: str
     function: RewardFunction
     fingerprint: str | None = None
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, name: str, reward: RewardFunction) -> "NamedReward":
         """A function under that name; a NamedReward keeps its own name."""
         return reward if isinstance(reward, NamedReward) else cls(name, reward)
+
+    def fingerprint_of(self, completions: Sequence[Completion]) -> str | None:
+        """What the rewards of these completions depend on: of chats, the model's chat template too."""
+        if self.fingerprint is None or all(completion.messages is None for completion in completions):
+            return self.fingerprint
+        return f"{self.fingerprint}-{template_fingerprint(self.tokenizer)}"
 
     def __call__(self, completions: Sequence[Completion]) -> list[float]:
         """One finite number for each completion.
@@ -79,9 +88,9 @@ def score_shard(shard: Shard, rewards: Mapping[str, NamedReward]) -> bool:
     """Compute the rewards that the shard lacks, or holds from another model; returns whether anything changed."""
     before = dict(shard.scores)
     for key, reward in rewards.items():
-        held = before.get(key)
-        if held is None or held.fingerprint is None or held.fingerprint != reward.fingerprint:
-            shard.scores[key] = ShardRewards(fingerprint=reward.fingerprint, values=reward(shard.completions))
+        held, fingerprint = before.get(key), reward.fingerprint_of(shard.completions)
+        if held is None or held.fingerprint is None or held.fingerprint != fingerprint:
+            shard.scores[key] = ShardRewards(fingerprint=fingerprint, values=reward(shard.completions))
     return shard.scores != before
 
 
