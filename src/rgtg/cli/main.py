@@ -12,6 +12,7 @@ from rgtg.cli import (
     generate,
     judge,
     methods,
+    model,
     plan,
     push,
     report,
@@ -34,6 +35,6 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 for _module in (
     train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, engines,
-    doctor,
+    doctor, model,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.run)

