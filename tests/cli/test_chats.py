@@ -19,6 +19,8 @@ from helpers.chats import (
 )
 from helpers.command import verb
 from rgtg.data.rollouts import read_rollouts, tokenize_rollouts
+from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.errors import UsageError
 from rgtg.types.generation import Completion
 
 pytestmark = pytest.mark.filterwarnings(
@@ -276,3 +278,41 @@ def test_another_chat_template_is_another_job(tmp_path, policy, prompts):
     done = run("generate", "--policy", policy, "--method", "policy", "--max-new-tokens", 6, "--prompts", prompts,
                "--output", tmp_path / "out.jsonl")  # fmt: skip
     assert (done.exit_code, "chat_templates" in done.stderr) == (2, True), done.output
+
+
+def test_rows_of_a_comparison_may_differ_in_variables_of_the_template(tmp_path, prompts):
+    policy = save(chat_policy(), chat_tokenizer(THINKING), tmp_path / "policy")
+    gold = save(chat_reward(5), chat_tokenizer(THINKING), tmp_path / "gold")
+    config = tmp_path / "compare.yaml"
+    config.write_text(
+        f"policy: {policy}\nprompts: {prompts}\nreward: {gold}\noutput: {tmp_path / 'compared'}\nmax_new_tokens: 3\n"
+        "bootstrap: 100\nchat_template_kwargs: {enable_thinking: false}\nmethods:\n  - {method: policy, label: fast}\n"
+        "  - {method: policy, label: slow, chat_template_kwargs: {enable_thinking: true}}\n"
+    )
+    done = run("compare", "--config", config)
+    assert done.exit_code == 0, done.output
+    rows = lines(tmp_path / "compared" / "completions.jsonl")
+    assert [row["chat_template_kwargs"]["enable_thinking"] for row in rows] == [False, False, True, True]
+    assert [row["prompt"].endswith("<think></think>") for row in rows] == [True, True, False, False]
+    tokenizer, model = chat_tokenizer(THINKING), chat_reward(5)
+    for row in rows:
+        ids = stock_ids(tokenizer, row["messages"], row["text"], finished=row["finish_reason"] == "stop",
+                        **row["chat_template_kwargs"])  # fmt: skip
+        assert row["reward"] == pytest.approx(stock_reward(model, ids), abs=1e-4)
+
+
+def test_variables_need_chats(tmp_path, policy):
+    plain = write(tmp_path / "plain.jsonl", [{"prompt": "Hi"}])
+    done = run("generate", "--policy", policy, "--method", "policy", "--prompts", plain, "--output",
+               tmp_path / "out.jsonl", "--chat-template-kwargs", '{"a": 1}')  # fmt: skip
+    assert (done.exit_code, "every prompt is plain text" in done.stderr) == (2, True), done.output
+    body = {"prompt": "Hi", "chat_template_kwargs": {"a": 1}}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    done = run("generate", "--policy", policy, "--method", "policy", "--prompts", write(plain, [line]), "--output",
+               tmp_path / "out.jsonl")  # fmt: skip
+    assert (done.exit_code, "the prompt is plain text, not a chat" in done.stderr) == (3, True), done.output
+    guided = GuidedPolicy.from_pretrained(str(policy), method="policy")
+    with pytest.raises(UsageError, match="every prompt is plain text"):
+        guided.generate(["Hi"], chat_template_kwargs={"a": 1})
+    with pytest.raises(UsageError, match="every prompt is plain text"):
+        next(guided.stream("Hi", chat_template_kwargs={"a": 1}))
