@@ -19,6 +19,9 @@ class DecodingSettings(Settings):
     )
     top_k: int | None = Field(10, description="candidates per step; default: the method's (10 for most)")
     entropy_gate: float | None = Field(None, ge=0, description="guide only if the policy's entropy (nats) exceeds this")
+    kl_budget: float | None = Field(
+        None, gt=0, description="in place of beta: nats per completion; beta adapts at every token to keep to it"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely candidates up to this total probability")
     temperature: float = Field(1.0, ge=0, description="temperature of the guided distribution; 0 is greedy")
     max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")

@@ -1,6 +1,7 @@
 """GuidedPolicy: a frozen policy, its scorers and a method, behind one ``generate``."""
 
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -266,6 +267,7 @@ class GuidedPolicy:
                 beta=1.0 if len(self.used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
                 temperature=settings.temperature, greedy=self.method.rule == "greedy", clip=self.method.clip,
                 top_k_of_sums=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
+                kl_budget=settings.kl_budget,
                 vocabulary=self.policy.vocabulary,
             )  # fmt: skip
             stopping = StoppingCriteria(self.policy.tokenizer, self.end_tokens, settings)
@@ -293,6 +295,8 @@ class GuidedPolicy:
         if self.draft is not None:
             if self.method.unit != "token":
                 raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
+            if settings.kl_budget is not None:
+                raise UsageError("kl_budget chooses beta token by token and does not speculate; leave the draft out")
             self._require_one_scorer("speculative decoding", settings)
             check_draft(self.draft, token_scorer, settings)
         elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
@@ -507,6 +511,7 @@ class GuidedPolicy:
                         raise request.error
             for request in part:
                 completions.append(request.to_completion())
+        _warn_of_budget(completions, requests)
         return completions
 
     def particles(
@@ -717,6 +722,23 @@ class GuidedPolicy:
             yield from sample_particles(particles, batch, rows, params)
 
         return SegmentRun(in_chunks or ChunkedPrefill([]), steps())
+
+
+def _warn_of_budget(completions: Sequence[Completion], requests: Sequence[Request]) -> None:
+    """Say so where completions went beyond their KL budget: the cut to the candidates takes nats whatever beta is."""
+    over, cut = 0, 0.0
+    for completion, request in zip(completions, requests, strict=True):
+        budget, spent = request.params.kl_budget, completion.expected_kl_nats
+        if budget is not None and spent is not None:
+            over += spent > 1.1 * budget * len(completion.token_ids) / request.settings.max_new_tokens
+            cut += (completion.candidates_log_prob or 0.0) - completion.policy_log_prob
+    if over:
+        warnings.warn(
+            f"{over} of {len(completions)} completions went beyond their share of kl_budget: the cut to the candidates "
+            f"(top_k, top_p) and the processors take nats at any beta, {cut / len(completions):.3g} per completion for "
+            "the cut. Use more candidates (top_k null is the whole vocabulary) or a larger budget",
+            stacklevel=4,
+        )
 
 
 def _named(scorer: Any) -> dict[str, AnyScorer]:

@@ -13,11 +13,12 @@ Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", 
 
 # Settings that only some methods have; every other one belongs to all.
 _STEERED = ("beta", "entropy_gate")
+_SAMPLED = (*_STEERED, "kl_budget")
 _CARDS = (
     "beta", "reward_threshold", "threshold_start", "entropy_threshold", "segment_length", "min_segment", "retries",
 )  # fmt: skip
 _SMC = ("beta", "n", "proposal", "segment_length", "resample_finished")
-_OWN = dict.fromkeys([*_STEERED, *_CARDS, *_SMC])
+_OWN = dict.fromkeys([*_SAMPLED, *_CARDS, *_SMC])
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,25 @@ METHODS = {
     row.name: row
     for row in (
         Method("policy", "token", None, "sample", "the unguided baseline", takes=()),
-        Method("pargs", "token", "prefix-bt", "sample", "arXiv 2406.07780"),
+        Method("pargs", "token", "prefix-bt", "sample", "arXiv 2406.07780", takes=_SAMPLED),
         Method("pargs-greedy", "token", "prefix-bt", "greedy", "arXiv 2406.07780"),
         Method("args", "token", "full-bt", "greedy", "arXiv 2402.01694"),
-        Method("args-sample", "token", "full-bt", "sample", "arXiv 2402.01694"),
-        Method("cd", "token", "value", "sample", "arXiv 2310.17022"),
+        Method("args-sample", "token", "full-bt", "sample", "arXiv 2402.01694", takes=_SAMPLED),
+        Method("cd", "token", "value", "sample", "arXiv 2310.17022", takes=_SAMPLED),
         Method("cd-blockwise", "segment", "value", "best", "arXiv 2310.17022", takes=("n", "segment_length")),
-        Method("rad", "token", "cumulative-mse", "sample", "arXiv 2310.09520", top_k=20, clip=True),
+        Method("rad", "token", "cumulative-mse", "sample", "arXiv 2310.09520", top_k=20, clip=True, takes=_SAMPLED),
         Method("farma", "token", "farma", "sample", "arXiv 2502.04517", "sum", vocabulary=True),
-        Method("genarm", "token", "autoregressive", "sample", "arXiv 2410.08193", "all", None, vocabulary=True),
+        Method(
+            "genarm",
+            "token",
+            "autoregressive",
+            "sample",
+            "arXiv 2410.08193",
+            "all",
+            None,
+            vocabulary=True,
+            takes=_SAMPLED,
+        ),
         Method("cards", "segment", "full-bt", "accept", "arXiv 2406.16306", top_k=40, takes=_CARDS),
         Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325", takes=("n",)),
         Method("smc", "completion", "prefix-bt", "resample", "arXiv 2404.17546", takes=_SMC),
@@ -111,8 +122,26 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
             "not what is sampled)",
             setting="temperature",
         )
+    if settings.kl_budget is not None:
+        _check_budget(settings)
     if settings.min_new_tokens > settings.max_new_tokens:
         raise UsageError(f"min_new_tokens {settings.min_new_tokens} exceeds max_new_tokens {settings.max_new_tokens}")
+
+
+def _check_budget(settings: DecodingSettings) -> None:
+    """Refuse what a KL budget would overrule."""
+    if "beta" in settings.model_fields_set and not isinstance(settings.beta, list):
+        raise UsageError(
+            "give either beta or kl_budget: a budget chooses beta at every token (with several scorers, their betas "
+            "say how strong they are to each other)",
+            setting="kl_budget",
+        )
+    if settings.temperature != 1:
+        raise UsageError(
+            f"kl_budget needs temperature 1, not {settings.temperature:g}: a temperature moves the policy too, at any "
+            "beta",
+            setting="kl_budget",
+        )
 
 
 def foreign_settings(method: Method) -> set[str]:

@@ -53,6 +53,7 @@ class Request:
         error: why it failed; its neighbours go on.
         scores_not_finite: tokens that were left to the policy because a scorer returned NaN.
         cached_tokens: prompt tokens that the prefix cache held.
+        expected_kl_nats: with a KL budget: sum of the KL of its steps so far.
         log_normaliser: of sequential Monte Carlo: estimate of log Σ_y π(y)·exp(β·r(y)), in nats.
         weight: share of the weight that a particle has.
         particles: all of them.
@@ -90,6 +91,7 @@ class Request:
     error: Exception | None = None
     scores_not_finite: int = 0
     cached_tokens: int = 0
+    expected_kl_nats: float | None = None
     log_normaliser: float | None = None
     weight: float | None = None
     particles: "list[Request]" = field(default_factory=list)
@@ -100,6 +102,12 @@ class Request:
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    def allowed_nats(self) -> float:
+        """KL that the next step may take: up to the budget's share of the tokens that there are then."""
+        assert self.params.kl_budget is not None, "there is a budget"
+        share = (len(self.token_ids) + 1) / self.settings.max_new_tokens
+        return self.params.kl_budget * share - (self.expected_kl_nats or 0.0)
 
     def take_stream(self, other: "Request") -> None:
         """Go on with the seed and the random numbers of another request."""
@@ -129,6 +137,8 @@ class Request:
         self.guided_log_prob += figures[2]
         self.candidates_log_prob += figures[3]
         self.policy_calls += 1
+        if self.params.kl_budget is not None:
+            self.expected_kl_nats = (self.expected_kl_nats or 0.0) + figures[-1]
         scored = draws.scores is not None and bool(figures[7])
         if scored:
             self.score = figures[5]
@@ -166,6 +176,7 @@ class Request:
             policy_calls=self.policy_calls,
             scorer_calls=self.scorer_calls,
             selection_nats=self.selection_nats,
+            expected_kl_nats=self.expected_kl_nats,
             log_normaliser=self.log_normaliser,
             weight=self.weight,
             drafted=self.drafted,

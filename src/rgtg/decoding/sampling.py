@@ -38,6 +38,11 @@ class Vocabulary:
         return log_probs
 
 
+# Newton's steps towards a KL, at most (five are usual), and the relative error that is good enough: later steps of a
+# completion make up for it.
+_KL_STEPS, _KL_ERROR = 40, 1e-3
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen: π(v)·exp(β·r(prefix⊕v)) over the candidates, sampled or maximised.
@@ -51,6 +56,7 @@ class SamplingParams:
         clip: clip scores to [0, 1] (RAD).
         top_k_of_sums: ``top_k`` counts the largest log π + β·r instead of the policy's most likely tokens (FaRMA).
         entropy_gate: steer a row only where the policy's entropy exceeds this many nats.
+        kl_budget: nats per completion, by which beta is chosen in each step in place of ``beta``; None keeps ``beta``.
         vocabulary: the ids that can be candidates; None is all.
     """
 
@@ -62,6 +68,7 @@ class SamplingParams:
     clip: bool = False
     top_k_of_sums: bool = False
     entropy_gate: float | None = None
+    kl_budget: float | None = None
     vocabulary: Vocabulary | None = None
 
 
@@ -107,7 +114,8 @@ class Draws:
         scores_each: (S, B, K) scores of each of several scorers.
         figures: for each row, on the host: token, policy log-probability (over the whole vocabulary), guided
             log-probability, policy log-probability among the candidates, whether the policy is finite, and, where
-            scores were given: the score, whether all scores are finite, whether the row was steered.
+            scores were given: the score, whether all scores are finite, whether the row was steered. With a KL budget,
+            the last one is the step's KL.
         finite: whether all rows' policies and scores are finite.
     """
 
@@ -214,6 +222,76 @@ def guided_log_probs(
     return torch.log_softmax(below_best / temperature, -1).float()
 
 
+def step_kl(
+    guided: Float[Tensor, "batch candidates"], policy_log_probs: Float[Tensor, "batch candidates"]
+) -> Float[Tensor, " batch"]:
+    """KL Σ_v π̃(v)·log(π̃(v)/π(v)) of one step in nats, fp64: its expectation, whatever is drawn.
+
+    Args:
+        guided: (B, K) log π̃ of the candidates; -inf has no part.
+        policy_log_probs: (B, K) log π of the same tokens over the whole vocabulary, so that the cut to the candidates
+            counts: it alone takes −log Σ_v π(v).
+
+    >>> step_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.25]]).log())
+    tensor([0.6931], dtype=torch.float64)
+    """
+    log_ratio = (guided.double() - policy_log_probs.double()).masked_fill(guided == -torch.inf, 0.0)
+    return (guided.double().exp() * log_ratio).sum(-1)
+
+
+def beta_within_kl(
+    candidate_log_probs: Float[Tensor, "batch candidates"],
+    policy_log_probs: Float[Tensor, "batch candidates"],
+    scores: Float[Tensor, "batch candidates"],
+    allowed: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch 1"]:
+    """The β of each row at which one step's KL is what is allowed, from 0 to 60/(max r − min r).
+
+    The KL of π·exp(β·r)/Z rises with β, by β·Var(r): Newton's steps, kept within a bracket. No model is called.
+
+    Args:
+        candidate_log_probs: (B, K) after the row's processors, in nats; -inf excludes a candidate.
+        policy_log_probs: (B, K) log π of the same tokens over the whole vocabulary.
+        scores: (B, K) those of excluded candidates do not matter.
+        allowed: (B,) nats of this step.
+
+    >>> log_probs, scores = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.0, 1.0]])
+    >>> beta = beta_within_kl(log_probs, log_probs, scores, torch.tensor([0.1]))
+    >>> step_kl(guided_log_probs(log_probs, scores, beta), log_probs).round(decimals=4)
+    tensor([0.1000], dtype=torch.float64)
+    """
+    excluded = candidate_log_probs == -torch.inf
+    lowest = scores.double().masked_fill(excluded, torch.inf).amin(-1, keepdim=True)
+    r = (scores.double() - lowest).masked_fill(excluded, 0.0)
+    target = allowed.double()[:, None].to(r.device)
+    largest = 60 / r.amax(-1, keepdim=True)  # infinite where all candidates score the same
+    steerable = largest.isfinite()
+
+    def at(beta: Tensor) -> tuple[Tensor, Tensor]:
+        """KL (B, 1), and the variance of r (B, 1)."""
+        log_p = torch.log_softmax(candidate_log_probs.double() + beta * r, -1)
+        p = log_p.exp()
+        variance = (p * (r - (p * r).sum(-1, keepdim=True)).square()).sum(-1, keepdim=True)
+        return step_kl(log_p, policy_log_probs)[:, None], variance.clamp(min=1e-300)
+
+    low, high = torch.zeros_like(target), largest.where(steerable, 0.0)
+    unguided, variance = at(low)
+    strongest, _ = at(high)
+    # 1. a small KL is β²·Var(r)/2 more than that of no guidance
+    beta = torch.sqrt(2 * (target - unguided).clamp(min=0) / variance).minimum(high)
+    # 2. Newton's steps; one that leaves the bracket halves it
+    settled = ~steerable | (unguided >= target) | (strongest <= target)
+    for _ in range(_KL_STEPS):
+        kl, variance = at(beta)
+        if bool((settled | ((kl - target).abs() <= _KL_ERROR * (target - unguided))).all()):
+            break
+        low, high = beta.where(kl <= target, low), beta.where(kl > target, high)
+        step = beta - (kl - target) / (beta * variance).clamp(min=1e-300)
+        beta = step.where((step > low) & (step < high), (low + high) / 2)
+    beta = largest.where(strongest <= target, beta)
+    return beta.where(steerable & (unguided < target), 0.0)
+
+
 def best_sums(
     candidate_log_probs: Float[Tensor, "batch candidates"],
     scores: Float[Tensor, "batch candidates"],
@@ -268,6 +346,7 @@ def draw(
     uniforms: Sequence[float],
     params: SamplingParams,
     scores_each: Float[Tensor, "scorers batch candidates"] | None = None,
+    allowed: Sequence[float] | None = None,
 ) -> Draws:
     """Draw one token per row from the guided distribution.
 
@@ -279,15 +358,19 @@ def draw(
         uniforms: one number in [0, 1) per row, each from its row's own generator.
         params: shared by the rows.
         scores_each: (S, B, K) of several scorers, for the trace.
+        allowed: nats of this step, one number per row, with a KL budget.
     """
     ids, log_probs = candidates.ids, candidates.log_probs
-    # 1. what multiplies the scores: β, or 0 in rows whose entropy gate is closed
+    # 1. what multiplies the scores: β, given or found for a KL, or 0 in rows whose entropy gate is closed
     beta: float | Tensor = params.beta
-    if scores is not None and candidates.steered is not None:
-        beta = params.beta * candidates.steered[:, None]
     used = torch.zeros_like(log_probs) if scores is None else scores
     if params.clip and scores is not None:
         used = scores.clamp(0, 1)
+    unguided = candidates.policy_log_probs.gather(1, ids) if allowed is not None else log_probs
+    if allowed is not None:
+        beta = beta_within_kl(log_probs, unguided, used, torch.tensor(allowed, dtype=torch.float64))
+    if scores is not None and candidates.steered is not None:
+        beta = beta * candidates.steered[:, None]
     # 2. FaRMA: the k largest sums are the candidates
     best = None
     if params.top_k_of_sums:
@@ -314,6 +397,8 @@ def draw(
         steered = torch.ones_like(choice) if candidates.steered is None else candidates.steered
         columns += [scores.gather(1, at).double(), scores.isfinite().all(-1, keepdim=True).double()]
         columns.append(steered[:, None].double())
+    if allowed is not None:
+        columns.append(step_kl(guided, unguided)[:, None])
     figures = torch.cat(columns, 1).tolist()
     all_finite = True
     for row in figures:

@@ -60,6 +60,10 @@ class Completion(Record):
         "an estimate (cards, smc)",
     )
     score: float | None = Field(default=None, description="the last score, or the reward that selected it")
+    expected_kl_nats: float | None = Field(
+        default=None,
+        description="with kl_budget: nats, sum over the steps of the KL of the guided distribution to the policy",
+    )
     log_normaliser: float | None = Field(
         default=None, description="smc: estimate of log Σ π(y)·exp(β·r(y)) over all completions, in nats"
     )

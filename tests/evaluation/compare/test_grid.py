@@ -35,6 +35,13 @@ def test_lists_give_one_run_per_combination():
     assert rows[-1].decoding() == {"temperature": 0.7}
 
 
+def test_a_kl_budget_is_a_strength():
+    runs = expand_runs([CompareRun(method="pargs", scorer="s", kl_budget=[4, 8.5])])
+    assert [(run.label, run.curve, run.strength, run.beta) for run in runs] == [
+        ("pargs KL=4", "pargs", 4, None), ("pargs KL=8.5", "pargs", 8.5, None),
+    ]  # fmt: skip
+
+
 def test_several_scorers_have_one_beta_each():
     run = CompareRun.model_validate(
         {"method": "pargs", "scorers": [{"scorer": "a", "beta": [1, 2]}, {"scorer": "b", "beta": 0.5}]}
@@ -73,6 +80,7 @@ def test_shared_settings_apply_to_runs_whose_method_accepts_them():
     ("run", "message"),
     [
         ({"method": "pargs", "beta": []}, "beta of pargs is an empty list"),
+        ({"method": "pargs", "beta": 1, "kl_budget": 4}, "give either beta or kl_budget"),
         ({"method": "best-of-n", "n": []}, "n of best-of-n is an empty list"),
         ({"method": "policy", "beta": 0}, "policy has no beta"),
         ({"method": "best-of-n", "beta": 1}, "best-of-n has no beta"),

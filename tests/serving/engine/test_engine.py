@@ -154,6 +154,8 @@ CASES = [
     ("pargs", ("text",), {"beta": 1.0}),
     ("pargs", ("encoder",), {"beta": 1.0, "top_k": 4}),
     ("pargs", ("text", "separate"), {"beta": [1.0, 0.5], "top_k": 5}),
+    ("pargs", ("vocab", "kind"), {"beta": [1.0, 2.0], "kl_budget": 30.0, "top_k": 20}),
+    ("args-sample", ("kind",), {"kl_budget": 25.0, "entropy_gate": 3.3}),
     ("best-of-n", ("kind",), {"n": 4}),
     ("cd-blockwise", ("separate",), {"n": 3, "segment_length": 3}),
     ("cards", ("separate",), {"reward_threshold": 0.5}),

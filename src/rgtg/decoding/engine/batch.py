@@ -480,12 +480,13 @@ class Batch:
         if len(group.scores) > 1:
             scores, each = self._weighted(group, requests)
         # 2. the draw, and again without scores that are not finite
-        draws = draw(group.candidates, scores, uniforms, group.params, each)
+        allowed = None if group.params.kl_budget is None else [request.allowed_nats() for request in requests]
+        draws = draw(group.candidates, scores, uniforms, group.params, each, allowed)
         if not draws.finite:
             candidates = self._without_nan(group, requests)
             if scores is not None:
                 scores, each = self._weighted(group, requests)
-            draws = draw(candidates, scores, uniforms, group.params, each)
+            draws = draw(candidates, scores, uniforms, group.params, each, allowed)
             for row, request in enumerate(requests):
                 if not draws.figures[row][4] and request.error is None:
                     request.error = NonFiniteError(

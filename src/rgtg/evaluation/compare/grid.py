@@ -10,7 +10,7 @@ from rgtg.config import CompareRun, DecodingSettings, EvaluationSettings, Guidin
 from rgtg.decoding.methods import METHODS, check_settings, find_method, require_complete
 from rgtg.errors import UsageError
 
-_SHORT = {"top_k": "k", "temperature": "T"}
+_SHORT = {"top_k": "k", "temperature": "T", "kl_budget": "KL"}
 # Settings whose value is itself a list (stop). A list of them is one value, not several.
 _LISTS = {name for name, about in DecodingSettings.model_fields.items() if get_origin(about.annotation) is list}
 
@@ -37,7 +37,9 @@ class MethodRun:
 
     @property
     def strength(self) -> float | None:
-        """Beta (the first of several), or n for a method without beta; None if the method has neither."""
+        """The KL budget, beta (the first of several), or n for a method without beta; None if it has none of them."""
+        if self.given.get("kl_budget") is not None:
+            return float(self.given["kl_budget"])
         beta = self.beta[0] if isinstance(self.beta, list) else self.beta
         if has_setting(self.method, "beta"):
             return 1.0 if beta is None else beta
@@ -107,7 +109,9 @@ def _expand(entry: CompareRun, scorer: str | None) -> Iterator[MethodRun]:
     for chosen in itertools.product(*swept.values()):
         settings = given | dict(zip(swept, chosen, strict=True))
         shown = {name: f"{_SHORT.get(name, name)}={_show(settings[name])}" for name in swept}
-        curve = " ".join([base, *(text for name, text in shown.items() if not (by_n and name == "n"))])
+        curve = " ".join(
+            [base, *(text for name, text in shown.items() if name != "kl_budget" and not (by_n and name == "n"))]
+        )
         for names, beta in _betas(entry, scorer, base):
             label = " ".join([base, *([] if beta is None else [f"β={_show(beta)}"]), *shown.values()])
             others = [f"β=*+{_show(beta[1:])}"] if isinstance(beta, list) else []

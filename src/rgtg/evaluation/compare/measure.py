@@ -106,7 +106,7 @@ def run_result(
     tokens, seconds = sum(len(c.token_ids) for c in done), sum(shard.seconds for shard in shards)
     method = METHODS[run.method]
     return MethodResult(
-        label=run.label, method=run.method, beta=full["beta"] if has_setting(run.method, "beta") else None,
+        label=run.label, method=run.method, beta=full["beta"] if _has_beta(run, full) else None,
         n=int(full["n"]) if has_setting(run.method, "n") else None, curve=run.curve, strength=run.strength,
         settings=full, seeds=[shard.seed for shard in shards],
         metrics=measure(
@@ -119,6 +119,11 @@ def run_result(
         scorer_calls=sum(c.scorer_calls for c in done),
         samples=_samples(shards[0], decision_rule(run.method, full), token_bytes),
     )  # fmt: skip
+
+
+def _has_beta(run: MethodRun, full: Mapping[str, Any]) -> bool:
+    """Whether one beta steers all steps: not with a KL budget, which chooses one for each."""
+    return has_setting(run.method, "beta") and full.get("kl_budget") is None
 
 
 def budgets_of(results: Sequence[MethodResult]) -> tuple[list[Budget], str]:

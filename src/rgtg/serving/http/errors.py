@@ -30,7 +30,7 @@ _PARAMS = {
     "logit_bias": "logit_bias", "chat_template_kwargs": "chat_template_kwargs",
     **{name: f"guidance.{name}" for name in (
         "method", "beta", "top_k", "entropy_gate", "n", "segment_length", "min_segment", "entropy_threshold",
-        "reward_threshold", "threshold_start", "retries", "scorers", "proposal", "resample_finished",
+        "reward_threshold", "threshold_start", "retries", "scorers", "proposal", "resample_finished", "kl_budget",
     )},
 }  # fmt: skip
 # Settings whose names are also ordinary words, so they are not replaced inside a message.

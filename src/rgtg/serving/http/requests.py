@@ -129,6 +129,9 @@ class Guidance(Body):
     entropy_gate: Annotated[float, Field(ge=0)] | None = Field(
         None, description="guide only where the policy's entropy, in nats, exceeds this"
     )
+    kl_budget: Annotated[float, Field(gt=0, le=_MAX_STRENGTH)] | None = Field(
+        None, description="in place of beta: nats per completion, by which beta adapts at every token"
+    )
     n: Count | None = Field(
         None, description="number of completions (best-of-n, smc) or of segments (cd-blockwise) to draw"
     )

@@ -5,6 +5,7 @@ const STORE = "rgtg-playground";
 // Settings that only some methods have, with the names of /v1/guidance.
 const OWN = {
   entropy_gate: { label: "Entropy gate", note: "nats; guide only where the policy’s entropy exceeds this", min: 0 },
+  kl_budget: { label: "KL budget", note: "nats per text, in place of β", min: 0 },
   n: { label: "Draws", note: "number of candidates to choose from", min: 1, step: 1 },
   segment_length: { label: "Segment length", note: "tokens", min: 1, step: 1 },
   min_segment: { label: "Shortest segment", note: "tokens", min: 1, step: 1 },
@@ -180,7 +181,8 @@ export class Form {
   #scorersRead() {
     const chosen = [...this.at("scorer-list").querySelectorAll("[data-scorer]:checked")].map((box) => box.dataset.scorer);
     if (!this.method.scorer || !chosen.length) return {};
-    if (!this.method.takes.includes("beta")) return { scorers: chosen };
+    const budget = this.method.takes.includes("kl_budget") && this.at("kl_budget")?.value && chosen.length === 1;
+    if (!this.method.takes.includes("beta") || budget) return { scorers: chosen };
     return { scorers: Object.fromEntries(chosen.map((name) => [name, this.at(`beta-${name}`).valueAsNumber])) };
   }
 
