@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-
 from benchmarks import families
 
 TABLE = Path(__file__).parents[1] / "docs" / "results" / "families.md"

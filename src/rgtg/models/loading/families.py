@@ -75,6 +75,21 @@ def require_causal_policy(model: Any, source: str) -> None:
         )
 
 
+def require_dense(model: Any, source: str, role: str) -> None:
+    """Check that a model's weights can be changed: trained, or merged with an adapter.
+
+    Raises:
+        UsageError: they are quantised.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method is not None:
+        raise UsageError(
+            f"{source} is quantised ({getattr(method, 'value', method)}), and the {role} has to be trained or merged: "
+            "start from the checkpoint that it was made from, or train a head on its states (rgtg train --trunk own "
+            "--head vocab, or state)"
+        )
+
+
 def explain(error: Exception, source: str, role: str) -> ModelNotFoundError:
     """One line that says why transformers cannot load a model, and what to do.
 
@@ -95,6 +110,8 @@ def explain(error: Exception, source: str, role: str) -> ModelNotFoundError:
         family = reason.partition("`")[2].partition("`")[0]
         reason = f"transformers {transformers.__version__} does not know the family {family}"
         advice = "Update transformers, or use a model of another family."
+    elif isinstance(error, ImportError):
+        advice = "Install it in this environment."
     elif isinstance(error, AttributeError) and "torch" in reason and "dtype" not in reason:
         reason = f"its config names a dtype that torch does not have ({reason})"
     elif missing := _missing_shard(source):

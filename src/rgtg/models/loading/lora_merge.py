@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import is_on_one_device
+from rgtg.models.loading.families import require_dense
 from rgtg.models.loading.hub import with_revision
 from rgtg.models.loading.policy import load_pretrained
 from rgtg.models.loading.scorer_info import require_safe_weights
@@ -28,7 +29,7 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
     Raises:
         MissingExtraError: peft is not installed.
         ModelNotFoundError: the base model cannot be loaded.
-        UsageError: another kind of adapter, one in a pickle, or a base that is not on one device.
+        UsageError: another kind of adapter, one in a pickle, or a base that is quantised or not on one device.
         DataError: a damaged adapter, or one that does not fit its base.
     """
     try:
@@ -51,6 +52,7 @@ def load_merged(auto_class: Any, source: str, role: str, tokenizer: Any = None, 
             f"{source} is a LoRA adapter, which can only be merged into a base model on one device: load it without "
             "device_map or tp_plan, save the merged model, and use device_map or tp_plan with that"
         )
+    require_dense(model, base, f"{role}'s base")
     if tokenizer is not None:
         ensure_pad_token(tokenizer, model)
     if output_name(model) in (getattr(config, "modules_to_save", None) or []):

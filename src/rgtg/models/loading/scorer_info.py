@@ -93,14 +93,27 @@ def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:
 def _full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The name and full tensor of each weight, sorted by name. Weights on the disk are read one at a time.
 
+    A quantised weight gives the tensors that it stores: integers and scales.
+
     If the model is sharded, all ranks must iterate, because each contributes its shard.
     """
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if tensor.device.type == "meta":
             module, _, leaf = name.rpartition(".")
             yield name, model.get_submodule(module)._hf_hook.weights_map[leaf]
+        elif hasattr(tensor, "full_tensor"):
+            yield name, tensor.full_tensor()
         else:
-            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield from _stored_tensors(name, tensor)
+
+
+def _stored_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """A plain tensor itself, or the tensors that a tensor subclass wraps."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _stored_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def cast_fingerprints(model: Any) -> dict[str, str]:

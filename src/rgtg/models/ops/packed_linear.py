@@ -265,7 +265,9 @@ def _names_by_input(calls: list[tuple[str, Tensor]]) -> list[list[str]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer with a plain weight; quantised layers keep their own kernels."""
+    linear = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return linear and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _weight(layer: Any) -> Float[Tensor, "out in"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.losses import completion_window, token_log_probs
+from rgtg.models.loading.families import require_dense
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged, untie_output
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
@@ -29,7 +30,7 @@ def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any)
 
     Raises:
         ModelNotFoundError: ``source`` cannot be loaded.
-        UsageError: a reward model, which has no output layer over the vocabulary.
+        UsageError: a reward model, which has no output layer over the vocabulary, or quantised weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,7 @@ def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any)
         raise UsageError(
             f"{source} is not a complete language model ({missing} not in its weights): start from the policy"
         )
+    require_dense(model, source, "base model")
     if output_scale != 1:
         untie_output(model, output_scale)
     return model, tokenizer

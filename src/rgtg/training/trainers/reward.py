@@ -14,6 +14,7 @@ from trl import RewardConfig, RewardTrainer
 from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.losses import last_score, mean_of_counted
+from rgtg.models.loading.families import require_dense
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.ops.lm_head import scalar_head
@@ -40,7 +41,8 @@ def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
 
     Raises:
         ModelNotFoundError: ``source`` cannot be loaded.
-        UsageError: a classifier with several labels, or a model without a classification head in transformers.
+        UsageError: a classifier with several labels, a model without a classification head in
+            transformers, or quantised weights.
     """
     dtype = resolve_dtype(kwargs.pop("dtype", "float32"))
     if is_adapter(source):
@@ -57,6 +59,7 @@ def load_base(source: str, seed: int, **kwargs: Any) -> tuple[Any, Any]:
         AutoModelForSequenceClassification, source, "base model",
         dtype=dtype, num_labels=1, use_safetensors=True, output_loading_info=True, **kwargs,
     )  # fmt: skip
+    require_dense(model, source, "base model")
     ensure_pad_token(tokenizer, model)
     if any(key.startswith("score.") for key in report["missing_keys"]):
         init_scalar_head(model, seed)
