@@ -34,6 +34,8 @@ def repaired(path, body):
     """A generated body with existing names and consistent fields, so that most bodies reach the engine."""
     told = {"model": "kind" if path == "/v1/score" else "tiny+kind"} if "model" in body else {}
     told |= {"max_tokens": 3} if "max_tokens" in body or path == "/v1/compare" else {}
+    told |= {"logit_bias": {"5": 1.0}} if body.get("logit_bias") else {}  # ids of the vocabulary
+    told |= {"echo": False} if "echo" in body and body.get("logprobs") is not None else {}  # not of guided requests
     if isinstance(body.get("guidance"), dict):
         told["guidance"] = {k: v for k, v in body["guidance"].items() if k in ("beta", "trace")} | {"scorers": ["kind"]}
     elif path == "/v1/compare":
