@@ -10,10 +10,13 @@ from helpers.naive import info, next_log_probs
 from helpers.other_tokenizers import byte_level, encoder_with, reward_model_with
 from helpers.scorer_kinds import lora, noisy
 from helpers.tiny_models import VOCAB, padded, tiny_policy, tiny_reward_model, tiny_tokenizer
+from rgtg.decoding.engine.prompt_log_probs import PromptLogProbs
 from rgtg.decoding.engine.rollouts import next_candidates, roll_out
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.runners.model_runner import make_runner
 from rgtg.errors import UnknownTokenError, UsageError
 from rgtg.models.loading.policy import Policy
+from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.scorers.heads import StateHead, VocabularyHead
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
@@ -165,3 +168,14 @@ def test_a_prompt_with_a_token_without_embedding_is_refused(way):
             guided.generate_ids([[0, 5, DRAFT]], **settings)
     else:
         assert guided.generate_ids([[0, 5, DRAFT]], **settings)
+
+
+def test_the_likeliest_tokens_of_an_echoed_prompt_are_tokens():
+    policy = Policy(padded(tiny_policy(), POLICY), tiny_tokenizer())
+    runner = make_runner(policy.model, policy_logits, 0)
+    ids = [0, 5, 9, 12, 33]
+    steps = PromptLogProbs(ids, 100, policy.vocabulary).read(runner, len(ids))
+    for i, step in enumerate(steps):
+        assert sorted(step.candidate_ids) == list(range(VOCAB))
+        own = step.policy_log_probs[step.candidate_ids.index(ids[i + 1])]
+        assert own == pytest.approx(float(next_log_probs(policy.model, ids[: i + 1])[ids[i + 1]]), abs=1e-4)

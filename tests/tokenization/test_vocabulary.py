@@ -16,6 +16,10 @@ def test_all_ids_of_a_tokenizer_have_a_token(kind):
     assert ids_without_token(tokenizer, len(tokenizer) - 3) == (len(tokenizer) - 3, ())
 
 
+def test_without_a_tokenizer_every_embedding_is_a_token():
+    assert ids_without_token(None, 70) == (70, ())
+
+
 def test_an_id_that_shares_its_name_with_another_has_a_token():
     class Doubled:
         unk_token = "<unk>"

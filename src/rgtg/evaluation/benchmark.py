@@ -60,7 +60,7 @@ def start_batch(
     scorers = {} if scorer is None else {"scorer": scorer}
     names, factory = tuple(scorers), RunnerFactory(policy, scorers, tree)
     stopping = StoppingCriteria(None, set(), DecodingSettings(max_new_tokens=tokens + 2))
-    params = SamplingParams(beta=beta, top_k=top_k)
+    params = SamplingParams(beta=beta, top_k=top_k, vocabulary=policy.vocabulary)
     requests = [
         Request("", list(prompt), seed, params=params, stopping=stopping, scorers=names, betas=(beta,) * len(names))
         for seed, prompt in enumerate(prompts)
@@ -139,8 +139,8 @@ def measure_speed(
         repeats: paired repeats, after one for warming up.
         progress: called with what is running.
     """
-    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocabulary, (prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(policy.vocabulary.size, (prompt_length,), generator=generator).tolist()
     setups: dict[str, AnyScorer | None] = {"unguided": None} | ({"guided": scorer} if scorer is not None else {})
     seconds: dict[str, list[float]] = {name: [] for name in setups}
     for repeat in range(repeats + 1):

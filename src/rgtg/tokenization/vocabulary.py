@@ -14,9 +14,11 @@ def ids_without_token(tokenizer: Any, rows: int | None = None) -> tuple[int, tup
     """How many ids a tokenizer uses: all its tokens have smaller ids; and the smaller ids without a token.
 
     Args:
-        tokenizer: of any kind.
+        tokenizer: of any kind; None has a token for every embedding.
         rows: ids from here on have no embedding; None does not limit them.
     """
+    if tokenizer is None:
+        return rows or 0, ()
     ids = {int(i) for i in tokenizer.get_vocab().values()}
     size = max(ids, default=-1) + 1
     size = size if rows is None else min(size, rows)

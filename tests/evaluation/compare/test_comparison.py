@@ -15,7 +15,7 @@ from rgtg.evaluation.compare.grid import expand_runs
 from rgtg.evaluation.compare.models import scorer_keys
 from rgtg.evaluation.compare.rewards import model_reward, require_held_out
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.types.generation import Completion
@@ -332,3 +332,10 @@ def test_compare_supports_several_scorers_and_language_models(settings, policy_f
     assert lm.metrics["kl_cut_nats"].mean > 0
     assert gated.scorer_calls == 0  # never unsure enough
     assert gated.rewards == plain.rewards
+
+
+def test_a_reference_without_an_embedding_for_some_token_is_refused():
+    policy, small = Policy(tiny_policy(), tiny_tokenizer()), tiny_policy(seed=3)
+    small.resize_token_embeddings(60)
+    with pytest.raises(UsageError, match="the policy of the KL has embeddings for 60 tokens, and the policy writes 64"):
+        reference_log_probs(Policy(small, tiny_tokenizer()), policy, [])

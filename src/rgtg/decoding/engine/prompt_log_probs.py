@@ -10,6 +10,7 @@ from torch import Tensor
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.runners.model_runner import CachedRunner, Runner, TreeRunner, has_cache
 from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.decoding.sampling import Vocabulary
 from rgtg.errors import NonFiniteError
 from rgtg.models.ops.lm_head import trunk
 from rgtg.types.generation import StepTrace
@@ -27,10 +28,11 @@ class PromptLogProbs:
     Args:
         ids: the prompt.
         count: most likely tokens to tell at each place, beside the prompt's own.
+        vocabulary: the ids that are tokens; None is all.
     """
 
-    def __init__(self, ids: Sequence[int], count: int) -> None:
-        self.ids, self.count = list(ids), count
+    def __init__(self, ids: Sequence[int], count: int, vocabulary: Vocabulary | None = None) -> None:
+        self.ids, self.count, self.vocabulary = list(ids), count, vocabulary
         self._runner: CachedRunner | None = None
         self._position = 0
 
@@ -84,6 +86,8 @@ class PromptLogProbs:
                 break
             log_probs = torch.log_softmax(runner.head(states[first : first + len(after)]).float(), -1)  # (n, V)
             own = log_probs.gather(1, torch.tensor(after, device=log_probs.device)[:, None])[:, 0].tolist()
+            if self.vocabulary is not None:
+                log_probs = self.vocabulary.restrict(log_probs)
             values, ids = log_probs.topk(min(self.count, log_probs.shape[1]), -1)
             for token, log_prob, best, of_best in zip(after, own, ids.tolist(), values.tolist(), strict=True):
                 if math.isnan(log_prob):

@@ -9,6 +9,7 @@ import torch
 from rgtg.config import DecodingSettings, validate
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import Prompt
+from rgtg.decoding.runners.factory import require_all_tokens
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
 from rgtg.models.loading.engine_model import EngineModel
@@ -82,8 +83,10 @@ def reference_log_probs(
 
     Raises:
         TokenizerMismatchError: the two policies have different tokenizers.
+        UsageError: the other policy has no embedding for a token that this one writes.
     """
     require_same_tokenizer(reference.tokenizer, policy.tokenizer)
+    require_all_tokens(policy, reference.model, "the policy of the KL")
     rows = [
         (encode_source(reference.tokenizer, c.source, template_kwargs=c.chat_template_kwargs)[1], c.token_ids)
         for c in completions

@@ -212,7 +212,8 @@ class Engine:
         Returns:
             Calls whose joined results are a step for each token but the first.
         """
-        reader, chunk = PromptLogProbs(ids, count), self.settings.prefill_chunk
+        reader = PromptLogProbs(ids, count, self.models.policy.vocabulary)
+        chunk = self.settings.prefill_chunk
 
         def read() -> list[StepTrace]:
             return reader.read(self._runners_for(()).policy.runner, chunk, self._prefix_cache)
