@@ -10,6 +10,9 @@ from rgtg.config import DecodingSettings
 from rgtg.errors import UsageError
 
 Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", "autoregressive"]
+# What a score decides on, and how one of several is chosen.
+Unit = Literal["token", "segment", "completion"]
+Rule = Literal["sample", "greedy", "accept", "best", "resample"]
 
 # Settings that only some methods have; every other one belongs to all.
 _STEERED = ("beta", "entropy_gate")
@@ -39,9 +42,9 @@ class Method:
     """
 
     name: str
-    unit: Literal["token", "segment", "completion"]
+    unit: Unit
     scorer: Objective | None
-    rule: Literal["sample", "greedy", "accept", "best", "resample"]
+    rule: Rule
     paper: str
     candidates: Literal["policy", "all", "sum"] = "policy"
     top_k: int | None = 10

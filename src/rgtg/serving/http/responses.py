@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from rgtg.decoding.methods import Rule, Unit
 from rgtg.serving.http.errors import ErrorBody
 from rgtg.types.generation import StepTrace
 
@@ -209,9 +210,9 @@ class MethodCard(Answer):
     """A decoding method."""
 
     name: str
-    unit: Literal["token", "segment", "completion"]
+    unit: Unit
     scorer: str | None
-    rule: Literal["sample", "greedy", "accept", "best"]
+    rule: Rule
     clip: bool = Field(description="scores are clipped to [0, 1] before they are used")
     takes: list[str]
     top_k: int | None
