@@ -23,9 +23,11 @@ SEQ2SEQ = {
 }  # fmt: skip
 
 
-def saved(auto_class, config):
+def saved(auto_class, config, *, untrained=False):
     def save(folder):
-        randomise(auto_class.from_config(config), 0).save_pretrained(folder)
+        torch.manual_seed(0)
+        model = auto_class.from_config(config)
+        (model if untrained else randomise(model, 0)).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
 
     return save
@@ -97,6 +99,18 @@ AUTO = transformers.AutoModelForCausalLM
 WRONG = {
     "an encoder": (
         saved(transformers.AutoModelForMaskedLM, transformers.BertConfig(**SIZES, **IDS)), "does not continue text"
+    ),
+    "an untrained encoder": (
+        saved(transformers.AutoModelForMaskedLM, transformers.BertConfig(**SIZES, **IDS), untrained=True),
+        "does not continue text",
+    ),
+    "an untrained XLNet": (
+        saved(
+            AUTO,
+            transformers.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48),
+            untrained=True,
+        ),
+        "does not continue text",
     ),
     "XLNet": (
         saved(AUTO, transformers.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)),

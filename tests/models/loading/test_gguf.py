@@ -51,7 +51,7 @@ def test_quantised_files_decode_as_transformers_own(tmp_path, family):
     # tokens are compared in fp32: in bf16 several of a tiny model's logits are equal
     stock = stock_model(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    guided = GuidedPolicy.from_pretrained(str(path), method="policy", dtype="float32")
+    guided = GuidedPolicy.from_pretrained(str(path), method="policy", dtype="float32", engine="torch")
     (done,) = guided.generate([MESSAGES], max_new_tokens=12, temperature=0)
     ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     expected = stock.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1] :]
@@ -155,10 +155,22 @@ def test_requests_for_a_conversion_that_cannot_be_met(tmp_path, policy_folder, u
 
 def test_the_command_line(tmp_path):
     path = write_gguf(tmp_path / "a.gguf")
-    ran = verb("generate")("--policy", path, "--method", "policy", "--prompt", "the hen", "--max-new-tokens", 4)
+    ran = verb("generate")(
+        "--policy", path, "--engine", "torch", "--method", "policy", "--prompt", "the hen", "--max-new-tokens", 4
+    )
     assert ran.exit_code == 0, ran.output
     ran = verb("generate")(
-        "--policy", path, "--method", "policy", "--prompt", "the", "--max-new-tokens", 4, "--cache-gguf"
+        "--policy",
+        path,
+        "--engine",
+        "torch",
+        "--method",
+        "policy",
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        4,
+        "--cache-gguf",
     )
     assert ran.exit_code == 0, ran.output
     assert converted_folder(path)
@@ -206,7 +218,7 @@ SPOILED = {
 def test_files_that_cannot_be_read_end_in_a_one_line_error(tmp_path, what):
     path = write_gguf(tmp_path / "a.gguf")
     SPOILED[what](path)
-    ran = verb("generate")("--policy", path, "--method", "policy", "--prompt", "the")
+    ran = verb("generate")("--policy", path, "--engine", "torch", "--method", "policy", "--prompt", "the")
     assert ran.exit_code == 2, (ran.output, ran.exception)
     (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert "a.gguf" in line
@@ -229,7 +241,7 @@ def change_field(key, value):
 )  # fmt: skip
 def test_headers_that_lie_end_in_a_one_line_error(tmp_path, key, value):
     path = write_gguf(tmp_path / "a.gguf", change=change_field(key, value))
-    ran = verb("generate")("--policy", path, "--method", "policy", "--prompt", "the")
+    ran = verb("generate")("--policy", path, "--engine", "torch", "--method", "policy", "--prompt", "the")
     assert ran.exit_code == 2, (ran.output, ran.exception)
     assert len([line for line in ran.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in ran.stderr
