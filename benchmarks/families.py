@@ -341,7 +341,8 @@ def refusal(folder, work):
     try:
         train(Row(""), folder, work)
     except UsageError as error:
-        assert "--trunk own" in str(error), error
+        if "--trunk own" not in str(error):
+            raise
         return "no reward model class in transformers"
     raise AssertionError("a reward model was trained without a class for it")
 
