@@ -125,6 +125,7 @@ def settings_of(variant):
     settings = {"max_new_tokens": TOKENS}
     settings |= {"n": N} if "n" in variant.method.takes else {}
     settings |= {"reward_threshold": 0.0} if variant.method.rule == "accept" else {}
+    settings |= {"value_threshold": 0.0} if variant.method.rule == "filter" else {}
     return settings
 
 

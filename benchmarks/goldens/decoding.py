@@ -30,9 +30,15 @@ def by_methods():
         "cd": ("reward", "adapter", "vocab"), "rad": ("reward", "farma", "pieces"),
         "farma": ("farma", "vocab", "lora-farma"), "genarm": ("autoregressive", "draft", "vocab"),
         "cards": REWARDS, "cd-blockwise": REWARDS, "best-of-n": REWARDS, "policy": (None,),
-        "smc": PREFIXES,
+        "smc": PREFIXES, "vfd": ("reward", "state", "vocab", "adapter", "pieces"),
     }  # fmt: skip
-    own = {"cards": CARDS, "cd-blockwise": SEGMENTS, "best-of-n": {"n": 3}, "smc": {"n": 4}}
+    own = {
+        "cards": CARDS,
+        "cd-blockwise": SEGMENTS,
+        "best-of-n": {"n": 3},
+        "smc": {"n": 4},
+        "vfd": {"value_threshold": 0.5},
+    }
     for method, scorers in kinds.items():
         for scorer in scorers:
             name = f"{method}/{scorer}" if scorer else method

@@ -13,8 +13,8 @@ from rgtg.errors import UsageError
 from rgtg.models.loading.policy import Policy
 
 NAMES = [
-    "policy", "pargs", "pargs-greedy", "args", "args-sample", "cd", "cd-blockwise", "rad", "farma", "genarm", "cards",
-    "best-of-n", "smc",
+    "policy", "pargs", "pargs-greedy", "args", "args-sample", "cd", "cd-blockwise", "rad", "farma", "genarm", "vfd",
+    "cards", "best-of-n", "smc",
 ]  # fmt: skip
 
 
@@ -44,6 +44,9 @@ REFUSED = [
     ("args", {"temperature": 0.5}, "has no temperature"),
     ("pargs", {"proposal": "policy"}, "proposal applies to smc"),
     ("smc", {"entropy_gate": 1.0}, "entropy_gate applies to pargs"),
+    ("vfd", {"beta": 1.0}, "a token's score passes value_threshold or does not"),
+    ("pargs", {"value_threshold": 1.0}, "value_threshold applies to vfd"),
+    ("best-of-n", {"abstain_below": 1.0}, "abstain_below applies to pargs"),
     ("smc", {"temperature": 0.0}, "draws its completions at random"),
     ("pargs", {"min_new_tokens": 65}, "exceeds max_new_tokens"),
 ]
@@ -67,7 +70,7 @@ def test_scorers_that_a_method_cannot_read_are_refused():
             GuidedPolicy(policy, tiny_scorer(), method=method)
     with pytest.raises(UsageError, match="needs a scorer"):
         GuidedPolicy(policy, method="cd")
-    for method in ("best-of-n", "cards", "cd-blockwise"):
+    for method in ("best-of-n", "cards", "cd-blockwise", "vfd"):
         with pytest.raises(UsageError, match="takes one"):
             GuidedPolicy(policy, [tiny_scorer(), tiny_scorer(seed=3)], method=method)
 

@@ -97,6 +97,8 @@ def _rows(folder):
         write_rows(folder / name, [{"prompt": prompt} for prompt in PROMPTS])
     for name, text in (("guided", " well"), ("unguided", " ill"), ("ours", " well"), ("theirs", " ill")):
         write_rows(folder / f"{name}.jsonl", [{"prompt": p, "text": text, "finish_reason": "stop"} for p in PROMPTS])
+    labelled = [{"prompt": p, "text": text, "good": text != " it"} for p in PROMPTS for text in (" it is", " a", " it")]
+    write_rows(folder / "labelled.jsonl", labelled * (40 // len(labelled) + 1))
     write_rows(folder / "completions.jsonl", [{"prompt": p, "text": " it is", "reward": 1.0} for p in PROMPTS])
     (folder / "my-prompt.txt").write_text("{prompt}\n{first}\n{second}\n")
     (folder / "compare.yaml").write_text(

@@ -72,7 +72,17 @@ def entropy_of(log_probs) -> float:
 
 
 def step_distribution(
-    guided, ids, *, beta=0.0, top_k=None, top_p=1.0, temperature=1.0, gate=None, sums=None, logit_bias=None
+    guided,
+    ids,
+    *,
+    beta=0.0,
+    top_k=None,
+    top_p=1.0,
+    temperature=1.0,
+    gate=None,
+    sums=None,
+    logit_bias=None,
+    threshold=None,
 ) -> dict[int, float]:
     """Log-probability of each candidate after ``ids``: the definition, term by term."""
     whole = plain = next_log_probs(guided.policy.model, ids)
@@ -90,6 +100,10 @@ def step_distribution(
         betas = beta if isinstance(beta, list) else [beta]
         energy = {t: e + sum(b * score(guided, s, [*ids, t]) for b, s in zip(betas, guided.scorers, strict=True))
                   for t, e in energy.items()}  # fmt: skip
+    if threshold is not None:
+        scores = {t: score(guided, guided.scorer, [*ids, t]) for t in energy}
+        good = {t for t, r in scores.items() if r >= threshold} or {max(scores, key=scores.__getitem__)}
+        energy = {t: energy[t] for t in good}
     if sums is not None:
         energy = {t: energy[t] for t in sorted(energy, key=energy.__getitem__)[-sums:]}
     if temperature == 0:

@@ -188,7 +188,8 @@ def test_planned_caches_have_the_size_of_the_engines(variant, made):
     scorer = None if variant.kind == "none" else scorers[NAMES[variant.kind]][0]
     guided = GuidedPolicy.from_pretrained(policy, scorer=scorer, method=variant.method.name)
     asked = {"n": 3} if "n" in variant.method.takes else {}
-    given = asked | ({"reward_threshold": -9.0} if variant.method.rule == "accept" else {})
+    needed = {"accept": {"reward_threshold": -9.0}, "filter": {"value_threshold": 0.0}}
+    given = asked | needed.get(variant.method.rule, {})
     for _ in range(2):  # the first time, a trial says whether the models read trees
         made.clear()
         guided.generate(["The cat sat", "The dog ran"], max_new_tokens=5, batch_size=2, **given)

@@ -263,7 +263,8 @@ def _openai_line(done: CompletedTask, model: str) -> str:
 
 def _choice(completion: Completion, chat: bool) -> dict[str, Any]:
     text = {"message": {"role": "assistant", "content": completion.text}} if chat else {"text": completion.text}
-    return {"index": 0, **text, "logprobs": None, "finish_reason": completion.finish_reason}
+    reason = "content_filter" if completion.finish_reason == "abstained" else completion.finish_reason
+    return {"index": 0, **text, "logprobs": None, "finish_reason": reason}
 
 
 def _hash(id: str) -> str:

@@ -28,6 +28,7 @@ _SPLIT = ("tp_plan", "scorer_tp_plan")
 @command(
     GenerateSettings,
     "policy scorer method beta top_k top_p temperature max_new_tokens min_new_tokens stop entropy_gate kl_budget n "
+    "value_threshold abstain_below "
     "segment_length proposal reward_threshold draft draft_length prompt chat system chat_template_kwargs trace dtype "
     "device device_map tp_plan scorer_device scorer_device_map scorer_tp_plan cache_gguf engine threads",
     panels={"A file of prompts": _OF_FILES, "A file of prompts, on many machines": _OF_RAY},

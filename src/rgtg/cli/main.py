@@ -4,6 +4,7 @@ import typer
 
 from rgtg.cli import (
     audit,
+    calibrate,
     compare,
     data,
     demo,
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 for _module in (
-    train, audit, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo, engines,
-    doctor, model,
+    train, audit, calibrate, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo,
+    engines, doctor, model,
 ):  # fmt: skip
     app.command(_module.__name__.rpartition(".")[2])(_module.run)

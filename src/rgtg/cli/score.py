@@ -68,7 +68,7 @@ def _rewards(model: "Scorer", rows: list[dict[str, Any]], settings: ScoreSetting
 
     A chat is read by the scorer's own chat template, with the row's variables.
     """
-    from rgtg.data.completions import completion_source, completion_text
+    from rgtg.data.completions import UNFINISHED, completion_source, completion_text
     from rgtg.data.formats import to_template_kwargs
 
     own = [to_template_kwargs(row) or settings.chat_template_kwargs for row in rows]
@@ -78,8 +78,8 @@ def _rewards(model: "Scorer", rows: list[dict[str, Any]], settings: ScoreSetting
         try:
             scores = model.score(
                 [completion_source(rows[i]) for i in places], [completion_text(rows[i]) for i in places],
-                finished=[rows[i].get("finish_reason") != "length" for i in places], batch_size=settings.batch_size,
-                chat_template_kwargs=kwargs,
+                finished=[rows[i].get("finish_reason") not in UNFINISHED for i in places],
+                batch_size=settings.batch_size, chat_template_kwargs=kwargs,
             )  # fmt: skip
         except DataError as error:
             raise _of_line(error, places, settings, rows) from error

@@ -4,6 +4,7 @@ from rgtg.config.base import Settings as Settings
 from rgtg.config.base import SettingsT as SettingsT
 from rgtg.config.base import read_yaml as read_yaml
 from rgtg.config.base import validate as validate
+from rgtg.config.commands import CalibrateSettings as CalibrateSettings
 from rgtg.config.commands import DataCheckSettings as DataCheckSettings
 from rgtg.config.commands import DemoSettings as DemoSettings
 from rgtg.config.commands import DoctorSettings as DoctorSettings

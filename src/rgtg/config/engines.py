@@ -74,6 +74,7 @@ ENGINES = {
                 "pargs-greedy": _DRAWS_TOKENS + " by vLLM's own rule: temperature 0 with pargs is the same",
                 "args": _DRAWS_TOKENS + " by vLLM's own rule: temperature 0 with args-sample is the same",
                 "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS, "smc": _DRAWS_TOKENS,
+                "vfd": _DRAWS_TOKENS + " by vLLM's own rule",
                 "reward model with another tokenizer": "the plug-in sees tokens, not text",
                 "state head on final states": _PREFIX_ONLY,
                 "head on another layer": "vLLM gives the final states only",

@@ -7,6 +7,9 @@ from rgtg.data.formats import Message, to_chat, to_template_kwargs
 from rgtg.data.sources import RowError, iter_rows, parse_row
 from rgtg.errors import DataError
 
+# Values of ``finish_reason`` of a text that did not come to its end.
+UNFINISHED = ("length", "abstained")
+
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
     """Read rows with a "prompt" and a "text" or "completion", and keep all their fields.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rgtg.data.completions import completion_source, completion_text, is_chat
+from rgtg.data.completions import UNFINISHED, completion_source, completion_text, is_chat
 from rgtg.data.formats import to_template_kwargs
 from rgtg.data.sources import (
     BadRowCounter,
@@ -85,7 +85,7 @@ def read_rollouts(
 
     A row with chat messages (``messages``, or as its prompt) is read as the policy was given it: rendered by the
     tokenizer's chat template with the row's own ``chat_template_kwargs``. The same text may occur several times, since
-    it can be sampled several times. A completion with ``finish_reason`` "length" was cut off and gets no EOS.
+    it can be sampled several times. A completion with ``finish_reason`` "length" or "abstained" gets no EOS.
 
     Args:
         source: a file of the kinds that pairs come in.
@@ -163,7 +163,7 @@ def _rollout(
     if not chat:
         if own:
             raise RowError(RejectReason.UNSUPPORTED, "chat_template_kwargs: the prompt is plain text, not a chat")
-        return Rollout(row["prompt"], completion_text(row), reward, reason != "length")
+        return Rollout(row["prompt"], completion_text(row), reward, reason not in UNFINISHED)
     kwargs = own or template_kwargs
     source = completion_source(row)
     assert not isinstance(source, str), "messages"
@@ -171,7 +171,9 @@ def _rollout(
         prompt = render_chat(tokenizer, source, add_generation_prompt=True, template_kwargs=kwargs)
     except DataError as error:
         raise RowError(RejectReason.CHAT_TEMPLATE, one_line(error, 200)) from error
-    return Rollout(prompt, completion_text(row), reward, reason != "length", templated=True, template_kwargs=kwargs)
+    return Rollout(
+        prompt, completion_text(row), reward, reason not in UNFINISHED, templated=True, template_kwargs=kwargs
+    )
 
 
 def _reward(given: Any, labels: bool, reward_range: tuple[float, float] | None) -> float:

@@ -267,7 +267,7 @@ class GuidedPolicy:
                 beta=1.0 if len(self.used) > 1 else betas[0], top_k=settings.top_k, top_p=settings.top_p,
                 temperature=settings.temperature, greedy=self.method.rule == "greedy", clip=self.method.clip,
                 top_k_of_sums=self.method.candidates == "sum", entropy_gate=settings.entropy_gate,
-                kl_budget=settings.kl_budget,
+                kl_budget=settings.kl_budget, value_threshold=settings.value_threshold,
                 vocabulary=self.policy.vocabulary,
             )  # fmt: skip
             stopping = StoppingCriteria(self.policy.tokenizer, self.end_tokens, settings)
@@ -295,8 +295,11 @@ class GuidedPolicy:
         if self.draft is not None:
             if self.method.unit != "token":
                 raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
-            if settings.kl_budget is not None:
-                raise UsageError("kl_budget chooses beta token by token and does not speculate; leave the draft out")
+            for name in ("kl_budget", "value_threshold", "abstain_below"):
+                if getattr(settings, name) is not None:
+                    raise UsageError(f"{name} decides token by token and does not speculate; leave the draft out")
+            if self.method.rule == "filter":
+                raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
             self._require_one_scorer("speculative decoding", settings)
             check_draft(self.draft, token_scorer, settings)
         elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:

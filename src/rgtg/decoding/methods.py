@@ -12,16 +12,17 @@ from rgtg.errors import UsageError
 Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", "autoregressive"]
 # What a score decides on, and how one of several is chosen.
 Unit = Literal["token", "segment", "completion"]
-Rule = Literal["sample", "greedy", "accept", "best", "resample"]
+Rule = Literal["sample", "greedy", "accept", "best", "resample", "filter"]
 
 # Settings that only some methods have; every other one belongs to all.
-_STEERED = ("beta", "entropy_gate")
+_STEERED = ("beta", "entropy_gate", "abstain_below")
 _SAMPLED = (*_STEERED, "kl_budget")
 _CARDS = (
     "beta", "reward_threshold", "threshold_start", "entropy_threshold", "segment_length", "min_segment", "retries",
 )  # fmt: skip
+_FILTERED = ("value_threshold", "abstain_below")
 _SMC = ("beta", "n", "proposal", "segment_length", "resample_finished")
-_OWN = dict.fromkeys([*_SAMPLED, *_CARDS, *_SMC])
+_OWN = dict.fromkeys([*_SAMPLED, *_CARDS, *_SMC, *_FILTERED])
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ METHODS = {
             vocabulary=True,
             takes=_SAMPLED,
         ),
+        Method("vfd", "token", "value", "filter", "arXiv 2605.14746", takes=_FILTERED),
         Method("cards", "segment", "full-bt", "accept", "arXiv 2406.16306", top_k=40, takes=_CARDS),
         Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325", takes=("n",)),
         Method("smc", "completion", "prefix-bt", "resample", "arXiv 2404.17546", takes=_SMC),
@@ -158,6 +160,12 @@ def require_complete(method: Method, settings: DecodingSettings) -> None:
     Raises:
         UsageError: naming it, and how to find it.
     """
+    if method.rule == "filter" and settings.value_threshold is None:
+        raise UsageError(
+            f"{method.name} needs value_threshold, the score that a token must reach: rgtg calibrate finds one that "
+            "leaves all but a chosen share of good completions alone",
+            setting="value_threshold",
+        )
     if method.rule == "accept" and settings.reward_threshold is None:
         raise UsageError(
             f"{method.name} needs reward_threshold, the reward that a finished completion should reach: for example "
@@ -170,6 +178,8 @@ def _refusal(method: Method, name: str) -> str:
     takers = ", ".join(row.name for row in METHODS.values() if name in row.takes)
     if name == "beta" and method.scorer is None:
         return f"{method.name} has no beta: no scorer steers it; use pargs or args"
+    if name == "beta" and method.rule == "filter":
+        return f"{method.name} has no beta: a token's score passes value_threshold or does not"
     if name == "beta":
         return f"{method.name} has no beta: it takes the {method.unit} of highest reward"
     return f"{name} applies to {takers}, not to {method.name}"
@@ -213,7 +223,7 @@ def check_scorers(method: Method, scorers: Sequence[Any]) -> None:
         return
     if not scorers:
         raise UsageError(f"method {method.name} needs a scorer; give one, or use method policy", setting="scorers")
-    if len(scorers) > 1 and not method.scores_tokens:
+    if len(scorers) > 1 and not (method.scores_tokens and "beta" in method.takes):
         raise UsageError(f"several scorers steer token by token; {method.name} takes one", setting="scorers")
     for scorer in scorers:
         if method.scores_tokens:

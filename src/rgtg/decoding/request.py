@@ -48,11 +48,12 @@ class Request:
         settings: complete decoding settings; methods that draw segments read them.
 
         token_ids: drawn so far.
-        finish_reason: ``stop`` or ``length``, once it has ended.
+        finish_reason: ``stop``, ``length`` or ``abstained``, once it has ended.
         text: of the ended completion.
         error: why it failed; its neighbours go on.
         scores_not_finite: tokens that were left to the policy because a scorer returned NaN.
         cached_tokens: prompt tokens that the prefix cache held.
+        touched: with a value threshold: tokens that replace the policy's own draw.
         expected_kl_nats: with a KL budget: sum of the KL of its steps so far.
         log_normaliser: of sequential Monte Carlo: estimate of log Σ_y π(y)·exp(β·r(y)), in nats.
         weight: share of the weight that a particle has.
@@ -91,6 +92,7 @@ class Request:
     error: Exception | None = None
     scores_not_finite: int = 0
     cached_tokens: int = 0
+    touched: int | None = None
     expected_kl_nats: float | None = None
     log_normaliser: float | None = None
     weight: float | None = None
@@ -139,6 +141,8 @@ class Request:
         self.policy_calls += 1
         if self.params.kl_budget is not None:
             self.expected_kl_nats = (self.expected_kl_nats or 0.0) + figures[-1]
+        if self.params.value_threshold is not None:
+            self.touched = (self.touched or 0) + (not figures[-1])
         scored = draws.scores is not None and bool(figures[7])
         if scored:
             self.score = figures[5]
@@ -158,7 +162,7 @@ class Request:
 
     def to_completion(self) -> Completion:
         """The public record, once it has ended."""
-        assert self.finish_reason in ("stop", "length"), "only ended requests are published"
+        assert self.finish_reason in ("stop", "length", "abstained"), "only ended requests are published"
         chat = None if self.source is None or isinstance(self.source, str) else list(self.source)
         return Completion(
             prompt=self.prompt,
@@ -176,6 +180,7 @@ class Request:
             policy_calls=self.policy_calls,
             scorer_calls=self.scorer_calls,
             selection_nats=self.selection_nats,
+            touched=self.touched,
             expected_kl_nats=self.expected_kl_nats,
             log_normaliser=self.log_normaliser,
             weight=self.weight,
@@ -200,23 +205,27 @@ def step_trace(token: int, ids: Tensor, log_probs: Tensor, scores: Tensor | None
 
 
 class StoppingCriteria:
-    """When a request ends: an EOS token, a stop text (which may be a special token), or its last allowed token."""
+    """When a request ends: an EOS token, a stop text (which may be a special token), its last token, a low score."""
 
     def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
         self.tokenizer, self.eos_ids, self.stop = tokenizer, eos_ids, StopTexts(tokenizer, settings.stop)
         self.limit, self.minimum = settings.max_new_tokens, settings.min_new_tokens
+        self.abstain_below = settings.abstain_below
 
     def update(self, request: Request) -> None:
         """Set ``finish_reason`` and ``text`` if the newest token ends the request."""
         at_eos = request.token_ids[-1] in self.eos_ids
         full = len(request.token_ids) >= self.limit
-        if not (at_eos or full or self.stop):
+        low = self.abstain_below is not None and request.score is not None and request.score < self.abstain_below
+        if not (at_eos or full or self.stop or low):
             return
         # the token that ends a completion is no part of its text, also where it is not a special one
         ids = request.token_ids[:-1] if at_eos else request.token_ids
         text = decode_completion(self.tokenizer, request.prompt_ids, ids)
         cut = self._first_stop(request, text) if self.stop else None
-        if cut is not None:
+        if low:  # whatever else ends it, this is what the caller must know
+            request.text, request.finish_reason = text if cut is None else text[:cut], "abstained"
+        elif cut is not None:
             request.text, request.finish_reason = text[:cut], "stop"
         elif at_eos or full:
             request.text, request.finish_reason = text, "stop" if at_eos else "length"

@@ -57,6 +57,7 @@ class SamplingParams:
         top_k_of_sums: ``top_k`` counts the largest log π + β·r instead of the policy's most likely tokens (FaRMA).
         entropy_gate: steer a row only where the policy's entropy exceeds this many nats.
         kl_budget: nats per completion, by which beta is chosen in each step in place of ``beta``; None keeps ``beta``.
+        value_threshold: filter tokens whose score is below it, instead of guiding by beta.
         vocabulary: the ids that can be candidates; None is all.
     """
 
@@ -69,6 +70,7 @@ class SamplingParams:
     top_k_of_sums: bool = False
     entropy_gate: float | None = None
     kl_budget: float | None = None
+    value_threshold: float | None = None
     vocabulary: Vocabulary | None = None
 
 
@@ -115,7 +117,7 @@ class Draws:
         figures: for each row, on the host: token, policy log-probability (over the whole vocabulary), guided
             log-probability, policy log-probability among the candidates, whether the policy is finite, and, where
             scores were given: the score, whether all scores are finite, whether the row was steered. With a KL budget,
-            the last one is the step's KL.
+            the last one is the step's KL; with a threshold, whether the policy's own draw stands.
         finite: whether all rows' policies and scores are finite.
     """
 
@@ -292,6 +294,70 @@ def beta_within_kl(
     return beta.where(steerable & (unguided < target), 0.0)
 
 
+def filtered_log_probs(
+    candidate_log_probs: Float[Tensor, "batch candidates"],
+    scores: Float[Tensor, "batch candidates"],
+    threshold: float,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch candidates"]:
+    """Log-probabilities of the policy restricted to good candidates, π̃(v) ∝ π(v)^{1/T}·1[r(prefix⊕v) ≥ c].
+
+    Where no candidate is good, the one of highest score has all the mass. Source: value-filtered decoding,
+    arXiv 2605.14746, with the k candidates in place of repeated draws.
+
+    Args:
+        candidate_log_probs: (B, K) in nats; -inf excludes a candidate.
+        scores: (B, K) those of excluded candidates do not matter.
+        threshold: c.
+        temperature: ≥ 0, of the policy.
+
+    >>> log_probs = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    >>> filtered_log_probs(log_probs, torch.tensor([[-1.0, 0.0, 2.0]]), 0.0).exp()
+    tensor([[0.0000, 0.5000, 0.5000]])
+    """
+    excluded = candidate_log_probs == -torch.inf
+    good = (scores >= threshold) & ~excluded
+    best = scores.masked_fill(excluded, -torch.inf).argmax(-1, keepdim=True)
+    fallback = torch.zeros_like(good).scatter(-1, best, True) & ~good.any(-1, keepdim=True)
+    kept = candidate_log_probs.masked_fill(~(good | fallback), -torch.inf)
+    return guided_log_probs(kept, torch.zeros_like(kept), 0.0, temperature)
+
+
+def keep_or_draw_again(
+    own: Float[Tensor, "batch candidates"],
+    filtered: Float[Tensor, "batch candidates"],
+    uniforms: Float[Tensor, " batch"],
+) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Draw from the policy, keep the draw if the filter lets it pass, else draw from what is left.
+
+    If ``filtered`` is ``own`` restricted to some candidates, the result has distribution ``filtered``, and equals the
+    policy's own draw as often as it can. One uniform number serves both draws: what the first leaves of it is uniform.
+
+    Args:
+        own: (B, K) log-probabilities of the policy over the candidates, in nats.
+        filtered: (B, K) of the filtered policy.
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        Index (B,) of the drawn candidate, and whether (B,) it is the policy's own draw.
+
+    >>> own, filtered = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.0, 1.0]]).log()
+    >>> keep_or_draw_again(own, filtered, torch.tensor([0.7]))
+    (tensor([1]), tensor([True]))
+    >>> keep_or_draw_again(own, filtered, torch.tensor([0.2]))
+    (tensor([1]), tensor([False]))
+    """
+    first = sample(own, uniforms)
+    at = first[:, None]
+    kept = (filtered.gather(1, at) > -torch.inf)[:, 0]
+    p = own.double().exp()
+    total = p.sum(-1)
+    below = p.cumsum(-1).gather(1, at)[:, 0] - p.gather(1, at)[:, 0]
+    rest = (uniforms.to(p) * total - below) / p.gather(1, at)[:, 0]
+    again = sample(filtered, rest.clamp(0, 1 - 2**-53))
+    return first.where(kept, again), kept
+
+
 def best_sums(
     candidate_log_probs: Float[Tensor, "batch candidates"],
     scores: Float[Tensor, "batch candidates"],
@@ -381,11 +447,22 @@ def draw(
             scores_each = scores_each.gather(2, best.expand(len(scores_each), -1, -1))
     # 3. the guided distribution, and one draw from it
     temperature = 0.0 if params.greedy else params.temperature
-    guided = guided_log_probs(log_probs, used, beta, temperature)
-    if temperature == 0:
+    kept = None
+    if params.value_threshold is not None:
+        own = guided = guided_log_probs(log_probs, torch.zeros_like(log_probs), 0.0, temperature)
+        if scores is not None:
+            guided = filtered_log_probs(log_probs, used, params.value_threshold, temperature)
+            if candidates.steered is not None:
+                guided = guided.where(candidates.steered[:, None], own)
+    else:
+        guided = guided_log_probs(log_probs, used, beta, temperature)
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=guided.device)
+    if params.value_threshold is not None:
+        choice, kept = keep_or_draw_again(own, guided, numbers)
+    elif temperature == 0:
         choice = greedy(guided)
     else:
-        choice = sample(guided, torch.tensor(uniforms, dtype=torch.float64, device=guided.device))
+        choice = sample(guided, numbers)
     # 4. its figures
     at = choice[:, None]
     tokens = ids.gather(1, at)
@@ -397,6 +474,8 @@ def draw(
         steered = torch.ones_like(choice) if candidates.steered is None else candidates.steered
         columns += [scores.gather(1, at).double(), scores.isfinite().all(-1, keepdim=True).double()]
         columns.append(steered[:, None].double())
+    if kept is not None:
+        columns.append(kept[:, None].double())
     if allowed is not None:
         columns.append(step_kl(guided, unguided)[:, None])
     figures = torch.cat(columns, 1).tolist()

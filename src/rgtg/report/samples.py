@@ -93,7 +93,8 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _card(label: str, sample: dict[str, Any], baseline: str | None) -> Card:
     text, reward = _text(sample), sample.get("reward")
-    notes = [] if sample.get("finish_reason", "stop") == "stop" else ["cut off"]
+    ended = sample.get("finish_reason", "stop")
+    notes = [] if ended == "stop" else ["abstained" if ended == "abstained" else "cut off"]
     if not text:
         notes.append("empty")
     words = [(text, False)] if baseline is None else marked_words(text, baseline)

@@ -46,7 +46,9 @@ class Completion(Record):
     )
     text: str
     token_ids: list[int] = Field(description="of the completion without the prompt, with the final EOS")
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abstained"] = Field(
+        description="EOS or a stop text; max_new_tokens; a score below abstain_below"
+    )
     method: str
     seed: int = Field(description="of this completion's own generator")
     policy_log_prob: float = Field(description="nats, of token_ids under the policy (its whole output layer, T=1)")
@@ -60,6 +62,7 @@ class Completion(Record):
         "an estimate (cards, smc)",
     )
     score: float | None = Field(default=None, description="the last score, or the reward that selected it")
+    touched: int | None = Field(default=None, description="vfd: tokens that replace the policy's own draw")
     expected_kl_nats: float | None = Field(
         default=None,
         description="with kl_budget: nats, sum over the steps of the KL of the guided distribution to the policy",

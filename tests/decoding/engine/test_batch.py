@@ -46,20 +46,23 @@ OWN = {
     "cards": {"beta": 1.5, "reward_threshold": 0.5, "segment_length": 2, "min_segment": 1, "entropy_threshold": 2.0,
               "retries": 1},
     "smc": {"n": 3},
+    "vfd": {"value_threshold": 0.2},
 }  # fmt: skip
 
 
 def exact_settings(method, named):
     """What the definition is given: greedy methods are T = 0, and beta is 1.5 where a scorer steers each token."""
     row = METHODS[method]
-    beta = 1.5 if row.scorer and row.scores_tokens else 0.0
+    beta = 1.5 if row.scorer and "beta" in row.takes and row.scores_tokens else 0.0
     exact = SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
+    if row.rule == "filter":
+        exact["threshold"] = OWN[method]["value_threshold"]
     return exact | {"top_k": None, "sums": exact["top_k"]} if row.candidates == "sum" else exact
 
 
 def build(method):
     row = METHODS[method]
-    return make_guided(method, **{"beta": 1.5} if row.scorer and row.scores_tokens else {})
+    return make_guided(method, **{"beta": 1.5} if row.scorer and "beta" in row.takes and row.scores_tokens else {})
 
 
 def call_settings(method, named):
@@ -161,7 +164,7 @@ def test_every_traced_log_probability_is_the_enumerated_one(method, named):
             assert {t for t, p in traced.items() if p > -math.inf} == set(distribution)
             for token, log_prob in distribution.items():
                 assert traced[token] == pytest.approx(log_prob, abs=1e-5, rel=1e-5)
-            assert (step.scores is None) == (exact["beta"] == 0)
+            assert (step.scores is None) == (exact["beta"] == 0 and "threshold" not in exact)
             total += distribution[step.token_id]
             ids.append(step.token_id)
         assert completion.guided_log_prob == pytest.approx(total, abs=1e-4)

@@ -16,7 +16,14 @@ from rgtg.serving.http.errors import ApiError
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import CompareRequest, Guidance
-from rgtg.serving.http.responses import Comparison, ComparisonChunk, GuidanceReport, Side, documented
+from rgtg.serving.http.responses import (
+    Comparison,
+    ComparisonChunk,
+    GuidanceReport,
+    Side,
+    documented,
+    finish_reason_of,
+)
 from rgtg.serving.http.serialize import guidance_report, json_response, to_json, trace_steps, usage_of
 from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import EventStream, ResponseStream
@@ -49,7 +56,7 @@ class ParsedComparison:
             report.trace = trace_steps(completion.trace or [], self.token_bytes)
         return Side(
             text=completion.text,
-            finish_reason=completion.finish_reason,
+            finish_reason=finish_reason_of(completion),
             token_ids=completion.token_ids,
             guidance=report,
         )
@@ -109,7 +116,7 @@ async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> Async
             yield to_json(comparison.token_chunk(side, text.add(token_id), token_id, traces.get(i)))
         report = guidance_report(comparison.sides[side], 0, event)
         rest = text.end(completion.text)
-        yield to_json(comparison.chunk(side, rest, finish_reason=completion.finish_reason, guidance=report))
+        yield to_json(comparison.chunk(side, rest, finish_reason=finish_reason_of(completion), guidance=report))
     both = [ends[0], ends[1]]
     summary = ComparisonChunk(
         id=comparison.id,

@@ -11,7 +11,7 @@ from rgtg.serving.engine.request import FinishedEvent, TokenEvent
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import ChatRequest, CompletionRequest
-from rgtg.serving.http.responses import ChatCompletion, TextCompletion, documented
+from rgtg.serving.http.responses import ChatCompletion, TextCompletion, documented, finish_reason_of
 from rgtg.serving.http.serialize import (
     ChatSerializer,
     ChoiceDelta,
@@ -106,7 +106,7 @@ def _choice(request: ParsedRequest, index: int, end: FinishedEvent) -> ChoiceDel
     """A choice as a whole."""
     completion = end.completion
     report = guidance_report(request, index, end) if request.reports_guidance else None
-    return ChoiceDelta(index, completion.text, completion.trace or (), completion.finish_reason, report)
+    return ChoiceDelta(index, completion.text, completion.trace or (), finish_reason_of(completion), report)
 
 
 async def _chunks(
@@ -155,7 +155,7 @@ class StreamFormatter:
         completion = end.completion
         rest, steps = self._text.end(completion.text), (completion.trace or [])[self._num_steps :]
         report = guidance_report(self.request, self.index, end) if self.request.reports_guidance else None
-        last = ChoiceDelta(self.index, "", (), completion.finish_reason, report)
+        last = ChoiceDelta(self.index, "", (), finish_reason_of(completion), report)
         return [*self._delta(rest, steps, always=not self._begun), last]
 
     def _delta(self, text: str, steps: list[StepTrace], *, always: bool = False) -> list[ChoiceDelta]:

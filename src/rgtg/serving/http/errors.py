@@ -31,6 +31,7 @@ _PARAMS = {
     **{name: f"guidance.{name}" for name in (
         "method", "beta", "top_k", "entropy_gate", "n", "segment_length", "min_segment", "entropy_threshold",
         "reward_threshold", "threshold_start", "retries", "scorers", "proposal", "resample_finished", "kl_budget",
+        "value_threshold", "abstain_below",
     )},
 }  # fmt: skip
 # Settings whose names are also ordinary words, so they are not replaced inside a message.

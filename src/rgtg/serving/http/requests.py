@@ -129,6 +129,10 @@ class Guidance(Body):
     entropy_gate: Annotated[float, Field(ge=0)] | None = Field(
         None, description="guide only where the policy's entropy, in nats, exceeds this"
     )
+    value_threshold: Strength | None = Field(None, description="vfd: score that a token must reach")
+    abstain_below: Strength | None = Field(
+        None, description="end a completion where its score falls below this; its finish_reason is content_filter"
+    )
     kl_budget: Annotated[float, Field(gt=0, le=_MAX_STRENGTH)] | None = Field(
         None, description="in place of beta: nats per completion, by which beta adapts at every token"
     )

@@ -6,6 +6,8 @@ const STORE = "rgtg-playground";
 const OWN = {
   entropy_gate: { label: "Entropy gate", note: "nats; guide only where the policy’s entropy exceeds this", min: 0 },
   kl_budget: { label: "KL budget", note: "nats per text, in place of β", min: 0 },
+  value_threshold: { label: "Score to reach", note: "of every token", required: true },
+  abstain_below: { label: "Abstain below", note: "end a text whose score falls below this" },
   n: { label: "Draws", note: "number of candidates to choose from", min: 1, step: 1 },
   segment_length: { label: "Segment length", note: "tokens", min: 1, step: 1 },
   min_segment: { label: "Shortest segment", note: "tokens", min: 1, step: 1 },

@@ -4,7 +4,7 @@ import { chosenIndex } from "./guidance.js";
 import { number } from "./text.js";
 import { Strip } from "./strip.js";
 
-const ENDS = { stop: "finished", length: "length limit", stopped: "stopped by you", error: "failed", ended: "" };
+const ENDS = { stop: "finished", length: "length limit", content_filter: "abstained", abstained: "abstained", stopped: "stopped by you", error: "failed", ended: "" };
 
 export class Panel {
   constructor({ root, kind, onSelect }) {
