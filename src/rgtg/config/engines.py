@@ -71,8 +71,6 @@ ENGINES = {
             "vllm", "what vLLM runs", "vllm", "see docs/vllm.md: an environment of its own",
             "a plug-in of vLLM's own server",
             {
-                "pargs-greedy": _DRAWS_TOKENS + " by vLLM's own rule: temperature 0 with pargs is the same",
-                "args": _DRAWS_TOKENS + " by vLLM's own rule: temperature 0 with args-sample is the same",
                 "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS, "smc": _DRAWS_TOKENS,
                 "vfd": _DRAWS_TOKENS + " by vLLM's own rule",
                 "reward model with another tokenizer": "the plug-in sees tokens, not text",
@@ -81,7 +79,7 @@ ENGINES = {
                 "LoRA adapter on the policy": "vLLM fuses adapters into its own layers",
                 "resumed files": _PLUG_IN, "compare": _PLUG_IN, "traces": _PLUG_IN, "audit roll-outs": _PLUG_IN,
                 "training heads on its states": "train on the states of the same weights in torch",
-                "drafts": "guidance and vLLM's speculation exclude each other",
+                "drafts": "vLLM's first model runner refuses speculation with logits processors",
                 "overlap": "vLLM schedules its own passes", "device_map and tp_plan": "vLLM has its own",
             },
         ),
