@@ -1,13 +1,16 @@
 """The same policy in several engines, unguided and with the same vocabulary head, in one run and by turns.
 
     OMP_NUM_THREADS=2 python benchmarks/engines.py --policy model.gguf [--folder CONVERTED] [--vllm-python PYTHON]
-        [--prompts 1 8] [--length 128] [--tokens 64] [--repeats 5] [--output engines.json] [--figure engines.png]
+        [--prompts 1 8] [--length 128] [--tokens 64] [--repeats 5] [--clock wall] [--output FILE] [--figure PNG]
 
 The policy is a GGUF file, quantised as it is in llama.cpp and dequantised to bf16 in transformers, rgtg's torch engine
 and vLLM (``--folder`` names the converted folder, else ``rgtg generate --cache-gguf`` makes it beside the file). The
 head has random weights: they change what is drawn, not how long it takes. Every way decodes in turn, repeat after
 repeat, so that a machine that changes speed changes it for all; figures are medians, and ratios are medians of paired
 ratios. Reading the prompt is not timed. vLLM runs in an environment of its own, in a process that waits for its turns.
+
+On a machine that does other work, ``--clock cpu`` with OMP_NUM_THREADS=1 counts the seconds that each way computes
+instead of those that pass.
 """
 
 import argparse
@@ -47,6 +50,7 @@ def arguments():
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds that pass, or of computing")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     return parser.parse_args()
@@ -127,7 +131,7 @@ class Vllm:
     def __init__(self, python, folder, head, args):
         script = Path(__file__).with_name("engines_vllm.py")
         self.process = subprocess.Popen(
-            [str(python), str(script), str(folder), str(head), str(max(args.prompts)), str(TOP_K)],
+            [str(python), str(script), str(folder), str(head), str(max(args.prompts)), str(TOP_K), args.clock],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()
@@ -199,6 +203,8 @@ def draw(results, path):
 
 def main():
     args = arguments()
+    if args.clock == "cpu":
+        time.perf_counter = time.process_time  # of all measurements of this process
     folder = args.folder or converted_folder(args.policy)
     if folder is None:
         load_policy(str(args.policy), cache_gguf=True)
@@ -236,7 +242,12 @@ def main():
         if vllm is not None:
             vllm.process.stdin.close()
     settings = {"policy": args.policy.name, "length": args.length, "tokens": args.tokens, "repeats": args.repeats}
-    settings |= {"top_k": TOP_K, "threads": torch.get_num_threads(), "head": {"width": WIDTH, "rank": RANK}}
+    settings |= {
+        "clock": args.clock,
+        "top_k": TOP_K,
+        "threads": torch.get_num_threads(),
+        "head": {"width": WIDTH, "rank": RANK},
+    }
     origin = provenance(
         command="python benchmarks/engines.py", settings=settings, seed=0,
         models={"policy": llama.model, "torch": stock.model}, data={},

@@ -1,6 +1,6 @@
 """vLLM's part of `engines.py`, run by the interpreter of an environment with vLLM and rgtg's plug-in.
 
-Arguments: folder of the policy, folder of the head, prompts at once, candidates. Reads one line of JSON for each
+Arguments: folder of the policy, folder of the head, prompts at once, candidates, clock. Reads one line of JSON for each
 measurement (prompts, tokens, guided) and answers with one line, which begins with ``rgtg:``.
 """
 
@@ -13,7 +13,9 @@ from pathlib import Path
 
 
 def main():
-    policy, head, at_once, top_k = sys.argv[1:]
+    policy, head, at_once, top_k, clock = sys.argv[1:]
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, as the other engines are in theirs
     scorers = Path(tempfile.mkdtemp()) / "scorers.json"
     scorers.write_text(json.dumps({"head": head}))
     os.environ["RGTG_VLLM_SCORERS"] = str(scorers)
@@ -36,9 +38,9 @@ def main():
                 params = guided_params("head", 1.0, top_k=int(top_k), **common)
             else:
                 params = SamplingParams(top_k=int(top_k), **common)
-            start = time.perf_counter()
+            start = now()
             llm.generate(prompts, params, use_tqdm=False)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         print("rgtg:" + json.dumps({"seconds": (times[1] - times[0]) / asked["tokens"]}), flush=True)
 
 

