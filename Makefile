@@ -59,7 +59,10 @@ $(VLLM_STAMP): pyproject.toml Makefile
 	@touch $@
 
 test-vllm: setup setup-vllm  ## the plug-in of vLLM against the real engine and server, on the CPU (minutes)
-	OMP_NUM_THREADS=1 RGTG_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm
+	@test -f $(VLLM)/smollm2/model.safetensors || $(BIN)/rgtg model smollm2-135m --output $(VLLM)/smollm2 || \
+	  echo "the real model could not be downloaded: its test is skipped"
+	OMP_NUM_THREADS=1 RGTG_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python RGTG_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm
 
 bench: setup  ## the speed figures of docs/results (an idle machine, please)
 	$(BIN)/python benchmarks/decode.py

@@ -31,14 +31,14 @@ def vllm_world(tmp_path_factory):
 def run_vllm(vllm_python, vllm_world, tmp_path_factory):
     """Run requests in a vLLM engine; returns completions by number, and the engine's counters."""
 
-    def run(requests, **engine):
+    def run(requests, world=vllm_world, **engine):
         work = tmp_path_factory.mktemp("job")
-        job = {"model": str(vllm_world.policy), "engine": engine, "requests": requests}
+        job = {"model": str(world.policy), "engine": engine, "requests": requests}
         (work / "job.json").write_text(json.dumps(job))
-        environment = vllm_environment(vllm_world.file)
+        environment = vllm_environment(world.file)
         done = subprocess.run(
             [vllm_python, str(DRIVER), str(work / "job.json"), str(work / "result.json")],
-            env=environment, capture_output=True, text=True, timeout=280, check=False,
+            env=environment, capture_output=True, text=True, timeout=500, check=False,
         )  # fmt: skip
         assert (work / "result.json").exists(), done.stdout[-2000:] + done.stderr[-6000:]
         result = json.loads((work / "result.json").read_text())

@@ -13,7 +13,7 @@ from rgtg.models.loading.policy import load_policy
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.head_file import read_head
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was trained on")
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:.*was trained on")]
 PROMPTS = ["the cat sat on the mat. ", "Once upon a time, ", "a", "Why not? Because " * 5]
 # scorers, betas and settings of guided requests; None is unguided
 GUIDES = [

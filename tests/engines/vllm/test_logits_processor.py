@@ -15,6 +15,9 @@ from helpers.vllm_world import vllm_environment
 SCRIPT = Path(__file__).parents[2] / "helpers" / "vllm_interfaces.py"
 
 
+pytestmark = pytest.mark.timeout(600)  # vLLM alone takes half a minute to be imported
+
+
 @pytest.fixture(scope="module")
 def found(vllm_python, vllm_world):
     world = vllm_world.folder
@@ -32,7 +35,7 @@ def found(vllm_python, vllm_world):
     tiny_tokenizer().save_pretrained(world / "other")
     done = subprocess.run(
         [vllm_python, str(SCRIPT), str(world), str(world / "result.json")],
-        env=vllm_environment(vllm_world.file), capture_output=True, text=True, timeout=280, check=False,
+        env=vllm_environment(vllm_world.file), capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert (world / "result.json").exists(), done.stderr[-6000:]
     return json.loads((world / "result.json").read_text())
