@@ -70,8 +70,10 @@ class Company:
                 self.fault.start(None)
                 self.alone.append(tokens_of(ask(served.client, prompt, i, self.guidance)))
                 self.seen.append(self.fault.seen)
-        prompts = {token for prompt in PROMPTS for token in policy.tokenizer(prompt).input_ids}
-        self.victim, self.bad = faults.victim(self.seen, lambda i, value: value not in prompts)
+        # neighbours read the tokens of prompts, and those that fill up a row (0, and the padding token)
+        shared = {token for prompt in PROMPTS for token in policy.tokenizer(prompt).input_ids}
+        shared |= {0, policy.tokenizer.pad_token_id}
+        self.victim, self.bad = faults.victim(self.seen, lambda i, value: value not in shared)
 
     def serving(self):
         return serving(self.models, prefix_cache_mib=0, on_nan="fail")
