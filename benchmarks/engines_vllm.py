@@ -25,6 +25,7 @@ def main():
 
     llm = LLM(
         policy, dtype="bfloat16", max_model_len=1024, max_num_seqs=int(at_once), enable_prefix_caching=False,
+        gpu_memory_utilization=0.2,
         logits_processors=["rgtg.engines.vllm:Guidance"],
     )  # fmt: skip
     print("rgtg:" + json.dumps({"ready": True}), flush=True)

@@ -24,6 +24,7 @@ from rgtg.models.scorers.token_reward import VocabularyScorer
 
 require_llama_cpp()
 
+OWN = {"n": 3, "reward_threshold": 0.5, "value_threshold": 0.0}  # settings that some methods need
 TEXTS = ["Once upon a time", "Hi", "What is it?", "a cat sat on a mat. It", "the end", "no", "why not", "to be"]
 
 
@@ -155,10 +156,9 @@ def alike(one, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_records_of_the_torch_engine(method):
     settings = {"max_new_tokens": 12, "seed": 3, "trace": METHODS[method].unit == "token"}
+    settings |= {name: value for name, value in OWN.items() if name in METHODS[method].takes}
     if method == "cards":
-        settings |= {"reward_threshold": 0.5, "segment_length": 4, "entropy_threshold": 50.0}
-    if "n" in METHODS[method].takes:
-        settings |= {"n": 3}
+        settings |= {"segment_length": 4, "entropy_threshold": 50.0}
     done = []
     for policy in (torch_policy(), tiny_llama_policy()):
         guided = GuidedPolicy(

@@ -27,6 +27,7 @@ from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
 from rgtg.models.scorers.base import AnyScorer, Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
+from rgtg.models.scorers.heads import FoldedVocabularyHead, VocabularyHead
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
@@ -98,10 +99,15 @@ class RunnerFactory:
         if key.fused is not None or key.layer is None:
             return {}
         return {
-            name: VocabHeadRunner(self.policy.model, scorer.head)
+            name: VocabHeadRunner(self.policy.model, self._laid_out(scorer.head))
             for name, scorer in self.scorers.items()
             if is_vocab_head(scorer) and scorer.layer == key.layer
         }
+
+    def _laid_out(self, head: Any) -> Any:
+        """A vocabulary head as decoding wants it: folded where another engine's passes are short."""
+        folds = self.policy.engine != "torch" and isinstance(head, VocabularyHead)
+        return FoldedVocabularyHead(head) if folds else head
 
     def token_runners(self, names: Sequence[str]) -> TokenRunners:
         """Runners for requests with these scorers."""
