@@ -72,7 +72,7 @@ ENGINES = {
             "a plug-in of vLLM's own server",
             {
                 "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS, "smc": _DRAWS_TOKENS,
-                "vfd": _DRAWS_TOKENS + " by vLLM's own rule",
+                "vfd": "the plug-in adds scores to logits and excludes no tokens by them",
                 "reward model with another tokenizer": "the plug-in sees tokens, not text",
                 "state head on final states": _PREFIX_ONLY,
                 "head on another layer": "vLLM gives the final states only",

@@ -109,3 +109,8 @@ def test_anything_is_read_or_refused(arguments):
         assert set(guide.scorers) <= set(KNOWN)
         assert len(guide.betas) == len(guide.scorers)
         assert guide.top_k is None or guide.top_k >= 1
+
+
+def test_a_method_that_the_table_of_engines_lacks_is_refused():
+    with pytest.raises(UsageError, match="rgtg_method = vfd: vLLM cannot carry it: the plug-in adds scores"):
+        read_guide({"rgtg_scorers": "helpful", "rgtg_method": "vfd"}, {"helpful": True})

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rgtg.config.engines import ENGINES
 from rgtg.decoding.methods import METHODS, Method
 from rgtg.errors import UsageError
 
@@ -136,9 +137,11 @@ def _method(given: dict[str, Any]) -> Method | None:
     """The row of the methods table; None for unguided requests."""
     name = given.get("rgtg_method", _DEFAULT)
     if not isinstance(name, str) or name not in METHODS:
-        usable = [row.name for row in METHODS.values() if row.unit == "token"]
+        usable = [name for name, row in METHODS.items() if row.unit == "token" and name not in ENGINES["vllm"].lacks]
         raise UsageError(f"rgtg_method = {_brief(name)}: expected one of {', '.join(usable)}")
     method = METHODS[name]
+    if name in (lacks := ENGINES["vllm"].lacks) and method.unit == "token":
+        raise UsageError(f"rgtg_method = {name}: vLLM cannot carry it: {lacks[name]}")
     if method.unit != "token":
         raise UsageError(f"{name} decides on a whole {method.unit}; in vLLM a method decides token by token, as pargs")
     if method.scorer is None:
