@@ -97,6 +97,32 @@ def test_a_file_of_prompts_resumes_to_the_same_bytes(world, tmp_path):
     assert len(row["trace"]) == len(row["token_ids"])
 
 
+def test_methods_are_compared_on_llama_cpp(world, tmp_path):
+    from rgtg.config import CompareSettings
+    from rgtg.evaluation.compare.comparison import compare
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS[:4]))
+    settings = CompareSettings(
+        policy=str(world / "model.gguf"), prompts=prompts, output=tmp_path / "out", max_new_tokens=6, bootstrap=100,
+        permutations=100, engine="llama-cpp", traces=1,
+        methods=[
+            {"method": "policy"},
+            {"method": "pargs", "scorer": str(world / "head-torch"), "beta": [1.0, 4.0]},
+            {"method": "best-of-n", "scorer": str(world / "head-torch"), "n": 3},
+            {"method": "policy", "label": "the file in F32", "policy": str(world / "exact.gguf")},
+        ],
+    )  # fmt: skip
+
+    def vowels(completions):
+        return [float(sum(letter in "aeiou" for letter in c.text)) for c in completions]
+
+    result = compare(settings, reward=vowels)
+    assert [row.label for row in result.methods][-1] == "the file in F32"
+    assert all(row.metrics["kl_nats"].mean >= -1e-6 for row in result.methods[:4])
+    assert result.provenance.dtype == "Q8_0"
+
+
 def test_arguments_of_torch_are_refused(world):
     model = str(world / "model.gguf")
     with pytest.raises(UsageError, match="dtype applies to the engine torch"):

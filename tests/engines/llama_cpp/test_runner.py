@@ -8,6 +8,7 @@ from helpers.tiny_models import VOCAB, tiny_policy
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.engine.prompt_log_probs import PromptLogProbs
 from rgtg.decoding.runners.token_tree import TokenTree
+from rgtg.models.ops.packed_rows import pack_row, packed_states_of
 
 require_llama_cpp()
 
@@ -193,3 +194,15 @@ def test_log_probs_of_a_prompt_are_those_of_torch(chunk):
         for token, log_prob in zip(step.candidate_ids, step.policy_log_probs, strict=True):
             assert log_prob == pytest.approx(float(expected[token]), abs=2e-4)
     assert cache.find(("policy", None), [*ids, 5])[1] == len(ids)
+
+
+def test_completions_that_share_their_prompt_are_read_as_each_alone():
+    model, prompt = tiny_llama_policy().model, list(range(3, 60)) * 2  # more than the tokens of one call
+    completions = [[8, 9, 10], [8, 20], [30, 31, 32, 33, 34]]
+    packed = [pack_row(prompt, completions), pack_row([5], [[6]])]
+    states = packed_states_of(model, packed, [2])[2]
+    for columns, completion in zip(packed[0].columns, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion]])
+        alone = model.hidden_states(ids, torch.ones_like(ids), [2])[2][0]
+        torch.testing.assert_close(states[0, columns], alone, **CLOSE)
+    torch.testing.assert_close(states[1, 1], whole([5, 6])[1], **CLOSE)

@@ -148,6 +148,19 @@ class LlamaModel(EngineModel):
             states[row, places] = self.context.states(nodes)
         return dict.fromkeys(layers, states)
 
+    def packed_states(
+        self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch length hidden"]]:
+        """Final states of completions that share their prompts: each is a sequence, and shared tokens belong to all."""
+        self.require_layers(layers)
+        states = torch.zeros(len(rows), max(len(ids) for ids, _, _ in rows), self.config.hidden_size)
+        for b, (ids, positions, parts) in enumerate(rows):
+            sequences = [self.context.new() for _ in range(max(int(parts.max()), 1))]
+            places = zip(ids.tolist(), positions.tolist(), parts.tolist(), strict=True)
+            nodes = [Node(token, at, [sequences[part - 1]] if part else sequences) for token, at, part in places]
+            states[b, : len(ids)] = self.context.states(nodes)
+        return dict.fromkeys(layers, states)
+
     def logits(
         self, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length vocabulary"]:

@@ -67,6 +67,17 @@ class EngineModel(ABC):
         """States of whole texts, by layer; those at padding have no meaning."""
 
     @abstractmethod
+    def packed_states(
+        self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch length hidden"]]:
+        """States of completions that share their prompts, by layer; those at padding have no meaning.
+
+        Args:
+            rows: tokens, positions and parts (L,) of each row, as in `rgtg.models.ops.packed_rows.PackedRow`.
+            layers: whose states are read.
+        """
+
+    @abstractmethod
     def get_output_embeddings(self) -> Any:
         """The rows (V, H) of the output layer as ``weight``, which training starts a head's token table from."""
 
