@@ -30,13 +30,15 @@ def by_methods():
         "cd": ("reward", "adapter", "vocab"), "rad": ("reward", "farma", "pieces"),
         "farma": ("farma", "vocab", "lora-farma"), "genarm": ("autoregressive", "draft", "vocab"),
         "cards": REWARDS, "cd-blockwise": REWARDS, "best-of-n": REWARDS, "policy": (None,),
-        "smc": PREFIXES, "vfd": ("reward", "state", "vocab", "adapter", "pieces"),
+        "smc": PREFIXES, "beam": ("reward", "state", "vocab", "adapter", "pieces"),
+        "vfd": ("reward", "state", "vocab", "adapter", "pieces"),
     }  # fmt: skip
     own = {
         "cards": CARDS,
         "cd-blockwise": SEGMENTS,
         "best-of-n": {"n": 3},
         "smc": {"n": 4},
+        "beam": {"n": 3},
         "vfd": {"value_threshold": 0.5},
     }
     for method, scorers in kinds.items():
@@ -46,7 +48,9 @@ def by_methods():
             if method in ("cards", "cd-blockwise") and scorer in ("vocab", "autoregressive"):
                 given["prompts"] = [prompt for prompt in PROMPTS if len(prompt) > 1]  # of one token is refused
             yield f"{name}/default", given
-            if method not in ("pargs-greedy", "args", "smc") and (method not in own or scorer in ("reward", "pieces")):
+            if method not in ("pargs-greedy", "args", "smc", "beam") and (
+                method not in own or scorer in ("reward", "pieces")
+            ):
                 yield f"{name}/greedy", given | {"temperature": 0.0}
 
 

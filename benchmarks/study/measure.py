@@ -29,8 +29,8 @@ def settings_of(world, row, value):
     settings = {"method": row.method, "top_k": 10} | row.settings
     if row.tuned:
         settings["tuned_policy"] = value
-    elif row.knob == "n":
-        settings["n"] = value
+    elif row.knob != "beta":
+        settings[row.knob] = value
     elif value is not None:
         more = len(row.scorers) - 1
         settings["beta"] = [value] + [2 * value] * more if more > 0 else value

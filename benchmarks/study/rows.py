@@ -57,6 +57,9 @@ ROWS = [
     StudyRow("pargs, two scorers", "pargs", ("prefix-bt", "state-head"), BETAS, group="options"),
     StudyRow("pargs, tcrm", "pargs", "tcrm", BETAS, group="options"),
     StudyRow("pargs, adapter", "pargs", "adapter", BETAS, group="options"),
+    StudyRow("smc", "smc", "prefix-bt", BETAS, settings={"n": 8}, group="options"),
+    StudyRow("beam", "beam", "prefix-bt", GREEDY, settings={"n": 4}, group="options"),
+    StudyRow("vfd", "vfd", "value", (-1.0, 0.0, 1.0), "value_threshold", group="options"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
 # Rows of the first pass; the others are optional.
@@ -97,4 +100,4 @@ def key_of(row, value):
         return row.name
     if row.tuned:
         return str(value)
-    return f"{row.name} {'n' if row.knob == 'n' else 'β'}={value:g}"
+    return f"{row.name} {'β' if row.knob == 'beta' else row.knob}={value:g}"

@@ -151,7 +151,7 @@ def test_rows_that_fail_while_decoding_end_with_exit_code_1(models, prompts, tmp
         (["--prompt", "Hi", "--method", "prags"], 2, "unknown method 'prags'"),
         (["--prompt", "Hi", "--set", "topk=3"], 2, "did you mean top_k?"),
         (["--prompt", "Hi", "--policy", "./absent"], 2, "no model folder ./absent"),
-        (["--prompt", "Hi", "--n", "3"], 2, "n applies to cd-blockwise, best-of-n, not to pargs"),
+        (["--prompt", "Hi", "--n", "3"], 2, "n applies to cd-blockwise, best-of-n, smc, beam, not to pargs"),
         ([], 2, "give either --prompt TEXT or --prompts FILE"),
         (["--prompts", "p", "--output", "o", "--ray", "--tp-plan", "auto"], 2, "not among Ray's workers"),
         (["--prompts", "absent.jsonl"], 2, "--prompts and --output go together"),

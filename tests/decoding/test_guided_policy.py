@@ -113,6 +113,7 @@ def test_stream_pieces_are_generates_text(method):
     for seed in range(4):
         settings = {"seed": seed, "max_new_tokens": 20, "stop": ["e", "ab"]}
         settings |= {"reward_threshold": 0.5, "min_segment": 1} if method == "cards" else {}
+        settings |= {"value_threshold": 0.2} if method == "vfd" else {}
         pieces = list(guided.stream("Hello", **settings))
         assert "".join(pieces) == guided.generate("Hello", **settings)[0].text
 
@@ -176,7 +177,7 @@ def test_unusable_settings_are_refused(settings, message):
     [
         ("best-of-n", {"beta": 1.0}, "best-of-n has no beta"),
         ("policy", {"beta": 1.0}, "policy has no beta"),
-        ("policy", {"n": 2}, "n applies to cd-blockwise, best-of-n, not to policy"),
+        ("policy", {"n": 2}, "n applies to cd-blockwise, best-of-n, smc, beam, not to policy"),
         ("pargs", {"beta": math.nan}, "beta"),
         ("pargs", {"top_k": 0}, "top_k"),
         ("prags", {}, "unknown method 'prags'; choose one of policy, pargs"),

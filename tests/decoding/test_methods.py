@@ -14,7 +14,7 @@ from rgtg.models.loading.policy import Policy
 
 NAMES = [
     "policy", "pargs", "pargs-greedy", "args", "args-sample", "cd", "cd-blockwise", "rad", "farma", "genarm", "vfd",
-    "cards", "best-of-n", "smc",
+    "cards", "best-of-n", "smc", "beam",
 ]  # fmt: skip
 
 
@@ -38,8 +38,8 @@ REFUSED = [
     ("policy", {"entropy_gate": 1.0}, "entropy_gate applies to pargs"),
     ("best-of-n", {"beta": 1.0}, "takes the completion of highest reward"),
     ("cd-blockwise", {"beta": 1.0}, "takes the segment of highest reward"),
-    ("pargs", {"n": 3}, "n applies to cd-blockwise, best-of-n, smc"),
-    ("pargs", {"segment_length": 3}, "segment_length applies to cd-blockwise, cards, smc"),
+    ("pargs", {"n": 3}, "n applies to cd-blockwise, best-of-n, smc, beam"),
+    ("pargs", {"segment_length": 3}, "segment_length applies to cd-blockwise, cards, smc, beam"),
     ("cd-blockwise", {"retries": 3}, "retries applies to cards"),
     ("args", {"temperature": 0.5}, "has no temperature"),
     ("pargs", {"proposal": "policy"}, "proposal applies to smc"),
@@ -47,6 +47,7 @@ REFUSED = [
     ("vfd", {"beta": 1.0}, "a token's score passes value_threshold or does not"),
     ("pargs", {"value_threshold": 1.0}, "value_threshold applies to vfd"),
     ("best-of-n", {"abstain_below": 1.0}, "abstain_below applies to pargs"),
+    ("beam", {"temperature": 0.5}, "beam takes the maximum and has no temperature"),
     ("smc", {"temperature": 0.0}, "draws its completions at random"),
     ("pargs", {"min_new_tokens": 65}, "exceeds max_new_tokens"),
 ]

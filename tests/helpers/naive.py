@@ -282,3 +282,33 @@ def particle_distribution(guided, prompt, length, n, *, beta, **settings) -> dic
         for (tokens, _), w in zip(particles, weights, strict=True):
             done[tokens] = done.get(tokens, 0.0) + mass * w / sum(weights)
     return done
+
+
+def beam_search(guided, prompt, length, n, *, beta, every=1, temperature=0.0, **settings):
+    """The text of highest log π + β·r that n beams find, and that value; scores are read every so many tokens."""
+    ended, open_ = [], [((), 0.0, 0.0)]  # tokens, log π, β·r as it was last read
+    for step in range(1, length + 1):
+        options = [(log_prob + r, tokens, log_prob, r, True) for tokens, log_prob, r in ended]
+        grown = {}
+        for tokens, log_prob, r in open_:
+            whole = step_distribution(guided, [*prompt, *tokens], beta=0.0, temperature=1.0, **settings)
+            unnormalised = processed_log_probs(guided, [*prompt, *tokens], settings.get("logit_bias"))
+            grown[tokens] = [(v, log_prob + float(unnormalised[v]), r) for v in whole]
+        reads = step % every == 0 or step == length or any(v == EOS for mine in grown.values() for v, *_ in mine)
+        for tokens, mine in grown.items():
+            for v, log_prob, r in mine:
+                read = beta * score(guided, guided.scorer, [*prompt, *tokens, v]) if reads else r
+                options.append((log_prob + read, (*tokens, v), log_prob, read, v == EOS))
+        kept = sorted(options, key=lambda one: -one[0])[:n]
+        ended = [(tokens, log_prob, r) for _, tokens, log_prob, r, end in kept if end]
+        open_ = [(tokens, log_prob, r) for _, tokens, log_prob, r, end in kept if not end]
+        if not open_:
+            break
+    best = max(ended + open_, key=lambda one: one[1] + one[2])
+    return best[0], best[1] + best[2]
+
+
+def processed_log_probs(guided, ids, logit_bias=None):
+    """The policy's log-probabilities (V,) with a bias on its logits."""
+    plain = next_log_probs(guided.policy.model, ids)
+    return torch.log_softmax(plain + torch.tensor([(logit_bias or {}).get(t, 0.0) for t in range(len(plain))]), -1)

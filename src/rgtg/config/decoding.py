@@ -41,13 +41,15 @@ class DecodingSettings(Settings):
         default_factory=dict, description="added to the policy's logits, by token id; -100 to 100"
     )
     n: int = Field(
-        10, ge=1, description="completions that best-of-n and smc sample, segments that cd-blockwise samples"
+        10,
+        ge=1,
+        description="completions that best-of-n and smc sample, segments that cd-blockwise samples, width of beam",
     )
     segment_length: int | None = Field(
         None,
         ge=1,
         description="tokens of a segment: exact for cd-blockwise (16), the most for cards (64), between two "
-        "resamplings of smc (1; 16 with proposal policy)",
+        "resamplings of smc (1; 16 with proposal policy) and two scores of beam (1)",
     )
     proposal: Literal["pargs", "policy"] = Field(
         "pargs", description="smc draws tokens by pargs, or from the policy, which needs fewer scores"

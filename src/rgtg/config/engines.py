@@ -71,7 +71,8 @@ ENGINES = {
             "vllm", "what vLLM runs", "vllm", "see docs/vllm.md: an environment of its own",
             "a plug-in of vLLM's own server",
             {
-                "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS, "smc": _DRAWS_TOKENS,
+                "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS,
+                "smc": _DRAWS_TOKENS, "beam": _DRAWS_TOKENS,
                 "vfd": "the plug-in adds scores to logits and excludes no tokens by them",
                 "reward model with another tokenizer": "the plug-in sees tokens, not text",
                 "state head on final states": _PREFIX_ONLY,

@@ -13,10 +13,11 @@ from rgtg.config import DecodingSettings, validate
 from rgtg.config.engines import require_carried
 from rgtg.decoding.detokenizer import IncrementalDetokenizer
 from rgtg.decoding.engine.batch import Batch, Prefilled
+from rgtg.decoding.engine.beams import BeamSearch, search_beams
 from rgtg.decoding.engine.best_of_n import best_of_n
 from rgtg.decoding.engine.chunked_prefill import BatchPrefill, ChunkedPrefill, PrefillTask
 from rgtg.decoding.engine.drafters import DRAFTS
-from rgtg.decoding.engine.particles import ParticleParams, branch, sample_particles
+from rgtg.decoding.engine.particles import ParticleParams, branch, sample_particles, start_particles
 from rgtg.decoding.engine.segments import SegmentParams, SegmentStopping, decode_segments
 from rgtg.decoding.engine.speculative import SpeculativeBatch, check_draft
 from rgtg.decoding.loading import ScorerSource, load_models
@@ -661,7 +662,7 @@ class GuidedPolicy:
             requests: of ``prepare``; only one, where texts are read in chunks.
             chunk: tokens of an ended completion that its scorer reads at once; None reads it whole.
         """
-        if self.method.rule == "resample":
+        if self.method.grows_together:
             return self._start_particles(requests, chunk)
         settings = requests[0].settings
         longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
@@ -705,7 +706,7 @@ class GuidedPolicy:
         return SegmentRun(ChunkedPrefill(tasks), steps())
 
     def _start_particles(self, requests: list[Request], chunk: int | None) -> SegmentRun:
-        """Start requests whose completions are weighted particles; ``chunk``: the only prompt is read in chunks."""
+        """Start requests whose completions grow together; ``chunk``: the only prompt is read in chunks."""
         settings = requests[0].settings
         runners = self.factory.token_runners(self.names)
         columns = settings.n * (settings.max_new_tokens + tree_columns(settings.top_k))
@@ -716,8 +717,15 @@ class GuidedPolicy:
                 prefilled = in_chunks.result()
             else:
                 prefilled = self._prefill(requests, runners, False, settings.n)
+            if self.method.rule == "beam":
+                beams = BeamSearch(requests, settings.n, settings.segment_length or 1, self.end_tokens)
+                with torch.inference_mode():
+                    rows = branch(beams.rows, prefilled, 1)
+                yield from search_beams(beams, Batch(**runners.options, chooser=beams), rows)
+                return
+            particles = start_particles(requests, settings.n)
             with torch.inference_mode():
-                particles, rows = branch(requests, prefilled, settings.n)
+                rows = branch([row for one in particles for row in one.rows], prefilled, settings.n)
             drawn_first = settings.proposal == "policy"
             period = resampling_period(settings)
             batch = Batch(**runners.options, score_every=period if drawn_first else None)

@@ -12,7 +12,7 @@ from rgtg.errors import UsageError
 Objective = Literal["prefix-bt", "full-bt", "value", "cumulative-mse", "farma", "autoregressive"]
 # What a score decides on, and how one of several is chosen.
 Unit = Literal["token", "segment", "completion"]
-Rule = Literal["sample", "greedy", "accept", "best", "resample", "filter"]
+Rule = Literal["sample", "greedy", "accept", "best", "resample", "filter", "beam"]
 
 # Settings that only some methods have; every other one belongs to all.
 _STEERED = ("beta", "entropy_gate", "abstain_below")
@@ -20,6 +20,7 @@ _SAMPLED = (*_STEERED, "kl_budget")
 _CARDS = (
     "beta", "reward_threshold", "threshold_start", "entropy_threshold", "segment_length", "min_segment", "retries",
 )  # fmt: skip
+_BEAMS = ("beta", "n", "segment_length")
 _FILTERED = ("value_threshold", "abstain_below")
 _SMC = ("beta", "n", "proposal", "segment_length", "resample_finished")
 _OWN = dict.fromkeys([*_SAMPLED, *_CARDS, *_SMC, *_FILTERED])
@@ -56,7 +57,17 @@ class Method:
     @property
     def scores_tokens(self) -> bool:
         """Whether its scorers score next tokens, and not segments or finished completions only."""
-        return self.unit == "token" or self.rule == "resample"
+        return self.unit == "token" or self.grows_together
+
+    @property
+    def grows_together(self) -> bool:
+        """Whether n completions of a prompt grow together and take each other's places."""
+        return self.rule in ("resample", "beam")
+
+    @property
+    def random(self) -> bool:
+        """Whether the result depends on random numbers, at a temperature above 0."""
+        return self.rule not in ("greedy", "beam")
 
 
 METHODS = {
@@ -86,6 +97,7 @@ METHODS = {
         Method("cards", "segment", "full-bt", "accept", "arXiv 2406.16306", top_k=40, takes=_CARDS),
         Method("best-of-n", "completion", "full-bt", "best", "arXiv 2009.01325", takes=("n",)),
         Method("smc", "completion", "prefix-bt", "resample", "arXiv 2404.17546", takes=_SMC),
+        Method("beam", "completion", "prefix-bt", "beam", "arXiv 2408.03314", takes=_BEAMS),
     )
 }
 
@@ -113,7 +125,7 @@ def check_settings(method: Method, settings: DecodingSettings) -> None:
     given = settings.model_fields_set
     if not all(math.isfinite(beta) for beta in betas_of(settings)):
         raise UsageError(f"beta = {settings.beta}: beta must be a finite number", setting="beta")
-    if method.rule == "greedy" and "temperature" in given and settings.temperature not in (0, 1):
+    if not method.random and "temperature" in given and settings.temperature not in (0, 1):
         raise UsageError(
             f"{method.name} takes the maximum and has no temperature; sample with pargs or args-sample",
             setting="temperature",

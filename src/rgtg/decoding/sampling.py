@@ -486,6 +486,31 @@ def draw(
     return Draws(tokens, proposed, ids, log_probs, guided, scores, scores_each, figures, all_finite)
 
 
+def take(
+    candidates: Candidates,
+    choice: Int[Tensor, " batch"],
+    scores: Float[Tensor, "batch candidates"] | None,
+) -> Draws:
+    """The figures of tokens that were chosen without a draw, as `draw` gives them: they have probability 1.
+
+    Args:
+        candidates: of B rows.
+        choice: (B,) column of each row's token.
+        scores: (B, K) of the candidates; those of rows that are not steered do not matter.
+    """
+    ids, log_probs, at = candidates.ids, candidates.log_probs, choice[:, None]
+    tokens = ids.gather(1, at)
+    guided = torch.full(log_probs.shape, -torch.inf, device=log_probs.device).scatter(-1, at, 0.0)
+    among = log_probs.gather(1, at) - log_probs.logsumexp(-1, keepdim=True)
+    certain = torch.zeros_like(among).double()
+    columns = [tokens.double(), candidates.policy_log_probs.gather(1, tokens).double(), certain, among.double()]
+    columns.append(torch.ones_like(certain))
+    if scores is not None:
+        steered = torch.ones_like(choice) if candidates.steered is None else candidates.steered
+        columns += [scores.gather(1, at).double(), torch.ones_like(certain), steered[:, None].double()]
+    return Draws(tokens, choice, ids, log_probs, guided, scores, None, torch.cat(columns, 1).tolist(), True)
+
+
 def accept_draft(
     target: Float[Tensor, "batch candidates"],
     draft: Float[Tensor, "batch candidates"],

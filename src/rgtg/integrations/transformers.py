@@ -119,6 +119,6 @@ def _settings(config: Any, guided: GuidedPolicy, prompt_length: int) -> dict[str
         settings["top_p"] = 1.0 if config.top_p is None else config.top_p
         if config.temperature is not None:  # with a greedy method, any but 1 is an error
             settings["temperature"] = config.temperature
-    elif guided.method.rule != "greedy":
+    elif guided.method.random:
         settings["temperature"] = 0.0
     return settings

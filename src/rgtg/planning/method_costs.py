@@ -279,6 +279,6 @@ def activation_bytes(variant: MethodVariant, planned: PlannedBatch) -> float:
     inner = planned.policy.trunk / planned.policy.layers / planned.policy.hidden  # outputs of one layer's products
     states = tokens * (4 * planned.policy.hidden + inner) * width
     mask = planned.batch * s.prompt_tokens**2 * width
-    branches = s.n if variant.method.unit != "token" and variant.method.rule in ("best", "resample") else 1
+    branches = s.n if variant.method.unit != "token" and variant.method.rule in ("best", "resample", "beam") else 1
     logits = 4 * planned.batch * branches * planned.policy.vocabulary * 4
     return float(states + mask + logits)

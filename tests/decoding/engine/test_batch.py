@@ -10,6 +10,7 @@ import torch
 from helpers.batches import prefill_chunked
 from helpers.naive import (
     accepted_among,
+    beam_search,
     best_among,
     completion_distribution,
     make_guided,
@@ -46,6 +47,7 @@ OWN = {
     "cards": {"beta": 1.5, "reward_threshold": 0.5, "segment_length": 2, "min_segment": 1, "entropy_threshold": 2.0,
               "retries": 1},
     "smc": {"n": 3},
+    "beam": {"n": 3},
     "vfd": {"value_threshold": 0.2},
 }  # fmt: skip
 
@@ -54,7 +56,7 @@ def exact_settings(method, named):
     """What the definition is given: greedy methods are T = 0, and beta is 1.5 where a scorer steers each token."""
     row = METHODS[method]
     beta = 1.5 if row.scorer and "beta" in row.takes and row.scores_tokens else 0.0
-    exact = SETTINGS[named] | {"beta": beta} | ({"temperature": 0.0} if row.rule == "greedy" else {})
+    exact = SETTINGS[named] | {"beta": beta} | ({} if row.random else {"temperature": 0.0})
     if row.rule == "filter":
         exact["threshold"] = OWN[method]["value_threshold"]
     return exact | {"top_k": None, "sums": exact["top_k"]} if row.candidates == "sum" else exact
@@ -67,7 +69,7 @@ def build(method):
 
 def call_settings(method, named):
     settings = SETTINGS[named] | OWN.get(method, {})
-    if METHODS[method].rule == "greedy":
+    if not METHODS[method].random:
         del settings["temperature"]
     return settings
 
@@ -77,6 +79,8 @@ def exact_distribution(method, guided, prompt, length, exact):
     own = OWN.get(method, {})
     if method == "best-of-n":
         return winner_distribution(guided, prompt, length, own["n"], **exact)
+    if method == "beam":
+        return {beam_search(guided, prompt, length, own["n"], **exact)[0]: 1.0}
     if method == "smc":
         return particle_distribution(guided, prompt, length, own["n"], **exact)
     if method == "cd-blockwise":
@@ -103,7 +107,7 @@ CASES = [
     (method, named)
     for method in METHODS
     for named in SETTINGS
-    if METHODS[method].rule != "greedy" or named in ("plain", "nucleus", "biased")
+    if METHODS[method].random or named in ("plain", "nucleus", "biased")
     if METHODS[method].rule != "resample" or named != "greedy"
 ]
 
@@ -143,7 +147,7 @@ def require_frequencies(counts, expected, draws):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_traced_log_probability_is_the_enumerated_one(method, named):
     row = METHODS[method]
-    if row.rule == "greedy" and named in ("cool", "greedy"):
+    if not row.random and named in ("cool", "greedy"):
         pytest.skip("a greedy method has no temperature")
     if row.rule == "resample" and named == "greedy":
         pytest.skip("particles are drawn at random")
@@ -159,7 +163,8 @@ def test_every_traced_log_probability_is_the_enumerated_one(method, named):
     ):
         ids, total = list(prompt), 0.0
         for step in completion.trace:
-            distribution = step_distribution(guided, ids, **exact)
+            # a token of the best text is certain, whatever the step's own best is
+            distribution = {step.token_id: 0.0} if row.rule == "beam" else step_distribution(guided, ids, **exact)
             traced = dict(zip(step.candidate_ids, step.guided_log_probs, strict=True))
             assert {t for t, p in traced.items() if p > -math.inf} == set(distribution)
             for token, log_prob in distribution.items():
@@ -290,7 +295,7 @@ def test_one_seed_for_all_gives_each_prompt_its_own(method):
     assert [c.token_ids for c in there] == [c.token_ids for c in back][::-1]
     twice = guided.generate_ids([PROMPT, PROMPT], seed=7, max_new_tokens=16, **own)
     assert twice[0].seed != twice[1].seed
-    if METHODS[method].rule != "greedy":
+    if METHODS[method].random:
         assert twice[0].token_ids != twice[1].token_ids
 
 

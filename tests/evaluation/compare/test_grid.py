@@ -139,7 +139,7 @@ def test_runs_without_randomness_have_one_seed():
 
 def test_every_method_of_the_table_expands_to_one_run():
     for method in METHODS.values():
-        needed = {"reward_threshold": 1.0} if method.rule == "accept" else {}
+        needed = {"accept": {"reward_threshold": 1.0}, "filter": {"value_threshold": 1.0}}.get(method.rule, {})
         run = CompareRun.model_validate({"method": method.name, **needed})
         (row,) = expand_runs([run], shared(scorer="s", temperature=0.9))
         assert row.scorers == (("s",) if method.scorer else ())

@@ -160,6 +160,10 @@ CASES = [
     ("cd-blockwise", ("separate",), {"n": 3, "segment_length": 3}),
     ("cards", ("separate",), {"reward_threshold": 0.5}),
     ("smc", ("kind",), {"n": 3}),
+    ("beam", ("kind",), {"n": 3, "beta": 2.0}),
+    ("beam", ("state", "text"), {"n": 2, "beta": [1.0, 0.5], "segment_length": 4}),
+    ("vfd", ("kind",), {"value_threshold": 0.3}),
+    ("pargs", ("kind",), {"beta": 0.0, "abstain_below": 0.0}),
     ("smc", ("vocab", "text"), {"n": 2, "beta": [1.0, 0.5], "proposal": "policy", "segment_length": 3}),
 ]
 
@@ -178,7 +182,7 @@ def test_everything_at_once_equals_each_alone(models, engine):
     for (listener, _, asked), alone in zip(heard, expected, strict=True):
         (done,) = listener.finished()
         require_same(done, alone)
-        assert listener.tokens == ([] if done.method in ("best-of-n", "smc") else done.token_ids)
+        assert listener.tokens == ([] if done.method in ("best-of-n", "smc", "beam") else done.token_ids)
         assert all((step.trace is not None) == asked[3] for step in listener.events if isinstance(step, TokenEvent))
 
 
@@ -250,6 +254,8 @@ APART = [
     ("cd-blockwise", ("text",), {"n": 2, "segment_length": 4}),
     ("cards", ("separate",), {"reward_threshold": 0.5}),
     ("smc", ("kind",), {"n": 3, "beta": 2.0}),
+    ("beam", ("kind",), {"n": 3}),
+    ("beam", ("adapter",), {"n": 2}),
     ("smc", ("adapter",), {"n": 2, "proposal": "policy", "segment_length": 2}),
     ("pargs", ("vocab", "state"), {"beta": [1.0, 0.7]}),
     ("pargs", ("state", "adapter", "text"), {"beta": [0.5, 0.3, 0.2], "top_k": 4}),
@@ -314,7 +320,7 @@ def test_a_long_prompt_of_a_row_that_decodes_apart_is_read_between_the_steps_of_
     assert end.cached_tokens == 0
     assert turns >= len(alone.token_ids)  # of segments too, one token in each
     if not {"text", "encoder"} & {*scorers}:  # a scorer without a cache reads every text from its beginning
-        assert max(seen) <= (30 if method == "smc" else 12)  # 10 candidates of each of three particles
+        assert max(seen) <= (30 if method in ("smc", "beam") else 12)  # 10 candidates of each of three
 
 
 @pytest.mark.parametrize(("method", "scorers", "settings"), APART)
@@ -331,20 +337,20 @@ def test_rows_that_decode_apart_take_and_leave_beginnings(models, serving, metho
         if each is asked:
             require_same(end.completion, alone)
     # a batch with a fused LoRA scorer has entries of its own: its rows are doubled
-    fused = models.factory.key(scorers).fused if method in ("pargs", "smc") else None
+    fused = models.factory.key(scorers).fused if method in ("pargs", "smc", "beam") else None
     first = 0 if fused is not None and isinstance(models.scorers[fused], SharedTrunkScorer) else len(ids) - 1
     assert found == [0, first, len(ids) - 1, len(ids) - 1]
 
 
 def test_a_row_that_decodes_apart_can_be_given_up_while_its_prompt_is_read(models):
     engine, heard, both = Engine(models, EngineSettings(prefill_chunk=5)), Heard(), {"n": 2, "max_new_tokens": 9}
-    rows = [row(method, ["kind"], **both) for method in ("best-of-n", "cd-blockwise", "smc")]
+    rows = [row(method, ["kind"], **both) for method in ("best-of-n", "cd-blockwise", "smc", "beam")]
     handle = put(engine, LONG, *rows, to=heard)
     engine._turn()
-    assert engine.snapshot().running == 6
+    assert engine.snapshot().running == 8
     handle.cancelled = True
     engine._turn()
-    assert [type(end.error) for end in heard.ended(3)] == [StoppedError] * 3
+    assert [type(end.error) for end in heard.ended(4)] == [StoppedError] * 4
     assert engine.snapshot().running == 0
 
 
@@ -677,7 +683,7 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(models, serving, monkeypat
     assert not engine.alive
 
 
-@pytest.mark.parametrize("method", [row(name, ["kind"], n=2) for name in ("best-of-n", "cd-blockwise", "smc")])
+@pytest.mark.parametrize("method", [row(name, ["kind"], n=2) for name in ("best-of-n", "cd-blockwise", "smc", "beam")])
 def test_segments_and_whole_texts_without_figures_are_counted(models, serving, method, monkeypatch):
     engine, listener = serving(on_nan="unguided"), Heard()
     monkeypatch.setattr(models.scorers["kind"].model.score, "forward", lambda states: states[..., :1] * math.nan)

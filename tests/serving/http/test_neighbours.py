@@ -25,6 +25,7 @@ METHODS = {"token reward": "farma"}
 UNBATCHED = {
     "best-of-n": {"n": 2},
     "cd-blockwise": {"n": 2, "segment_length": 3},
+    "smc": {"n": 2}, "beam": {"n": 2},
     "cards": {"reward_threshold": 0.5, "segment_length": 3, "min_segment": 1, "entropy_threshold": 9.0, "retries": 2},
 }  # fmt: skip
 NAN = ["policy", "separate scorer", "second separate scorer", "token reward", "state head", "vocabulary head",

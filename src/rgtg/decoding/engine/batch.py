@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner
 from rgtg.decoding.runners.model_runner import CachedRunner, has_cache
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, concat_states, select_state
 from rgtg.decoding.runners.token_tree import States
-from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates
+from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates, take
 from rgtg.errors import NonFiniteError
 
 T = TypeVar("T")
@@ -82,6 +82,22 @@ class Group:
         self.scores[name] = scores
 
 
+class Chooser(Protocol):
+    """Chooses tokens for all rows together, where rows compete for their places."""
+
+    def due(self, candidates: Candidates) -> Tensor:
+        """(R,) whether the candidates of each row are scored in this step."""
+        ...
+
+    def choose(self, candidates: Candidates, scores: Tensor | None) -> list[tuple[int, int, Request]]:
+        """The rows that go on: (row that is copied, its candidate, the request that takes it).
+
+        Raises:
+            NonFiniteError: candidates that cannot be compared.
+        """
+        ...
+
+
 class Batch:
     """Running requests over one cache of the policy; scorers of their own hold only the rows that they score.
 
@@ -104,6 +120,7 @@ class Batch:
         keep_order: bool = True,
         ends_early: Callable[[list[Request], Tensor, Tensor], list[Request]] | None = None,
         score_every: int | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         """Start without requests; the first ones bring the runners.
 
@@ -119,8 +136,10 @@ class Batch:
                 returns those that it has ended.
             score_every: draw from the policy, and let the scorers read drawn tokens only: every so many of them, and
                 where a text ends. None scores the candidates before the draw.
+            chooser: chooses the tokens of all rows together, and which rows go on; None draws for each row. All rows
+                have the same parameters and scorers, and an error is raised.
         """
-        self.score_every = score_every
+        self.score_every, self.chooser = score_every, chooser
         self.fused, self.heads, self.on_nan, self.ends_early = fused, heads or {}, on_nan, ends_early
         self.prefix_cache, self.keep_order = prefix_cache, keep_order
         self.requests: list[Request] = []
@@ -262,10 +281,15 @@ class Batch:
         # 2. score them; a request that cannot be scored leaves, and the others start over
         groups = self._propose()
         while self.score_every is None and (failed := self._score(groups)):
+            if self.chooser is not None:
+                raise failed[0].error or RuntimeError("a request failed without an error")
             self.remove(failed)
             groups = self._propose()
         # 3. draw from π·exp(β·r)
-        for group in groups:
+        if self.chooser is not None:
+            self._choose(groups, self.chooser)
+            before = list(self.requests)
+        for group in groups if self.chooser is None else ():
             self._draw(group)
         # 4. end what is complete
         going = 0
@@ -316,6 +340,8 @@ class Batch:
             else:
                 at = torch.tensor(rows, device=log_probs.device)
                 mine = propose_candidates(log_probs[at], allowed[at], params)
+            if self.chooser is not None:
+                mine = replace(mine, steered=self.chooser.due(mine).to(log_probs.device))
             groups.append(Group(params, rows, mine))
         return groups
 
@@ -530,6 +556,35 @@ class Batch:
                         "its training"
                     )
         return Candidates(given.policy_log_probs, given.ids, given.log_probs, steered)
+
+    def _choose(self, groups: list[Group], chooser: Chooser) -> None:
+        """Let the rows that go on be copies of the chosen ones, each with its token."""
+        (group,) = groups
+        scores = self._weighted(group, self.requests)[0] if group.scores else None
+        chosen = chooser.choose(group.candidates, scores)
+        rows = [row for row, _, _ in chosen]
+        # 1. the rows everywhere, with what has been read of their candidates
+        for entry in self.separate.values():
+            places = {request: place for place, request in enumerate(entry.requests)}
+            mine = [places[self.requests[row]] for row in rows]
+            entry.runner.select_rows(mine)
+            entry.runner.set_requests([request for _, _, request in chosen])
+            entry.requests = [request for _, _, request in chosen]
+            entry.scored = None if entry.scored is None else entry.scored[mine]
+        self._policy.select_rows(rows)
+        if self._tree is not None:
+            self._tree = self._tree[0][rows], self._tree[1].at(rows)
+        self.state, self.requests = select_state(self._state, rows), [request for _, _, request in chosen]
+        # 2. their tokens
+        given = group.candidates
+        ids, log_probs = given.ids[rows], given.log_probs[rows]
+        whole = given.policy_log_probs[rows]
+        group.rows = list(range(len(rows)))
+        group.candidates = Candidates(whole, ids, log_probs, None if given.steered is None else given.steered[rows])
+        choice = torch.tensor([column for _, column, _ in chosen], device=ids.device)
+        group.draws = take(group.candidates, choice, None if scores is None else scores[rows])
+        for row, request in enumerate(self.requests):
+            request.record(group.draws, row)
 
     def _score_drawn(self, groups: list[Group], every: int) -> None:
         """Score the tokens that were drawn, in the rows whose score is due."""

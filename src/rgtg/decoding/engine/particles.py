@@ -115,12 +115,21 @@ def require_alive(log_weights: torch.Tensor) -> torch.Tensor:
     return log_weights
 
 
-def branch(requests: Sequence[Request], prefilled: Prefilled, n: int) -> tuple[list[Particles], Prefilled]:
-    """N particles for each prompt that has been read, over one cache of it; ``prefilled`` is taken over."""
-    found = [Particles(request, [_branch(request, j) for j in range(n)], [0.0] * n) for request in requests]
-    rows = [row for one in found for row in one.rows]
+def start_particles(requests: Sequence[Request], n: int) -> list[Particles]:
+    """N empty completions for each request."""
+    return [Particles(request, [_branch(request, j) for j in range(n)], [0.0] * n) for request in requests]
+
+
+def branch(rows: Sequence[Request], prefilled: Prefilled, n: int) -> Prefilled:
+    """N rows for each prompt that has been read, over one cache of it; ``prefilled`` is taken over.
+
+    Args:
+        rows: the requests of all rows, the n of one prompt side by side.
+        prefilled: the prompts.
+        n: rows of each prompt.
+    """
     scorers = {name: runner.branch(n, rows) for name, runner in prefilled.scorers.items()}
-    return found, Prefilled(prefilled.policy.branch(n), repeat_state(prefilled.state, n), scorers)
+    return Prefilled(prefilled.policy.branch(n), repeat_state(prefilled.state, n), scorers)
 
 
 def sample_particles(

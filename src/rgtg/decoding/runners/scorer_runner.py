@@ -302,6 +302,7 @@ class SecondPassRunner:
         self.policy.select_rows(rows)
         self.state = None if self.state is None else select_state(self.state, rows)
         self._pending = None if self._pending is None else self._pending[list(rows)]
+        self._tree = None if self._tree is None else self._tree.at(list(rows))
 
     def copy_rows(self, rows: Sequence[int]) -> "SecondPassRunner":
         """A runner of its own with copies of some rows."""

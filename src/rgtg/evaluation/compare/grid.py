@@ -95,7 +95,7 @@ def is_random(run: MethodRun) -> bool:
     """Whether another seed can give other completions."""
     method = METHODS[run.method]
     plain = method.unit == "token" and method.rule == "sample"
-    return method.rule != "greedy" and not (plain and run.given.get("temperature") == 0)
+    return method.random and not (plain and run.given.get("temperature") == 0)
 
 
 def _expand(entry: CompareRun, scorer: str | None) -> Iterator[MethodRun]:

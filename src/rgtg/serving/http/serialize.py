@@ -322,7 +322,7 @@ def guidance_report(request: ParsedRequest, index: int, end: FinishedEvent) -> G
         method=method.name,
         scorers=dict(zip(request.scorers, betas, strict=True)),
         top_k=settings.top_k,
-        temperature=0.0 if method.rule == "greedy" else settings.temperature,
+        temperature=settings.temperature if method.random else 0.0,
         seed=request.seed,
         policy_log_prob=completion.policy_log_prob,
         guided_log_prob=completion.guided_log_prob,
