@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import numpy as np
 import torch
 from vllm import EngineArgs, SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -34,8 +35,8 @@ def step(rows):
     return torch.randn(rows, 64, generator=generator)
 
 
-def context(slots):
-    return SimpleNamespace(expanded_idx_mapping=torch.tensor(slots))
+def context(slots, **given):
+    return SimpleNamespace(expanded_idx_mapping=torch.tensor(slots), idx_mapping_np=np.array(slots), **given)
 
 
 def both_interfaces(world):
@@ -101,7 +102,7 @@ def texts_of_both(world):
         logits = step(2)
         by_place = first.apply(logits.clone())
         step(2)
-        by_slot = second.apply(logits.clone(), SimpleNamespace(expanded_idx_mapping=torch.tensor(order), pos=positions))
+        by_slot = second.apply(logits.clone(), context(order, pos=positions))
         equal.append(bool(torch.allclose(by_place, by_slot, atol=1e-5)) and not torch.equal(by_place, logits))
         for slot in order:
             outputs[slot].append(token + slot)
@@ -110,7 +111,7 @@ def texts_of_both(world):
     # a prompt that is being read in chunks draws nothing
     requests.prefill_len.np[7] = 30
     logits = step(1)
-    still = second.apply(logits.clone(), SimpleNamespace(expanded_idx_mapping=torch.tensor([7]), pos=torch.tensor([5])))
+    still = second.apply(logits.clone(), context([7], pos=torch.tensor([5])))
     return [*equal, bool(torch.equal(still, logits))]
 
 

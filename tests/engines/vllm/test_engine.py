@@ -59,6 +59,8 @@ def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scor
     for i in range(24):
         prompt = policy.tokenizer(PROMPTS[i % 4] + "abcdefgh"[i // 4 :]).input_ids
         params = {"temperature": 0.0, "max_tokens": 20 + 3 * (i % 7)}
+        if i % 5 == 0:  # these compute logits of prompts too
+            params |= {"prompt_logprobs": 2, "logprobs": 3}
         requests.append({"join": 2 * i, "prompt": prompt, "params": params, "guide": GUIDES[i % len(GUIDES)]})
     found, counters = run_vllm(
         requests, max_model_len=160, max_num_seqs=8, max_num_batched_tokens=24, block_size=32,

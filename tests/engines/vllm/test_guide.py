@@ -34,7 +34,7 @@ def scorers(rows=3, vocabulary=40, seed=0):
 def test_a_row_computed_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     guide = read_guide(xargs("a", 2.0, top_k=2), KNOWN)
-    assert guide_rows(logits, {0: guide}, {"a": Table(torch.tensor([[0.0, 1.0, 5.0]]))}) == []
+    assert guide_rows(logits, {0: guide}, {"a": Table(torch.tensor([[0.0, 1.0, 5.0]]))}).tolist() == [False]
     # log 0.5 + 0 against log 0.3 + 2; the third token is no candidate
     assert logits[0].tolist() == pytest.approx([torch.log(torch.tensor(0.5 / 0.3)).item() - 2, 0.0, -torch.inf])
 
@@ -94,7 +94,7 @@ def test_a_row_without_finite_scores_is_left_to_the_policy(wrong):
     guide = read_guide(xargs("a", 2.0, top_k=4), KNOWN)
     values, ids = logits.topk(4)
     policy = torch.full_like(logits, -torch.inf).scatter(1, ids, values)
-    assert guide_rows(logits, {0: guide, 1: guide}, tables) == [1]
+    assert guide_rows(logits, {0: guide, 1: guide}, tables).tolist() == [False, True]
     torch.testing.assert_close(torch.softmax(logits[1], -1), torch.softmax(policy[1], -1))
 
 

@@ -131,6 +131,12 @@ def test_models_of_their_own_follow_the_server_s_batch(server, vllm_world, name)
         assert list(threads.map(ask, prompts, lengths)) == wanted
 
 
+def test_a_grammar_binds_guided_requests_too(server):
+    for text in ("abc", "xyz"):
+        body = {"structured_outputs": {"choice": [text]}, "vllm_xargs": xargs("kind", 3.0, top_k=5)}
+        assert complete(server, extra_body=body) == text
+
+
 def test_log_probabilities_are_those_of_the_policy(server, vllm_world):
     """As docs/vllm.md says: without --logprobs-mode processed_logprobs."""
     policy = load_policy(str(vllm_world.policy), dtype="float32", device="cpu")

@@ -79,8 +79,8 @@ class _Group:
 
 def guide_rows(
     logits: Tensor, guides: Mapping[int, Guide], scorers: Mapping[str, RowScorer], padding: Tensor | None = None
-) -> list[int]:
-    """Guide some rows of logits (B, V) fp32, in place.
+) -> Tensor:
+    """Guide some rows of logits (B, V) fp32, in place, without waiting for the device.
 
     Args:
         logits: of the policy, after bans and biases; -inf excludes a token.
@@ -89,7 +89,7 @@ def guide_rows(
         padding: (P,) ids without a token, which are no candidates; None if there are none.
 
     Returns:
-        Rows that are left to the policy because a scorer gave scores that are not finite.
+        (B,) bool: rows that are left to the policy because a scorer gave scores that are not finite.
     """
     # 1. candidates: those of rows that choose them alike together
     alike: dict[tuple[str, int | None, bool], list[int]] = {}
@@ -100,9 +100,9 @@ def guide_rows(
     for name in dict.fromkeys(name for guide in guides.values() for name in guide.scorers):
         _add_scores(name, scorers[name], groups)
     # 3. log π + β·r in place of the logits
-    unscored: list[int] = []
+    unscored = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for group in groups:
-        unscored += _write(logits, group)
+        unscored[group.rows] = _write(logits, group)
     return unscored
 
 
@@ -134,18 +134,15 @@ def _add_scores(name: str, scorer: RowScorer, groups: list[_Group]) -> None:
         group.total[rows] += torch.tensor(betas, dtype=torch.float64, device=scores.device) * scores
 
 
-def _write(logits: Tensor, group: _Group) -> list[int]:
-    """Write the guided logits of a group's rows; the rows without finite scores are left to the policy."""
+def _write(logits: Tensor, group: _Group) -> Tensor:
+    """Write the guided logits of a group's rows; (R,) bool: those without finite scores, left to the policy."""
     total, ids, guides = group.total, group.ids, group.guides
     # 1. RAD clips the sum of several scorers; scores that are not finite steer nothing
     if guides[0].method.clip:
         several = torch.tensor([[len(guide.scorers) > 1] for guide in guides], device=total.device)
         total = torch.where(several, total.clamp(0, 1), total)
     finite = total.isfinite().all(-1)
-    unscored: list[int] = []
-    if not bool(finite.all()):
-        total = total.masked_fill(~finite[:, None], 0.0)
-        unscored = [row for row, fine in zip(group.rows, finite.tolist(), strict=True) if not fine]
+    total = total.masked_fill(~finite[:, None], 0.0)
     # 2. log π + β·r with its maximum at 0; FaRMA keeps the k largest sums
     combined = group.values.double() + total
     top_k = guides[0].top_k
@@ -162,4 +159,4 @@ def _write(logits: Tensor, group: _Group) -> list[int]:
     if ids is not None:
         guided = torch.full_like(group.logits, -torch.inf).scatter(1, ids, guided)
     logits[group.rows] = guided
-    return unscored
+    return ~finite

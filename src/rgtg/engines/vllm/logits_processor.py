@@ -25,6 +25,7 @@ except ImportError:  # a vLLM without the second model runner
 _logger = logging.getLogger("vllm.rgtg")  # shown by vLLM's own logging
 
 
+_REPORT_STEPS = 256
 _Texts = dict[int, list[int] | None]
 
 
@@ -53,7 +54,7 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         """
         require_engine(vllm_config)
         self._first_version = is_pin_memory is not None
-        self._device = device_or_states if self._first_version else device_or_states.device
+        self._device = torch.device(device_or_states if self._first_version else device_or_states.device)
         self._known = {name: one.scores_vocabulary for name, one in scorers_of_server().items()}
         self._heads = load_heads(vllm_config, self._device)
         self._separate = load_separate(vllm_config, self._device)
@@ -61,7 +62,8 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         self._padding = padding_ids(vllm_config.model_config, self._device)
         self._speculates = vllm_config.speculative_config is not None
         self._running: dict[int, _Guided] = {}  # by row (V1) or slot (V2)
-        self._warned = False
+        self._unscored: torch.Tensor | None = None  # whether any token was left to the policy, on the device
+        self._steps = 0
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -118,10 +120,16 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
 
             scorers |= {name: SeparateOnRows(scorer, texts) for name, scorer in self._separate.items()}
         # 3. their logits
-        if guide_rows(logits, guided, scorers, self._padding) and not self._warned:
-            self._warned = True
-            _logger.warning("a scorer gave scores that are not finite; those tokens were left to the policy")
+        self._report(guide_rows(logits, guided, scorers, self._padding).any())
         return logits
+
+    def _report(self, unscored: torch.Tensor) -> None:
+        """Warn of tokens that were left to the policy; the device is asked rarely, since asking waits for it."""
+        self._steps += 1
+        self._unscored = unscored if self._unscored is None else self._unscored | unscored
+        if (self._device.type == "cpu" or self._steps % _REPORT_STEPS == 0) and bool(self._unscored):
+            self._unscored = None
+            _logger.warning("a scorer gave scores that are not finite: tokens were left to the policy")
 
     def _rows(self, rows: int) -> tuple[dict[int, Guide], _Texts]:
         """V1's guided rows, and the tokens of those that a model of its own scores.
@@ -140,7 +148,9 @@ class Guidance(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         """V2's guided rows, and the tokens, up to the step's position, of those that a model of its own scores."""
         guided: dict[int, Guide] = {}
         texts: _Texts = {}
-        slots = ctx.expanded_idx_mapping.tolist() if self._running else []
+        if not self._running:
+            return guided, texts
+        slots = (ctx.expanded_idx_mapping if self._speculates else ctx.idx_mapping_np).tolist()  # the latter: no wait
         for row, slot in enumerate(slots):
             if slot not in self._running:
                 continue
