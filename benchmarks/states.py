@@ -4,7 +4,7 @@
 
 HH dialogues are read as chats with the base's template. "whole" reads each completion with its prompt in a row of its
 own, in batches of the same number of tokens; "whole-8192" does so in batches of 8,192 tokens, as rgtg did before it
-packed rows, on the first slice only. They alternate on slices of the pairs. Times are CPU seconds of the process, so
+packed rows. They alternate on slices of the pairs. Times are CPU seconds of the process, so
 that other work on the machine matters less. A few pairs are read in fp32 too, and their states are compared.
 
 The last line of stdout is one JSON object; ``--output`` writes it to a file.
@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--pairs", required=True)
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--slices", type=int, default=10)
+    parser.add_argument("--slices", type=int, default=10, help="each is evenly spaced in the pairs")
+    parser.add_argument("--measured", type=int, help="measure this many slices only; default: all")
     parser.add_argument("--compared", type=int, default=4, help="pairs whose states are compared in fp32")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--output", type=Path)
@@ -85,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     run(model, pairs[:2], layer, "packed")  # the load-time check, and caches of the libraries
 
     seconds = {"packed": [], "whole": [], "whole-8192": []}
-    for i in range(args.slices):
-        for way in ("packed", "whole", "whole-8192")[: 3 if i == 0 else 2][:: 1 if i % 2 else -1]:
+    for i in range(args.measured or args.slices):
+        for way in ("packed", "whole", "whole-8192")[:: 1 if i % 2 else -1]:
             seconds[way].append(run(model, pairs[i :: args.slices], layer, way)[1])
-        print(i, {way: round(found[-1], 1) for way, found in seconds.items() if len(found) > i}, flush=True)
+        print(i, {way: round(found[-1], 1) for way, found in seconds.items()}, flush=True)
 
     exact = load_policy(args.base, dtype="float32", device="cpu").model
     few = sorted(pairs, key=lambda pair: len(pair.prompt_ids))[: args.compared]
@@ -96,11 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
     difference = (states["packed"] - states["whole"]).abs()
     result = {
         "command": "python benchmarks/train.py --states --base SMOLLM "
-        f"--pairs {Path(args.pairs).name} --count {args.count}",
-        "pairs": len(pairs), "tokens": {"whole": whole, "packed": packed},
+        f"--pairs {Path(args.pairs).name} --count {args.count} --slices {args.slices}"
+        + (f" --measured {args.measured}" if args.measured else ""),
+        "pairs": len(pairs), "slices": args.slices, "measured": args.measured or args.slices,
+        "tokens": {"whole": whole, "packed": packed},
         "seconds": {way: sum(found) for way, found in seconds.items()},
         "speedup": {
-            way: statistics.median(w / p for w, p in zip(seconds[way], seconds["packed"], strict=False))
+            way: statistics.median(w / p for w, p in zip(seconds[way], seconds["packed"], strict=True))
             for way in ("whole", "whole-8192")
         },
         "fp32": {

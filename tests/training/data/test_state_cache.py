@@ -50,11 +50,12 @@ def test_a_shared_prompt_is_read_once_and_states_stay_the_same(monkeypatch, read
     monkeypatch.setattr(state_cache, "CPU_TOKENS", tokens)
     model = tiny_policy()
     expected = whole(monkeypatch, model, PAIRS, [1, 2], kind)
-    assert sum(read["plain"]) == sum(len(p) + len(c) for pair in PAIRS for p, c in pair.rows)
+    every = [(p, c) for pair in PAIRS for p, c in pair.rows]
+    assert sum(read["plain"]) == sum(len(p) + len(c) for p, c in every) - 7  # two pairs share a completion
     read["plain"].clear()
     found = cache_states(model, PAIRS, [1, 2], kind)
-    # the first pair's completions share their first token; the last two pairs are one row
-    assert sum(read["packed"]) == 5 + 6 + 2 + 7 + 5 + 8
+    # the first pair's completions share their first token; the last two pairs are one row and share a completion
+    assert sum(read["packed"]) == 5 + 6 + 2 + 7 + 5 + 6
     assert read["plain"] == []
     for layer in (1, 2):
         torch.testing.assert_close(found.states[layer], expected.states[layer], atol=1e-5, rtol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BloomConfig, BloomForSequenceClassification
 from trl import RewardConfig
 
 from helpers.synthetic import synthetic_rows
@@ -11,6 +11,7 @@ from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
 from rgtg.errors import DataError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.training.objectives import PairScores, align_pairs, pair_figures
+from rgtg.training.trainers import reward
 from rgtg.training.trainers.reward import FullRewardTrainer, PrefixRewardTrainer, score_every_position
 
 ROWS = {
@@ -140,3 +141,58 @@ def test_a_model_that_is_not_causal_raises_an_error(tmp_path):
         PrefixRewardTrainer(
             bert, config(tmp_path), train_dataset=Dataset.from_dict(ROWS), processing_class=tiny_tokenizer()
         )
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "opt"])
+def test_a_pair_in_one_row_has_the_loss_and_gradients_of_two_rows(tmp_path, monkeypatch, family, padding_side):
+    prompt = "a long prompt of the pair "
+    rows = {
+        "prompt": [prompt, prompt * 2], "chosen": ["good text", "fine"], "rejected": ["bad", "good lines, but fewer"],
+    }  # fmt: skip
+    model = tiny_reward_model(family).requires_grad_(True)
+    data = Dataset.from_dict(rows)
+    ours = PrefixRewardTrainer(
+        model, config(tmp_path), train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer()
+    )
+    assert ours.packs
+    batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
+    if padding_side == "left":
+        width = batch["input_ids"].shape[1]
+        shift = width - batch["attention_mask"].sum(-1)
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = torch.stack([row.roll(int(n)) for row, n in zip(batch[name], shift, strict=True)])
+    read = []
+    real = reward.score_packed_pairs
+    monkeypatch.setattr(reward, "score_packed_pairs", lambda *a: read.append(len(a[2])) or real(*a))
+    found = {}
+    for packs in (True, False):
+        ours.packs = packs
+        model.zero_grad()
+        loss, outputs = ours.compute_loss(model, batch, return_outputs=True)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found[packs] = (loss.detach(), outputs.logits.detach(), gradients)
+    assert read == [2]
+    (one, logits, gradients), (other, stock, expected) = found[True], found[False]
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    if padding_side == "right":  # stock models pool left-padded rows with positions of their own
+        torch.testing.assert_close(logits, stock, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_short_prompts_and_models_without_masks_are_read_whole(tmp_path):
+    ours = trainer(PrefixRewardTrainer, tmp_path)
+    short = {"prompt": ["a"], "chosen": ["b" * 60], "rejected": ["c" * 60]}
+    data = trainer(PrefixRewardTrainer, tmp_path, rows=short).train_dataset
+    batch = ours.data_collator([data[0]])
+    arguments = (ours.model, batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
+    assert reward.pack_pairs(*arguments) == []
+    bloom = BloomForSequenceClassification(
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, pad_token_id=1, num_labels=1)
+    )
+    data = Dataset.from_dict(ROWS)
+    whole = PrefixRewardTrainer(bloom, config(tmp_path), train_dataset=data, processing_class=tiny_tokenizer())
+    assert not whole.packs

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import final_states, trunk
 from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
@@ -127,16 +128,37 @@ def visible_tokens(
     return visible
 
 
+def packing_pays(hidden: int, prompt: int, completions: Sequence[int]) -> bool:
+    """Whether packing saves more multiplications than it adds.
+
+    A token that is not read again saves about 12·H² per layer. A packed row attends with a mask, which computes all L²
+    pairs of its tokens, where causal attention computes half of a plain row's; a pair costs about 2·H.
+
+    Args:
+        hidden: size H of the model.
+        prompt: tokens of the shared prompt.
+        completions: tokens of each completion.
+
+    Example:
+        >>> packing_pays(576, 145, [50, 50]), packing_pays(576, 20, [1000, 1000])
+        (True, False)
+    """
+    packed = (prompt + sum(completions)) ** 2
+    plain = sum((prompt + completion) ** 2 for completion in completions) / 2
+    return 6 * hidden * prompt * (len(completions) - 1) > packed - plain
+
+
 def reads_packed_rows(model: Any) -> bool:
     """Whether a model reads packed rows exactly: known kinds of layers, and a probe that agrees with plain rows.
 
     The rule is that of token trees in decoding. Other models (linear attention, attention biases that are built from
-    2-D masks) read every completion in a row of its own.
+    2-D masks) read every completion in a row of its own, and so do models that were loaded with flash attention.
     """
     if isinstance(model, EngineModel):
         return True
     if model not in _reads_packed:
-        _reads_packed[model] = has_maskable_layers(model) and _probe_agrees(model)
+        any_mask = model.config._attn_implementation in ("sdpa", "eager", SINGLE_QUERY_ATTENTION)
+        _reads_packed[model] = any_mask and has_maskable_layers(model) and _probe_agrees(model)
     return _reads_packed[model]
 
 

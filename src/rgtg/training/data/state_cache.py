@@ -26,7 +26,7 @@ from rgtg.data.rollouts import TokenizedRollout
 from rgtg.errors import OutputError
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.hidden_states import hidden_states_of
-from rgtg.models.ops.packed_rows import pack_row, packed_states_of, reads_packed_rows
+from rgtg.models.ops.packed_rows import pack_row, packed_states_of, packing_pays, reads_packed_rows
 from rgtg.models.scorers.hidden_state_head import prefix_states
 from rgtg.tokenization.padding import pad_right
 from rgtg.types.base import FileChecksum, Record
@@ -101,26 +101,27 @@ def cache_states(
     # 1. what an earlier call has computed
     saved = SavedStates(folder, _identity(model, rows, layers, kind, batches)) if folder is not None else None
     first = saved.restore(cache) if saved is not None else 0
-    done = sum(len(row) for part in batches[:first] for row in part)
+    done = sum(len(same) for part in batches[:first] for row in part for same in row)
     if progress is not None and done:
         progress(done, len(rows))
     for number, part in enumerate(batches[first:], start=first):
         # 2. one forward pass over rows of similar length
-        read, columns = _read(model, [[rows[i] for i in row] for row in part], list(layers))  # (B, L, H) by layer
+        read, columns = _read(model, [[rows[same[0]] for same in row] for row in part], list(layers))  # (B, L, H)
         if not cache.states:
             _allocate(cache, read, memory_limit, saved)
         # 3. keep the states at the completions' tokens
-        order = [i for row in part for i in row]
-        windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i in order]
+        order = [same for row in part for same in row]
+        windows = [slice(len(rows[i][0]), len(rows[i][0]) + len(rows[i][1])) for i, *_ in order]
         for layer, states in read.items():
             kept = [
                 prefix_states(kind, states[b, where][None], window)[0]
                 for (b, where), window in zip(columns, windows, strict=True)
             ]
             moved = torch.split(torch.cat(kept).cpu(), [len(k) for k in kept])  # one transfer from the device
-            for i, k in zip(order, moved, strict=True):
-                cache.states[layer][starts[i] : starts[i + 1]] = k
-        done += len(order)
+            for same, k in zip(order, moved, strict=True):
+                for i in same:
+                    cache.states[layer][starts[i] : starts[i + 1]] = k
+        done += sum(map(len, order))
         if saved is not None:
             saved.save(cache, number + 1, last=number + 1 == len(batches))
         if progress is not None:
@@ -147,24 +148,16 @@ def _read(
     return states, [(b, columns) for b, row in enumerate(packed) for columns in row.columns]
 
 
-def _batches(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> Iterator[list[list[int]]]:
-    """Indices of completions by row of a batch, in batches of similar length.
+def _batches(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> Iterator[list[list[list[int]]]]:
+    """Completions by row of a batch, in batches of similar length; each is a list of the indices that are this text.
 
     A batch has at most ``TOKENS`` tokens with their padding. A row has up to ``COMPLETIONS`` neighbouring completions
-    of the same prompt, if the model can read them so.
+    of the same prompt, if the model can read them so. A completion that several neighbouring pairs share is read once.
     """
     limit = TOKENS if model.device.type != "cpu" else CPU_TOKENS
-    groups: list[list[int]] = []
-    packs = reads_packed_rows(model)
-    for i, (prompt, completion) in enumerate(rows):
-        last = groups[-1] if groups else []
-        tokens = len(prompt) + len(completion) + sum(len(rows[j][1]) for j in last)
-        if packs and last and len(last) < COMPLETIONS and rows[last[0]][0] == prompt and tokens <= TOKENS:
-            last.append(i)
-        else:
-            groups.append([i])
-    sizes = [len(rows[group[0]][0]) + sum(len(rows[i][1]) for i in group) for group in groups]
-    part: list[list[int]] = []
+    groups = _groups(rows, model)
+    sizes = [len(rows[group[0][0]][0]) + sum(len(rows[i][1]) for i, *_ in group) for group in groups]
+    part: list[list[list[int]]] = []
     for g in sorted(range(len(groups)), key=sizes.__getitem__):
         if part and (len(part) + 1) * sizes[g] > limit:
             yield part
@@ -172,6 +165,28 @@ def _batches(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> Iterato
         part.append(groups[g])
     if part:
         yield part
+
+
+def _groups(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> list[list[list[int]]]:
+    """Which completions share a row, and which are the same text."""
+    packs, hidden = reads_packed_rows(model), int(model.config.get_text_config().hidden_size)
+    groups: list[list[list[int]]] = []
+    read: dict[tuple[int, ...], list[int]] = {}  # completions of the prompt at hand
+    for i, (prompt, completion) in enumerate(rows):
+        if i == 0 or rows[i - 1][0] != prompt:
+            read.clear()
+        if (same := read.get(tuple(completion))) is not None:
+            same.append(i)
+            continue
+        last = groups[-1] if read else []
+        lengths = [*(len(rows[j][1]) for j, *_ in last), len(completion)]
+        fits = len(lengths) <= COMPLETIONS and len(prompt) + sum(lengths) <= TOKENS
+        read[tuple(completion)] = [i]
+        if packs and last and fits and packing_pays(hidden, len(prompt), lengths):
+            last.append(read[tuple(completion)])
+        else:
+            groups.append([read[tuple(completion)]])
+    return groups
 
 
 def _identity(

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from rgtg.models.loading.families import reads_ahead, require_dense
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.ops.lm_head import scalar_head
+from rgtg.models.ops.packed_rows import PackedRow, pack_row, packed_inputs, packing_pays, reads_packed_rows
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
 from rgtg.training.data.dataset import TOKENIZED_PAIR_COLUMNS, PrefixCollator, prepare_pairs
@@ -223,6 +224,12 @@ class PairwiseRewardTrainer(ScorerTrainer):
 
     columns = (*TOKENIZED_PAIR_COLUMNS, "pair_weights")
     figure_names = PAIR_FIGURES
+    packs = False  # whether the model reads a prompt once for both of its completions
+
+    def check_model(self, model: Any, tokenizer: Any) -> None:
+        """As `ScorerTrainer.check_model`; finds out too whether the model reads packed rows."""
+        super().check_model(model, tokenizer)
+        self.packs = reads_packed_rows(model)
 
     def make_collator(self, pad_token_id: int, pad_to_multiple_of: int | None) -> Any:
         """A collator of rows [chosen …; rejected …]."""
@@ -235,7 +242,11 @@ class PairwiseRewardTrainer(ScorerTrainer):
     def read(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, Any]:
         """Scores of the batch, and the model's own output."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (2B, L)
-        every, outputs = score_every_position(model, self.accelerator.unwrap_model(model), ids, mask)
+        unwrapped = self.accelerator.unwrap_model(model)
+        if self.packs and (rows := pack_pairs(unwrapped, ids, mask, inputs["prompt_lengths"])):
+            every, outputs = score_packed_pairs(model, unwrapped, rows, ids, mask)
+        else:
+            every, outputs = score_every_position(model, unwrapped, ids, mask)
         return align_pairs(every, ids, mask, inputs["prompt_lengths"]), outputs
 
     def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
@@ -313,6 +324,48 @@ def score_every_position(
     if not recorded:
         raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
     return recorded[-1][..., 0], outputs
+
+
+def pack_pairs(
+    unwrapped: Any,
+    ids: Int[Tensor, "rows length"],
+    mask: Int[Tensor, "rows length"],
+    prompt_lengths: Int[Tensor, " batch"],
+) -> list[PackedRow]:
+    """Each pair of rows [chosen …; rejected …] as one row with one copy of the prompt; none if that costs more."""
+    texts = [row[here.bool()].tolist() for row, here in zip(ids.cpu(), mask.cpu(), strict=True)]
+    pairs = [
+        (one[:prompt], [one[prompt:], other[prompt:]])
+        for one, other, prompt in zip(texts, texts[len(texts) // 2 :], prompt_lengths.tolist(), strict=False)
+    ]
+    hidden = int(unwrapped.config.get_text_config().hidden_size)
+    pays = sum(packing_pays(hidden, len(prompt), [len(one), len(other)]) for prompt, (one, other) in pairs)
+    return [pack_row(prompt, sides) for prompt, sides in pairs] if 2 * pays > len(pairs) else []
+
+
+def score_packed_pairs(
+    model: Any,
+    unwrapped: Any,
+    rows: Sequence[PackedRow],
+    ids: Int[Tensor, "rows length"],
+    mask: Int[Tensor, "rows length"],
+) -> tuple[Float[Tensor, "rows length"], Any]:
+    """As `score_every_position` on the rows [chosen …; rejected …] that were packed; the output's logits are theirs.
+
+    Raises:
+        UsageError: the hook on the scalar head records nothing.
+    """
+    with record_outputs(scalar_head(unwrapped)) as recorded:
+        outputs = model(**packed_inputs(unwrapped, rows))
+    if not recorded:
+        raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
+    packed = recorded[-1][..., 0]  # (B, packed length)
+    sides = [(b, row.columns[side]) for side in (0, 1) for b, row in enumerate(rows)]
+    found = torch.cat([packed[b, columns.to(packed.device)] for b, columns in sides])
+    every = packed.new_zeros(ids.shape).masked_scatter(mask.bool(), found)
+    last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)  # (2B,) column of the last token
+    outputs.logits = every.gather(-1, last[:, None])
+    return every, outputs
 
 
 def position_ids(mask: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
