@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers.random_heads import write_random_head
+from rgtg.config.engines import ENGINES
 from rgtg.decoding.methods import METHODS
 from rgtg.decoding.sampling import SamplingParams, draw, guided_log_probs, propose_candidates
 from rgtg.engines.vllm.arguments import Guide, read_guide, xargs
@@ -12,7 +13,8 @@ from rgtg.engines.vllm.states import LatestStates
 from rgtg.models.scorers.head_file import read_head
 
 KNOWN = {"a": True, "b": True}
-TOKEN_METHODS = [row.name for row in METHODS.values() if row.unit == "token" and row.scorer]
+LACKS = ENGINES["vllm"].lacks
+TOKEN_METHODS = [name for name, row in METHODS.items() if row.unit == "token" and row.scorer and name not in LACKS]
 
 
 class Table:
