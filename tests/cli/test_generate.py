@@ -211,3 +211,14 @@ def test_a_scorer_with_another_tokenizer_shows_its_counts(policy_folder, prompts
     assert json.loads(again.stdout) == {
         "rows": 3, "output": str(output), "candidates": candidates, "retokenised": retokenised, "unscored": unscored,
     }  # fmt: skip
+
+
+def test_all_candidates_have_a_name(policy_folder):
+    """--top-k all is the whole vocabulary, from the command line and --set."""
+    run = verb("generate")
+    flags = ["--policy", policy_folder, "--method", "policy", "--prompt", "Hi", "--trace", "--max-new-tokens", "2"]
+    for given in (["--top-k", "all"], ["--set", "top_k=all"], ["--set", "top_k=null"]):
+        ran = run(*flags, *given)
+        assert ran.exit_code == 0, ran.stderr
+        assert {len(step["candidate_ids"]) for step in json.loads(ran.stdout)["trace"]} == {64}
+    assert run(*flags, "--top-k", "some").exit_code == 2

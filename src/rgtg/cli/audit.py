@@ -158,6 +158,8 @@ def show(*results: "AuditResult | RolloutAuditResult") -> None:
         if isinstance(result, AuditResult):
             console.print(_pairs_table(result))
             console.print(f"calibration error {result.calibration_error:.3f}; objective {result.objective}")
+            if result.length_correlation and result.label_length_correlation:
+                console.print(_length_line(result.length_correlation, result.label_length_correlation))
         else:
             console.print(_candidates_table(result))
             console.print(
@@ -166,6 +168,16 @@ def show(*results: "AuditResult | RolloutAuditResult") -> None:
                 f"(standard error {result.standard_error:.3g})"
             )
         console.print(result.verdict)
+
+
+def _length_line(scores: "Interval", labels: "Interval") -> str:
+    """How far scores follow length, beside how far the labels do."""
+    more = scores.low > labels.high
+    return (
+        f"correlation with length: scores {scores.mean:+.2f} ({scores.low:+.2f} to {scores.high:+.2f}), labels "
+        f"{labels.mean:+.2f} ({labels.low:+.2f} to {labels.high:+.2f})"
+        + ("; the scorer favours length more than the labels do" if more else "")
+    )
 
 
 def _pairs_table(result: "AuditResult") -> Any:

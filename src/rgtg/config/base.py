@@ -43,6 +43,11 @@ SettingsT = TypeVar("SettingsT", bound=BaseModel)
 OnBad = Annotated[Literal["error", "skip"], Field(description="stop at bad rows, or leave them out")]
 
 
+def all_tokens(top_k: Any) -> Any:
+    """``all`` as the command line gives it: None, the whole vocabulary; other values as they are."""
+    return None if top_k == "all" else top_k
+
+
 def _json_object(value: Any) -> Any:
     """Read JSON text, as the command line gives it; other values as they are."""
     if not isinstance(value, str):

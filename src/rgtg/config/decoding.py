@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from rgtg.config.base import OnBad, Settings, TemplateKwargs
+from rgtg.config.base import OnBad, Settings, TemplateKwargs, all_tokens
 from rgtg.config.engines import EngineName
 
 
@@ -17,7 +17,7 @@ class DecodingSettings(Settings):
     beta: float | list[float] = Field(
         1.0, description="guidance strength, multiplies the score; 0 is the unguided policy; repeatable, one per scorer"
     )
-    top_k: int | None = Field(10, description="candidates per step; default: the method's (10 for most)")
+    top_k: int | None = Field(10, description="candidates per step, or all; default: the method's (10 for most)")
     entropy_gate: float | None = Field(None, ge=0, description="guide only if the policy's entropy (nats) exceeds this")
     kl_budget: float | None = Field(
         None, gt=0, description="in place of beta: nats per completion; beta adapts at every token to keep to it"
@@ -75,11 +75,16 @@ class DecodingSettings(Settings):
             raise ValueError("beta must be a finite number (or one for each scorer)")
         return beta
 
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _all_tokens(cls, top_k: Any) -> Any:
+        return all_tokens(top_k)
+
     @field_validator("top_k")
     @classmethod
     def _some_candidates(cls, top_k: int | None) -> int | None:
         if top_k is not None and top_k < 1:
-            raise ValueError("top_k must be at least 1 (omit it for the whole vocabulary)")
+            raise ValueError("top_k must be at least 1 (all is the whole vocabulary)")
         return top_k
 
     @field_validator("stop")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rgtg.config.base import OnBad, TemplateKwargs
+from rgtg.config.base import OnBad, TemplateKwargs, all_tokens
 from rgtg.config.decoding import DecodingSettings, DeviceSettings, ModelSettings
 
 _OF_MAKING = ("prefixes", "candidates", "per_candidate", "max_new_tokens", "rollouts_batch_size")
@@ -110,6 +110,11 @@ class CompareRun(BaseModel):
     top_k: int | list[int | None] | None = None
     temperature: float | list[float] | None = None
 
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _all_tokens(cls, top_k: Any) -> Any:
+        return [all_tokens(one) for one in top_k] if isinstance(top_k, list) else all_tokens(top_k)
+
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.scorers and (self.scorer is not None or self.beta is not None):
@@ -143,7 +148,7 @@ class EvaluationSettings(ModelSettings):
     proxies: dict[str, str] = Field(default_factory=dict, description="name → reward model that runs may optimise")
     seeds: list[int] | None = Field(None, min_length=1, description="one completion of each prompt per seed")
     limit: int | None = Field(None, ge=1, description="use only the first prompts")
-    top_k: int | None = Field(10, ge=1, description="candidates per step")
+    top_k: int | None = Field(10, ge=1, description="candidates per step, or all")
     max_new_tokens: int = Field(64, ge=1, description="most tokens of a completion")
     temperature: float = Field(1.0, ge=0)
     chat_template_kwargs: TemplateKwargs = None
@@ -152,6 +157,11 @@ class EvaluationSettings(ModelSettings):
     bootstrap: int = Field(1000, ge=100)
     permutations: int = Field(10_000, ge=100, description="sign flips of a paired test; all of them if there are fewer")
     force: bool = Field(False, description="replace parts that were made with other settings or models")
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _all_tokens(cls, top_k: Any) -> Any:
+        return all_tokens(top_k)
 
     @field_validator("decoding")
     @classmethod

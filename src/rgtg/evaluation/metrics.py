@@ -60,6 +60,40 @@ def interval_or_empty(values: Sequence[float], **options: Any) -> Interval:
     return bootstrap_interval(values, **options) if len(values) else EMPTY_INTERVAL
 
 
+def pair_correlation(
+    x: Sequence[float], y: Sequence[float], *, seed: int = 0, resamples: int = 1000
+) -> Interval | None:
+    """Correlation of two differences within pairs, whichever side comes first: Σ x·y / √(Σ x² · Σ y²).
+
+    It is Pearson's correlation over both orders of every pair. The interval is a 95 % percentile bootstrap over pairs.
+
+    Args:
+        x: first minus second of each pair, of one quantity.
+        y: of another.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+
+    Returns:
+        None if one of them never differs.
+
+    >>> pair_correlation([1.0, -2.0], [2.0, -4.0]).mean
+    1.0
+    """
+    pairs = torch.tensor([list(x), list(y)], dtype=torch.float64)
+    products = torch.stack([pairs[0] * pairs[1], pairs[0].square(), pairs[1].square()])  # (3, pairs)
+
+    def correlation(sums: Tensor) -> Tensor:
+        return sums[0] / (sums[1] * sums[2]).sqrt()
+
+    mean = correlation(products.sum(1))
+    if not bool(mean.isfinite()):
+        return None
+    blocks = resampled(len(pairs[0]), seed=seed, resamples=resamples)
+    drawn = torch.cat([correlation(products[:, sample].sum(-1)) for sample in blocks])
+    low, high = drawn[drawn.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(mean=float(mean), low=low, high=high, n=len(pairs[0]))
+
+
 def unit_numbers(clusters: Sequence[Hashable]) -> Int[Tensor, " values"]:
     """The number of each value's unit; units are numbered in order of appearance.
 

@@ -26,5 +26,11 @@ class AuditResult(Record):
     by_fraction: list[AuditPoint]
     full_accuracy: Interval
     calibration_error: float = Field(description="expected calibration error of σ(r_w − r_l), all prefixes")
+    length_correlation: Interval | None = Field(
+        default=None, description="of the difference of scores with that of lengths in tokens, within pairs"
+    )
+    label_length_correlation: Interval | None = Field(
+        default=None, description="the same of the labels: +1 where the chosen completion is the longer one"
+    )
     verdict: str
     provenance: Provenance

@@ -191,3 +191,16 @@ def test_the_advice_follows_the_scorers_own_description():
     found = audit_prefixes(scorer, PAIRS, bootstrap=100).verdict
     assert found.startswith("Unfit")
     assert "It is already trained on prefixes (prefix-bt)" in found
+
+
+def test_correlation_with_length_by_hand():
+    """Both orders of every pair: scores differ by 4, 1, 2, 3 and lengths by 3, -2, -2, 0; labels by 1."""
+    texts = [("aaaa", "b"), ("a", "bbb"), ("aa", "bbbb"), ("aaa", "bbb")]
+    pairs = [PreferencePair(prompt="x", chosen=chosen, rejected=rejected) for chosen, rejected in texts]
+    result = audit_prefixes(CountingScorer(early=False), pairs, bootstrap=100)
+    assert result.label_length_correlation.mean == pytest.approx((3 - 2 - 2) / math.sqrt(4 * 17))
+    scores = result.length_correlation
+    assert scores.mean == pytest.approx((12 - 2 - 4) / math.sqrt(30 * 17))
+    assert -1 <= scores.low <= scores.mean <= scores.high <= 1
+    same = [PreferencePair(prompt="x", chosen="ab", rejected="ba")]
+    assert audit_prefixes(CountingScorer(early=True), same, bootstrap=100).length_correlation is None

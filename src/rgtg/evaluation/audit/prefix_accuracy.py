@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgtg.data.pairs import read_pairs, tokenize_pairs
 from rgtg.errors import DataError, UsageError
-from rgtg.evaluation.metrics import expected_calibration_error, interval_or_empty
+from rgtg.evaluation.metrics import expected_calibration_error, interval_or_empty, pair_correlation
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import CompletionScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
@@ -38,6 +38,7 @@ class _Margins:
 
     values: Float[Tensor, " length"]  # r(y^w_{1:i}) − r(y^l_{1:i})
     differs: Bool[Tensor, " length"]  # whether the two prefixes differ
+    longer: int  # tokens of the chosen completion minus those of the rejected one
 
 
 def audit_prefixes(
@@ -87,9 +88,12 @@ def audit_prefixes(
     ]
     full, early = by_fraction[-1].accuracy, _accuracy_until(margins, 0.5, options)
     objective = model.info.objective if model.info else "unknown"
+    lengths = [float(m.longer) for m in margins]
     return AuditResult(
         scorer=Path(model.name).name, objective=objective, pairs=len(kept), by_tokens=_by_tokens(margins, options),
         by_fraction=by_fraction, full_accuracy=full, calibration_error=_calibration_error(margins),
+        length_correlation=pair_correlation([float(m.values[-1]) for m in margins], lengths, **options),
+        label_length_correlation=pair_correlation([1.0] * len(margins), lengths, **options),
         verdict=verdict(early, full, objective),
         provenance=provenance(
             command="rgtg audit",
@@ -212,7 +216,7 @@ def _margins(
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1
-    return _Margins(values.double(), torch.arange(longest) >= same)
+    return _Margins(values.double(), torch.arange(longest) >= same, len(won) - len(lost))
 
 
 def _extend(scores: Float[Tensor, " tokens"], length: int) -> Float[Tensor, " length"]:
