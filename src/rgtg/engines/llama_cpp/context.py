@@ -48,12 +48,13 @@ class CachedSequence:
 
     Attributes:
         length: number of its tokens, which are at positions 0 … length − 1.
+        end: where the tokens in the cache end: after ``length`` there may be some that were read and not kept.
     """
 
-    __slots__ = ("_context", "length", "number")
+    __slots__ = ("_context", "end", "length", "number")
 
     def __init__(self, context: "LlamaContext", number: int, length: int) -> None:
-        self._context, self.number, self.length = context, number, length
+        self._context, self.number, self.length, self.end = context, number, length, length
 
     def __del__(self) -> None:
         self._context.release(self.number)
@@ -132,13 +133,15 @@ class LlamaContext:
         length = sequence.length if length is None else length
         forked = self.new()
         self._lib.llama_memory_seq_cp(self._memory, sequence.number, forked.number, 0, length)
-        forked.length = length
+        forked.length = forked.end = length
         return forked
 
     @_in_turn
     def cut(self, sequence: CachedSequence, length: int) -> None:
         """Keep the first ``length`` tokens of a sequence, also where tokens after its own were read."""
-        self._lib.llama_memory_seq_rm(self._memory, sequence.number, length, -1)
+        if sequence.end > length:
+            self._lib.llama_memory_seq_rm(self._memory, sequence.number, length, -1)
+            sequence.end = length
         sequence.length = length
 
     def release(self, number: int) -> None:
@@ -181,6 +184,7 @@ class LlamaContext:
         args = _bytes(saved.data), saved.data.nbytes, sequence.number
         while not self._lib.llama_state_seq_set_data(self._context, *args):
             self._grow(2 * self.cells)
+        sequence.end = saved.length
         self.cut(sequence, length)
         return sequence
 
@@ -219,10 +223,6 @@ class LlamaContext:
         rows = len(nodes) if outputs else 0
         scores = np.empty((rows if logits else 0, self.vocabulary), np.float32)
         states = np.empty((rows, self.hidden), np.float32)
-        before: dict[int, int] = {}
-        for node in nodes:
-            for sequence in node.sequences:
-                before.setdefault(sequence.number, node.position)
         try:
             for start in range(0, len(nodes), most):
                 part = nodes[start : start + most]
@@ -233,9 +233,13 @@ class LlamaContext:
                         _copy(lib.llama_get_logits(self._context), scores[start:end])
                     _copy(lib.llama_get_embeddings(self._context), states[start:end])
         except Exception:
-            for number, position in before.items():
-                lib.llama_memory_seq_rm(self._memory, number, position, -1)
+            for node in nodes:
+                for sequence in node.sequences:
+                    lib.llama_memory_seq_rm(self._memory, sequence.number, node.position, -1)
             raise
+        for node in nodes:
+            for sequence in node.sequences:
+                sequence.end = max(sequence.end, node.position + 1)
         return scores, states
 
     def _decode(self, nodes: Sequence[Node], outputs: bool) -> None:

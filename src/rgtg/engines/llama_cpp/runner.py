@@ -114,6 +114,9 @@ class LlamaRunner:
         """States (B, N, …) at every node of a tree after the rows; nothing is committed."""
         self._drop_branches()
         self.calls += 1
+        if tree.width == 1:  # one token after each row, as in most steps
+            self._last = _Read(tree, [{0: row} for row in self.sequences])
+            return self._read_next([tokens[0] for tokens in tree.tokens.tolist()])
         leaves = _leaves(tree.parents)
         wanted = (len(leaves) - 1) * self.rows
         if wanted <= self.context.free_sequences:
@@ -121,6 +124,12 @@ class LlamaRunner:
             return states
         self._last = _Read(tree, None)
         return self._read_in_parts(tree, leaves)
+
+    def _read_next(self, tokens: Sequence[int]) -> States:
+        """One pass over the next token of each row: states (B, 1, …)."""
+        pairs = zip(self.sequences, tokens, strict=True)
+        logits, states = self.context.outputs([Node(token, row.length, (row,)) for row, token in pairs])
+        return States(logits[:, None], states[:, None])
 
     def _read_at_once(self, tree: TokenTree, leaves: list[int]) -> tuple[_Read, States]:
         """One pass over all nodes; the row's own sequence is that of its first leaf."""
@@ -177,7 +186,7 @@ class LlamaRunner:
             for row, tokens in zip(self.sequences, again, strict=True):
                 row.length += len(tokens)
             return
-        below = _leaves_below(tree.parents, list(branches[0]))
+        below = _leaves_below(tree.parents, list(branches[0])) if tree.width > 1 else [[0]]
         chosen = []
         for row, mine, path in zip(self.sequences, branches, paths, strict=True):
             sequence = mine[below[path[-1]][0]] if path else row
