@@ -1,8 +1,12 @@
 """GGUF files from the command line to the completion: loading, heads trained on either engine, jobs, refusals."""
 
+import contextlib
 import json
+import random
+import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from helpers.gguf_files import write_gguf
@@ -10,7 +14,7 @@ from helpers.llama_models import require_llama_cpp
 from helpers.synthetic import synthetic_rows, write_rows
 from rgtg.cli.main import app
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.errors import TokenizerMismatchError, UsageError
+from rgtg.errors import RgtgError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.head_file import read_head
@@ -121,6 +125,37 @@ def test_methods_are_compared_on_llama_cpp(world, tmp_path):
     assert [row.label for row in result.methods][-1] == "the file in F32"
     assert all(row.metrics["kl_nats"].mean >= -1e-6 for row in result.methods[:4])
     assert result.provenance.dtype == "Q8_0"
+
+
+def test_damaged_heads_and_prompts_are_errors_of_rgtg_and_harm_no_policy(world, tmp_path):
+    draw, policy = random.Random(1), load_policy(str(world / "model.gguf"), engine="llama-cpp")
+    whole = world / "head-llama-cpp"
+    for i in range(60):
+        folder = tmp_path / f"head-{i}"
+        shutil.copytree(whole, folder)
+        damaged = folder / draw.choice(["rgtg.json", "head.safetensors"])
+        data = bytearray(damaged.read_bytes())
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(min(len(data), 2000))
+            data[at : at + draw.choice((0, 1, 30))] = draw.randbytes(draw.choice((0, 1, 4)))
+        damaged.write_bytes(bytes(data))
+        with contextlib.suppress(RgtgError):
+            guided = GuidedPolicy(policy, load_scorer(str(folder), policy=policy), method="pargs")
+            guided.generate(["Once"], max_new_tokens=2)
+    guided = GuidedPolicy(policy, load_scorer(str(whole), policy=policy), method="pargs")
+    for ids in ([], [10**9], [-1], [5] * 500, [2**63]):
+        with pytest.raises(RgtgError):
+            guided.generate_ids([ids], max_new_tokens=2)
+    assert guided.generate(["Once"], max_new_tokens=2)[0].finish_reason
+
+
+def test_threads_are_those_of_all_engines(world):
+    before = torch.get_num_threads()
+    try:
+        guided = GuidedPolicy.from_pretrained(str(world / "model.gguf"), method="policy", threads=2)
+        assert torch.get_num_threads() == guided.policy.model.context._threads == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_arguments_of_torch_are_refused(world):
