@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rgtg.data.prompts import raise_for_bad_rows, read_prompt_rows, read_prompts
-from rgtg.errors import DataError
+from rgtg.errors import DataError, UsageError
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -88,12 +88,22 @@ def test_a_row_may_have_variables_of_the_chat_template(read):
     assert "chat_template_kwargs is a list, expected an object" in found.bad[1].error
 
 
-def test_plain_prompts_become_chats(read):
-    found = read({"prompt": "a"}, {"prompt": CHAT}, request("z"))
-    system = {"role": "system", "content": "s"}
-    made = found.as_chats("s")
-    assert [row.prompt for row in made.rows] == [[system, {"role": "user", "content": "a"}], CHAT, "Once"]
-    assert len({found.fingerprint, made.fingerprint, found.as_chats().fingerprint}) == 3
+def test_plain_prompts_become_chats(tmp_path):
+    def read(*rows, **options):
+        return read_prompt_rows(write(tmp_path / "p.jsonl", *rows), **options)
+
+    rows, given = [{"prompt": "a"}, {"prompt": CHAT}, request("z")], {"enable_thinking": False}
+    made = read(*rows, chats=True, system="s")
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
+    assert [row.prompt for row in made.rows] == [[system, user], CHAT, "Once"]
+    assert len({one.fingerprint for one in (made, read(*rows), read(*rows, chats=True))}) == 3
+    # a row may have variables of the chat template then
+    own = read({"prompt": "a", "chat_template_kwargs": given}, {"prompt": " "}, chats=True)
+    assert [(row.prompt, row.settings) for row in own.rows] == [([user], {"chat_template_kwargs": given})]
+    assert [bad.reason for bad in own.bad] == ["empty prompt"]
+    assert read(*rows[1:], chats=True).rows == read(*rows[1:]).rows
+    with pytest.raises(UsageError, match="a system message goes before plain-text prompts"):
+        read(*rows[1:], chats=True, system="s")
 
 
 def test_row_settings_are_checked_and_equal_ones_are_shared(read):

@@ -254,7 +254,7 @@ def test_a_template_that_leaves_messages_out():
     with pytest.raises(UsageError, match="leaves the user's message out"):
         render_chat(silent, USER, add_generation_prompt=True)
     no_system = tokenizer_with("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
-    with pytest.warns(UserWarning, match="leaves system messages out"):
+    with pytest.raises(DataError, match="leaves out messages of the role 'system'"):
         render_chat(no_system, [{"role": "system", "content": "Be brief."}, *USER], add_generation_prompt=True)
 
 
@@ -276,6 +276,33 @@ def test_template_variables():
     for name in ("enable_thinkin", "chat_template", "tokenize", "messages"):
         with pytest.raises(UsageError, match=rf"does not read {name}; it reads enable_thinking"):
             check_template_kwargs(tokenizer, {name: 1})
+
+
+def test_names_that_a_template_assigns_itself_are_no_variables_of_it():
+    template = (
+        "{% if not enable_thinking is defined %}{% set enable_thinking = true %}{% endif %}"
+        "{% if messages | length > 1 %}{% set opening = 'two' %}{% endif %}{{ opening }}{{ date | default('today') }}"
+        "{% set brief = brief | default(false) %}"
+        "{% for m in messages %}{% if m.content is string %}{% set content = m.content %}{% endif %}"
+        "{{ content }}{% for part in part %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(UsageError, match=r"does not read content; it reads brief, date, enable_thinking, part$"):
+        check_template_kwargs(tokenizer_with(template), {"content": "x", "part": []})
+
+
+def test_templates_that_are_not_valid_are_refused_and_cost_plain_text_nothing():
+    broken, several = tokenizer_with("{% for m in messages %}\n{{ m.content }"), tokenizer_with(CHATML)
+    several.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    for tokenizer, says in (
+        (broken, r"not valid \(line 2: .*\): set another"),
+        (several, r"\(rag, tool_use\), and none"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            render_chat(tokenizer, USER, add_generation_prompt=True)
+        with pytest.raises(UsageError, match=says):
+            scorer_of(tokenizer).score([USER], ["Four."])
+        assert turn_end(tokenizer) is None
+        assert encode_source(tokenizer, "Hi")[1] == tokenizer("Hi").input_ids
 
 
 def test_templates_are_compared_by_what_they_write():

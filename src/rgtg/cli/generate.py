@@ -138,11 +138,9 @@ def _complete_file(settings: GenerateSettings, invocation: Invocation, *, first:
         require_ray()
     with resumable("the same command resumes from the finished rows"):
         with reading_bar("reading", quiet=invocation.silent) as progress:
-            prompts = read_prompt_rows(settings.prompts, progress=progress)
+            prompts = read_prompt_rows(settings.prompts, chats=settings.chat, system=settings.system, progress=progress)
         if settings.on_bad == "error":  # before any model is loaded
             raise_for_bad_rows(prompts.source, prompts.bad, prompts.total)
-        if settings.chat:
-            prompts = prompts.as_chats(settings.system)
         if first:
             JobOutput(settings.output).check(force=settings.force)
         with _ready(settings, prompts, first) as run, job_bar("generating", quiet=invocation.silent) as progress:

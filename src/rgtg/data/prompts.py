@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +72,18 @@ class PromptFile:
         """Rows in the file."""
         return len(self.rows) + len(self.bad)
 
-    def as_chats(self, system: str | None = None) -> "PromptFile":
-        """The same file with each plain-text prompt as a user's message, after a system message if one is given.
-
-        Lines of an OpenAI batch stay as they are: their url says how they are read.
-        """
-        rows = [
-            replace(row, prompt=chat_of(row.prompt, system))
-            if isinstance(row.prompt, str) and row.endpoint is None
-            else row
-            for row in self.rows
-        ]
-        digest = hashlib.sha256(json.dumps([self.fingerprint, "chats", system]).encode()).hexdigest()[:16]
-        return replace(self, rows=rows, fingerprint=digest)
-
 
 def chat_of(text: str, system: str | None = None) -> list[Message]:
     """A conversation that begins with a user's text, after a system message if one is given.
 
+    Raises:
+        DataError: the text is blank.
+
     >>> chat_of("Two and two?")
     [{'role': 'user', 'content': 'Two and two?'}]
     """
+    if not text.strip():
+        raise DataError("the prompt is empty; give at least one character")
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
 
@@ -132,20 +123,25 @@ def _prompt_without_settings(row: Any) -> str | list[Message]:
     return to_prompt_or_chat(row)
 
 
-def read_prompt_rows(path: str | Path, *, progress: ReadProgress | None = None) -> PromptFile:
+def read_prompt_rows(
+    path: str | Path, *, chats: bool = False, system: str | None = None, progress: ReadProgress | None = None
+) -> PromptFile:
     """Read prompts with their ids: text, chat messages, pairs, or lines of an OpenAI batch, in any mixture.
 
     A row's id is its ``id`` or ``custom_id``, else its number. Bad rows are returned separately.
 
     Args:
         path: a file of the same kinds as pairs.
+        chats: make each plain-text prompt a user's message. Lines of an OpenAI batch stay as they are: their url says
+            how they are read.
+        system: message before each of them.
         progress: called now and then with how much of the file is read, and how much there is.
 
     Raises:
         DataError: the file is empty, truncated or corrupt, or asks for several models.
-        UsageError: no such file, or an unknown kind of file.
+        UsageError: no such file, an unknown kind of file, or a system message that no prompt takes.
     """
-    parser = _PromptParser()
+    parser = _PromptParser(chats=chats, system=system)
     for number, raw in iter_rows(path, _COLUMNS, progress=progress):
         id = None
         try:
@@ -154,6 +150,12 @@ def read_prompt_rows(path: str | Path, *, progress: ReadProgress | None = None) 
             parser.add(number, id, value)
         except RowError as problem:
             parser.add_bad(number, id, problem)
+    if system is not None and parser.rows and not parser.made_chats:
+        raise UsageError(
+            f"a system message goes before plain-text prompts, and {path} holds none: chats and lines of an OpenAI batch "
+            "keep their own",
+            setting="system",
+        )
     models = sorted(parser.models)
     if len(models) > 1:
         raise DataError(f"{path} asks for several models: {', '.join(models)}. One run has one policy: split the file")
@@ -182,6 +184,9 @@ def given_id(row: Any) -> str | None:
 class _PromptParser:
     """Collects the rows of a file, good and bad, and a hash of them."""
 
+    chats: bool = False
+    system: str | None = None
+    made_chats: int = 0
     rows: list[PromptRow] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
@@ -206,6 +211,9 @@ class _PromptParser:
     def _row(self, number: int, id: str, value: Any) -> PromptRow:
         if not is_batch_line(value):
             prompt, kwargs = to_prompt_or_chat(value), to_template_kwargs(value)
+            if self.chats and isinstance(prompt, str):
+                prompt = chat_of(prompt, self.system)
+                self.made_chats += 1
             if kwargs and isinstance(prompt, str):
                 raise RowError(RejectReason.UNSUPPORTED, "chat_template_kwargs: the prompt is plain text, not a chat")
             settings = self._check({"chat_template_kwargs": kwargs}) if kwargs else {}

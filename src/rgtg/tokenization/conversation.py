@@ -8,9 +8,8 @@ import hashlib
 import itertools
 import json
 import re
-import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,15 +119,17 @@ def render_chat(
             `check_template_kwargs`.
 
     Raises:
-        UsageError: the tokenizer has no chat template, or one that leaves the user's message out.
-        DataError: the template refuses the messages, or does what its sandbox forbids.
+        UsageError: the tokenizer has no chat template, one that is not valid, or one that leaves the user's message out.
+        DataError: the template refuses the messages, leaves one of them out, or does what its sandbox forbids.
     """
     template = _template(tokenizer)
     facts = _facts(tokenizer, template)
     if facts.omits_user:
         raise UsageError("the tokenizer's chat template leaves the user's message out: set another chat_template")
     if facts.omits_system and any(message.get("role") == "system" for message in messages):
-        warnings.warn("the tokenizer's chat template leaves system messages out", stacklevel=2)
+        raise DataError(
+            "the tokenizer's chat template leaves out messages of the role 'system': give their text in the user's message"
+        )
     if any(message.get("tool_calls") for message in messages) and "tool_calls" not in template:
         raise DataError("the tokenizer's chat template does not read tool_calls")
     kwargs = {name: value for name, value in (template_kwargs or {}).items() if name in facts.variables}
@@ -333,10 +334,9 @@ def _with_reply(
 def turn_end(tokenizer: Any, *, template_kwargs: TemplateKwargs | None = None) -> TurnEnd | None:
     """How the tokenizer's chat template ends a finished reply; None without a template, or if it cannot be found."""
     try:
-        template = _template(tokenizer)
+        facts = _facts(tokenizer, _template(tokenizer))
     except UsageError:
         return None
-    facts = _facts(tokenizer, template)
     key = repr(sorted((template_kwargs or {}).items(), key=str))
     if key not in facts.turn_ends:
         facts.turn_ends[key] = _find_turn_end(tokenizer, facts, template_kwargs)
@@ -366,9 +366,7 @@ def _specimen(tokenizer: Any) -> list[str]:
     for messages in conversations:
         for opening in (False, True):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    written.append(render_chat(tokenizer, messages, add_generation_prompt=opening))
+                written.append(render_chat(tokenizer, messages, add_generation_prompt=opening))
             except (DataError, UsageError) as error:
                 written.append(str(error))
     return written
@@ -446,14 +444,18 @@ def _template(tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             "the data holds chat messages, but the tokenizer has no chat template: set one in its "
-            "tokenizer_config.json, or give prompt, chosen and rejected as plain text"
+            "tokenizer_config.json, or give plain text"
         )
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:  # several templates, and none of them is the default
-        raise UsageError(f"the tokenizer has several chat templates: {one_line(error, 200)}") from error
+        names = ", ".join(map(str, tokenizer.chat_template))
+        raise UsageError(
+            f"the tokenizer has several chat templates ({names}), and none is named default: name one so in its "
+            "tokenizer_config.json"
+        ) from error
 
 
 def _facts(tokenizer: Any, template: str) -> _Facts:
@@ -501,7 +503,31 @@ def _variables(tokenizer: Any, template: str) -> frozenset[str]:
         tree = Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do", Generation]).parse(template)
     except TemplateSyntaxError:
         return frozenset()
-    return frozenset(meta.find_undeclared_variables(tree)) - _RESERVED - set(tokenizer.special_tokens_map)
+    undeclared = meta.find_undeclared_variables(tree) - _RESERVED - set(tokenizer.special_tokens_map)
+    return frozenset(undeclared - _assigned_first(tree, undeclared))
+
+
+def _assigned_first(tree: Any, names: Collection[str]) -> set[str]:
+    """Those of the names that a template assigns itself before it reads them, as in one branch of an if."""
+    from jinja2 import nodes
+
+    order: dict[str, str] = {}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, nodes.Name):
+            order.setdefault(node.name, node.ctx)
+        elif isinstance(node, nodes.Assign | nodes.For):  # a value is read before its name is assigned
+            value = node.node if isinstance(node, nodes.Assign) else node.iter
+            walk(value)
+            for child in node.iter_child_nodes():
+                if child is not value:
+                    walk(child)
+        else:
+            for child in node.iter_child_nodes():
+                walk(child)
+
+    walk(tree)
+    return {name for name in names if order.get(name) != "load"}
 
 
 def _apply(
@@ -511,12 +537,20 @@ def _apply(
 
     Raises:
         DataError: a template is a program: it may refuse messages, or fail in any way.
+        UsageError: it is not valid.
     """
+    from jinja2 import TemplateSyntaxError
+
     shaped = [_shaped(message, takes_parts) for message in messages]
     try:
         return str(
             tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
         )
+    except TemplateSyntaxError as error:
+        raise UsageError(
+            f"the tokenizer's chat template is not valid (line {error.lineno}: {one_line(error.message or '', 200)}): set "
+            "another chat_template"
+        ) from error
     except Exception as error:
         raise DataError(f"the tokenizer's chat template refuses these messages: {one_line(error, 200)}") from error
 

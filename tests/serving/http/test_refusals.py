@@ -221,6 +221,10 @@ def test_more_prompts_than_queue_and_batch_are_refused():
 
 def test_errors_suggest_what_was_meant(served):
     refused(served.post("/v1/completions", **TEXT, top_k=5), param="top_k", says="did you mean guidance.top_k?")
+    answer = served.post("/v1/completions", **TEXT, chat_template_kwargs={"a": 1})
+    refused(answer, param="chat_template_kwargs", says="it is for chats: /v1/chat/completions")
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "echo": True}
+    refused(served.post("/v1/chat/completions", **asked), param="echo", says="it is for /v1/completions")
     answer = served.post("/v1/completions", **TEXT | {"model": "gpt"})
     refused(answer, 404, "model", "model_not_found", "tiny, tiny+kind, tiny+brief")
     refused(served.client.get("/v1/models/gpt"), 404, "model", "model_not_found")

@@ -34,6 +34,11 @@ _PARAMS = {
         "value_threshold", "abstain_below",
     )},
 }  # fmt: skip
+# Fields that only one kind of request has.
+_ONLY_IN = {
+    "messages": "chats: /v1/chat/completions", "chat_template_kwargs": "chats: /v1/chat/completions",
+    "top_logprobs": "chats: /v1/chat/completions", "prompt": "/v1/completions", "echo": "/v1/completions",
+}  # fmt: skip
 # Settings whose names are also ordinary words, so they are not replaced inside a message.
 _WORDS = {"method", "scorers", "prompt", "n"}
 
@@ -159,7 +164,9 @@ def _unknown_parameter(path: Sequence[Any]) -> ApiError:
     name = str(path[-1])
     param = ".".join(filter(None, (_dotted(path[:-1]), name)))
     elsewhere = _PARAMS.get(name, "") if len(path) == 1 else ""
-    hint = f"; did you mean {elsewhere}?" if elsewhere else ""
+    hint = f"; did you mean {elsewhere}?" if elsewhere not in ("", name) else ""
+    if len(path) == 1 and name in _ONLY_IN:
+        hint = f"; it is for {_ONLY_IN[name]}"
     return ApiError(400, f"unknown parameter: {param}{hint}", param=param, code="unknown_parameter")
 
 
