@@ -152,8 +152,8 @@ def read_prompt_rows(
             parser.add_bad(number, id, problem)
     if system is not None and parser.rows and not parser.made_chats:
         raise UsageError(
-            f"a system message goes before plain-text prompts, and {path} holds none: chats and lines of an OpenAI batch "
-            "keep their own",
+            f"a system message goes before plain-text prompts, and {path} holds none: chats and lines of an OpenAI "
+            "batch keep their own",
             setting="system",
         )
     models = sorted(parser.models)

@@ -119,7 +119,7 @@ def render_chat(
             `check_template_kwargs`.
 
     Raises:
-        UsageError: the tokenizer has no chat template, one that is not valid, or one that leaves the user's message out.
+        UsageError: no chat template, one that is not valid, or one that leaves the user's message out.
         DataError: the template refuses the messages, leaves one of them out, or does what its sandbox forbids.
     """
     template = _template(tokenizer)
@@ -128,7 +128,8 @@ def render_chat(
         raise UsageError("the tokenizer's chat template leaves the user's message out: set another chat_template")
     if facts.omits_system and any(message.get("role") == "system" for message in messages):
         raise DataError(
-            "the tokenizer's chat template leaves out messages of the role 'system': give their text in the user's message"
+            "the tokenizer's chat template leaves out messages of the role 'system': give their text in the user's "
+            "message"
         )
     if any(message.get("tool_calls") for message in messages) and "tool_calls" not in template:
         raise DataError("the tokenizer's chat template does not read tool_calls")
@@ -547,10 +548,8 @@ def _apply(
             tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
         )
     except TemplateSyntaxError as error:
-        raise UsageError(
-            f"the tokenizer's chat template is not valid (line {error.lineno}: {one_line(error.message or '', 200)}): set "
-            "another chat_template"
-        ) from error
+        where = f"line {error.lineno}: {' '.join(str(error.message).split())[:200]}"
+        raise UsageError(f"the tokenizer's chat template is not valid ({where}): set another chat_template") from error
     except Exception as error:
         raise DataError(f"the tokenizer's chat template refuses these messages: {one_line(error, 200)}") from error
 
