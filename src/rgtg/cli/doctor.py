@@ -101,7 +101,7 @@ def _gguf_engine() -> str:
         from rgtg.engines.llama_cpp.library import describe
 
         return describe()
-    return f"torch, dequantised; llama.cpp is several times faster on a CPU: {llama.install}"
+    return f"torch, dequantised; llama.cpp is faster for one prompt on a CPU: {llama.install}"
 
 
 def _devices() -> dict[str, Any]:

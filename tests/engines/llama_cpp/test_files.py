@@ -191,7 +191,7 @@ def test_without_the_library_the_file_runs_on_torch_and_says_how_to_be_faster(wo
     from rgtg.config.engines import Engine
 
     monkeypatch.setattr(Engine, "installed", property(lambda self: self.name == "torch"))
-    with pytest.warns(UserWarning, match=r"several times faster on a CPU \(pip install 'rgtg\[llama-cpp\]'\)"):
+    with pytest.warns(UserWarning, match=r"one prompt faster on a CPU \(pip install 'rgtg\[llama-cpp\]'\)"):
         policy = load_policy(str(world / "model.gguf"), engine="auto")
     assert policy.engine == "torch"
     with pytest.raises(ImportError, match=r"pip install 'rgtg\[llama-cpp\]'"):
