@@ -41,7 +41,7 @@ def choose_engine(source: str, engine: str | None, placement: Placement, *, cach
             return "torch"
         if not llama.installed:
             warnings.warn(
-                f"{source} is dequantised and runs on torch. llama.cpp runs it as it is, and one prompt faster on a CPU "
+                f"{source} is dequantised and runs on torch. llama.cpp runs it as it is, one prompt faster on a CPU "
                 f"({llama.install})",
                 stacklevel=4,
             )
