@@ -2,16 +2,26 @@
 
 python vllm_driver.py JOB.json RESULT.json — the job has ``model``, ``engine`` (arguments of an engine) and
 ``requests``, each with ``join`` (a step), ``prompt`` (token ids), ``params`` (of SamplingParams) and ``guide``
-(arguments of xargs, or null).
+(arguments of xargs, or null). With RGTG_SECOND_RUNNER, vLLM's second model runner runs, which needs Triton and so a
+GPU: here Triton's interpreter stands in for it.
 """
 
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+if os.environ.get("RGTG_SECOND_RUNNER"):
+    os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    import triton.backends
+    import vllm.platforms
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    vllm.platforms.vllm_version_matches_substr = lambda text: text == "cpu"
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind

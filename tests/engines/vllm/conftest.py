@@ -31,11 +31,11 @@ def vllm_world(tmp_path_factory):
 def run_vllm(vllm_python, vllm_world, tmp_path_factory):
     """Run requests in a vLLM engine; returns completions by number, and the engine's counters."""
 
-    def run(requests, world=vllm_world, **engine):
+    def run(requests, world=vllm_world, second_runner=False, **engine):
         work = tmp_path_factory.mktemp("job")
         job = {"model": str(world.policy), "engine": engine, "requests": requests}
         (work / "job.json").write_text(json.dumps(job))
-        environment = vllm_environment(world.file)
+        environment = vllm_environment(world.file) | ({"RGTG_SECOND_RUNNER": "1"} if second_runner else {})
         done = subprocess.run(
             [vllm_python, str(DRIVER), str(work / "job.json"), str(work / "result.json")],
             env=environment, capture_output=True, text=True, timeout=500, check=False,

@@ -53,7 +53,8 @@ def by_torch(policy, scorers, prompt, guide, tokens):
     return done.token_ids
 
 
-def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scorers):
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scorers, second_runner):
     """Guided and unguided in one batch, with prefill in chunks, preemption and prefix caching."""
     requests = []
     for i in range(24):
@@ -63,8 +64,8 @@ def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scor
             params |= {"prompt_logprobs": 2, "logprobs": 3}
         requests.append({"join": 2 * i, "prompt": prompt, "params": params, "guide": GUIDES[i % len(GUIDES)]})
     found, counters = run_vllm(
-        requests, max_model_len=160, max_num_seqs=8, max_num_batched_tokens=24, block_size=32,
-        num_gpu_blocks_override=13, enable_chunked_prefill=True, enable_prefix_caching=True,
+        requests, second_runner=second_runner, max_model_len=160, max_num_seqs=8, max_num_batched_tokens=24,
+        block_size=32, num_gpu_blocks_override=13, enable_chunked_prefill=True, enable_prefix_caching=True,
     )  # fmt: skip
     assert counters["num_preemptions"] > 0
     assert counters["prefix_cache_hits"] > 0
