@@ -9,9 +9,12 @@ from helpers.tiny_models import CONFIGS, tiny_reward_model
 from rgtg.losses import (
     bradley_terry_loss,
     completion_window,
+    fit_length_offset,
     hold_last,
     prefix_bradley_terry_loss,
+    prefix_bradley_terry_pair_losses,
     prefixes_differ,
+    with_length,
 )
 from rgtg.tokenization.padding import pad_right
 from rgtg.training.objectives import align_pairs
@@ -138,3 +141,30 @@ def test_one_pass_equals_row_per_prefix(family):
         for name, parameter in model.named_parameters():
             if name in expected:
                 torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_length_offset_is_the_maximum_of_the_likelihood():
+    longer = [4, -1, 7, 3, -2, 5, 0]
+    offset = fit_length_offset(longer)
+    typical = sum(map(abs, longer)) / len(longer)
+
+    def likelihood(gamma):
+        return sum(-math.log1p(math.exp(-gamma * one)) for one in [*longer, typical, -typical])
+
+    assert all(likelihood(offset) >= likelihood(offset + step) for step in (-0.05, -1e-3, 1e-3, 0.05))
+    assert fit_length_offset([3, 3, 3]) < 2, "finite, also where the longer side always wins"
+    assert fit_length_offset([-one for one in longer]) == pytest.approx(-offset)
+    assert fit_length_offset([0, 0]) == 0.0
+
+
+def test_an_offset_of_length_ends_with_each_completion():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    shifted = with_length(torch.zeros(2, 3), mask, 0.5)
+    assert shifted.tolist() == [[0.5, 1.0, 1.0], [0.5, 1.0, 1.5]]
+    # scores that hold nothing but −γ·i explain nothing: every margin is 0 and every loss is ln 2
+    losses, _ = prefix_bradley_terry_pair_losses(
+        with_length(-0.5 * mask[:1].float().cumsum(-1), mask[:1], 0.5),
+        with_length(-0.5 * mask[1:].float().cumsum(-1), mask[1:], 0.5),
+        mask[:1], mask[1:], torch.tensor([[True, True, True]]),
+    )  # fmt: skip
+    assert losses.tolist() == pytest.approx([math.log(2)])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import time
 import warnings
 
@@ -14,12 +15,15 @@ from transformers.integrations import TensorBoardCallback
 from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import tiny_policy, tiny_tokenizer
 from rgtg.config import TrainSettings
+from rgtg.config.training import PrefixBtSettings
 from rgtg.errors import DataError, MissingExtraError, NonFiniteError, OutputError, UsageError
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import tokenizer_hash
 from rgtg.tokenization.padding import pad_right
 from rgtg.training.arguments import reward_config
+from rgtg.training.objectives import pair_losses
 from rgtg.training.train import train_scorer
 
 FAST = {"learning_rate": 3e-3, "num_train_epochs": 4, "logging_steps": 2}
@@ -247,3 +251,38 @@ def test_policy_without_a_pad_token_gets_one_that_is_not_eos(pairs_file, tmp_pat
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
     assert saved.pad_token_id == config.pad_token_id != saved.eos_token_id
+
+
+@pytest.mark.parametrize("objective", ["prefix-bt", "full-bt"])
+@pytest.mark.parametrize("trunk", ["separate", "own"])
+def test_a_scorer_with_length_control_follows_length_less(policy_folder, tmp_path, objective, trunk):
+    """The longer completion wins nine pairs of ten, and nothing else does."""
+    letters = random.Random(4)
+    rows = []
+    for i in range(60):
+        short, long = sorted((letters.randint(2, 6), letters.randint(7, 12)))
+        texts = ["".join(letters.choices("abcdef", k=n)) for n in (long, short)]
+        chosen, rejected = texts if i % 10 else texts[::-1]
+        rows.append({"prompt": "Hi ", "chosen": chosen, "rejected": rejected})
+    pairs = write_rows(tmp_path / "lengths.jsonl", rows)
+    kind = {}
+    if trunk == "own":  # a head takes more steps to see it
+        kind = {"trunk": "own", "head": "state", "layer": "final", "width": 16, "train": {"num_train_epochs": 40}}
+    name = objective.replace("-", "_")
+    found = {}
+    for control in (False, True):
+        output = tmp_path / f"scorer-{control}"
+        given = {name: {"length_control": control}}
+        train_scorer(settings(policy_folder, pairs, output, objective=objective, **kind, **given))
+        found[control] = audit_prefixes(str(output), str(pairs), bootstrap=100).length_correlation.mean
+        kept = json.loads((output / "settings.json").read_text())[name]
+        assert (kept["length_offset"] is not None) == control
+    assert kept["length_offset"] > 0
+    assert found[True] < found[False]
+
+
+def test_length_control_needs_its_offset(policy_folder, pairs_file, tmp_path):
+    with pytest.raises(ValueError, match="length_offset belongs to length_control"):
+        settings(policy_folder, pairs_file, tmp_path / "scorer", prefix_bt={"length_offset": 0.1})
+    with pytest.raises(UsageError, match="length_control needs length_offset"):
+        pair_losses("prefix-bt", None, PrefixBtSettings(length_control=True), 0)

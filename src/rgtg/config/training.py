@@ -1,7 +1,7 @@
 """Settings of ``rgtg train``."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,7 +21,26 @@ class LoraSettings(_Group):
     target_modules: str | list[str] = "all-linear"
 
 
-class PrefixBtSettings(_Group):
+class LengthControl(_Group):
+    """Options of objectives whose loss can leave to length what length explains."""
+
+    length_control: bool = Field(False, description="train as if length had won what it wins on its own in the pairs")
+    length_offset: float | None = Field(
+        None, description="nats per token of length_control; default: fitted to the training pairs"
+    )
+
+    @model_validator(mode="after")
+    def _controlled(self) -> Self:
+        if self.length_offset is not None and not self.length_control:
+            raise ValueError("length_offset belongs to length_control: add length_control=true")
+        return self
+
+
+class FullBtSettings(LengthControl):
+    """Options of ``full-bt``."""
+
+
+class PrefixBtSettings(LengthControl):
     """Options of ``prefix-bt``."""
 
     position_weights: Literal["uniform", "linear", "inverse"] = Field(
@@ -74,6 +93,7 @@ class TcrmSettings(_Group):
 Objective = Literal["prefix-bt", "full-bt", "farma", "autoregressive", "value", "cumulative-mse", "tcrm"]
 OPTIONS: dict[str, type[_Group]] = {
     "prefix-bt": PrefixBtSettings,
+    "full-bt": FullBtSettings,
     "farma": FarmaSettings,
     "autoregressive": AutoregressiveSettings,
     "value": ValueSettings,
@@ -116,6 +136,7 @@ class TrainSettings(Settings):
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")
     objective: Objective = Field("prefix-bt", description="prefix-bt suits token-wise guidance")
     prefix_bt: PrefixBtSettings | None = None
+    full_bt: FullBtSettings | None = None
     farma: FarmaSettings | None = None
     autoregressive: AutoregressiveSettings | None = None
     value: ValueSettings | None = None

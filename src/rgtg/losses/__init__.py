@@ -11,6 +11,7 @@ from rgtg.losses.pairwise import Weighting as Weighting
 from rgtg.losses.pairwise import agreement as agreement
 from rgtg.losses.pairwise import bradley_terry_loss as bradley_terry_loss
 from rgtg.losses.pairwise import completion_window as completion_window
+from rgtg.losses.pairwise import fit_length_offset as fit_length_offset
 from rgtg.losses.pairwise import hold_last as hold_last
 from rgtg.losses.pairwise import last_score as last_score
 from rgtg.losses.pairwise import mean_of_counted as mean_of_counted
@@ -21,6 +22,7 @@ from rgtg.losses.pairwise import prefix_bradley_terry_pair_losses as prefix_brad
 from rgtg.losses.pairwise import prefix_margins as prefix_margins
 from rgtg.losses.pairwise import prefixes_differ as prefixes_differ
 from rgtg.losses.pairwise import sample_positions as sample_positions
+from rgtg.losses.pairwise import with_length as with_length
 from rgtg.losses.values import bellman_losses as bellman_losses
 from rgtg.losses.values import cumulative_mse_losses as cumulative_mse_losses
 from rgtg.losses.values import fudge_losses as fudge_losses

@@ -1,6 +1,6 @@
 """The table of objectives; their losses and figures over the prefix scores of a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from rgtg.config.training import (
     TcrmSettings,
     ValueSettings,
 )
+from rgtg.errors import UsageError
 from rgtg.losses import (
     autoregressive_pair_losses,
     bellman_losses,
@@ -29,6 +30,7 @@ from rgtg.losses import (
     prefixes_differ,
     sample_positions,
     tcrm_pair_losses,
+    with_length,
 )
 
 DataKind = Literal["pairs", "rollouts"]
@@ -130,6 +132,15 @@ def pair_losses(objective: str, scores: PairScores, options: Any, step: int | No
         step: of the optimizer. None in an evaluation: every prefix is used, every pair has the weight 1, and
             ``farma``'s two losses are added.
     """
+    offset = getattr(options, "length_offset", None)
+    if offset is None and getattr(options, "length_control", False):
+        raise UsageError("length_control needs length_offset; rgtg.losses.fit_length_offset fits it to the pairs")
+    if offset is not None and step is not None:  # an evaluation asks what the scorer says on its own
+        scores = replace(
+            scores,
+            chosen=with_length(scores.chosen, scores.chosen_mask, offset),
+            rejected=with_length(scores.rejected, scores.rejected_mask, offset),
+        )
     chosen, rejected = scores.chosen, scores.rejected
     masks = scores.chosen_mask, scores.rejected_mask
     every = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)

@@ -12,6 +12,7 @@ from accelerate.state import PartialState
 
 from rgtg.config import LoraSettings, TrainSettings
 from rgtg.errors import MissingExtraError, UsageError
+from rgtg.losses import fit_length_offset
 from rgtg.models.loading.hub import absolute_source
 from rgtg.models.loading.lora_merge import output_name
 from rgtg.models.loading.policy import load_policy
@@ -114,6 +115,7 @@ def _train(settings: TrainSettings, stop: StopRequest, show: bool) -> TrainRepor
         settings, config, tokenizer, training.max_length, embeddings=training.embeddings, is_main=is_main, show=show
     )
     training.require_data(data)
+    settings = training.settings = control_length(settings, data)
     if settings.reference_scorer is not None:
         add_pair_weights(data, settings, tokenizer, config.device)
     # 3. what decides the result, and where the run starts
@@ -154,6 +156,16 @@ def _save(run: TrainingRun, trained: TrainedModel, tokenizer: Any, report: Train
         settings=given, weights=trained.weights, train_report=FinishedRun(report=report, run=run.facts),
     )  # fmt: skip
     drop_empty_checkpoints(output)
+
+
+def control_length(settings: TrainSettings, data: TrainData) -> TrainSettings:
+    """The settings with the offset of ``length_control``, fitted to the training pairs where none is given."""
+    options = settings.options
+    if not getattr(options, "length_control", False) or options.length_offset is not None:
+        return settings
+    longer = [len(pair.chosen_ids) - len(pair.rejected_ids) for pair in data.train]
+    fitted = options.model_copy(update={"length_offset": fit_length_offset(longer)})
+    return settings.model_copy(update={settings.objective.replace("-", "_"): fitted})
 
 
 class ModelTraining:
