@@ -130,7 +130,8 @@ def test_the_error_shows_five_rows_and_counts_the_rest(tmp_path):
 def test_skip_writes_rejects_and_keeps_the_rest(tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", GOOD, b'{"prompt": \xff', {**OTHER, "chosen": None}, OTHER, GOOD)
     rejects = tmp_path / "new" / "rejects.jsonl"
-    read = read_pairs(path, on_bad="skip", rejects=rejects)
+    with pytest.warns(UserWarning, match=r"left out 3 of \d+ rows .*; they are in .*rejects.jsonl"):
+        read = read_pairs(path, on_bad="skip", rejects=rejects)
     assert read.pairs == [PreferencePair(**GOOD), PreferencePair(**OTHER)]
     assert read.summary.rejects_by_reason == {"bad UTF-8": 1, "null field": 1, "duplicate row": 1}
     assert (read.summary.rows, read.summary.kept) == (5, 2)
@@ -423,7 +424,8 @@ def test_real_human_pairs(shared_data, tmp_path, split, rows, equal, longer):
     path = shared_data / "hh" / f"helpful-{split}.test.jsonl.gz"
     with pytest.raises(DataError, match=f"of {rows} rows"):
         read_pairs(path)
-    summary = read_pairs(path, on_bad="skip", rejects=tmp_path / "rejects.jsonl").summary
+    with pytest.warns(UserWarning, match=f"left out .* of {rows} rows"):
+        summary = read_pairs(path, on_bad="skip", rejects=tmp_path / "rejects.jsonl").summary
     assert summary.rejects_by_reason["chosen equals rejected"] == equal
     assert summary.kept + sum(summary.rejects_by_reason.values()) == summary.rows == rows
     assert summary.kept > 0.99 * rows - equal

@@ -72,7 +72,8 @@ def test_labels_must_lie_in_0_to_1_after_scaling(read):
 def test_skip_leaves_bad_rows_out(read, tmp_path):
     with pytest.warns(UserWarning, match=r"left out 1 of 2 rows \(bad reward: 1\)"):
         assert len(read(GOOD, GOOD | {"reward": "high"}, on_bad="skip").rows) == 1
-    read(GOOD, GOOD | {"reward": "high"}, on_bad="skip", rejects=tmp_path / "rejects.jsonl")
+    with pytest.warns(UserWarning, match="left out 1 of 2 rows .*; they are in .*rejects.jsonl"):
+        read(GOOD, GOOD | {"reward": "high"}, on_bad="skip", rejects=tmp_path / "rejects.jsonl")
     assert json.loads((tmp_path / "rejects.jsonl").read_text())["line"] == 2
     with pytest.raises(DataError, match="Nothing is left"):
         read(GOOD | {"reward": "high"}, on_bad="skip")

@@ -228,7 +228,8 @@ def test_without_held_out_pairs_nothing_is_evaluated(policy_folder, pairs_file, 
 def test_skipped_rows_are_written_beside_the_scorer(policy_folder, tmp_path):
     rows = [*synthetic_rows(12), {"prompt": "same? ", "chosen": "a", "rejected": "a"}]
     pairs = write_rows(tmp_path / "bad.jsonl", rows)
-    report = train_scorer(settings(policy_folder, pairs, tmp_path / "out", on_bad="skip", train={"max_steps": 1}))
+    with pytest.warns(UserWarning, match=r"left out 1 of 13 rows \(chosen equals rejected: 1\); they are in .*rejects"):
+        report = train_scorer(settings(policy_folder, pairs, tmp_path / "out", on_bad="skip", train={"max_steps": 1}))
     assert report.pairs + report.eval_pairs == 12
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 1
 

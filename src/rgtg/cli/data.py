@@ -1,5 +1,6 @@
 """``rgtg data``: check preference data before training on it."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +54,10 @@ def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> 
             settings.file, tokenizer=tokenizer, max_length=settings.max_length, on_bad=settings.on_bad,
             rejects=rejects, progress=progress, chat_template_kwargs=settings.chat_template_kwargs,
         )  # fmt: skip
-        for _ in reader:
-            pass
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*: left out ")  # the table counts them
+            for _ in reader:
+                pass
     return reader
 
 

@@ -90,12 +90,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         loaded = _yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise UsageError(f"cannot read the config {path}: {error}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"the config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
-        raise UsageError(f"the config {path} must hold settings as 'name: value', not a {type(loaded).__name__}")
+        found = "is empty" if loaded is None else f"is a {type(loaded).__name__}"
+        raise UsageError(f"the config {path} {found}; it must hold settings as 'name: value'")
     return loaded
 
 

@@ -120,8 +120,9 @@ class BadRowCounter:
             raise DataError(self.message(CORRECT_OR_SKIP))
         if not kept:
             raise DataError(self.message(nothing_left))
-        if self.reasons and rejects is None:
-            warnings.warn(f"{self.source}: left out {self.counts()}", stacklevel=3)
+        if self.reasons:
+            where = f"; they are in {rejects}" if rejects is not None else ""
+            warnings.warn(f"{self.source}: left out {self.counts()}{where}", stacklevel=3)
 
 
 def require_known_tokens(ids: Sequence[int], embeddings: int | None) -> None:

@@ -322,7 +322,8 @@ def test_agreement_with_humans(tmp_path):
 def test_human_pairs_of_the_real_data_are_read(tmp_path, shared_data):
     with serve(lambda *_: "[[C]]") as server:
         source = str(shared_data / "hh" / "helpful-base.test.jsonl.gz")
-        result = judge(settings(tmp_path, server, pairs=source, on_bad="skip", limit=3)).result
+        with pytest.warns(UserWarning, match="left out 15 of"):
+            result = judge(settings(tmp_path, server, pairs=source, on_bad="skip", limit=3)).result
     assert result.matches[0].win_rate.mean == 0.5
     assert server.calls == 6
     assert (tmp_path / "out" / "rejects.jsonl").read_text().count("\n") == 15

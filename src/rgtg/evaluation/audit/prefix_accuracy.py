@@ -163,10 +163,6 @@ def _usable_pairs(
             on_bad=on_bad, rejects=rejects,
             chat_template_kwargs=kwargs,
         )  # fmt: skip
-        if rejects is not None and (reasons := read.summary.rejects_by_reason):
-            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-            left_out = f"left out {sum(reasons.values())} of {read.summary.rows} rows ({counts})"
-            warnings.warn(f"{pairs}: {left_out}; they are in {rejects}", stacklevel=3)
         kept, fingerprint = list(read.pairs), read.fingerprint
     else:
         kept = _within_context(model, pairs) if on_bad == "skip" else list(pairs)
