@@ -73,7 +73,7 @@ bench: setup  ## the speed figures of docs/results (an idle machine, please)
 study: setup  ## one row of docs/results/study-demo.json measured again, to the digit (minutes: it trains a policy and a scorer)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study demo --work study-output --only "pargs β=2"
 
-demo: setup  ## train, audit, generate and compare in a small world; writes demo-output/report.html
+demo: setup  ## steer a real chat model (93 MB, brought once), or a small world without a network; writes demo-output/report.html
 	$(BIN)/rgtg demo
 
 docs: setup  ## the documentation as a site, in site/

@@ -1,5 +1,7 @@
-"""``rgtg demo``: train, compare and report everything in a small world, in about two minutes."""
+"""``rgtg demo``: steer a real chat model, or train, compare and report everything in a small world."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rgtg.cli.common import Invocation, command, hush_libraries
 from rgtg.config import DemoSettings
-from rgtg.errors import MissingExtraError
+from rgtg.errors import MissingExtraError, RgtgError
 
 if TYPE_CHECKING:
     from rgtg.demo.run import DemoOutput
+    from rgtg.types.comparison import MethodResult
 
 INTRO = """\
 A support desk answers customers. A small language model (the policy) was trained on the desk's past replies, good \
@@ -25,20 +28,75 @@ Everything was trained and drawn by this run. Intervals (95 %) cover the choice 
 training: run other seeds for that."""
 
 
-@command(DemoSettings, "output prompts")
+REAL_INTRO = """\
+A chat model of 135 million weights, {source}, is the policy; it is frozen. It was asked what to say to somebody to \
+whom something had happened, and answered each of {seen} prompts four times. A rule gave each finished answer points \
+for friendliness (VADER's lexicon, with deductions for leaving the prompt, for repetition and for very short answers; \
+docs/demo.md has the table), and pairs were labelled from these points with noise. Two heads on the policy's own \
+hidden states learned from the same pairs: full-bt from whole replies, prefix-bt from every prefix. No method reads \
+the rule.
+Each method below then answered the same {unseen} prompts about things that no head has seen.
+Compare like with like: policy, best-of-n, args-sample and pargs are sampled; policy (greedy), args and pargs-greedy \
+take the best token. KL measures how far a method moves away from the policy.
+{equal}
+Everything was drawn and trained by this run. Intervals (95 %) cover the choice of prompts and the sampling, not the \
+training: run other seeds for that."""
+
+
+@command(DemoSettings, "output world policy prompts")
 def run(settings: DemoSettings, invocation: Invocation) -> None:
-    """Train a policy and two scorers in a small world, compare all methods, write a report; about two minutes."""
+    """Steer a real chat model with heads trained on the spot, compare all methods, write a report; a few minutes.
+
+    Without a network it says so and does the same in a small world, whose models are trained from scratch.
+    """
     start = time.perf_counter()
     hush_libraries()
     _require_extras()
-    from rgtg.demo.run import run_demo
+    stages = _stages(not invocation.silent)
+    source = None if settings.chosen_world == "small" else _chat_model(settings, invocation)
+    if source is None:
+        from rgtg.demo.run import run_demo
 
-    demo = run_demo(settings, _stages(not invocation.silent))
-    report = _write_report(settings, demo)
+        demo, title, intro = run_demo(settings, stages), "rgtg demo: a support desk", INTRO
+    else:
+        from rgtg.demo.real import PROMPTS, SEEN_PROMPTS, at_equal_kl, run_real_demo
+        from rgtg.models.loading.policy import load_policy
+
+        demo = run_real_demo(settings, load_policy(source), source, stages)
+        title = "rgtg demo: friendlier replies"
+        intro = REAL_INTRO.format(
+            source=Path(source).name, seen=settings.seen_prompts or SEEN_PROMPTS, unseen=settings.prompts or PROMPTS,
+            equal=at_equal_kl(demo.result),
+        )  # fmt: skip
+    report = _write_report(settings, demo, title, intro)
     seconds = time.perf_counter() - start
     plain = {"report": str(report), "seconds": seconds, "result": demo.result.model_dump(mode="json")}
     plain["audits"] = {name: audit.verdict for name, audit in demo.audits.items()}
     invocation.emit(plain, lambda: _show(demo, report, seconds))
+
+
+def _chat_model(settings: DemoSettings, invocation: Invocation) -> str | None:
+    """The folder of the chat model, which is brought to a cache first; None if the small world has to do.
+
+    Raises:
+        RgtgError: it cannot be had, and the world smollm was asked for.
+    """
+    if settings.policy is not None:
+        return settings.policy
+    from rgtg.demo.friendliness import friendliness
+    from rgtg.models.loading.known_models import fetch_model
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgtg" / "smollm2-135m"
+    tell = (lambda line: None) if invocation.silent else (lambda line: print(line, file=sys.stderr))  # noqa: T201
+    try:
+        friendliness("", "", finished=True)
+        fetch_model("smollm2-135m", cache, tell=tell)
+    except RgtgError as error:
+        if settings.chosen_world == "smollm":
+            raise
+        print(f"note: the small world stands in for the real model: {error}", file=sys.stderr)  # noqa: T201
+        return None
+    return str(cache)
 
 
 def _require_extras() -> None:
@@ -50,11 +108,11 @@ def _require_extras() -> None:
             raise MissingExtraError(f"the demo needs {module}: pip install 'rgtg[train,report]'")
 
 
-def _write_report(settings: DemoSettings, demo: "DemoOutput") -> Path:
+def _write_report(settings: DemoSettings, demo: "DemoOutput", title: str, intro: str) -> Path:
     from rgtg.report import write_report
 
     page = settings.output / "report.html"
-    write_report(demo.result, page, audits=demo.audits, title="rgtg demo: a support desk", intro=INTRO)
+    write_report(demo.result, page, audits=demo.audits, title=title, intro=intro)
     return page
 
 
@@ -79,10 +137,10 @@ def _show(demo: "DemoOutput", report: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", title="gold points on unseen messages (mean, 95 % interval)")
+    table = Table("method", title=f"{demo.result.reward} on unseen prompts (mean, 95 % interval)")
     for heading in ("reward", "KL, nats", "tokens/s", "scorer calls"):
         table.add_column(heading, justify="right")
-    for row in sorted(demo.result.methods, key=lambda row: -row.metrics["reward"].mean):
+    for row in sorted(demo.result.methods, key=lambda row: (_is_greedy(row), -row.metrics["reward"].mean)):
         reward, kl = row.metrics["reward"], row.metrics["kl_nats"]
         table.add_row(
             row.label, _interval(reward), f"{kl.mean:.2f}", f"{row.tokens_per_second:.0f}", str(row.scorer_calls)
@@ -92,6 +150,11 @@ def _show(demo: "DemoOutput", report: Path, seconds: float) -> None:
     for name, audit in demo.audits.items():
         console.print(f"[bold]{name}[/bold]: {audit.verdict}")
     console.print(f"{seconds:.0f} s; the report is in {report}", soft_wrap=True)
+
+
+def _is_greedy(row: "MethodResult") -> bool:
+    """Whether a run takes the best token: such runs are compared with the greedy policy, not with the sampled one."""
+    return row.method in ("args", "pargs-greedy") or "greedy" in row.label
 
 
 def _interval(value: Any) -> str:

@@ -27,12 +27,44 @@ class DemoSettings(Settings):
     """``rgtg demo``."""
 
     output: Path = Field(Path("demo-output"), description="folder for models, replies and report.html")
-    prompts: int = Field(100, ge=4, description="unseen prompts that every method answers")
+    world: Literal["auto", "smollm", "small"] = Field(
+        "auto",
+        description="smollm: a real chat model; small: models trained from scratch; auto: smollm where it is to be had",
+    )
+    policy: str | None = Field(
+        None, description="chat model of the world smollm; default: smollm2-135m, brought by rgtg model into a cache"
+    )
+    seen_prompts: int | None = Field(
+        None, ge=8, description="of smollm: prompts whose replies are labelled; default: 150"
+    )
+    prompts: int | None = Field(None, ge=4, description="unseen prompts that every method answers; default: 100 (24)")
     corpus: int = Field(10_000, ge=16, description="past replies that the policy is trained on")
     pairs: int = Field(2_000, ge=16, description="labelled pairs that both scorers are trained on")
     audit_pairs: int = Field(400, ge=16, description="labelled pairs that both scorers are audited on")
     policy_steps: int = Field(600, ge=1, description="optimiser steps of the policy")
     betas: list[float] = Field(default=[1.0, 2.0, 4.0], min_length=1, description="guidance strengths compared")
+
+    @property
+    def chosen_world(self) -> Literal["auto", "smollm", "small"]:
+        """The world, which settings of one of the two imply."""
+        of_small, of_smollm = self._given()
+        return "small" if of_small else "smollm" if of_smollm else self.world
+
+    def _given(self) -> tuple[list[str], list[str]]:
+        """Settings that were given and belong to one world."""
+        small, smollm = ("corpus", "pairs", "audit_pairs", "policy_steps"), ("policy", "seen_prompts")
+        return [n for n in small if n in self.model_fields_set], [n for n in smollm if n in self.model_fields_set]
+
+    @model_validator(mode="after")
+    def _one_world(self) -> Self:
+        of_small, of_smollm = self._given()
+        if of_small and (of_smollm or self.world == "smollm"):
+            raise ValueError(
+                f"{of_small[0]} belongs to the world small, whose models are trained from scratch: leave it out"
+            )
+        if of_smollm and self.world == "small":
+            raise ValueError(f"{of_smollm[0]} belongs to the world smollm: leave it out")
+        return self
 
 
 class FetchSettings(Settings):

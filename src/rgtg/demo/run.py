@@ -29,6 +29,7 @@ from rgtg.types.generation import Completion, PreferencePair
 from rgtg.utils.files import make_folder, write_text
 
 SCORERS = ("full-bt", "prefix-bt")
+PROMPTS = 100  # unseen, that every method answers
 MAX_NEW_TOKENS = 96  # the longest reply of the corpus has about 80
 # The same budget for both scorers, fixed before the first result.
 SCORER_TRAINING: dict[str, Any] = {
@@ -146,7 +147,7 @@ def make_data(settings: DemoSettings) -> DemoData:
         corpus=[(c.prompt, write_reply(c, agents)) for c in draw("corpus", settings.corpus)],
         pairs=[draw_pair(c, labels) for c in draw("pairs", settings.pairs)],
         audit_pairs=[draw_pair(c, held_out) for c in draw("audit", settings.audit_pairs)],
-        unseen=draw("unseen", settings.prompts),
+        unseen=draw("unseen", settings.prompts or PROMPTS),
     )
 
 
