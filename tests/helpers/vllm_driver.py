@@ -22,6 +22,19 @@ if os.environ.get("RGTG_SECOND_RUNNER"):
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
     vllm.platforms.vllm_version_matches_substr = lambda text: text == "cpu"
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def with_boolean_mask(call, place):
+        """The compiler takes integer masks (vLLM's n-gram drafter has some), the interpreter does not."""
+
+        def wrapped(self, *given):
+            given[place].data = given[place].data.astype(bool)
+            return call(self, *given)
+
+        return wrapped
+
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(InterpreterBuilder, name, with_boolean_mask(getattr(InterpreterBuilder, name), place))
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -50,7 +63,7 @@ def main(job_path, result_path):
         step += 1
     counters = {}
     for metric in engine.get_metrics():
-        if metric.name in ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prompt_tokens"):
+        if metric.name in ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:spec_decode_num_accepted_tokens"):
             counters[metric.name.removeprefix("vllm:")] = metric.value
     with open(result_path, "w") as file:
         json.dump({"tokens": results, "counters": counters, "steps": step}, file)

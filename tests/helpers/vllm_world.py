@@ -27,6 +27,7 @@ def build(world):
     _write_separate(world / "values", tiny_policy(seed=9), head="vocab", objective="farma")
     names = ["kind", "short", "reward", "values"]
     (world / "scorers.json").write_text(json.dumps({name: name for name in names}))
+    (world / "heads.json").write_text(json.dumps({"kind": "kind", "short": "short"}))
     return SimpleNamespace(
         folder=world, policy=world / "policy", scorers={name: world / name for name in names},
         file=world / "scorers.json",

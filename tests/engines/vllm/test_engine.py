@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_greedy_tokens_of_24_requests_that_join_and_leave(run_vllm, policy, scor
     for request, (tokens,) in zip(requests, found, strict=True):
         wanted = by_torch(policy, scorers, request["prompt"], request["guide"], request["params"]["max_tokens"])
         assert tokens == wanted, request
+
+
+def test_drafts_are_verified_against_the_guided_distribution(run_vllm, policy, scorers, vllm_world):
+    """vLLM's second runner with n-gram drafts; heads are what can guide them."""
+    guides = [None, GUIDES[1], GUIDES[2]]
+    requests = [
+        {"join": i, "prompt": policy.tokenizer("abcabc " * 3 + "abcdefghi"[i]).input_ids, "guide": guides[i % 3],
+         "params": {"temperature": 0.0, "max_tokens": 24}}
+        for i in range(9)
+    ]  # fmt: skip
+    drafts = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    world = SimpleNamespace(policy=vllm_world.policy, file=vllm_world.folder / "heads.json")
+    found, counters = run_vllm(
+        requests, world, second_runner=True, max_model_len=160, max_num_seqs=4, speculative_config=drafts
+    )
+    assert counters["spec_decode_num_accepted_tokens"] > 0
+    for request, (tokens,) in zip(requests, found, strict=True):
+        assert tokens == by_torch(policy, scorers, request["prompt"], request["guide"], 24), request
 
 
 def test_samples_have_the_exact_distribution(run_vllm, policy, vllm_world):

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.timeout(600)  # vLLM alone takes half a minute to be im
 def found(vllm_python, vllm_world):
     world = vllm_world.folder
     write_random_head(world / "state", vllm_world.policy, "state")
-    (world / "heads.json").write_text('{"kind": "kind"}')
     shutil.copytree(world / "reward", world / "foreign")
     shutil.copytree(world / "reward", world / "brief")
     config = json.loads((world / "brief" / "config.json").read_text()) | {"max_position_embeddings": 256}
