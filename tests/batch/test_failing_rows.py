@@ -66,6 +66,7 @@ class Rows:
         self.guided = GuidedPolicy(
             policy, {name: every[name] for name in names} or None, method=method, top_k=4, beta=beta, draft=draft
         )
+        self.guided.generate(PROMPTS[:1], **self.decoding)  # the load-time checks of models are not steps of a row
         self.alone, self.seen = [], []
         for prompt, seed in zip(PROMPTS, self.guided.row_seeds(PROMPTS, 3), strict=True):
             self.fault.start(None)
