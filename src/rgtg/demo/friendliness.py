@@ -49,8 +49,8 @@ def repeated_share(words: list[str]) -> float:
     """Share of neighbouring word pairs that stand earlier in the text.
 
     Example:
-        >>> repeated_share("so so so so".split()), repeated_share("how are you".split())
-        (0.6666666666666666, 0.0)
+        >>> repeated_share("so so so so so".split()), repeated_share("how are you".split())
+        (0.75, 0.0)
     """
     pairs = list(itertools.pairwise(words))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
