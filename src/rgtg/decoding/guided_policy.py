@@ -1,5 +1,6 @@
 """GuidedPolicy: a frozen policy, its scorers and a method, behind one ``generate``."""
 
+import math
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ from rgtg.models.scorers.base import AnyScorer, Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.conversation import check_template_kwargs, encode_source
-from rgtg.tokenization.encoding import require_same_tokenizer
+from rgtg.tokenization.encoding import encode_prompt, require_same_tokenizer
 from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 from rgtg.types.generation import Completion
 
@@ -136,6 +137,7 @@ class GuidedPolicy:
         self._resolved: dict[str, _Resolved] = {}
         self._limits = self._context_limits()
         self._embeddings = self._embedding_counts()
+        self._fewest_embeddings = min((rows for _, rows in self._embeddings if rows is not None), default=math.inf)
         self._runners: TokenRunners | None = None
         self.resolve({})
         read = [policy, *self.scorers, *([self.draft] if isinstance(self.draft, Policy) else [])]
@@ -388,7 +390,9 @@ class GuidedPolicy:
         Raises:
             DataError: saying whose.
         """
-        self.require_embeddings(request.prompt_ids)
+        ids = request.prompt_ids
+        if ids and (max(ids) >= self._fewest_embeddings or min(ids) < 0):
+            self.require_embeddings(ids)
         for role, limit in self._limits:
             require_room(request.prompt_ids, settings.max_new_tokens, limit, role)
         for scorer in self.scorers:
@@ -442,7 +446,8 @@ class GuidedPolicy:
             UsageError: unusable settings.
             NonFiniteError: NaN from the policy or the scorer.
         """
-        self._require_chats(_as_list(prompts), settings)
+        if settings.get("chat_template_kwargs"):
+            self._require_chats(_as_list(prompts), settings)
         return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), batch_size)
 
     def prepare(
@@ -461,7 +466,10 @@ class GuidedPolicy:
         ids, texts = [], []
         for i, prompt in enumerate(many):
             try:
-                text, prompt_ids = encode_source(self.policy.tokenizer, prompt, template_kwargs=kwargs)
+                if isinstance(prompt, str):
+                    text, prompt_ids = prompt, encode_prompt(self.policy.tokenizer, prompt)
+                else:
+                    text, prompt_ids = encode_source(self.policy.tokenizer, prompt, template_kwargs=kwargs)
             except DataError as error:
                 raise of_row(error, i, len(many), "prompt") from error
             ids.append(prompt_ids)
@@ -515,7 +523,8 @@ class GuidedPolicy:
                         raise request.error
             for request in part:
                 completions.append(request.to_completion())
-        _warn_of_budget(completions, requests)
+        if requests and requests[0].settings.kl_budget is not None:
+            _warn_of_budget(completions, requests)
         return completions
 
     def particles(

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from rgtg.config import DecodingSettings
@@ -54,17 +55,17 @@ class Method:
     clip: bool = False
     takes: tuple[str, ...] = _STEERED
 
-    @property
+    @cached_property
     def scores_tokens(self) -> bool:
         """Whether its scorers score next tokens, and not segments or finished completions only."""
         return self.unit == "token" or self.grows_together
 
-    @property
+    @cached_property
     def grows_together(self) -> bool:
         """Whether n completions of a prompt grow together and take each other's places."""
         return self.rule in ("resample", "beam")
 
-    @property
+    @cached_property
     def random(self) -> bool:
         """Whether the result depends on random numbers, at a temperature above 0."""
         return self.rule not in ("greedy", "beam")

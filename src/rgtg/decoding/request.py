@@ -209,6 +209,7 @@ class StoppingCriteria:
 
     def __init__(self, tokenizer: Any, eos_ids: set[int], settings: DecodingSettings) -> None:
         self.tokenizer, self.eos_ids, self.stop = tokenizer, eos_ids, StopTexts(tokenizer, settings.stop)
+        self.has_stop = bool(settings.stop)
         self.limit, self.minimum = settings.max_new_tokens, settings.min_new_tokens
         self.abstain_below = settings.abstain_below
 
@@ -217,12 +218,12 @@ class StoppingCriteria:
         at_eos = request.token_ids[-1] in self.eos_ids
         full = len(request.token_ids) >= self.limit
         low = self.abstain_below is not None and request.score is not None and request.score < self.abstain_below
-        if not (at_eos or full or self.stop or low):
+        if not (at_eos or full or self.has_stop or low):
             return
         # the token that ends a completion is no part of its text, also where it is not a special one
         ids = request.token_ids[:-1] if at_eos else request.token_ids
         text = decode_completion(self.tokenizer, request.prompt_ids, ids)
-        cut = self._first_stop(request, text) if self.stop else None
+        cut = self._first_stop(request, text) if self.has_stop else None
         if low:  # whatever else ends it, this is what the caller must know
             request.text, request.finish_reason = text if cut is None else text[:cut], "abstained"
         elif cut is not None:

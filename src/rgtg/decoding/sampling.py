@@ -175,7 +175,7 @@ def propose(
     >>> ids.tolist()
     [[1, 2]]
     """
-    if vocabulary is not None:
+    if vocabulary is not None and (vocabulary.missing or policy_log_probs.shape[-1] > vocabulary.size):
         policy_log_probs = vocabulary.restrict(policy_log_probs)
     k = policy_log_probs.shape[-1] if top_k is None else min(top_k, policy_log_probs.shape[-1])
     if k == policy_log_probs.shape[-1] and top_p == 1:

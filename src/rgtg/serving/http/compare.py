@@ -22,9 +22,8 @@ from rgtg.serving.http.responses import (
     GuidanceReport,
     Side,
     documented,
-    finish_reason_of,
 )
-from rgtg.serving.http.serialize import guidance_report, json_response, to_json, trace_steps, usage_of
+from rgtg.serving.http.serialize import finish_reason_of, guidance_report, json_response, to_json, trace_steps, usage_of
 from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import EventStream, ResponseStream
 from rgtg.tokenization.token_bytes import TokenBytes

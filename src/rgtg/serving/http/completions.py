@@ -11,13 +11,14 @@ from rgtg.serving.engine.request import FinishedEvent, TokenEvent
 from rgtg.serving.http.input_processor import InputProcessor, ParsedRequest
 from rgtg.serving.http.middleware import JsonRoute
 from rgtg.serving.http.requests import ChatRequest, CompletionRequest
-from rgtg.serving.http.responses import ChatCompletion, TextCompletion, documented, finish_reason_of
+from rgtg.serving.http.responses import ChatCompletion, TextCompletion, documented
 from rgtg.serving.http.serialize import (
     ChatSerializer,
     ChoiceDelta,
     CompletionSerializer,
     Echo,
     Serializer,
+    finish_reason_of,
     guidance_report,
     json_response,
     to_json,

@@ -6,17 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from rgtg.decoding.methods import Rule, Unit
 from rgtg.serving.http.errors import ErrorBody
-from rgtg.types.generation import Completion, StepTrace
+from rgtg.types.generation import StepTrace
 
 # JSON has no infinity: the log-probability of a token with probability 0 is the text "-Infinity", as in rgtg's files.
 Nats = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
 # OpenAI has no word for a text that was abandoned because of its score; content_filter is the nearest.
 FinishReason = Literal["stop", "length", "content_filter"]
-
-
-def finish_reason_of(completion: Completion) -> FinishReason:
-    """Why a completion ended, in OpenAI's words."""
-    return "content_filter" if completion.finish_reason == "abstained" else completion.finish_reason
 
 
 class Answer(BaseModel):

@@ -34,10 +34,15 @@ from rgtg.serving.http.responses import (
     Usage,
 )
 from rgtg.tokenization.token_bytes import TokenBytes
-from rgtg.types.generation import StepTrace
+from rgtg.types.generation import Completion, StepTrace
 
 # OpenAI's value for a log-probability of minus infinity.
 _MINUS_INFINITY = -9999.0
+
+
+def finish_reason_of(completion: Completion) -> FinishReason:
+    """Why a completion ended, in OpenAI's words."""
+    return "content_filter" if completion.finish_reason == "abstained" else completion.finish_reason
 
 
 def to_json(answer: Answer) -> bytes:
