@@ -152,7 +152,8 @@ def test_an_objectives_options_are_set_by_name(policy_folder, pairs, tmp_path):
     assert done.exit_code == 0, done.stderr
     kept = json.loads((tmp_path / "s" / "settings.json").read_text())
     assert kept["reference_scorer"] == str(tmp_path / "full")
-    assert kept["prefix_bt"] == {"position_weights": "linear", "prefixes": None, "consistency": "prefix"}
+    given = {"position_weights": "linear", "prefixes": None, "consistency": "prefix"}
+    assert kept["prefix_bt"] == given | {"length_control": False, "length_offset": None}
 
 
 @pytest.mark.parametrize(

@@ -440,8 +440,8 @@ def test_particles_that_are_cancelled_while_they_grow_leave_nothing(models, serv
 def test_time_that_is_over_ends_a_request_wherever_it_is(models, serving):
     engine = serving(max_batch=1)
     slow, late = Heard(), Heard()
-    submit(engine, "Hi", row(max_new_tokens=100), to=slow, deadline=time.monotonic() + 0.05)
-    submit(engine, "Hi", row(max_new_tokens=100), to=late, deadline=time.monotonic() + 0.02)
+    submit(engine, "Hi", row(max_new_tokens=100), to=slow, deadline=time.monotonic() + 0.01)
+    submit(engine, "Hi", row(max_new_tokens=100), to=late, deadline=time.monotonic() + 0.005)
     for listener in (slow, late):
         (end,) = listener.ended()
         assert isinstance(end.error, DeadlineError)
