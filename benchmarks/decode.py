@@ -146,15 +146,20 @@ def random_prompt(args, length, seed=0):
 
 
 @torch.inference_mode()
-def transformers_generate(models, *, prompt, k, tokens):
-    """Unguided ``generate``: time of many tokens less time of few, so that the prompt does not count."""
-    ids = torch.tensor([random_prompt(models.args, prompt)], device=models.args.device)
+def seconds_of_generate(model, ids, k, tokens):
+    """Seconds per step of unguided sampling: time of many tokens less time of few, without that of the prompt."""
     times = []
     for n in (2, tokens + 2):
         start = time.perf_counter()
-        models.stock.generate(ids, do_sample=True, top_k=k, min_new_tokens=n, max_new_tokens=n, pad_token_id=0)
+        model.generate(ids, do_sample=True, top_k=k, min_new_tokens=n, max_new_tokens=n, pad_token_id=0)
         times.append(time.perf_counter() - start)
     return (times[1] - times[0]) / tokens
+
+
+def transformers_generate(models, *, prompt, k, tokens):
+    """Unguided ``generate`` after a random prompt."""
+    ids = torch.tensor([random_prompt(models.args, prompt)], device=models.args.device)
+    return seconds_of_generate(models.stock, ids, k, tokens)
 
 
 def published(score):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from decode import paired, ratio, seconds_of_generate
 from rgtg.evaluation.benchmark import seconds_per_token, start_batch
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.gguf import converted_folder
@@ -82,18 +83,6 @@ def write_random_head(folder, policies, sources):
     return OwnStateScorer(policies[0], load_head(folder, info), info), info
 
 
-@torch.inference_mode()
-def transformers_generate(model, prompts, tokens):
-    """Seconds per step of unguided sampling: time of many tokens less time of few, without that of the prompt."""
-    ids = torch.tensor(prompts)
-    times = []
-    for n in (2, tokens + 2):
-        start = time.perf_counter()
-        model.generate(ids, do_sample=True, top_k=TOP_K, min_new_tokens=n, max_new_tokens=n, pad_token_id=0)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / tokens
-
-
 def llama_alone(model, prompts, tokens):
     """Seconds per step of llama.cpp's own functions: a pass for each token of all prompts, and its own sampler."""
     lib, context = model._lib, model.context
@@ -146,22 +135,6 @@ class Vllm:
         self.process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens, "guided": guided}) + "\n")
         self.process.stdin.flush()
         return self._answer()["seconds"]
-
-
-def paired(runs, repeats):
-    """Seconds of every way, in turn, repeat after repeat; the first round warms up."""
-    seconds = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            took = run()
-            if repeat:
-                seconds[name].append(took)
-        print(f"  round {repeat} of {repeats} done", file=sys.stderr, flush=True)
-    return seconds
-
-
-def ratio(a, b):
-    return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
 
 
 def rows_of(seconds, count):
@@ -220,13 +193,14 @@ def main():
         results = {}
         for count in args.prompts:
             prompts = prompts_of(stock, args, count)
+            ids = torch.tensor(prompts)
 
             def run(policy, scorer, prompts=prompts):
                 batch = start_batch(policy, scorer, prompts, top_k=TOP_K, tokens=args.tokens)
                 return seconds_per_token(batch, args.tokens)
 
             runs = {
-                STOCK: lambda prompts=prompts: transformers_generate(stock.model, prompts, args.tokens),
+                STOCK: lambda ids=ids: seconds_of_generate(stock.model, ids, TOP_K, args.tokens),
                 TORCH: lambda run=run: run(torch_policy, None),
                 f"{TORCH} + head": lambda run=run: run(torch_policy, head),
                 ALONE: lambda prompts=prompts: llama_alone(llama.model, prompts, args.tokens),
@@ -236,7 +210,7 @@ def main():
             if vllm is not None:
                 runs[VLLM] = lambda prompts=prompts: vllm.step(prompts, args.tokens, False)
                 runs[f"{VLLM} + head"] = lambda prompts=prompts: vllm.step(prompts, args.tokens, True)
-            results[str(count)] = rows_of(paired(runs, args.repeats), count)
+            results[str(count)] = rows_of(paired(args, runs), count)
             for name, row in results[str(count)].items():
                 print(f"{count} × {name}: {json.dumps({k: v for k, v in row.items() if k[0] != 's'})}", file=sys.stderr)
         if vllm is not None:
