@@ -57,6 +57,11 @@ class Invocation:
         elif not self.quiet:
             show()
 
+    def tell(self, line: str) -> None:
+        """Print a line about progress on stderr."""
+        if not self.silent:
+            print(line, file=sys.stderr)  # noqa: T201
+
 
 def command(
     settings: type[S],

