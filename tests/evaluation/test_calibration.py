@@ -5,9 +5,11 @@ import random
 
 import pytest
 
+from helpers.chats import THINKING, chat_reward, chat_tokenizer, save
 from helpers.naive import make_guided, reward
 from rgtg.errors import DataError, NonFiniteError, UsageError
 from rgtg.evaluation.calibration import calibrate, conformal_threshold, labels_of, lowest_scores
+from rgtg.models.scorers.base import load_scorer
 
 
 def test_by_hand_the_threshold_is_an_order_statistic():
@@ -110,3 +112,14 @@ def test_rows_that_cannot_be_used_are_named():
     scorer.model.score.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="row 1 has a score of nan"):
         lowest_scores(scorer, [row])
+
+
+def test_variables_that_nothing_reads_are_errors(tmp_path):
+    scorer = load_scorer(str(save(chat_reward(), chat_tokenizer(THINKING), tmp_path / "reward")))
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "text": "ab", "finish_reason": "length"}
+    fast, slow = (lowest_scores(scorer, [chat], template_kwargs={"enable_thinking": on}) for on in (False, True))
+    assert fast != slow
+    with pytest.raises(UsageError, match="does not read nonsense"):
+        lowest_scores(scorer, [chat], template_kwargs={"nonsense": 1})
+    with pytest.raises(UsageError, match="every prompt is plain text"):
+        lowest_scores(scorer, [{"prompt": "Hi", "text": "ab"}], template_kwargs={"enable_thinking": False})

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rgtg.data.completions import UNFINISHED, completion_source, completion_text
+from rgtg.data.completions import UNFINISHED, completion_source, completion_text, is_chat
 from rgtg.data.formats import to_template_kwargs
 from rgtg.errors import DataError, NonFiniteError, UsageError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import CompletionScorer
-from rgtg.tokenization.conversation import encode_completed, encode_source
+from rgtg.tokenization.conversation import check_template_kwargs, encode_completed, encode_source
 from rgtg.tokenization.encoding import decode_completion
 from rgtg.types.calibration import CalibrationResult
 
@@ -78,9 +78,16 @@ def lowest_scores(
         template_kwargs: variables of the chat template, for rows that have none of their own.
 
     Raises:
+        UsageError: variables of the chat template that no row or no template reads.
         DataError: a row that the scorer cannot read, or whose token ids are not this scorer's; names the row.
         NonFiniteError: NaN or infinite scores.
     """
+    if template_kwargs:
+        if not any(is_chat(row) for row in rows):
+            raise UsageError(
+                "chat_template_kwargs applies to chats, and every prompt is plain text", setting="chat_template_kwargs"
+            )
+        check_template_kwargs(scorer.tokenizer, template_kwargs)
     prompts, completions = [], []
     for i, row in enumerate(rows):
         try:
@@ -121,7 +128,7 @@ def calibrate(
         template_kwargs: variables of the chat template, for rows that have none of their own.
 
     Raises:
-        UsageError: too few good completions.
+        UsageError: too few good completions, and as `lowest_scores`.
         DataError, NonFiniteError: as `labels_of` and `lowest_scores`.
     """
     labels = labels_of(rows, good_above)
