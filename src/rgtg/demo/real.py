@@ -3,27 +3,22 @@
 import itertools
 import math
 import random
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgtg.config import CompareRun, CompareSettings, DemoSettings, TrainSettings
+from rgtg.config import CompareRun, CompareSettings, DemoSettings
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.demo.friendliness import friendliness
 from rgtg.demo.messages import SEEN, UNSEEN, draw_prompts
-from rgtg.demo.run import DemoOutput, Stage, as_json, prepare_folder, silent, write_rows
-from rgtg.errors import MissingExtraError, UsageError
-from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
-from rgtg.evaluation.compare.comparison import assemble, run_method
+from rgtg.demo.run import DemoOutput, Stage, as_json, audit, prepare_folder, run_all, silent, train, write_rows
+from rgtg.errors import UsageError
+from rgtg.evaluation.compare.comparison import assemble
 from rgtg.evaluation.compare.grid import MethodRun, expand_runs
-from rgtg.evaluation.compare.rewards import RewardFunction
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.hidden_state_head import OwnStateScorer
-from rgtg.types.audit import AuditResult
 from rgtg.types.comparison import ComparisonResult, MethodResult
-from rgtg.types.generation import Completion
 from rgtg.utils.files import write_text
 
 SCORERS = ("full-bt", "prefix-bt")
@@ -57,14 +52,15 @@ def run_real_demo(settings: DemoSettings, policy: Policy, source: str, stage: St
     with stage("the policy answers, a rule labels", 1) as step:
         write_pairs(folder, policy, seen, settings.seed)
         step()
-    audits = {}
+    audits, scorers = {}, {}
     for name in SCORERS:
         with stage(f"train and audit the {name} head", 2) as step:
-            train_head(settings, source, name)
+            train(settings, name, source, HEAD)
             step()
-            audits[name] = audit(settings, policy, name)
+            scorers[name] = OwnStateScorer.from_pretrained(str(folder / name), policy=policy)
+            audits[name] = audit(settings, name, scorers[name], batch_size=16)
             step()
-    result = compare_methods(settings, policy, unseen, stage)
+    result = compare_methods(settings, policy, scorers, unseen, stage)
     write_text(folder / "results.json", as_json(result))
     return DemoOutput(result, audits)
 
@@ -114,30 +110,6 @@ def as_chat(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def train_head(settings: DemoSettings, source: str, objective: str) -> None:
-    """Train one head on the policy's states, as ``rgtg train --trunk own`` does."""
-    try:
-        from rgtg.training.train import train_scorer
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"the demo needs {error.name}: pip install 'rgtg[train,report,demo]'") from error
-    folder = settings.output
-    values = {
-        "pairs": str(folder / "pairs.jsonl"), "base": source, "objective": objective, "output": folder / objective,
-        "seed": settings.seed,
-    }  # fmt: skip
-    train_scorer(TrainSettings.model_validate(values | HEAD))
-
-
-def audit(settings: DemoSettings, policy: Policy, name: str) -> AuditResult:
-    """Audit one head on pairs whose prompts it has not seen, and write the result."""
-    folder = settings.output
-    scorer = OwnStateScorer.from_pretrained(str(folder / name), policy=policy)
-    result = audit_prefixes(scorer, folder / "audit-pairs.jsonl", batch_size=16, seed=settings.seed)
-    (folder / f"audit-{name}").mkdir()
-    write_text(folder / f"audit-{name}" / "audit.json", as_json(result))
-    return result
-
-
 def method_runs(betas: Sequence[float]) -> list[MethodRun]:
     """The runs to compare: sampled methods, then greedy ones, each with the policy first."""
 
@@ -156,11 +128,14 @@ def method_runs(betas: Sequence[float]) -> list[MethodRun]:
 
 
 def compare_methods(
-    settings: DemoSettings, policy: Policy, unseen: Sequence[str], stage: Stage = silent
+    settings: DemoSettings,
+    policy: Policy,
+    scorers: Mapping[str, OwnStateScorer],
+    unseen: Sequence[str],
+    stage: Stage = silent,
 ) -> ComparisonResult:
     """Answer the unseen prompts with every method and score the replies with the gold reward."""
     folder = settings.output
-    scorers = {name: OwnStateScorer.from_pretrained(str(folder / name), policy=policy) for name in SCORERS}
     runs = method_runs(settings.betas)
     shared = CompareSettings(
         prompts=folder / "prompts.jsonl", methods=[CompareRun(method="policy")], output=folder, seed=settings.seed,
@@ -168,16 +143,10 @@ def compare_methods(
     )  # fmt: skip
     chats = list(map(as_chat, unseen))
     write_rows(folder / "prompts.jsonl", ({"prompt": chat} for chat in chats))
-    (folder / "completions").mkdir()
-    results: list[MethodResult] = []
-    with stage("answer unseen prompts", len(runs)) as step, warnings.catch_warnings():
-        # args uses a full-sequence scorer on purpose; the audit shows what that costs
-        warnings.filterwarnings("ignore", message=".*scores of partial sequences are arbitrary.*")
-        for run in runs:
-            name = "".join(c if c.isalnum() or c in ".-" else "-" for c in run.label.replace("β=", "beta"))
-            reward = _reward_and_save(folder / "completions" / f"{name}.jsonl", unseen)
-            results.append(run_method(policy, scorers.get(run.scorer or ""), run, chats, shared, reward))
-            step()
+    with stage("answer unseen prompts", len(runs)) as step:
+        results = run_all(
+            policy, scorers, runs, chats, shared, gold=friendliness, asked=unseen, file_name=_file_name, progress=step
+        )
     return assemble(
         results, reward="friendliness points", prompts=len(unseen), baseline="policy",
         made=provenance(
@@ -188,18 +157,8 @@ def compare_methods(
     )  # fmt: skip
 
 
-def _reward_and_save(path: Path, unseen: Sequence[str]) -> RewardFunction:
-    """The gold reward, which also writes the replies and their points to a file."""
-
-    def reward(done: Sequence[Completion]) -> list[float]:
-        points = [
-            friendliness(prompt, completion.text, finished=completion.finish_reason == "stop")
-            for prompt, completion in zip(unseen, done, strict=True)
-        ]
-        write_rows(path, [c.model_dump(exclude={"trace"}) | {"gold": r} for c, r in zip(done, points, strict=True)])
-        return points
-
-    return reward
+def _file_name(run: MethodRun) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in run.label.replace("β=", "beta"))
 
 
 def at_equal_kl(result: ComparisonResult) -> str:

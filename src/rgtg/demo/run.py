@@ -4,13 +4,14 @@ import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rgtg.config import CompareRun, CompareSettings, DemoSettings, TrainSettings
+from rgtg.decoding.request import Prompt
 from rgtg.demo.gold import gold_reward
 from rgtg.demo.policy import train_policy
 from rgtg.demo.world import Customer, customers, draw_pair, random_stream, write_reply
@@ -20,7 +21,8 @@ from rgtg.evaluation.compare.comparison import assemble, run_method
 from rgtg.evaluation.compare.grid import MethodRun, expand_runs
 from rgtg.evaluation.compare.rewards import RewardFunction
 from rgtg.evaluation.provenance import provenance
-from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.scorers.base import AnyScorer, CompletionScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.types.audit import AuditResult
 from rgtg.types.base import Record
@@ -95,9 +97,9 @@ def run_demo(settings: DemoSettings, stage: Stage = silent) -> DemoOutput:
     audits = {}
     for name in SCORERS:
         with stage(f"train and audit the {name} scorer", 2) as step:
-            train(settings, name)
+            train(settings, name, str(folder / "policy"), {"eval_fraction": 0.0, "train": SCORER_TRAINING})
             step()
-            audits[name] = audit(settings, name)
+            audits[name] = audit(settings, name, str(folder / name), batch_size=32)
             step()
     result = compare_methods(settings, data.unseen, stage)
     write_text(folder / "results.json", as_json(result))
@@ -159,26 +161,33 @@ def save_data(folder: Path, data: DemoData) -> None:
     write_rows(folder / "prompts.jsonl", ({"prompt": customer.prompt} for customer in data.unseen))
 
 
-def train(settings: DemoSettings, objective: str) -> None:
-    """Train one scorer from the policy's weights, as ``rgtg train`` does."""
+def train(settings: DemoSettings, objective: str, base: str, more: dict[str, Any]) -> None:
+    """Train one scorer, as ``rgtg train`` does.
+
+    Args:
+        settings: output folder, which holds the pairs, and seed.
+        objective: also the name of the scorer's folder.
+        base: folder of the policy.
+        more: settings of the training.
+    """
     try:
         from rgtg.training.train import train_scorer
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"the demo needs {error.name}: pip install 'rgtg[train,report]'") from error
     folder = settings.output
     values = {
-        "pairs": str(folder / "pairs.jsonl"), "base": str(folder / "policy"), "objective": objective,
-        "output": folder / objective, "eval_fraction": 0.0, "seed": settings.seed, "train": SCORER_TRAINING,
+        "pairs": str(folder / "pairs.jsonl"), "base": base, "objective": objective, "output": folder / objective,
+        "seed": settings.seed,
     }  # fmt: skip
-    train_scorer(TrainSettings.model_validate(values))
+    train_scorer(TrainSettings.model_validate(values | more))
 
 
-def audit(settings: DemoSettings, scorer: str) -> AuditResult:
+def audit(settings: DemoSettings, name: str, scorer: CompletionScorer | str, *, batch_size: int) -> AuditResult:
     """Audit one scorer on pairs it has not seen, and write the result."""
     folder = settings.output
-    result = audit_prefixes(str(folder / scorer), folder / "audit-pairs.jsonl", batch_size=32, seed=settings.seed)
-    (folder / f"audit-{scorer}").mkdir()
-    write_text(folder / f"audit-{scorer}" / "audit.json", as_json(result))
+    result = audit_prefixes(scorer, folder / "audit-pairs.jsonl", batch_size=batch_size, seed=settings.seed)
+    (folder / f"audit-{name}").mkdir()
+    write_text(folder / f"audit-{name}" / "audit.json", as_json(result))
     return result
 
 
@@ -205,16 +214,11 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
         prompts=folder / "prompts.jsonl", methods=[CompareRun(method="policy")], output=folder, seed=settings.seed,
         max_new_tokens=MAX_NEW_TOKENS, batch_size=32,
     )  # fmt: skip
-    (folder / "completions").mkdir()
     prompts = [customer.prompt for customer in unseen]
-    results: list[MethodResult] = []
-    with stage("answer unseen messages", len(runs)) as step, warnings.catch_warnings():
-        # args uses a full-sequence scorer on purpose; the audit shows what that costs
-        warnings.filterwarnings("ignore", message=".*scores of partial sequences are arbitrary.*")
-        for run in runs:
-            reward = _reward_and_save(folder / "completions" / f"{_file_name(run)}.jsonl", unseen)
-            results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, reward))
-            step()
+    with stage("answer unseen messages", len(runs)) as step:
+        results = run_all(
+            policy, scorers, runs, prompts, shared, gold=gold_reward, asked=unseen, file_name=_file_name, progress=step
+        )
     return assemble(
         results, reward="gold points", prompts=len(unseen),
         made=provenance(
@@ -225,14 +229,49 @@ def compare_methods(settings: DemoSettings, unseen: Sequence[Customer], stage: S
     )  # fmt: skip
 
 
-def _reward_and_save(path: Path, unseen: Sequence[Customer]) -> RewardFunction:
+def run_all(
+    policy: Policy,
+    scorers: Mapping[str, AnyScorer],
+    runs: Sequence[MethodRun],
+    prompts: Sequence[Prompt],
+    shared: CompareSettings,
+    *,
+    gold: Callable[..., float],
+    asked: Sequence[Any],
+    file_name: Callable[[MethodRun], str],
+    progress: Callable[[], None],
+) -> list[MethodResult]:
+    """The result of every run; its replies and their points are written to a file each.
+
+    Args:
+        policy: that answers.
+        scorers: by the names that the runs give.
+        runs: to make.
+        prompts: that every run answers.
+        shared: decoding settings, seed, and the output folder.
+        gold: points of one of ``asked``, a reply to it, and whether it ended by itself (``finished``).
+        asked: what the prompts are made of.
+        file_name: of a run's replies.
+        progress: called after each run.
+    """
+    folder = shared.output / "completions"
+    folder.mkdir()
+    results = []
+    with warnings.catch_warnings():
+        # args uses a full-sequence scorer on purpose; the audit shows what that costs
+        warnings.filterwarnings("ignore", message=".*scores of partial sequences are arbitrary.*")
+        for run in runs:
+            reward = _reward_and_save(folder / f"{file_name(run)}.jsonl", gold, asked)
+            results.append(run_method(policy, scorers.get(run.scorer or ""), run, prompts, shared, reward))
+            progress()
+    return results
+
+
+def _reward_and_save(path: Path, gold: Callable[..., float], asked: Sequence[Any]) -> RewardFunction:
     """The gold reward, which also writes the replies and their points to a file."""
 
     def reward(done: Sequence[Completion]) -> list[float]:
-        rewards = [
-            gold_reward(customer, completion.text, finished=completion.finish_reason == "stop")
-            for customer, completion in zip(unseen, done, strict=True)
-        ]
+        rewards = [gold(one, c.text, finished=c.finish_reason == "stop") for one, c in zip(asked, done, strict=True)]
         rows = [c.model_dump(exclude={"trace"}) | {"gold": r} for c, r in zip(done, rewards, strict=True)]
         write_rows(path, rows)
         return rewards
