@@ -156,6 +156,18 @@ def as_dense(model: Any) -> Any:
     return model
 
 
+def save_dense(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Save a dequantised model and its tokenizer, with the permissions of new files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors' files are their owner's alone
+        replace_file(file.rename(folder / f".{file.name}"), file)
+
+
 def converted_folder(path: Path) -> Path | None:
     """The folder beside a GGUF file that holds its conversion; None if there is none or the file has changed."""
     folder = path.with_name(path.name + CONVERTED)
@@ -188,10 +200,7 @@ def write_converted(path: Path, model: Any, tokenizer: Any) -> Path:
     try:
         # 1. write everything under another name; the description is last, and marks the rest as complete
         partial.mkdir()
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for file in partial.glob("*.safetensors"):  # safetensors' files are their owner's alone
-            replace_file(file.rename(partial / f".{file.name}"), file)
+        save_dense(partial, model, tokenizer)
         write_text_synced(partial / CONVERSION_FILE, about.model_dump_json(indent=2) + "\n")
         sync_tree(partial)
         # 2. put it in the place of an older one

