@@ -16,7 +16,7 @@ from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
-from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
+from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows, probe_agrees
 
 # head(model, states (…, H)) → logits (…, V) or scores (…)
 OutputHead = Callable[[Any, Tensor], Tensor]
@@ -430,8 +430,4 @@ def _probe_agrees(model: Any, head: OutputHead) -> bool:
             found.append(outputs(runner, TokenTree.leaves(leaves.to(model.device))).float())
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
-    if not bool(found[1].isfinite().all()):
-        return True  # a broken model is no reason to read it slowly; decoding refuses what is not finite
-    tolerance = 1e-3 if fast.dtype == torch.float32 else 0.1
-    scale = found[1].abs().max().clamp(min=1e-3)
-    return bool((found[0] - found[1]).abs().max() <= tolerance * scale)
+    return probe_agrees(found[0], found[1], fast.dtype)

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.models.loading.engine_model import EngineModel
-from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import final_states, trunk
-from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows
+from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows, probe_agrees, takes_any_mask
 from rgtg.tokenization.padding import pad_right
 
 SHARED, PADDING = 0, -1  # parts of a row; the rest of completion c is part c + 1
@@ -157,8 +156,7 @@ def reads_packed_rows(model: Any) -> bool:
     if isinstance(model, EngineModel):
         return True
     if model not in _reads_packed:
-        any_mask = model.config._attn_implementation in ("sdpa", "eager", SINGLE_QUERY_ATTENTION)
-        _reads_packed[model] = any_mask and has_maskable_layers(model) and _probe_agrees(model)
+        _reads_packed[model] = takes_any_mask(model) and has_maskable_layers(model) and _probe_agrees(model)
     return _reads_packed[model]
 
 
@@ -182,8 +180,4 @@ def _probe_agrees(model: Any) -> bool:
     places = [(b, columns) for b, row in enumerate(rows) for columns in row.columns]
     found = torch.cat([packed[b, columns] for b, columns in places]).float()
     expected = torch.cat([plain[i, : len(columns)] for i, (_, columns) in enumerate(places)]).float()
-    if not bool(expected.isfinite().all()):
-        return True  # a broken model is no reason to read it slowly; training refuses what is not finite
-    tolerance = 1e-3 if packed.dtype == torch.float32 else 0.1
-    scale = expected.abs().max().clamp(min=1e-3)
-    return bool((found - expected).abs().max() <= tolerance * scale)
+    return probe_agrees(found, expected, packed.dtype)

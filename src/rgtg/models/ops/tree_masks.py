@@ -1,6 +1,9 @@
-"""Which models take a 4-D attention mask, and which windows their layers have."""
+"""Which models take a 4-D attention mask, which windows their layers have, and when a probe of one has passed."""
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 
@@ -17,6 +20,11 @@ def mask_windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
+def takes_any_mask(model: Any) -> bool:
+    """Whether a model's attention is computed by a function that takes any mask."""
+    return model.config._attn_implementation in ("sdpa", "eager", SINGLE_QUERY_ATTENTION)
+
+
 def has_maskable_layers(model: Any) -> bool:
     """Whether all layers are attention of a known kind, computed by a function that takes any mask.
 
@@ -28,9 +36,24 @@ def has_maskable_layers(model: Any) -> bool:
         return False
     if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
         return False
-    if model.config._attn_implementation not in ("sdpa", "eager", SINGLE_QUERY_ATTENTION):
+    if not takes_any_mask(model):
         try:
             model.set_attn_implementation("sdpa")
         except (ValueError, ImportError, AttributeError):
             return False
     return True
+
+
+def probe_agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether outputs of a masked pass are those of plain passes: a model that ignores or misreads the mask differs.
+
+    Args:
+        found: of the masked pass, in fp32.
+        expected: the same of plain passes.
+        dtype: that the model computes in.
+    """
+    if not bool(expected.isfinite().all()):
+        return True  # a broken model is no reason to read it slowly; what is not finite is refused later
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    scale = expected.abs().max().clamp(min=1e-3)
+    return bool((found - expected).abs().max() <= tolerance * scale)
