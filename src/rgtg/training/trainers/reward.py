@@ -319,8 +319,14 @@ def score_every_position(
     Raises:
         UsageError: the hook on the scalar head records nothing.
     """
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **position_ids(mask)}
+    return record_scores(model, unwrapped, inputs)
+
+
+def record_scores(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Float[Tensor, "rows length"], Any]:
+    """As `score_every_position`, with any keyword arguments of the model."""
     with record_outputs(scalar_head(unwrapped)) as recorded:
-        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **position_ids(mask))
+        outputs = model(**inputs)
     if not recorded:
         raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
     return recorded[-1][..., 0], outputs
@@ -355,11 +361,7 @@ def score_packed_pairs(
     Raises:
         UsageError: the hook on the scalar head records nothing.
     """
-    with record_outputs(scalar_head(unwrapped)) as recorded:
-        outputs = model(**packed_inputs(unwrapped, rows))
-    if not recorded:
-        raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
-    packed = recorded[-1][..., 0]  # (B, packed length)
+    packed, outputs = record_scores(model, unwrapped, packed_inputs(unwrapped, rows))  # (B, packed length)
     sides = [(b, row.columns[side]) for side in (0, 1) for b, row in enumerate(rows)]
     found = torch.cat([packed[b, columns.to(packed.device)] for b, columns in sides])
     every = packed.new_zeros(ids.shape).masked_scatter(mask.bool(), found)
