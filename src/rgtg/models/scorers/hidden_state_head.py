@@ -11,7 +11,7 @@ from torch import Tensor
 from rgtg.errors import ModelNotFoundError, RgtgError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, resolve_device
 from rgtg.models.loading.hub import local_folder
-from rgtg.models.loading.policy import Policy, load_policy, max_sequence_length, resolve_dtype
+from rgtg.models.loading.policy import Policy, load_policy, resolve_dtype
 from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
@@ -39,7 +39,7 @@ class OwnStateScorer(TokenScorer):
         self.tokenizer = policy.tokenizer
         self.info = info
         self.name = name
-        self.max_length = max_sequence_length(policy.model)
+        self.max_length = policy.max_length
         self.append_eos = info.append_eos
         self.layer = info.layer
         self.kind: Literal["state", "vocab"] = info.head

@@ -11,7 +11,7 @@ from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading, is_on_one_device
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged
-from rgtg.models.loading.policy import Policy, load_policy, load_tokenizer, max_sequence_length, resolve_dtype
+from rgtg.models.loading.policy import Policy, load_policy, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, head_is_linear, policy_logits
@@ -48,7 +48,7 @@ class VocabularyScorer(TokenScorer):
         self.objective: str = objective or (info.objective if info else "autoregressive")
         self._has_weight = is_on_one_device(scorer.model)  # whether rows of its output layer can be gathered
         self.layer = scorer.model.config.get_text_config().num_hidden_layers
-        self.max_length = max_sequence_length(scorer.model)
+        self.max_length = scorer.max_length
         self.append_eos = info.append_eos if info else True  # a language model ends what it has finished with EOS
 
     @classmethod
