@@ -1,5 +1,6 @@
 """Loads the server's scorers into a vLLM worker, and checks that they and the engine fit each other."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,8 +143,12 @@ def padding_ids(model_config: Any, device: Any) -> torch.Tensor | None:
 
 
 def _tokenizer(model_config: Any) -> Any:
+    return _load_tokenizer(model_config.tokenizer, model_config.tokenizer_revision)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(source: str, revision: str | None) -> Any:
+    """Each scorer is checked against it, and loading a large one takes a second."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        model_config.tokenizer, revision=model_config.tokenizer_revision, trust_remote_code=False
-    )
+    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
