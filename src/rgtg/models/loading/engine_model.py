@@ -14,7 +14,7 @@ class EngineModel(ABC):
     """A policy that an engine runs. It answers what the rest of the project asks of a torch model, and has no weights.
 
     Attributes:
-        engine: its name, a row of `rgtg.decoding.engines.ENGINES`.
+        engine: its name, a row of `rgtg.config.engines.ENGINES`.
         name_or_path: as the user gave it.
         config: with ``vocab_size``, ``hidden_size``, ``num_hidden_layers``, ``max_position_embeddings``.
         generation_config: with ``eos_token_id``.

