@@ -16,7 +16,7 @@ from rgtg.data.prompts import BadRow, PromptRow
 from rgtg.errors import OutputError, RgtgError, UsageError
 from rgtg.types.base import FileChecksum
 from rgtg.types.batch import JobResult, RowFailure
-from rgtg.types.generation import Completion
+from rgtg.types.generation import OPENAI_FINISH_REASONS, Completion
 from rgtg.utils.files import atomic_write, file_checksum, make_folder, sync_file
 
 OutputFormat = Literal["records", "openai"]
@@ -263,7 +263,7 @@ def _openai_line(done: CompletedTask, model: str) -> str:
 
 def _choice(completion: Completion, chat: bool) -> dict[str, Any]:
     text = {"message": {"role": "assistant", "content": completion.text}} if chat else {"text": completion.text}
-    reason = "content_filter" if completion.finish_reason == "abstained" else completion.finish_reason
+    reason = OPENAI_FINISH_REASONS[completion.finish_reason]
     return {"index": 0, **text, "logprobs": None, "finish_reason": reason}
 
 

@@ -32,6 +32,13 @@ class StepTrace(Record):
     guided_log_probs: list[float]
 
 
+# OpenAI has no word for a text that was abandoned because of its score; content_filter is the nearest.
+OpenAIFinishReason = Literal["stop", "length", "content_filter"]
+OPENAI_FINISH_REASONS: dict[str, OpenAIFinishReason] = {
+    "stop": "stop", "length": "length", "abstained": "content_filter",
+}  # fmt: skip
+
+
 class Completion(Record):
     """One generated completion: a line of the output of ``rgtg generate``."""
 

@@ -23,11 +23,11 @@ from rgtg.serving.http.responses import (
     Side,
     documented,
 )
-from rgtg.serving.http.serialize import finish_reason_of, guidance_report, json_response, to_json, trace_steps, usage_of
+from rgtg.serving.http.serialize import guidance_report, json_response, to_json, trace_steps, usage_of
 from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import EventStream, ResponseStream
 from rgtg.tokenization.token_bytes import TokenBytes
-from rgtg.types.generation import StepTrace
+from rgtg.types.generation import OPENAI_FINISH_REASONS, StepTrace
 
 SIDES: tuple[Literal["unguided", "guided"], ...] = ("unguided", "guided")
 
@@ -55,7 +55,7 @@ class ParsedComparison:
             report.trace = trace_steps(completion.trace or [], self.token_bytes)
         return Side(
             text=completion.text,
-            finish_reason=finish_reason_of(completion),
+            finish_reason=OPENAI_FINISH_REASONS[completion.finish_reason],
             token_ids=completion.token_ids,
             guidance=report,
         )
@@ -115,7 +115,9 @@ async def _chunks(comparison: ParsedComparison, stream: ResponseStream) -> Async
             yield to_json(comparison.token_chunk(side, text.add(token_id), token_id, traces.get(i)))
         report = guidance_report(comparison.sides[side], 0, event)
         rest = text.end(completion.text)
-        yield to_json(comparison.chunk(side, rest, finish_reason=finish_reason_of(completion), guidance=report))
+        yield to_json(
+            comparison.chunk(side, rest, finish_reason=OPENAI_FINISH_REASONS[completion.finish_reason], guidance=report)
+        )
     both = [ends[0], ends[1]]
     summary = ComparisonChunk(
         id=comparison.id,

@@ -18,7 +18,6 @@ from rgtg.serving.http.serialize import (
     CompletionSerializer,
     Echo,
     Serializer,
-    finish_reason_of,
     guidance_report,
     json_response,
     to_json,
@@ -26,7 +25,7 @@ from rgtg.serving.http.serialize import (
 )
 from rgtg.serving.http.state import ServerState
 from rgtg.serving.http.streaming import EventStream, ResponseStream, run_calls, while_connected
-from rgtg.types.generation import StepTrace
+from rgtg.types.generation import OPENAI_FINISH_REASONS, StepTrace
 
 # OpenAI's default of max_tokens for /v1/completions.
 _DEFAULT_COMPLETION_TOKENS = 16
@@ -107,7 +106,9 @@ def _choice(request: ParsedRequest, index: int, end: FinishedEvent) -> ChoiceDel
     """A choice as a whole."""
     completion = end.completion
     report = guidance_report(request, index, end) if request.reports_guidance else None
-    return ChoiceDelta(index, completion.text, completion.trace or (), finish_reason_of(completion), report)
+    return ChoiceDelta(
+        index, completion.text, completion.trace or (), OPENAI_FINISH_REASONS[completion.finish_reason], report
+    )
 
 
 async def _chunks(
@@ -156,7 +157,7 @@ class StreamFormatter:
         completion = end.completion
         rest, steps = self._text.end(completion.text), (completion.trace or [])[self._num_steps :]
         report = guidance_report(self.request, self.index, end) if self.request.reports_guidance else None
-        last = ChoiceDelta(self.index, "", (), finish_reason_of(completion), report)
+        last = ChoiceDelta(self.index, "", (), OPENAI_FINISH_REASONS[completion.finish_reason], report)
         return [*self._delta(rest, steps, always=not self._begun), last]
 
     def _delta(self, text: str, steps: list[StepTrace], *, always: bool = False) -> list[ChoiceDelta]:

@@ -6,12 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from rgtg.decoding.methods import Rule, Unit
 from rgtg.serving.http.errors import ErrorBody
-from rgtg.types.generation import StepTrace
+from rgtg.types.generation import OpenAIFinishReason, StepTrace
 
 # JSON has no infinity: the log-probability of a token with probability 0 is the text "-Infinity", as in rgtg's files.
 Nats = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
-# OpenAI has no word for a text that was abandoned because of its score; content_filter is the nearest.
-FinishReason = Literal["stop", "length", "content_filter"]
 
 
 class Answer(BaseModel):
@@ -116,7 +114,7 @@ class ChatChoice(Answer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: OpenAIFinishReason
     guidance: GuidanceReport | None = None
 
 
@@ -144,7 +142,7 @@ class ChatChunkChoice(Answer):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: OpenAIFinishReason | None
     guidance: GuidanceReport | None = None
 
 
@@ -165,7 +163,7 @@ class TextChoice(Answer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: OpenAIFinishReason | None
     guidance: GuidanceReport | None = None
 
 
@@ -261,7 +259,7 @@ class Side(Answer):
     """One side of a comparison."""
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: OpenAIFinishReason
     token_ids: list[int]
     guidance: GuidanceReport
 
@@ -286,7 +284,7 @@ class ComparisonChunk(Answer):
     side: Literal["guided", "unguided"] | None = None
     text: str | None = None
     token_id: int | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: OpenAIFinishReason | None = None
     guidance: GuidanceReport | None = None
     seed: int | None = None
     first_divergence: int | None = None

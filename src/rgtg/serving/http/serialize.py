@@ -25,7 +25,6 @@ from rgtg.serving.http.responses import (
     ChatMessage,
     CompletionLogprobs,
     Delta,
-    FinishReason,
     GuidanceReport,
     TextChoice,
     TextCompletion,
@@ -34,15 +33,10 @@ from rgtg.serving.http.responses import (
     Usage,
 )
 from rgtg.tokenization.token_bytes import TokenBytes
-from rgtg.types.generation import Completion, StepTrace
+from rgtg.types.generation import OpenAIFinishReason, StepTrace
 
 # OpenAI's value for a log-probability of minus infinity.
 _MINUS_INFINITY = -9999.0
-
-
-def finish_reason_of(completion: Completion) -> FinishReason:
-    """Why a completion ended, in OpenAI's words."""
-    return "content_filter" if completion.finish_reason == "abstained" else completion.finish_reason
 
 
 def to_json(answer: Answer) -> bytes:
@@ -88,7 +82,7 @@ class ChoiceDelta:
     index: int
     text: str
     steps: Sequence[StepTrace] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: OpenAIFinishReason | None = None
     report: GuidanceReport | None = None
     first: bool = False
     echo: Echo | None = None
