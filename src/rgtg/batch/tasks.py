@@ -16,7 +16,7 @@ from rgtg.data.prompts import BadRow, PromptRow
 from rgtg.data.sources import RejectReason, RowError
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.methods import branch_columns
-from rgtg.decoding.request import Request, RowSeeds, any_chat
+from rgtg.decoding.request import Request, RowSeeds, require_chats
 from rgtg.errors import (
     DataError,
     NonFiniteError,
@@ -136,8 +136,8 @@ def prepare_tasks(
         UsageError: settings of the run that cannot be used, or chats without a chat template.
     """
     guided.resolve(settings, complete=True)
-    if settings.get("chat_template_kwargs") and not any_chat(row.prompt for row in rows):
-        raise UsageError("chat_template_kwargs applies to chats, and every prompt is plain text: give messages")
+    if settings.get("chat_template_kwargs"):
+        require_chats(row.prompt for row in rows)
     tasks: list[Task] = []
     bad: list[BadRow] = []
     seeds, checker = RowSeeds(seed), _PromptChecker(guided, settings)

@@ -41,6 +41,7 @@ from rgtg.decoding.request import (
     end_tokens,
     make_processors,
     prompt_source,
+    require_chats,
     require_room,
     row_seeds,
 )
@@ -296,13 +297,11 @@ class GuidedPolicy:
             )
         token_scorer = self.scorer if self.method.scorer else None
         if self.draft is not None:
-            if self.method.unit != "token":
+            if self.method.unit != "token" or self.method.rule == "filter":
                 raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
             for name in ("kl_budget", "value_threshold", "abstain_below"):
                 if getattr(settings, name) is not None:
                     raise UsageError(f"{name} decides token by token and does not speculate; leave the draft out")
-            if self.method.rule == "filter":
-                raise UsageError(f"{self.method.name} does not speculate; leave the draft out")
             self._require_one_scorer("speculative decoding", settings)
             check_draft(self.draft, token_scorer, settings)
         elif "draft_length" in settings.model_fields_set and settings.draft_length is not None:
@@ -447,7 +446,7 @@ class GuidedPolicy:
             NonFiniteError: NaN from the policy or the scorer.
         """
         if settings.get("chat_template_kwargs"):
-            self._require_chats(_as_list(prompts), settings)
+            require_chats(_as_list(prompts))
         return self._complete_all(self.prepare(prompts, seed=seed, trace=trace, **settings), batch_size)
 
     def prepare(
@@ -461,7 +460,7 @@ class GuidedPolicy:
         """Requests for ``complete``: prompts encoded and checked; arguments and errors are those of ``generate``."""
         many = _as_list(prompts)
         kwargs = settings.get("chat_template_kwargs")
-        if kwargs and not all(isinstance(prompt, str) for prompt in many):
+        if kwargs and any_chat(many):
             check_template_kwargs(self.policy.tokenizer, kwargs)
         ids, texts = [], []
         for i, prompt in enumerate(many):
@@ -492,7 +491,8 @@ class GuidedPolicy:
         **settings: Any,
     ) -> list[Completion]:
         """``generate`` for prompts that are token ids already."""
-        self._require_chats((), settings)
+        if settings.get("chat_template_kwargs"):
+            require_chats(())
         for i, ids in enumerate(prompt_ids):
             try:
                 self.require_embeddings(ids)
@@ -501,14 +501,6 @@ class GuidedPolicy:
         texts = [self.policy.tokenizer.decode(list(ids)) for ids in prompt_ids]
         requests = self.make_requests(prompt_ids, texts, [None] * len(texts), seed, settings, trace=trace)
         return self._complete_all(requests, batch_size)
-
-    def _require_chats(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> None:
-        """Refuse variables of the chat template where no prompt is a chat."""
-        if settings.get("chat_template_kwargs") and not any_chat(prompts):
-            raise UsageError(
-                "chat_template_kwargs applies to chats, and every prompt is plain text: give messages",
-                setting="chat_template_kwargs",
-            )
 
     def _complete_all(self, requests: list[Request], batch_size: int) -> list[Completion]:
         """Complete requests, ``batch_size`` at once; the first error ends the call."""
@@ -553,7 +545,8 @@ class GuidedPolicy:
         A segment-wise method yields whole segments, best-of-n its text at the end. Arguments and errors are those of
         ``generate``.
         """
-        self._require_chats(_as_list(prompt), settings)
+        if settings.get("chat_template_kwargs"):
+            require_chats(_as_list(prompt))
         requests = self.prepare(prompt, seed=seed, **settings)
         (request,) = requests
         assert request.stopping is not None, "prepared requests have stopping criteria"

@@ -28,6 +28,19 @@ def any_chat(prompts: Iterable[Prompt]) -> bool:
     return not all(isinstance(prompt, str) for prompt in prompts)
 
 
+def require_chats(prompts: Iterable[Prompt]) -> None:
+    """Refuse variables of the chat template where no prompt is a chat.
+
+    Raises:
+        UsageError: all of them are plain text.
+    """
+    if not any_chat(prompts):
+        raise UsageError(
+            "chat_template_kwargs applies to chats, and every prompt is plain text: give messages",
+            setting="chat_template_kwargs",
+        )
+
+
 @dataclass(eq=False)
 class Request:
     """One completion from the caller to the loop; nothing in it depends on its neighbours.

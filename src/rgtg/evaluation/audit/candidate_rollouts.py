@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rgtg.data.prompts import read_prompts
 from rgtg.decoding.engine.rollouts import next_candidates, roll_out
 from rgtg.decoding.guided_policy import GuidedPolicy
-from rgtg.decoding.request import Prompt, any_chat, derive_seed
+from rgtg.decoding.request import Prompt, any_chat, derive_seed, require_chats
 from rgtg.errors import DataError, NonFiniteError, OutputError, UsageError
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
@@ -120,8 +120,8 @@ def make_rollouts(
     if not sources:
         raise DataError("there are no prompts to roll out from")
     kwargs = dict(chat_template_kwargs) if chat_template_kwargs else None
-    if kwargs and not any_chat(sources):
-        raise UsageError("chat_template_kwargs applies to chats, and every prompt is plain text")
+    if kwargs:
+        require_chats(sources)
     check_template_kwargs(policy.tokenizer, kwargs)
     if any_chat(sources):
         require_chat_template(policy.tokenizer, "the policy")
