@@ -1,5 +1,6 @@
 """One completion to make: its prompt, parameters and random generator, when it ends, and how far it is."""
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -123,6 +124,12 @@ class Request:
         assert self.params.kl_budget is not None, "there is a budget"
         share = (len(self.token_ids) + 1) / self.settings.max_new_tokens
         return self.params.kl_budget * share - (self.expected_kl_nats or 0.0)
+
+    def copy(self) -> "Request":
+        """The same request, with tokens and a trace of its own."""
+        copied = copy.copy(self)
+        copied.token_ids, copied.trace = list(self.token_ids), list(self.trace)
+        return copied
 
     def take_stream(self, other: "Request") -> None:
         """Go on with the seed and the random numbers of another request."""

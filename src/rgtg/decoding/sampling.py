@@ -38,6 +38,13 @@ class Vocabulary:
         return log_probs
 
 
+# Errors of a step, whoever decodes.
+NO_FINITE_PROBABILITY = (
+    "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every token is "
+    "banned. Try dtype=float32, or relax the bans"
+)
+SCORES_NOT_FINITE = "the scorer returned NaN or infinite scores; try dtype=float32, or check its training"
+
 # Newton's steps towards a KL, at most (five are usual), and the relative error that is good enough: later steps of a
 # completion make up for it.
 _KL_STEPS, _KL_ERROR = 40, 1e-3

@@ -23,7 +23,15 @@ from rgtg.decoding.runners.base import PolicyRunner, PolicyState, ScorerRunner
 from rgtg.decoding.runners.model_runner import CachedRunner, has_cache
 from rgtg.decoding.runners.scorer_runner import StateHeadRunner, VocabHeadRunner, concat_states, select_state
 from rgtg.decoding.runners.token_tree import States
-from rgtg.decoding.sampling import Candidates, Draws, SamplingParams, draw, propose_candidates, take
+from rgtg.decoding.sampling import (
+    NO_FINITE_PROBABILITY,
+    Candidates,
+    Draws,
+    SamplingParams,
+    draw,
+    propose_candidates,
+    take,
+)
 from rgtg.errors import NonFiniteError
 
 T = TypeVar("T")
@@ -515,10 +523,7 @@ class Batch:
             draws = draw(candidates, scores, uniforms, group.params, each, allowed)
             for row, request in enumerate(requests):
                 if not draws.figures[row][4] and request.error is None:
-                    request.error = NonFiniteError(
-                        "the policy gives no finite probability to any next token: its logits are NaN or infinite, or "
-                        "every token is banned. Try dtype=float32, or relax the bans"
-                    )
+                    request.error = NonFiniteError(NO_FINITE_PROBABILITY)
         # 3. to the requests
         group.draws = draws
         for row, request in enumerate(requests):

@@ -1,6 +1,5 @@
 """Beam search: the n likeliest texts under log π(y) + β·r(y) go on, over one cache of each prompt."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from rgtg.decoding.engine.batch import Batch, Prefilled
 from rgtg.decoding.engine.best_of_n import adopt
 from rgtg.decoding.request import Request
-from rgtg.decoding.sampling import Candidates
+from rgtg.decoding.sampling import NO_FINITE_PROBABILITY, SCORES_NOT_FINITE, Candidates
 from rgtg.errors import NonFiniteError
 
 
@@ -108,7 +107,7 @@ class BeamSearch:
             self.beams[i] = [beam for _, _, _, beam in kept]
             for _, at, j, beam in kept:
                 if at >= 0:
-                    beam.request = _copy(beam.request)
+                    beam.request = beam.request.copy()
                     chosen.append((at, j, beam.request))
         return chosen
 
@@ -146,16 +145,6 @@ def require_finite(candidates: Candidates, scores: Tensor | None) -> None:
         NonFiniteError: the policy or the scorer gave NaN or infinite numbers.
     """
     if not bool(candidates.log_probs.max(-1).values.isfinite().all()):
-        raise NonFiniteError(
-            "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every token "
-            "is banned. Try dtype=float32, or relax the bans"
-        )
+        raise NonFiniteError(NO_FINITE_PROBABILITY)
     if scores is not None and candidates.steered is not None and not bool(scores[candidates.steered].isfinite().all()):
-        raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
-
-
-def _copy(request: Request) -> Request:
-    """The request of a text that one more token will make another."""
-    copied = copy.copy(request)
-    copied.token_ids, copied.trace = list(request.token_ids), list(request.trace)
-    return copied
+        raise NonFiniteError(SCORES_NOT_FINITE)

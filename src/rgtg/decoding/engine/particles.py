@@ -4,7 +4,6 @@ Token-wise guidance samples a product of per-step distributions. Particles that 
 out sample the sequence-level target π(y)·exp(β·r(y)), exactly as n grows.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -204,7 +203,6 @@ def _branch(request: Request, j: int) -> Request:
 
 def _copy(ancestor: Request, place: Request) -> Request:
     """A copy of a particle that draws with the generator of the place that it takes."""
-    copied = copy.copy(ancestor)
-    copied.token_ids, copied.trace = list(ancestor.token_ids), list(ancestor.trace)
+    copied = ancestor.copy()
     copied.take_stream(place)
     return copied

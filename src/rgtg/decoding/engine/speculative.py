@@ -28,7 +28,16 @@ from rgtg.decoding.request import Request, process, step_trace
 from rgtg.decoding.runners.model_runner import Runner, make_runner, outputs
 from rgtg.decoding.runners.policy_runner import MAX_WIDTH
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.decoding.sampling import SamplingParams, accept_draft, greedy, guided_log_probs, propose, sample
+from rgtg.decoding.sampling import (
+    NO_FINITE_PROBABILITY,
+    SCORES_NOT_FINITE,
+    SamplingParams,
+    accept_draft,
+    greedy,
+    guided_log_probs,
+    propose,
+    sample,
+)
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.models.loading.policy import Policy
 from rgtg.models.ops.lm_head import policy_logits, scorer_scores
@@ -181,12 +190,9 @@ class SpeculativeBatch(Batch):
         scores = _score(self.scorer_runner, draft, ids) if self.scorer_runner is not None else None
         used = torch.arange(places, device=ids.device) <= torch.tensor(draft.counts, device=ids.device)[:, None]
         if not bool(candidates[used][:, 0].isfinite().all()):
-            raise NonFiniteError(
-                "the policy gives no finite probability to any next token: its logits are NaN or infinite, or every "
-                "token is banned. Try dtype=float32, or relax the bans"
-            )
+            raise NonFiniteError(NO_FINITE_PROBABILITY)
         if scores is not None and not bool(scores[used].isfinite().all()):
-            raise NonFiniteError("the scorer returned NaN or infinite scores; try dtype=float32, or check its training")
+            raise NonFiniteError(SCORES_NOT_FINITE)
         flat = candidates.flatten(0, 1)
         steering = scores.nan_to_num().flatten(0, 1) if scores is not None else torch.zeros_like(flat)
         if params.clip:
