@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rgtg.data.formats import Message, to_chat, to_template_kwargs
+from rgtg.data.formats import to_chat, to_template_kwargs
 from rgtg.data.sources import RowError, iter_rows, parse_row
 from rgtg.errors import DataError
+from rgtg.tokenization.conversation import Message
 
 # Values of ``finish_reason`` of a text that did not come to its end.
 UNFINISHED = ("length", "abstained")
@@ -67,9 +68,8 @@ def _check(row: Any, where: str) -> None:
         chat = is_chat(row)
         if chat:
             completion_source(row)
-        elif to_template_kwargs(row):
+        if to_template_kwargs(row) and not chat:
             raise DataError(f'{where}: "chat_template_kwargs" belongs to a chat; expected "messages" beside it')
-        to_template_kwargs(row)
     except RowError as problem:
         raise DataError(f"{where}: {problem}") from problem
     for name in ([] if chat else ["prompt"]) + ["text" if "text" in row else "completion"]:

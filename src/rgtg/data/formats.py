@@ -7,6 +7,7 @@ from typing import Any
 from rgtg.data.sources import RejectReason, RowError
 from rgtg.errors import DataError, UsageError, one_line
 from rgtg.tokenization.conversation import (
+    Message,
     RenderedReplies,
     TemplateKwargs,
     check_template_kwargs,
@@ -18,7 +19,6 @@ from rgtg.types.generation import PreferencePair
 HH_TURN = "\n\nAssistant:"
 _NOT_A_REPLY = ("user", "human", "system")
 _JSON_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true/false", int: "a number", float: "a number"}
-Message = dict[str, Any]
 
 
 def to_pair(

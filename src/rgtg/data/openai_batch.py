@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rgtg.config import DecodingSettings
-from rgtg.data.formats import Message, json_name, require_prompt, to_chat
+from rgtg.data.formats import json_name, require_prompt, to_chat
 from rgtg.data.sources import RejectReason, RowError
+from rgtg.tokenization.conversation import Message
 
 Endpoint = Literal["chat", "completions"]
 ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}

@@ -339,7 +339,8 @@ class _PairChecker:
         longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if self.max_length is not None and longest > self.max_length:
             raise RowError(RejectReason.TOO_LONG, f"{longest} tokens, at most {self.max_length} allowed")
-        require_known_tokens([token for part in ids.parts for token in part], self.embeddings)
+        for part in ids.parts:
+            require_known_tokens(part, self.embeddings)
         return ids
 
 

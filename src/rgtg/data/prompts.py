@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rgtg.config import DecodingSettings, validate
-from rgtg.data.formats import Message, require_unicode, to_prompt_or_chat, to_template_kwargs
+from rgtg.data.formats import require_unicode, to_prompt_or_chat, to_template_kwargs
 from rgtg.data.openai_batch import Endpoint, is_batch_line, to_request
 from rgtg.data.sources import (
     CORRECT_OR_SKIP,
@@ -21,6 +21,7 @@ from rgtg.data.sources import (
     usable_rows,
 )
 from rgtg.errors import DataError, UsageError
+from rgtg.tokenization.conversation import Message
 
 _PROMPT = ("prompt", "messages", "chosen", "rejected", "chat_template_kwargs", "tools")
 _COLUMNS = (*_PROMPT, "id", "custom_id")

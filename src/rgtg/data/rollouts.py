@@ -202,4 +202,5 @@ def _check_tokens(rollout: Rollout, tokenizer: Any, max_length: int | None, embe
     total = len(ids.prompt_ids) + len(ids.completion_ids)
     if max_length is not None and total > max_length:
         raise RowError(RejectReason.TOO_LONG, f"{total} tokens, at most {max_length} allowed")
-    require_known_tokens([*ids.prompt_ids, *ids.completion_ids], embeddings)
+    for part in (ids.prompt_ids, ids.completion_ids):
+        require_known_tokens(part, embeddings)

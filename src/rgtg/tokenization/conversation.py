@@ -40,8 +40,9 @@ class TurnEnd:
     """How a chat template ends a finished reply.
 
     Attributes:
-        text: all that it writes after the reply, such as ``<end_of_turn>`` and a newline. EOS if it writes nothing.
-        closing: ``text`` up to the token that ends the reply: a policy that stops there never generates the rest.
+        text: all that it writes after the reply, such as ``<end_of_turn>`` and a newline.
+        closing: ``text`` up to the token that ends the reply: a policy that stops there never generates the rest. EOS
+            after it if the template writes no more than white space.
         token_id: of that token; None if the template ends a reply in ordinary text.
     """
 

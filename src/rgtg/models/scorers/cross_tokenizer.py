@@ -56,6 +56,8 @@ class CrossTokenizerScorer:
         self.info: ScorerInfo | None = scorer.info
         self.name, self.causal, self.max_length = scorer.name, scorer.causal, scorer.max_length
         self.append_eos = scorer.append_eos
+        # also what a chat template writes after the token that ends a reply, as stock models did in their training
+        self._reads_whole_replies = self.info is None or not self.append_eos
         self.before, self.after = added_tokens(self.tokenizer)
         if self.causal and self.after[-1:] == [self.tokenizer.eos_token_id]:
             self.after = self.after[:-1]  # only finished texts end with EOS
@@ -98,7 +100,7 @@ class CrossTokenizerScorer:
         end = turn_end(self.tokenizer, template_kwargs=template_kwargs)
         if end is None:
             raise UsageError(f"the chat template of the scorer {self.name} leaves the assistant's reply out")
-        closing = end.text if self.info is None or not self.append_eos else end.closing
+        closing = end.text if self._reads_whole_replies else end.closing
         return RenderedPrompt(text, closing, templated=True)
 
     def full_text(self, prompt: RenderedPrompt, completion: str, *, finished: bool) -> str:
@@ -217,10 +219,10 @@ class CrossTokenizerScorer:
         for prompt, completion, end in zip(prompts, completions, ended, strict=True):
             around = self.render(prompt, chat_template_kwargs)
             if end and not isinstance(prompt, str):  # the template may rewrite or trim a finished reply
-                whole = self.info is None or not self.append_eos
                 text = completed_chat(
-                    self.tokenizer, prompt, completion, finished=True, whole=whole, template_kwargs=chat_template_kwargs
-                )
+                    self.tokenizer, prompt, completion, finished=True, whole=self._reads_whole_replies,
+                    template_kwargs=chat_template_kwargs,
+                )  # fmt: skip
                 around, completion = RenderedPrompt(text, templated=True), ""
             rendered.append(around)
             texts.append(completion)
