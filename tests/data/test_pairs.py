@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rgtg.data.pairs import read_pairs, split_pairs, tokenize_pairs
+from rgtg.data.pairs import read_pairs, run_together, split_pairs, tokenize_pairs
 from rgtg.data.prompts import read_prompts
 from rgtg.errors import DataError, OutputError, UsageError
 from rgtg.types.generation import PreferencePair
@@ -467,3 +467,30 @@ def test_tokens_beyond_the_embeddings_are_bad_rows(tmp_path, tokenizer):
         read_pairs(path, tokenizer=tokenizer, embeddings=last)
     with pytest.warns(UserWarning, match=r"left out 1 of 3 rows \(unknown token: 1\)"):
         assert len(read_pairs(path, tokenizer=tokenizer, embeddings=last, on_bad="skip").pairs) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("What is it?", "A cat."), ("Say hi", "hello"), ("Assistant:", "Sure"), ("It costs 3", "4 euros"),
+        ("Was ist das?", "Über"), ("Что это?", "Кошка"), ("안녕하세요?", "네"), ("ما هذا؟ a", "قطة"), ("Well…", "yes"),
+        ("Wait,", "what"),
+    ],
+)  # fmt: skip
+def test_words_that_run_together(prompt, completion):
+    assert run_together(prompt, completion)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("What is it?", " A cat."), ("What is it? ", "A cat."), ("What is it?\n", "A cat."), ("A:\t", "x"),
+        ("\n\nHuman: Hi\n\nAssistant:", " Hello"), ("\n\nAssistant:", "\nHello"), ('He said "', "Hello"),
+        ("f(", "x)"), ("See [", "1]"), ("“", "Hello"), ("it", "'s"), ("end", "."), ("", "Hi"), ("Hi", ""),
+        ("这是什么?", "猫"), ("这是什么?", "A cat"), ("これは何ですか。", "猫です"), ("カタカナ", "ひらがな"),
+        ("นี่คืออะไร", "แมว"),
+        ("http://", "example"), ("a-", "b"), ("What is it?", "🙂 yes"), ("ນີ້ແມ່ນຫຍັງ", "ແມວ"), ("ｶﾀｶﾅ", "ｶﾀｶﾅ"),
+    ],
+)  # fmt: skip
+def test_words_that_do_not_run_together(prompt, completion):
+    assert not run_together(prompt, completion)

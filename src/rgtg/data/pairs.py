@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from rgtg.data.boundaries import run_together
 from rgtg.data.formats import to_pair
 from rgtg.data.sources import (
     PAIR_COLUMNS,
@@ -29,6 +30,13 @@ from rgtg.types.base import FORMAT_VERSION, Record
 from rgtg.types.generation import PreferencePair
 
 _EXAMPLE = 30  # characters on each side of where prompt and completion meet
+# Scripts that put no spaces between words, by the first word of their characters' names.
+_WITHOUT_SPACES = {
+    "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "IDEOGRAPHIC", "HENTAIGANA", "YI", "THAI", "LAO", "KHMER", "MYANMAR",
+    "TIBETAN", "TAI", "NEW", "JAVANESE", "BALINESE",
+}  # fmt: skip
+# Marks after which a space follows; after brackets, quotes, slashes and the like it need not.
+_BEFORE_SPACE = ".,;:!?…"
 
 
 class LengthStats(Record):
@@ -44,7 +52,7 @@ class DataSummary(Record):
 
     ``chosen_longer``, ``chosen_equal`` and ``chosen_shorter`` are fractions of the kept rows and sum to 1. If
     ``chosen_longer`` is far from a half, a scorer can win by length alone. ``run_together`` is the fraction whose
-    prompt and completion lack a space between them (`rgtg.data.boundaries`; chats never do), and
+    prompt and completion lack a space between them (`run_together`; chats never do), and
     ``run_together_example`` is where those of the first one meet.
     """
 
@@ -342,6 +350,30 @@ class _PairChecker:
         for part in ids.parts:
             require_known_tokens(part, self.embeddings)
         return ids
+
+
+def run_together(prompt: str, completion: str) -> bool:
+    """Whether a space is missing between a prompt and its completion, which are joined as they are.
+
+    True where a letter, a digit or one of ``. , ; : ! ? …`` meets a letter or a digit. Not in scripts without spaces
+    between words, such as Chinese, Japanese and Thai.
+
+    >>> run_together("What is it?", "A cat."), run_together("What is it?", " A cat."), run_together("这是什么?", "猫")
+    (True, False, False)
+    """
+    if not prompt or not completion:
+        return False
+    last, first = prompt[-1], completion[0]
+    if not first.isalnum() or not (last.isalnum() or last in _BEFORE_SPACE):
+        return False
+    letter = next((char for char in reversed(prompt[-200:]) if char.isalpha()), last)
+    return not any(map(_without_spaces, (last, first, letter)))
+
+
+@cache
+def _without_spaces(char: str) -> bool:
+    name = unicodedata.name(unicodedata.normalize("NFKC", char)[0], "")
+    return name.split(" ")[0].split("-")[0] in _WITHOUT_SPACES
 
 
 def _stats(lengths: "np.ndarray[Any, Any]") -> LengthStats:
