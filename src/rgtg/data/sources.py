@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rgtg.errors import DataError, MissingExtraError, UsageError, first_line
-from rgtg.tokenization.vocabulary import require_embeddings
+from rgtg.tokenization.encoding import require_embeddings
 from rgtg.utils.files import atomic_write
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chat_template_kwargs", "tools")

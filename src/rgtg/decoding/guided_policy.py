@@ -66,8 +66,7 @@ from rgtg.models.scorers.base import AnyScorer, Scorer
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.conversation import check_template_kwargs, encode_source
-from rgtg.tokenization.encoding import encode_prompt, require_same_tokenizer
-from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
+from rgtg.tokenization.encoding import embedding_rows, encode_prompt, require_embeddings, require_same_tokenizer
 from rgtg.types.generation import Completion
 
 _MAX_CACHED_SETTINGS = 256

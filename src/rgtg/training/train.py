@@ -19,8 +19,7 @@ from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
 from rgtg.models.ops.lm_head import scalar_head
-from rgtg.tokenization.encoding import tokenizer_hash
-from rgtg.tokenization.vocabulary import embedding_rows
+from rgtg.tokenization.encoding import embedding_rows, tokenizer_hash
 from rgtg.training.arguments import (
     defaults_of,
     longest_sequence,

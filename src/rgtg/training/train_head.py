@@ -16,7 +16,7 @@ from rgtg.models.loading.policy_files import describe_policy_files
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
 from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import round_to_half
-from rgtg.tokenization.vocabulary import embedding_rows
+from rgtg.tokenization.encoding import embedding_rows
 from rgtg.training.arguments import longest_sequence, reward_config
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.checkpoint.resume import (

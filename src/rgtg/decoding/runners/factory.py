@@ -33,8 +33,7 @@ from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.models.scorers.token_reward import VocabularyScorer
 from rgtg.tokenization.conversation import same_chat_template
-from rgtg.tokenization.encoding import require_same_tokenizer, same_tokenizer
-from rgtg.tokenization.vocabulary import embedding_rows
+from rgtg.tokenization.encoding import embedding_rows, require_same_tokenizer, same_tokenizer
 
 # Scorers that are models of their own; the others read the policy's states.
 SeparateScorer = PrefixScorer | VocabularyScorer | CrossTokenizerScorer

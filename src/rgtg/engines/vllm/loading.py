@@ -11,8 +11,7 @@ from rgtg.engines.vllm.states import registered
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.hub import with_revision
 from rgtg.models.scorers.head_file import HeadFile, read_head
-from rgtg.tokenization.encoding import tokenizer_hash
-from rgtg.tokenization.vocabulary import ids_without_token
+from rgtg.tokenization.encoding import ids_without_token, tokenizer_hash
 
 if TYPE_CHECKING:
     from rgtg.engines.vllm.separate import SeparateScorer

@@ -20,7 +20,7 @@ from rgtg.evaluation.provenance import provenance
 from rgtg.models.scorers.base import CompletionScorer, load_scorer, weights_of
 from rgtg.models.scorers.lora_adapter import SharedTrunkScorer
 from rgtg.tokenization.conversation import TemplateKwargs
-from rgtg.tokenization.vocabulary import embedding_rows
+from rgtg.tokenization.encoding import embedding_rows
 from rgtg.types.audit import AuditPoint, AuditResult
 from rgtg.types.base import Interval
 from rgtg.types.generation import PreferencePair

@@ -18,7 +18,7 @@ from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf
 from rgtg.models.loading.hub import with_revision
 from rgtg.models.loading.scorer_info import require_safe_weights
 from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
-from rgtg.tokenization.vocabulary import embedding_rows, ids_without_token
+from rgtg.tokenization.encoding import embedding_rows, ids_without_token
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",

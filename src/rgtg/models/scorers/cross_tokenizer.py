@@ -20,9 +20,9 @@ from rgtg.tokenization.conversation import (
     render_chat,
     turn_end,
 )
+from rgtg.tokenization.encoding import embedding_rows, require_embeddings
 from rgtg.tokenization.padding import pad_right
 from rgtg.tokenization.retokenizer import Retokenizer
-from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from rgtg.models.scorers.token_scorer import (
     require_within_context,
 )
 from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, completed_chat
-from rgtg.tokenization.encoding import adds_eos
-from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
+from rgtg.tokenization.encoding import adds_eos, embedding_rows, require_embeddings
 
 
 class PrefixScorer(TokenScorer):

@@ -10,8 +10,8 @@ from torch import Tensor
 from rgtg.errors import DataError, UsageError, of_row
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.tokenization.conversation import PromptSource, TemplateKwargs, encode_completed
+from rgtg.tokenization.encoding import embedding_rows, require_embeddings
 from rgtg.tokenization.padding import batches_by_length
-from rgtg.tokenization.vocabulary import embedding_rows, require_embeddings
 
 # Of completions: one value for all, or one each.
 Flags = bool | Sequence[bool]
