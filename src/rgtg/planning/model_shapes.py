@@ -157,7 +157,7 @@ def _base_of(adapter: Path) -> str:
 
 def count_shape(model: Any, name: str) -> ModelShape:
     """Count the sizes of a causal language model, which may be on the meta device."""
-    from rgtg.models.ops.trunk import trunk
+    from rgtg.models.ops.lm_head import trunk
 
     text = model.config.get_text_config()
     output = model.get_output_embeddings()

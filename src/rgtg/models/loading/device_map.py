@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rgtg.errors import MissingExtraError, UsageError, first_line
-from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, require_working_plan, tensor_parallel_kwargs
-from rgtg.models.ops.trunk import trunk
+from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, tensor_parallel_kwargs
+from rgtg.models.ops.lm_head import trunk
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
@@ -77,7 +77,7 @@ def finish_loading(model: Any, placement: Placement) -> Any:
             that does not fit the model.
     """
     if is_sharded(model):
-        require_working_plan(model)
+        _require_working_plan(model)
     elif placement.device_map is None:
         model.to(resolve_device(placement.device))
     elif has_device_map(model):
@@ -85,6 +85,19 @@ def finish_loading(model: Any, placement: Placement) -> Any:
             raise UsageError("device_map: the input embedding must be on a device, not on the disk")
         _return_outputs_to_input_device(model)
     return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _require_working_plan(model: Any) -> None:
+    """Run a model that was just sharded on three tokens.
+
+    Raises:
+        UsageError: its plan does not fit it.
+    """
+    try:
+        trunk(model)(torch.zeros(1, 3, dtype=torch.long, device=model.device), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UsageError(f"the tensor parallel plan does not fit {model.name_or_path}: {first_line(error)}") from error
 
 
 def has_device_map(model: Any) -> bool:

@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rgtg.errors import UsageError, first_line
-from rgtg.models.ops.trunk import trunk
+from rgtg.errors import UsageError
 
 # "auto", the model's own plan; or transformers' styles by module, which override it.
 TpPlan = str | dict[str, str]
@@ -67,7 +66,7 @@ def require_divisible(config: Any, plan: TpPlan, name: str) -> None:
 
     Args:
         config: of the model.
-        plan: as requested. A plan by module is not checked here, but tried by `require_working_plan`.
+        plan: as requested. A plan by module is not checked here: the loaded model is tried.
         name: of the model, for the error.
 
     Raises:
@@ -89,19 +88,6 @@ def require_divisible(config: Any, plan: TpPlan, name: str) -> None:
                 f"the {heads} {kind.removeprefix('num_').replace('_', ' ')} of {name} cannot be split among "
                 f"{processes} processes: start {', '.join(divisors[:-1])} or {divisors[-1]}"
             )
-
-
-@torch.inference_mode()
-def require_working_plan(model: Any) -> None:
-    """Run a model that was just sharded on three tokens.
-
-    Raises:
-        UsageError: its plan does not fit it.
-    """
-    try:
-        trunk(model)(torch.zeros(1, 3, dtype=torch.long, device=model.device), use_cache=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UsageError(f"the tensor parallel plan does not fit {model.name_or_path}: {first_line(error)}") from error
 
 
 def is_sharded(model: Any) -> bool:

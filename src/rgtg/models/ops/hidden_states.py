@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import UsageError
 from rgtg.models.loading.engine_model import EngineModel
-from rgtg.models.ops.lm_head import final_states
-from rgtg.models.ops.trunk import trunk
+from rgtg.models.ops.lm_head import final_states, trunk
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 _EMBEDDINGS = ("drop", "emb_dropout", "embed_dropout")  # modules that run after positions are added to the embeddings

@@ -1,4 +1,4 @@
-"""The heads of a model, applied to final hidden states: next-token logits of a policy, scores of a reward model."""
+"""A model's trunk, and its heads applied to final states: next-token logits of a policy, scores of a reward model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +10,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgtg.models.loading.tensor_parallel import broadcast_from_rank0, is_tensor_parallel
-from rgtg.models.ops.trunk import trunk as trunk
-from rgtg.models.ops.trunk import without_peft
 from rgtg.tokenization.padding import position_ids
 
 # Modules of encoders' classification heads; decoder families call their head ``score``.
 _ENCODER_HEADS = ("classifier", "pooler", "pre_classifier", "classification_head", "dropout")
 _is_linear: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+def trunk(model: Any) -> Any:
+    """The transformer below the head, also of a model in a peft wrapper."""
+    stock = without_peft(model)
+    # Llama 4's prefix is that of its multimodal model, which is not there
+    name = stock.base_model_prefix if hasattr(stock, stock.base_model_prefix) else "model"
+    return getattr(stock, name)
+
+
+def without_peft(model: Any) -> Any:
+    """The model in a peft wrapper; other models as they are."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def scalar_head(model: Any) -> Any:
