@@ -8,7 +8,7 @@ from helpers.tiny_models import VOCAB, tiny_policy
 from rgtg.decoding.engine.prefix_cache import PrefixCache
 from rgtg.decoding.engine.prompt_log_probs import PromptLogProbs
 from rgtg.decoding.runners.token_tree import TokenTree
-from rgtg.models.ops.packed_rows import pack_row, packed_states_of
+from rgtg.models.ops.tree_attention import pack_row, packed_states_of
 
 require_llama_cpp()
 

@@ -16,7 +16,7 @@ from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.loading.engine_model import EngineModel
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
-from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows, probe_agrees
+from rgtg.models.ops.tree_attention import has_maskable_layers, mask_windows, probe_agrees
 
 # head(model, states (…, H)) → logits (…, V) or scores (…)
 OutputHead = Callable[[Any, Tensor], Tensor]

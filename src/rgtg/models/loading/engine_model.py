@@ -73,7 +73,7 @@ class EngineModel(ABC):
         """States of completions that share their prompts, by layer; those at padding have no meaning.
 
         Args:
-            rows: tokens, positions and parts (L,) of each row, as in `rgtg.models.ops.packed_rows.PackedRow`.
+            rows: tokens, positions and parts (L,) of each row, as in `rgtg.models.ops.tree_attention.PackedRow`.
             layers: whose states are read.
         """
 

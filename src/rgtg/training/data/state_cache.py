@@ -26,7 +26,7 @@ from rgtg.data.rollouts import TokenizedRollout
 from rgtg.errors import OutputError
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.hidden_states import hidden_states_of
-from rgtg.models.ops.packed_rows import pack_row, packed_states_of, packing_pays, reads_packed_rows
+from rgtg.models.ops.tree_attention import pack_row, packed_states_of, packing_pays, reads_packed_rows
 from rgtg.models.scorers.hidden_state_head import prefix_states
 from rgtg.tokenization.padding import pad_right
 from rgtg.types.base import FileChecksum, Record

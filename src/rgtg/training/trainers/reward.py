@@ -18,7 +18,7 @@ from rgtg.models.loading.families import reads_ahead, require_dense
 from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
 from rgtg.models.ops.lm_head import scalar_head
-from rgtg.models.ops.packed_rows import PackedRow, pack_row, packed_inputs, packing_pays, reads_packed_rows
+from rgtg.models.ops.tree_attention import PackedRow, pack_row, packed_inputs, packing_pays, reads_packed_rows
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
 from rgtg.training.data.dataset import TOKENIZED_PAIR_COLUMNS, PrefixCollator, prepare_pairs

@@ -1,4 +1,4 @@
-"""Packed rows: masks by hand, and states that equal those of rows of their own, over several families."""
+"""Tree attention: masks by hand, and states that equal those of rows of their own, over several families."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from helpers.tiny_models import CONFIGS, VOCAB, randomise, tiny_policy, tiny_reward_model
 from rgtg.models.ops.hidden_states import hidden_states_of
 from rgtg.models.ops.lm_head import final_states, trunk
-from rgtg.models.ops.packed_rows import pack_row, packed_inputs, packed_states_of, reads_packed_rows, visible_tokens
+from rgtg.models.ops.tree_attention import pack_row, packed_inputs, packed_states_of, reads_packed_rows, visible_tokens
 from rgtg.tokenization.padding import pad_right
 
 TEXTS = [

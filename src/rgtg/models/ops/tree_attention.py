@@ -1,8 +1,8 @@
-"""Several completions of one prompt packed in one row, so that one forward pass reads the prompt once.
+"""Tree attention: which models take a 4-D mask, and several completions of one prompt packed in one row.
 
-The columns of a row are the prompt, the tokens with which all its completions begin, and then the rest of each
-completion in turn. A completion attends to the shared columns and to itself, at the positions it has in a row of its
-own, so its states are those of a row of its own.
+The columns of a packed row are the prompt, the tokens with which all its completions begin, and then the rest of each
+completion in turn, so that one forward pass reads the prompt once. A completion attends to the shared columns and to
+itself, at the positions it has in a row of its own, so its states are those of a row of its own.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
-from rgtg.models.ops.lm_head import final_states, trunk
-from rgtg.models.ops.tree_masks import has_maskable_layers, mask_windows, probe_agrees, takes_any_mask
-from rgtg.tokenization.padding import pad_right
+from rgtg.models.ops.lm_head import trunk
 
+_MASKED_LAYERS = {"full_attention", "sliding_attention"}
 SHARED, PADDING = 0, -1  # parts of a row; the rest of completion c is part c + 1
 _reads_packed: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
@@ -171,13 +171,60 @@ def _probe_agrees(model: Any) -> bool:
     rows = [pack_row(*text) for text in texts]
     try:
         packed = trunk(model)(**packed_inputs(model, rows)).last_hidden_state
-        whole = [[*prompt, *completion] for prompt, completions in texts for completion in completions]
-        plain = final_states(model, *pad_right(whole, 0, model.device))
+        whole = [torch.tensor([*prompt, *ends], device=model.device) for prompt, both in texts for ends in both]
+        plain = [trunk(model)(text[None], use_cache=False).last_hidden_state[0] for text in whole]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
     finally:
         model.train(training)
-    places = [(b, columns) for b, row in enumerate(rows) for columns in row.columns]
-    found = torch.cat([packed[b, columns] for b, columns in places]).float()
-    expected = torch.cat([plain[i, : len(columns)] for i, (_, columns) in enumerate(places)]).float()
-    return probe_agrees(found, expected, packed.dtype)
+    found = torch.cat([packed[b, columns] for b, row in enumerate(rows) for columns in row.columns]).float()
+    return probe_agrees(found, torch.cat(plain).float(), packed.dtype)
+
+
+def mask_windows(config: Any) -> dict[str, int | None]:
+    """Kinds of attention layers, each with its sliding window in tokens (None attends to everything)."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+
+
+def takes_any_mask(model: Any) -> bool:
+    """Whether a model's attention is computed by a function that takes any mask."""
+    return model.config._attn_implementation in ("sdpa", "eager", SINGLE_QUERY_ATTENTION)
+
+
+def has_maskable_layers(model: Any) -> bool:
+    """Whether all layers are attention of a known kind, computed by a function that takes any mask.
+
+    Flash and flex attention take none; such a model is set to ``sdpa``.
+    """
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or _MASKED_LAYERS)
+    if getattr(model.config, "is_encoder_decoder", False) or not kinds <= _MASKED_LAYERS:
+        return False
+    if getattr(model, "_is_stateful", False) or not hasattr(text, "num_hidden_layers"):
+        return False
+    if not takes_any_mask(model):
+        try:
+            model.set_attn_implementation("sdpa")
+        except (ValueError, ImportError, AttributeError):
+            return False
+    return True
+
+
+def probe_agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether outputs of a masked pass are those of plain passes: a model that ignores or misreads the mask differs.
+
+    Args:
+        found: of the masked pass, in fp32.
+        expected: the same of plain passes.
+        dtype: that the model computes in.
+    """
+    if not bool(expected.isfinite().all()):
+        return True  # a broken model is no reason to read it slowly; what is not finite is refused later
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    scale = expected.abs().max().clamp(min=1e-3)
+    return bool((found - expected).abs().max() <= tolerance * scale)
