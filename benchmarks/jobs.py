@@ -144,7 +144,7 @@ def tokenise(work: Path) -> dict[str, float]:
     from types import SimpleNamespace
 
     from rgtg.config import TrainSettings
-    from rgtg.models.loading.policy import load_tokenizer
+    from rgtg.models.loading.pretrained import load_tokenizer
     from rgtg.training.data.dataset import pairs_dataset, read_data
 
     settings = TrainSettings(base=str(work / "policy"), pairs=str(work / "pairs.jsonl"), output=work / "out")

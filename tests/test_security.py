@@ -244,7 +244,7 @@ def test_s15_requests_choose_among_the_loaded_models(asked, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a request loads nothing")
 
-    for name in ("policy.load_policy", "policy.load_pretrained", "hub.local_folder"):
+    for name in ("policy.load_policy", "pretrained.load_pretrained", "hub.local_folder"):
         monkeypatch.setattr(f"rgtg.models.loading.{name}", load)
     monkeypatch.setattr("rgtg.models.scorers.base.load_scorer", load)
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}

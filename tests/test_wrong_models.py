@@ -13,7 +13,7 @@ from helpers.synthetic import synthetic_rows, write_rows
 from helpers.tiny_models import CONFIGS, VOCAB, randomise, tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg import GuidedPolicy, load_scorer
 from rgtg.errors import UsageError
-from rgtg.models.loading.policy import context_length
+from rgtg.models.loading.pretrained import context_length
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

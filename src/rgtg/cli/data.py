@@ -45,7 +45,7 @@ def _read(settings: DataCheckSettings, rejects: Path | None, *, quiet: bool) -> 
 
     tokenizer = None
     if settings.tokenizer is not None:
-        from rgtg.models.loading.policy import load_tokenizer
+        from rgtg.models.loading.pretrained import load_tokenizer
 
         hush_libraries(forks=False)
         tokenizer = load_tokenizer(settings.tokenizer, "data check")

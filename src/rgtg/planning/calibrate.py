@@ -20,7 +20,7 @@ from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.decoding.sampling import SamplingParams
 from rgtg.models.loading.device_map import synchronize
-from rgtg.models.loading.policy import DTYPES
+from rgtg.models.loading.pretrained import DTYPES
 from rgtg.models.ops.attention import single_query_attention
 from rgtg.models.ops.lm_head import policy_logits
 from rgtg.models.ops.packed_linear import StackedWeights, can_pack_dtype, pack_linears

@@ -124,9 +124,8 @@ def _from_config(source: str) -> ModelShape:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rgtg.models.loading.gguf import find_gguf
     from rgtg.models.loading.hub import local_file
-    from rgtg.models.loading.policy import load_pretrained
+    from rgtg.models.loading.pretrained import find_gguf, load_pretrained
 
     adapter = Path(source) / "adapter_config.json"
     if adapter.is_file() and not (Path(source) / "config.json").is_file():

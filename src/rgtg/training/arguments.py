@@ -18,8 +18,7 @@ from trl import RewardConfig
 from rgtg.config import TrainSettings
 from rgtg.config.training import OPTIONS
 from rgtg.errors import MissingExtraError, UsageError
-from rgtg.models.loading.hub import is_adapter
-from rgtg.models.loading.policy import max_sequence_length
+from rgtg.models.loading.pretrained import is_adapter, max_sequence_length
 from rgtg.models.loading.scorer_info import ScorerInfo
 from rgtg.training.checkpoint.manager import CHECKPOINTS
 from rgtg.training.objectives import OBJECTIVES

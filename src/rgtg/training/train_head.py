@@ -9,10 +9,11 @@ from typing import Any
 
 from rgtg.config import TrainSettings
 from rgtg.errors import StoppedError, UsageError
-from rgtg.models.loading.gguf import CONVERTED, converted_folder, find_gguf
+from rgtg.models.loading.gguf import CONVERTED, converted_folder
 from rgtg.models.loading.known_models import converted_from
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.policy_files import describe_policy_files
+from rgtg.models.loading.pretrained import find_gguf
 from rgtg.models.loading.scorer_info import cast_fingerprints, fingerprint_weights
 from rgtg.models.ops.hidden_states import require_hidden_states
 from rgtg.models.scorers.heads import round_to_half

@@ -15,8 +15,9 @@ from helpers.gguf_files import CONFIGS, TEMPLATE, gguf_model, weights, write_ggu
 from helpers.tiny_models import tiny_tokenizer
 from rgtg import GuidedPolicy
 from rgtg.errors import ModelNotFoundError, OutputError, UsageError
-from rgtg.models.loading.gguf import converted_folder, find_gguf
+from rgtg.models.loading.gguf import converted_folder
 from rgtg.models.loading.policy import load_policy
+from rgtg.models.loading.pretrained import find_gguf
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.scorers.base import load_scorer
 from rgtg.tokenization.encoding import tokenizer_hash

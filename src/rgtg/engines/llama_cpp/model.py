@@ -20,8 +20,9 @@ from rgtg.engines.llama_cpp.vocabulary import require_same_tokens
 from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.loading.engine_model import EngineConfig, EngineModel
 from rgtg.models.loading.gguf import require_model
-from rgtg.models.loading.policy import Policy, load_tokenizer
+from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.policy_files import describe_policy_files
+from rgtg.models.loading.pretrained import load_tokenizer
 
 _OTHER_TORCH = "use --engine torch"
 

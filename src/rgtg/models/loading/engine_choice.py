@@ -7,7 +7,7 @@ from typing import Any
 from rgtg.config.engines import ENGINES
 from rgtg.errors import MissingExtraError, UsageError
 from rgtg.models.loading.device_map import Placement
-from rgtg.models.loading.gguf import find_gguf
+from rgtg.models.loading.pretrained import find_gguf
 
 # The module of each engine that loads policies itself, with a function load_policy. It is imported by name, because it
 # is built on the layers above this one.

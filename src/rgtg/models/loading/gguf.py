@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from rgtg.errors import MissingExtraError, ModelNotFoundError, OutputError, UsageError, first_line
-from rgtg.models.loading.hub import is_hub_file, local_folder
+from rgtg.errors import MissingExtraError, ModelNotFoundError, OutputError, first_line
 from rgtg.types.base import FORMAT_VERSION, FileChecksum, Record
 from rgtg.utils.files import file_checksum, replace_file, sync_folders, sync_tree, write_text_synced
 from rgtg.version import __version__
@@ -35,33 +34,6 @@ class Conversion(Record):
     rgtg_version: str
     source: str
     checksum: FileChecksum
-
-
-def find_gguf(source: str) -> Path | None:
-    """The GGUF file that a name stands for; None if it stands for another kind of model.
-
-    Args:
-        source: a GGUF file, a folder whose only weights are one, or a file of a hub repository (owner/name/FILE.gguf).
-
-    Raises:
-        ModelNotFoundError: a file of a repository that cannot be reached.
-        UsageError: a folder with several GGUF files and no other weights.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return None if any(path.glob("*.safetensors")) else _only_gguf(path)
-    if path.suffix.lower() != ".gguf" and not is_hub_file(source):
-        return None
-    return Path(local_folder(source))
-
-
-def _only_gguf(folder: Path) -> Path | None:
-    # projectors of images (mmproj) belong to a model and are not one
-    found = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:4]) + (" …" if len(found) > 4 else "")
-        raise UsageError(f"{folder} holds {len(found)} GGUF files ({names}): name one of them")
-    return found[0] if found else None
 
 
 @contextmanager

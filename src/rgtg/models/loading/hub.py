@@ -75,11 +75,6 @@ def local_file(source: str, name: str) -> Path:
         raise ModelNotFoundError(f"cannot load {source!r}: {_reason(error, repo)}. {EXPECTED}") from error
 
 
-def is_adapter(source: str) -> bool:
-    """Whether a folder or hub repository holds a LoRA adapter, whose base model is elsewhere."""
-    return (Path(local_folder(source)) / "adapter_config.json").is_file()
-
-
 def split_revision(source: str) -> tuple[str, str | None]:
     """Repository (or GGUF file of one) and revision of a hub id.
 

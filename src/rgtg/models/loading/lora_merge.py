@@ -9,10 +9,8 @@ from safetensors import SafetensorError
 
 from rgtg.errors import DataError, MissingExtraError, ModelNotFoundError, UsageError, first_line
 from rgtg.models.loading.device_map import is_on_one_device
-from rgtg.models.loading.families import require_dense
 from rgtg.models.loading.hub import with_revision
-from rgtg.models.loading.policy import load_pretrained
-from rgtg.models.loading.scorer_info import require_safe_weights
+from rgtg.models.loading.pretrained import load_pretrained, require_dense, require_safe_weights
 from rgtg.tokenization.encoding import ensure_pad_token
 
 

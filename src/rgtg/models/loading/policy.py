@@ -1,31 +1,28 @@
 """Load the policy, the frozen language model that is steered: weights, tokenizer, dtype, device."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rgtg.decoding.sampling import Vocabulary
-from rgtg.errors import RgtgError, UsageError
+from rgtg.errors import UsageError, first_line
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
 from rgtg.models.loading.engine_choice import choose_engine, load_in_engine
 from rgtg.models.loading.engine_model import EngineModel
-from rgtg.models.loading.families import explain, require_causal_policy, require_family
-from rgtg.models.loading.gguf import as_dense, converted_folder, find_gguf, gguf_arguments, write_converted
+from rgtg.models.loading.gguf import converted_folder, write_converted
 from rgtg.models.loading.hub import with_revision
-from rgtg.models.loading.scorer_info import require_safe_weights
-from rgtg.models.loading.tensor_parallel import TpPlan, require_divisible
+from rgtg.models.loading.pretrained import (
+    find_gguf,
+    load_pretrained,
+    load_tokenizer,
+    max_sequence_length,
+    reads_ahead,
+    resolve_dtype,
+)
+from rgtg.models.loading.tensor_parallel import TpPlan
 from rgtg.tokenization.encoding import embedding_rows, ids_without_token
-
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "float32": torch.float32, "fp32": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
 
 
 @dataclass
@@ -49,90 +46,6 @@ class Policy:
     def vocabulary(self) -> Vocabulary:
         """The tokens that it can write: ids with a token and an embedding."""
         return Vocabulary(*ids_without_token(self.tokenizer, embedding_rows(self.model)))
-
-
-def max_sequence_length(model: Any) -> int | None:
-    """Longest sequence that a model reads, in tokens; None if it has no limit.
-
-    Positions of RoBERTa and its relatives (XLM-R, CamemBERT, Longformer, MPNet …) begin after the padding token's id:
-    512 of the 514 that their configs name are usable. Their tables of positions say so by a padding index.
-    """
-    limits = [context_length(model.config)]
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        table: Any = getattr(module, "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        # LXMERT's table has a padding index too, and its positions begin at 0; it has no id of its own for that
-        if padding is not None and getattr(module, "padding_idx", None) == padding:
-            limits.append(int(table.weight.shape[0]) - int(padding) - 1)
-    known = [limit for limit in limits if limit is not None]
-    return min(known, default=None)
-
-
-def context_length(config: Any) -> int | None:
-    """Number of positions that a config names; None if it names none. See ``max_sequence_length`` for a model's."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(limit) if limit and limit > 0 else None  # XLNet's −1 is no limit
-
-
-def resolve_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
-    """A torch dtype from its name; None and ``auto`` mean the dtype of the checkpoint.
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if dtype is None:
-        return "auto"
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(sorted(DTYPES))}")
-    return DTYPES[dtype]
-
-
-def load_pretrained(auto_class: Any, source: str, role: str, **kwargs: Any) -> Any:
-    """``auto_class.from_pretrained`` with safe settings, and errors that say what to do.
-
-    Raises:
-        ModelNotFoundError: the folder or hub id cannot be loaded.
-        UsageError: a model that cannot be sharded as requested, or of a family that cannot have this role.
-    """
-    from transformers import AutoConfig
-
-    sharding = kwargs.get("distributed_config")
-    if sharding is not None:
-        config = load_pretrained(AutoConfig, source, role)
-        require_divisible(config, sharding.tp_plan, f"the {role} {source}")
-    gguf = find_gguf(source)
-    located = (
-        nullcontext((require_safe_weights(source), kwargs))
-        if gguf is None
-        else gguf_arguments(gguf, auto_class, kwargs)
-    )
-    with located as (folder, kwargs):
-        try:
-            if hasattr(auto_class, "_model_mapping") and (gguf or (Path(folder) / "config.json").is_file()):
-                of_file = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **of_file)
-                require_family(auto_class, config, source, role)
-            loaded = auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
-        except RgtgError:
-            raise
-        except Exception as error:  # a damaged checkpoint can lead to any of them
-            raise explain(error, source, role) from error
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if folder != source:  # later files name the repository or the file, not a folder of a cache
-        model.name_or_path = source
-    if gguf is not None and isinstance(model, torch.nn.Module):
-        as_dense(model)
-    return loaded
-
-
-def load_tokenizer(source: str, role: str) -> Any:
-    """The tokenizer of a model's folder or hub repository."""
-    from transformers import AutoTokenizer
-
-    return load_pretrained(AutoTokenizer, source, f"tokenizer of the {role}")
 
 
 def load_policy(
@@ -187,7 +100,7 @@ def load_policy(
         policy = Policy(*source)
         policy.model.eval()
         if isinstance(policy.model, PreTrainedModel):
-            require_causal_policy(policy.model, "the loaded policy")
+            _require_causal(policy.model, "the loaded policy")
         return policy
 
     source = with_revision(source, revision)
@@ -206,7 +119,7 @@ def load_policy(
             "reward model, or was saving it interrupted?"
         )
     finish_loading(model, placement)
-    require_causal_policy(model, source)
+    _require_causal(model, source)
     return Policy(model, load_tokenizer(source, "policy"))
 
 
@@ -222,3 +135,26 @@ def _cache_gguf(source: str, placement: Placement) -> None:
     if converted_folder(path) is None:
         loaded = load_policy(source, device="cpu", engine="torch")
         write_converted(path, loaded.model, loaded.tokenizer)
+
+
+@torch.inference_mode()
+def _require_causal(model: Any, source: str) -> None:
+    """Check on two short texts that a language model reads no later tokens and that its logits have a vocabulary.
+
+    Raises:
+        UsageError: the logits of a prefix change with the tokens after it, as those of encoders do.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device) % rows
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits  # (2, 4, V)
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
+        raise UsageError(
+            f"{source} ({type(model).__name__}) cannot read a text on its own ({first_line(error)}): the policy has to "
+            "be a causal language model of texts"
+        ) from error
+    if reads_ahead(logits):
+        raise UsageError(
+            f"{source} ({type(model).__name__}) does not continue text, because it also reads the tokens after a "
+            "position: it is an encoder; the policy has to be a causal language model"
+        )

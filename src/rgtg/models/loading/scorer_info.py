@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgtg.errors import ModelNotFoundError, UsageError
 from rgtg.models.loading.engine_model import EngineModel
-from rgtg.models.loading.hub import gguf_names, holds_only_pickles, local_folder
 from rgtg.models.scorers.head_file import read_info as read_info
 from rgtg.types.scorer import HEAD_FILE as HEAD_FILE
 from rgtg.types.scorer import INFO_FILE as INFO_FILE
@@ -22,52 +20,6 @@ from rgtg.utils.files import write_text_synced
 def write_info(folder: str | Path, info: ScorerInfo) -> None:
     """Write rgtg.json, atomically and as the last file of a checkpoint: it marks the others as complete."""
     write_text_synced(Path(folder) / INFO_FILE, json.dumps(info.model_dump(), indent=2) + "\n")
-
-
-def require_safe_weights(source: str) -> str:
-    """The local folder of a model, after checking that its files are safe to load.
-
-    Raises:
-        ModelNotFoundError: no such folder or repository, or no model in it.
-        UsageError: weights in a pickle format, which can run code when loaded; or a head, which is no model.
-    """
-    path = Path(local_folder(source))
-    if path.is_file():
-        raise ModelNotFoundError(f"{source} is a file; expected a model folder, a GGUF file or a hub id")
-    if (path / HEAD_FILE).is_file():
-        if not (path / INFO_FILE).is_file():
-            raise UsageError(f"{source} has no {INFO_FILE}: saving the head was interrupted; train it again")
-        raise UsageError(
-            f"{source} is a head on its policy's own states (rgtg train --trunk own), not a model of its own: use it "
-            "as a scorer, with that policy"
-        )
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        if files := gguf_names(source):
-            name, at, revision = source.partition("@")
-            raise ModelNotFoundError(f"{source} holds GGUF files: name one, as in {name}/{files[0]}{at}{revision}")
-        raise ModelNotFoundError(f"{source} has no config.json; expected a folder saved by save_pretrained")
-    if not any(path.glob("*.safetensors")) and holds_only_pickles(source):
-        raise UsageError(
-            f"{source} holds pickled weights only, which can run code when loaded; convert them to safetensors"
-        )
-    for index in path.glob("*.safetensors.index.json"):
-        _require_inside(index)
-    return str(path)
-
-
-def _require_inside(index: Path) -> None:
-    """Check that an index of weights names only files in its own folder.
-
-    Raises:
-        UsageError: a path instead of a file name, or a damaged index.
-    """
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        outside = sorted(name for name in names if Path(name).name != name or "\\" in name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{index} is damaged: it does not map weights to files") from error
-    if outside:
-        raise UsageError(f"{index} names {outside[0]!r}: weights must lie in the model's own folder")
 
 
 def fingerprint_weights(model: Any, dtype: torch.dtype | None = None) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 from rgtg.errors import ModelNotFoundError, RgtgError, TokenizerMismatchError, UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, resolve_device
 from rgtg.models.loading.hub import local_folder
-from rgtg.models.loading.policy import Policy, load_policy, resolve_dtype
+from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.policy_files import describe_policy_files
+from rgtg.models.loading.pretrained import resolve_dtype
 from rgtg.models.loading.scorer_info import HEAD_FILE, ScorerInfo, fingerprint_weights, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.hidden_states import hidden_states_of, require_hidden_states

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from rgtg.errors import DataError, UsageError, of_row
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading
-from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged
-from rgtg.models.loading.policy import load_pretrained, load_tokenizer, max_sequence_length, resolve_dtype
+from rgtg.models.loading.pretrained import (
+    is_adapter,
+    load_pretrained,
+    load_tokenizer,
+    max_sequence_length,
+    resolve_dtype,
+)
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, is_head_weight, scalar_head, scorer_scores

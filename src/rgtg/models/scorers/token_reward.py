@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import DeviceMap, Placement, finish_loading, is_on_one_device
-from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged
-from rgtg.models.loading.policy import Policy, load_policy, load_tokenizer, resolve_dtype
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.pretrained import is_adapter, load_tokenizer, resolve_dtype
 from rgtg.models.loading.scorer_info import ScorerInfo, read_info
 from rgtg.models.loading.tensor_parallel import TpPlan, broadcast_from_rank0
 from rgtg.models.ops.lm_head import final_states, head_is_linear, policy_logits

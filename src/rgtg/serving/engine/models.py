@@ -10,8 +10,8 @@ from rgtg.decoding.loading import lay_out_policy, pack_separate, set_threads
 from rgtg.decoding.methods import find_method
 from rgtg.decoding.runners.factory import RunnerFactory, fit_scorer
 from rgtg.errors import RgtgError, UsageError
-from rgtg.models.loading.gguf import find_gguf
-from rgtg.models.loading.policy import Policy, load_policy, load_pretrained
+from rgtg.models.loading.policy import Policy, load_policy
+from rgtg.models.loading.pretrained import find_gguf, load_pretrained
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.models.scorers.base import AnyScorer, load_scorer, trunk_of
 from rgtg.models.scorers.cross_tokenizer import CrossTokenizerScorer

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from rgtg.errors import UsageError
 from rgtg.losses import completion_window, token_log_probs
-from rgtg.models.loading.families import require_dense
-from rgtg.models.loading.hub import is_adapter
 from rgtg.models.loading.lora_merge import load_merged, untie_output
-from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.loading.pretrained import is_adapter, load_pretrained, load_tokenizer, require_dense, resolve_dtype
 from rgtg.models.loading.scorer_info import read_info
 from rgtg.training.objectives import PairScores, needs_best_next, pair_scores
 from rgtg.training.trainers.reward import PairwiseRewardTrainer, position_ids, require_causal

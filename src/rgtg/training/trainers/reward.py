@@ -14,9 +14,14 @@ from trl import RewardConfig, RewardTrainer
 from rgtg.config.training import options_of
 from rgtg.errors import NonFiniteError, UsageError
 from rgtg.losses import last_score, mean_of_counted
-from rgtg.models.loading.families import reads_ahead, require_dense
-from rgtg.models.loading.hub import is_adapter
-from rgtg.models.loading.policy import load_pretrained, load_tokenizer, resolve_dtype
+from rgtg.models.loading.pretrained import (
+    is_adapter,
+    load_pretrained,
+    load_tokenizer,
+    reads_ahead,
+    require_dense,
+    resolve_dtype,
+)
 from rgtg.models.ops.lm_head import scalar_head
 from rgtg.models.ops.tree_attention import PackedRow, pack_row, packed_inputs, packing_pays, reads_packed_rows
 from rgtg.models.scorers.reward_model import PrefixScorer
