@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
+from accelerate.utils import get_int_from_env
 
 from rgtg.config import LoraSettings, TrainSettings
 from rgtg.errors import MissingExtraError, UsageError
@@ -17,7 +18,7 @@ from rgtg.models.loading.hub import absolute_source
 from rgtg.models.loading.lora_merge import output_name
 from rgtg.models.loading.policy import load_policy
 from rgtg.models.loading.scorer_info import ScorerInfo, cast_fingerprints, fingerprint_weights, read_info
-from rgtg.models.loading.tensor_parallel import destroy_process_group, is_main_process
+from rgtg.models.loading.tensor_parallel import destroy_process_group
 from rgtg.models.ops.lm_head import scalar_head
 from rgtg.tokenization.encoding import embedding_rows, tokenizer_hash
 from rgtg.training.arguments import (
@@ -92,7 +93,7 @@ def train_scorer(settings: TrainSettings, *, show: bool = False) -> TrainReport:
 @contextmanager
 def _locked_output(settings: TrainSettings) -> Iterator[None]:
     """Keep other runs out of the output folder, and check that it can be used; the main process does it for all."""
-    if not is_main_process():
+    if get_int_from_env(["RANK"], 0) > 0:  # of torchrun; accelerate's own state would start a process group
         yield
         return
     if settings.output.exists() and not settings.output.is_dir():
