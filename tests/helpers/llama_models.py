@@ -12,9 +12,8 @@ WHY = "llama-cpp-python is not installed: pip install 'rgtg[llama-cpp]'"
 
 
 def require_llama_cpp():
-    """Skip a module of tests where the library or the package that writes GGUF files is absent."""
+    """Skip a module of tests where the library is absent."""
     pytest.importorskip("llama_cpp", reason=WHY)
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'rgtg[gguf]'")
 
 
 def write_tiny_gguf(path, seed=0, context=128):

@@ -303,7 +303,6 @@ def test_evaluation_during_training_is_logged(policy_folder, pairs_file, tmp_pat
 
 
 def test_a_gguf_policy_is_known_by_its_file_and_by_its_conversion(tmp_path):
-    pytest.importorskip("gguf", reason="GGUF files need gguf: pip install 'rgtg[gguf]'")
     from helpers.gguf_files import write_gguf
 
     path = write_gguf(tmp_path / "a.gguf", "qwen2")

@@ -11,7 +11,7 @@ from rgtg.config import DoctorSettings
 from rgtg.errors import UsageError
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib", "pydantic", "typer")
-_EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "accelerate": "train", "matplotlib": "report"}
+_EXTRA_OF = {"trl": "train", "peft": "train", "datasets": "train", "matplotlib": "report"}
 
 
 @command(
@@ -92,11 +92,8 @@ def _versions() -> dict[str, str]:
 def _gguf_engine() -> str:
     """Which engine a policy in a GGUF file gets, and how to get a faster one."""
     from rgtg.config.engines import ENGINES
-    from rgtg.models.loading.gguf import is_readable
 
     llama = ENGINES["llama-cpp"]
-    if not is_readable():
-        return "none: pip install 'rgtg[gguf]', or for llama.cpp " + llama.install
     if llama.installed:
         from rgtg.engines.llama_cpp.library import describe
 

@@ -1,7 +1,5 @@
 """Models that a device map spreads over memory and disk give the same results; wrong settings raise errors."""
 
-import builtins
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from helpers.command import verb
 from helpers.naive import info, write_adapter
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg import GuidedPolicy
-from rgtg.errors import MissingExtraError, UsageError
+from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import has_device_map
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, write_info
@@ -147,19 +145,6 @@ def test_a_device_map_of_a_loaded_model_raises_an_error(policy_folder, scorer_fo
         GuidedPolicy.from_pretrained(str(policy_folder), scorer, scorer_device_map="auto")
     with pytest.raises(UsageError, match="scorer that is a model of its own"):
         GuidedPolicy.from_pretrained(str(policy_folder), None, method="policy", scorer_device_map="auto")
-
-
-def test_a_missing_accelerate_says_what_to_install(policy_folder, monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *arguments, **more):
-        if name == "accelerate":
-            raise ImportError(name)
-        return real(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(MissingExtraError, match="pip install"):
-        load_policy(str(policy_folder), device_map="auto")
 
 
 def test_outputs_are_on_the_device_of_the_inputs(policy_folder):

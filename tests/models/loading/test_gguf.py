@@ -5,9 +5,6 @@ import struct
 
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="GGUF files need gguf: pip install 'rgtg[gguf]'")
-
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from helpers.command import verb

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgtg.errors import MissingExtraError, UsageError, first_line
+from rgtg.errors import UsageError, first_line
 from rgtg.models.loading.tensor_parallel import TpPlan, is_sharded, tensor_parallel_kwargs
 from rgtg.models.ops.lm_head import trunk
 
@@ -32,7 +32,6 @@ class Placement:
 
         Raises:
             UsageError: more than one of device, device_map and tp_plan; or a tp_plan without torchrun.
-            MissingExtraError: accelerate is not installed.
         """
         if self.tp_plan is not None:
             if self.device is not None or self.device_map is not None:
@@ -42,10 +41,6 @@ class Placement:
             return {}
         if self.device is not None:
             raise UsageError("device and device_map both say where a model goes: give one of them")
-        try:
-            import accelerate  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError("device_map needs accelerate: pip install 'rgtg[train]'") from error
         return {"device_map": self.device_map}
 
 

@@ -5,7 +5,6 @@ kept beside the file (`convert_gguf`); it is used as long as the file has the si
 """
 
 import functools
-import importlib.util
 import secrets
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from rgtg.errors import MissingExtraError, ModelNotFoundError, OutputError, first_line
+from rgtg.errors import ModelNotFoundError, OutputError, first_line
 from rgtg.types.base import FORMAT_VERSION, FileChecksum, Record
 from rgtg.utils.files import file_checksum, replace_file, sync_folders, sync_tree, write_text_synced
 from rgtg.version import __version__
@@ -49,7 +48,6 @@ def gguf_arguments(path: Path, auto_class: Any, kwargs: dict[str, Any]) -> Itera
         kwargs: further arguments of ``from_pretrained``; ``dtype`` is "auto" or absent for bf16.
 
     Raises:
-        MissingExtraError: gguf or accelerate is not installed.
         ModelNotFoundError: the file is not one that can be loaded.
     """
     is_model = hasattr(auto_class, "_model_mapping")
@@ -81,23 +79,12 @@ def _link(path: Path, link: Path) -> None:
     shutil.copyfile(path, link)
 
 
-def is_readable() -> bool:
-    """Whether what reads GGUF files is installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("gguf", "accelerate"))
-
-
 def require_model(path: Path) -> None:
     """Check that a GGUF file holds a model, judged by its header.
 
     Raises:
-        MissingExtraError: gguf or accelerate is not installed.
         ModelNotFoundError: a damaged file, a part of a model, or something else than a model.
     """
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(f"{path} is a GGUF file and needs gguf: pip install 'rgtg[gguf]'") from error
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise ModelNotFoundError(f"{path} is not a GGUF file (its first bytes are not GGUF): download it again")

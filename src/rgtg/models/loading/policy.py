@@ -83,7 +83,7 @@ def load_policy(
             cache_gguf for another kind of model, in another dtype, or with tp_plan; or an engine that does not run this
             model.
         OutputError: the conversion cannot be written.
-        MissingExtraError: a device_map without accelerate, or an engine that is not installed.
+        MissingExtraError: an engine that is not installed.
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
