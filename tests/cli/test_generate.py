@@ -161,6 +161,21 @@ def test_invalid_use_prints_one_message(models, arguments, code, message):
     refused(run("generate", *models, *arguments), code, message)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "Hi"], "--engine vllm completes files of prompts on Ray: add --ray"),
+        (["--prompts", "p", "--output", "o", "--ray", "--method", "best-of-n"], "vllm cannot carry best-of-n"),
+        (["--prompts", "p", "--output", "o", "--ray", "--trace"], "the engine vllm cannot carry traces"),
+        (["--prompts", "p", "--output", "o", "--ray", "--threads", "2"], "vLLM chooses its devices and threads itself"),
+        (["--prompts", "p", "--output", "o", "--ray"], "is started there (docs/ray.md says how to make one)"),
+    ],
+)
+def test_vllm_is_refused_where_it_cannot_run(arguments, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(run("generate", "--policy", "policy", "--engine", "vllm", *arguments), 2, message)
+
+
 def test_invalid_prompt_files_leave_no_output(models, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     target = ["--prompts", prompts, "--output", output, "--quiet"]

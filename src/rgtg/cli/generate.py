@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _OF_FILES = "prompts output output_format batch_tokens batch_size on_bad force"
 _OF_RAY = "ray address actors gpus_per_actor cpus_per_actor"
 _SPLIT = ("tp_plan", "scorer_tp_plan")
+_OF_TORCH = ("device", "scorer_device", "scorer_device_map", "cache_gguf", "threads")
 
 
 @command(
@@ -69,6 +70,25 @@ def _check_options(settings: GenerateSettings) -> None:
         raise UsageError(f"{', '.join(given)}: models are split among torchrun's processes, not among Ray's workers")
     if not settings.ray and (given := _given(settings, _OF_RAY.split())):
         raise UsageError(f"{', '.join(given)}: needs --ray")
+    if settings.engine == "vllm":
+        _check_vllm(settings)
+
+
+def _check_vllm(settings: GenerateSettings) -> None:
+    """Refuse what vLLM cannot carry before any worker starts it."""
+    from rgtg.config.engines import require_carried, require_vllm
+
+    if not settings.ray:
+        raise UsageError(
+            "--engine vllm completes files of prompts on Ray: add --ray; without Ray, vLLM's own server and batch "
+            "command take guided requests (docs/vllm.md)"
+        )
+    wanted = {"traces": settings.trace, "drafts": settings.draft, "device_map and tp_plan": settings.device_map}
+    for what in [settings.method, *(name for name, given in wanted.items() if given)]:
+        require_carried("vllm", what)
+    if given := _given(settings, _OF_TORCH):
+        raise UsageError(f"{', '.join(given)}: vLLM chooses its devices and threads itself; leave it out")
+    require_vllm("ray")
 
 
 def _is_first(settings: GenerateSettings) -> bool:

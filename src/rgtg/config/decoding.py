@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from rgtg.config.base import OnBad, Settings, TemplateKwargs, all_tokens
-from rgtg.config.engines import EngineName
+from rgtg.config.engines import EngineName, JobEngineName
 
 
 class DecodingSettings(Settings):
@@ -122,6 +122,11 @@ class GenerateSettings(DecodingSettings, ModelSettings):
 
     scorer: str | list[str] | None = Field(  # type: ignore[assignment]
         None, description="scorer that guides it: folder or hub id; repeatable, with a --beta each"
+    )
+    engine: JobEngineName = Field(  # type: ignore[assignment]
+        "auto",
+        description="auto: llama.cpp for a GGUF file where it is installed, else torch; vllm: with --ray, in vLLM's "
+        "environment",
     )
     prompt: str | None = Field(None, description="one prompt; its completion is streamed to the terminal")
     chat: bool = Field(False, description="plain-text prompts are a user's messages, for the policy's chat template")

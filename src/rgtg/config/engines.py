@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rgtg.errors import UsageError
+from rgtg.errors import MissingExtraError, UsageError
 
 EngineName = Literal["auto", "torch", "llama-cpp"]
+JobEngineName = Literal["auto", "torch", "llama-cpp", "vllm"]  # of a job on Ray
 
 # What an engine may carry besides the decoding methods. The names stand in messages, `rgtg engines` and the docs.
 SCORERS = (
@@ -69,7 +70,7 @@ ENGINES = {
         ),
         Engine(
             "vllm", "what vLLM runs", "vllm", "see docs/vllm.md: an environment of its own",
-            "a plug-in of vLLM's own server",
+            "a plug-in of vLLM's own server; for files of prompts rgtg generate --ray --engine vllm",
             {
                 "cd-blockwise": _DRAWS_TOKENS, "cards": _DRAWS_TOKENS, "best-of-n": _DRAWS_TOKENS,
                 "smc": _DRAWS_TOKENS, "beam": _DRAWS_TOKENS,
@@ -78,7 +79,7 @@ ENGINES = {
                 "state head on final states": _PREFIX_ONLY,
                 "head on another layer": "vLLM gives the final states only",
                 "LoRA adapter on the policy": "vLLM fuses adapters into its own layers",
-                "resumed files": _PLUG_IN, "compare": _PLUG_IN, "traces": _PLUG_IN, "audit roll-outs": _PLUG_IN,
+                "compare": _PLUG_IN, "traces": _PLUG_IN, "audit roll-outs": _PLUG_IN,
                 "training heads on its states": "train on the states of the same weights in torch",
                 "drafts": "vLLM's first model runner refuses speculation with logits processors",
                 "overlap": "vLLM schedules its own passes", "device_map and tp_plan": "vLLM has its own",
@@ -96,3 +97,16 @@ def require_carried(engine: str, what: str) -> None:
     """
     if (reason := ENGINES[engine].lacks.get(what)) is not None:
         raise UsageError(f"the engine {engine} cannot carry {what}: {reason}; use the engine torch (--engine torch)")
+
+
+def require_vllm(*others: str) -> None:
+    """Check that this is an environment with vLLM and with these other packages.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if missing := [name for name in ("vllm", *others) if importlib.util.find_spec(name) is None]:
+        raise MissingExtraError(
+            f"this environment has no {missing[0]}: the engine vllm runs in vLLM's own environment, and the command is "
+            "started there (docs/ray.md says how to make one)"
+        )

@@ -4,6 +4,7 @@ A worker has one batch at a time, so its death affects only the rows of that bat
 """
 
 import time
+import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -55,7 +56,7 @@ class Worker:
     def load(self) -> dict[str, Any] | RgtgError:
         """Load the models and return their fingerprints."""
         try:
-            self._guided = load_guided_policy(self.settings)
+            self._guided = self._load()
         except RgtgError as error:
             return error
         return model_fingerprints(self._guided)
@@ -68,11 +69,38 @@ class Worker:
             return error
 
     def complete(self, batch: TaskBatch) -> list[TaskOutcome] | RgtgError:
-        """Complete a batch."""
+        """Complete a batch. A failure of vLLM ends the process, and the pool starts another."""
         try:
             return complete_batch(self.guided, batch, self.decoding, trace=self.settings.trace)
         except RgtgError as error:
             return error
+        except Exception:
+            if self.settings.engine == "vllm":
+                import ray
+
+                traceback.print_exc()
+                ray.actor.exit_actor()
+            raise
+
+    def _load(self) -> GuidedPolicy:
+        settings = self.settings
+        if settings.engine != "vllm":
+            return load_guided_policy(settings)
+        from rgtg.engines.vllm.guided_policy import VllmGuidedPolicy
+
+        given = settings.model_fields_set
+        gpus = settings.gpus_per_actor or 1
+        return VllmGuidedPolicy(
+            settings.policy or "",
+            settings.scorer,
+            method=settings.method,
+            beta=settings.beta if "beta" in given else None,
+            top_k=settings.top_k if "top_k" in given else "default",
+            dtype=settings.dtype or "auto",
+            seed=0,
+            tensor_parallel_size=max(1, int(gpus)),
+            **({"gpu_memory_utilization": 0.9 * gpus} if gpus < 1 else {}),
+        )
 
     @property
     def guided(self) -> GuidedPolicy:

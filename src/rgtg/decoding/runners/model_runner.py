@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import groupby, zip_longest
 from typing import Any, Protocol, Self, TypeGuard
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch import Tensor
 from rgtg.decoding.runners.kv_cache import TreeCache
 from rgtg.decoding.runners.token_tree import States, TokenTree, tree_ancestry, tree_depths
 from rgtg.models.loading.device_map import has_device_map
-from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import output_head, trunk
 from rgtg.models.ops.tree_attention import has_maskable_layers, mask_windows, probe_agrees
@@ -54,6 +55,8 @@ class TreeRunner:
         self.cache = TreeCache(model.config.get_text_config().num_hidden_layers, capacity, spread=has_device_map(model))
         self.calls = 0
         self._masks: dict[tuple[int, ...], Tensor] = {}
+        # transformers 5.24 renamed it
+        self._cache_argument = "cache" if "cache" in signature(self.trunk.forward).parameters else "past_key_values"
 
     def fresh(self, capacity: int) -> "TreeRunner":
         """A runner of the same model without rows, with room for ``capacity`` columns."""
@@ -107,7 +110,7 @@ class TreeRunner:
             "input_ids": ids.to(self.device),
             "position_ids": positions.to(self.device, non_blocking=True),
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-            "past_key_values": self.cache,
+            self._cache_argument: self.cache,
             "use_cache": True,
         }
         if self.layer is None:
@@ -286,7 +289,7 @@ class EngineRunner(Protocol):
     ``States.final`` may be anything that ``head`` turns into logits, the logits themselves included.
 
     Attributes:
-        model: the policy's `EngineModel`.
+        model: the policy's `ReadableModel`.
         layer: whose states are given as ``States.hooked``.
         calls: forward passes so far.
         cache: has ``lengths`` and ``nbytes``, ``copy_rows([row])``, which gives a prefix cache an object with
@@ -388,7 +391,7 @@ def make_runner(
         tree: force one or the other; None asks ``supports_token_tree``.
         layer: whose states are read too (0 embeddings … the number of layers), if any.
     """
-    if isinstance(model, EngineModel):
+    if isinstance(model, ReadableModel):
         return model.runner(capacity, layer)  # type: ignore[no-any-return]
     if tree is None:
         tree = supports_token_tree(model, head)

@@ -18,7 +18,7 @@ from rgtg.engines.llama_cpp.probe import require_readable
 from rgtg.engines.llama_cpp.runner import LlamaRunner
 from rgtg.engines.llama_cpp.vocabulary import require_same_tokens
 from rgtg.errors import ModelNotFoundError, UsageError
-from rgtg.models.loading.engine_model import EngineConfig, EngineModel
+from rgtg.models.loading.engine_model import EngineConfig, ReadableModel
 from rgtg.models.loading.gguf import require_model
 from rgtg.models.loading.policy import Policy
 from rgtg.models.loading.policy_files import describe_policy_files
@@ -49,7 +49,7 @@ def load_policy(source: str, path: Path, *, device: "str | torch.device | None" 
     return Policy(model, tokenizer)
 
 
-class LlamaModel(EngineModel):
+class LlamaModel(ReadableModel):
     """A model in llama.cpp, with one cache for everything that is read with it."""
 
     engine = "llama-cpp"

@@ -12,7 +12,7 @@ from rgtg.decoding.request import Prompt
 from rgtg.decoding.runners.factory import require_all_tokens
 from rgtg.evaluation.compare.grid import MethodRun
 from rgtg.evaluation.compare.shards import Shard
-from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.loading.policy import Policy
 from rgtg.models.scorers.base import AnyScorer
 from rgtg.tokenization.conversation import encode_source
@@ -94,7 +94,7 @@ def reference_log_probs(
     totals = [0.0] * len(rows)
     for indices, ids, mask in batches_by_length(rows, batch_size, reference.model.device):
         # 1. Logits of every position: (B, L, V).
-        if isinstance(reference.model, EngineModel):
+        if isinstance(reference.model, ReadableModel):
             logits = reference.model.logits(ids, mask)
         else:
             logits = reference.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()

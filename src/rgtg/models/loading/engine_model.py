@@ -13,6 +13,8 @@ from torch import Tensor
 class EngineModel(ABC):
     """A policy that an engine runs. It answers what the rest of the project asks of a torch model, and has no weights.
 
+    The engines whose passes this project drives are of the class `ReadableModel`.
+
     Attributes:
         engine: its name, a row of `rgtg.config.engines.ENGINES`.
         name_or_path: as the user gave it.
@@ -31,6 +33,30 @@ class EngineModel(ABC):
     dtype = torch.float32
     stored_dtype: str
     _rgtg_fingerprint: str  # of the weight files; `rgtg.models.loading.scorer_info.fingerprint_weights` returns it
+
+    @abstractmethod
+    def require_layers(self, layers: Sequence[int]) -> None:
+        """Check that the engine gives the states of these layers.
+
+        Raises:
+            UsageError: it does not.
+        """
+
+    def eval(self) -> Self:
+        """Itself: it is never trained."""
+        return self
+
+    def parameters(self) -> Any:
+        """One empty tensor with the dtype and device of what it computes."""
+        yield torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def get_input_embeddings(self) -> Any:
+        """An embedding without values; its size is that of the vocabulary."""
+        return SimpleNamespace(weight=torch.empty(self.config.vocab_size, self.config.hidden_size, device="meta"))
+
+
+class ReadableModel(EngineModel):
+    """A policy whose engine reads the tokens that it is given and returns logits and states."""
 
     @property
     @abstractmethod
@@ -53,14 +79,6 @@ class EngineModel(ABC):
         """
 
     @abstractmethod
-    def require_layers(self, layers: Sequence[int]) -> None:
-        """Check that the engine gives the states of these layers.
-
-        Raises:
-            UsageError: it does not.
-        """
-
-    @abstractmethod
     def hidden_states(
         self, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"], layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "batch length hidden"]]:
@@ -80,18 +98,6 @@ class EngineModel(ABC):
     @abstractmethod
     def get_output_embeddings(self) -> Any:
         """The rows (V, H) of the output layer as ``weight``, which training starts a head's token table from."""
-
-    def eval(self) -> Self:
-        """Itself: it is never trained."""
-        return self
-
-    def parameters(self) -> Any:
-        """One empty tensor with the dtype and device of what it computes."""
-        yield torch.empty(0, dtype=self.dtype, device=self.device)
-
-    def get_input_embeddings(self) -> Any:
-        """An embedding without values; its size is that of the vocabulary."""
-        return SimpleNamespace(weight=torch.empty(self.config.vocab_size, self.config.hidden_size, device="meta"))
 
 
 class EngineConfig:

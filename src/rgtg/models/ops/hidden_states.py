@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rgtg.errors import UsageError
-from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.engine_model import EngineModel, ReadableModel
 from rgtg.models.ops.lm_head import final_states, trunk
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
@@ -69,7 +69,7 @@ def hidden_states_of(
 
     Rows may be padded on either side; states at padding have no meaning.
     """
-    if isinstance(model, EngineModel):
+    if isinstance(model, ReadableModel):
         return model.hidden_states(input_ids, attention_mask, layers)
     with capture_hidden_states(model, layers) as states:
         final_states(model, input_ids, attention_mask)

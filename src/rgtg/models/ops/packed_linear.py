@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rgtg.errors import UsageError
 from rgtg.models.loading.device_map import is_on_one_device
-from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.attention import use_single_query_attention
 
@@ -225,7 +225,7 @@ def decode_bytes(model: Any) -> int:
     The input embedding does not count, because a pass reads only a few of its rows; an output layer tied to it does.
     Of another engine's model all weights in its file count.
     """
-    if isinstance(model, EngineModel):
+    if isinstance(model, ReadableModel):
         return model.nbytes
     embedding, output = model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
     weights = {id(p): p.nbytes for p in model.parameters()}

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rgtg.models.loading.engine_model import EngineModel
+from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
 from rgtg.models.ops.hidden_states import capture_hidden_states
 from rgtg.models.ops.lm_head import trunk
@@ -82,7 +82,7 @@ def packed_inputs(model: Any, rows: Sequence[PackedRow]) -> dict[str, Any]:
 @torch.no_grad()
 def packed_states_of(model: Any, rows: Sequence[PackedRow], layers: Sequence[int]) -> dict[int, Tensor]:
     """Hidden states (B, L, H) of several layers, in one pass of the trunk over packed rows."""
-    if isinstance(model, EngineModel):
+    if isinstance(model, ReadableModel):
         return model.packed_states([(row.ids, row.positions, row.parts) for row in rows], layers)
     with capture_hidden_states(model, layers) as states:
         trunk(model)(**packed_inputs(model, rows))
@@ -153,7 +153,7 @@ def reads_packed_rows(model: Any) -> bool:
     The rule is that of token trees in decoding. Other models (linear attention, attention biases that are built from
     2-D masks) read every completion in a row of its own, and so do models that were loaded with flash attention.
     """
-    if isinstance(model, EngineModel):
+    if isinstance(model, ReadableModel):
         return True
     if model not in _reads_packed:
         _reads_packed[model] = takes_any_mask(model) and has_maskable_layers(model) and _probe_agrees(model)
