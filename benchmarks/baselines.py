@@ -4,7 +4,8 @@
     python benchmarks/baselines.py --kind rloo --policy FOLDER --pairs pairs.jsonl --scorer FULL_BT --output FOLDER
 
 Each writes a stock model folder and baseline.json: pairs, epochs, the policy's samples, seconds. RLOO's reward is a
-full-sequence scorer trained on the same pairs, never the reward that judges. In TRL ``beta`` is the KL coefficient: the
+full-sequence scorer trained on the same pairs, never the reward that judges. ``--set lora=16`` trains a LoRA adapter of
+that rank in place of all weights, and saves the merged model. In TRL ``beta`` is the KL coefficient: the
 inverse of guidance's. TRL closes every chosen and rejected text with EOS, as ``rgtg train`` does.
 """
 
@@ -46,9 +47,11 @@ def tune(kind, policy, pairs, output, *, seed, scorer=None, **settings):
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         given = COMMON | values | {"output_dir": scratch, "seed": seed}
-        trainer = MAKERS[kind](model, tokenizer, pairs, given, scorer)
+        rank = given.pop("lora", None)
+        trainer = MAKERS[kind](model, tokenizer, pairs, given, scorer, lora(rank) if rank else None)
         done = trainer.train()
-        trainer.model.save_pretrained(output)
+        trained = trainer.model.merge_and_unload() if rank else trainer.model
+        trained.save_pretrained(output)
     tokenizer.save_pretrained(output)
     steps, batch = done.global_step, values["per_device_train_batch_size"]
     facts = {
@@ -61,23 +64,34 @@ def tune(kind, policy, pairs, output, *, seed, scorer=None, **settings):
     return facts
 
 
-def sft(model, tokenizer, pairs, given, scorer):
+def lora(rank):
+    """A LoRA adapter on every linear layer (arXiv 2106.09685), merged into the weights after training."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def sft(model, tokenizer, pairs, given, scorer, adapter):
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list([{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs])
-    trainer = SFTTrainer(model, args=SFTConfig(**given), train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model, args=SFTConfig(**given), train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+    )
     return trainer
 
 
-def dpo(model, tokenizer, pairs, given, scorer):
+def dpo(model, tokenizer, pairs, given, scorer, adapter):
     from trl import DPOConfig, DPOTrainer
 
     rows = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs])
-    trainer = DPOTrainer(model, args=DPOConfig(**given), train_dataset=rows, processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model, args=DPOConfig(**given), train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+    )
     return trainer
 
 
-def rloo(model, tokenizer, pairs, given, scorer):
+def rloo(model, tokenizer, pairs, given, scorer, adapter):
     from trl import RLOOConfig, RLOOTrainer
 
     judge = PrefixScorer.from_pretrained(str(scorer), dtype="float32", device="cpu")
@@ -89,7 +103,12 @@ def rloo(model, tokenizer, pairs, given, scorer):
 
     rows = Dataset.from_list([{"prompt": p} for p in dict.fromkeys(p["prompt"] for p in pairs)])
     trainer = RLOOTrainer(
-        model, reward_funcs=reward, args=RLOOConfig(**given), train_dataset=rows, processing_class=tokenizer
+        model,
+        reward_funcs=reward,
+        args=RLOOConfig(**given),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter,
     )
     return trainer
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,30 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.study import (
+    attributes,
     golds,
     human_data,
-    human_policy,
     intervals,
+    judge,
     record,
     reproduce,
     rows,
     scorers,
+    shared_states,
     tables,
     worlds,
 )
 from benchmarks.study.__main__ import best_value
-from benchmarks.study.measure import measured, settings_of
+from benchmarks.study.measure import Models, file_of, measured, settings_of
 
 from rgtg import GuidedPolicy
 from rgtg.config import DecodingSettings
 from rgtg.config.base import validate
+from rgtg.data.pairs import TokenizedPair
 from rgtg.decoding.methods import METHODS, check_settings
 from rgtg.models.loading.policy import load_policy
+from rgtg.training.data.state_cache import cache_states
+from rgtg.utils.files import write_text
 
 PROMPTS = ["the cat", "a dog ran", "one day", "the end"]
 
@@ -63,40 +69,107 @@ def test_labels_follow_the_reward_with_bradley_terry_noise() -> None:
     assert gap == worlds.label(sampled, lambda _, text: 1.0 if text == "good" else 0.0, seed=0)
 
 
-def test_human_parts_share_no_prompt(shared_data: Path) -> None:
-    parts = human_data.all_pairs(shared_data)
-    prompts = {name: {row["prompt"] for row in part} for name, part in parts.items()}
-    assert not prompts["scorers"] & prompts["judge"]
-    assert not prompts["scorers"] & prompts["prompts"]
-    assert not prompts["judge"] & prompts["prompts"]
-    sources = {row["source"] for row in parts["scorers"]}
-    assert sources == {"dialogue", "instruction", "summary"}
+@pytest.mark.parametrize("source", human_data.SOURCES)
+def test_human_parts_share_no_conversation(shared_data: Path, source: str) -> None:
+    parts = human_data.all_rows(shared_data, source)
+    first = {name: {row["turns"][0] for row in part} for name, part in parts.items()}
+    assert all(first.values())
+    assert not first["scorers"] & first["judge"]
+    assert not first["scorers"] & first["prompts"]
+    assert not first["judge"] & first["prompts"]
 
 
-def test_resumed_training_of_the_policy_equals_uninterrupted_training(tmp_path: Path) -> None:
-    args = argparse.Namespace(seed=0, layers=1, width=32, vocab=50, rate=3e-3, matrix_rate=0.02)
-
-    def learn(model: Any, optimizers: Any, steps: range) -> list[float]:
-        draws = [torch.Generator().manual_seed(step) for step in steps]
-        return [human_policy.train_step(model, optimizers, torch.randint(3, 50, (2, 8), generator=g)) for g in draws]
-
-    model = human_policy.new_model(args)
-    whole = learn(model, human_policy.new_optimizers(model, args), range(6))
-    model = human_policy.new_model(args)
-    optimizers = human_policy.new_optimizers(model, args)
-    losses = learn(model, optimizers, range(3))
-    human_policy.keep(tmp_path / "unfinished.pt", model, optimizers, step=3, losses=losses, seconds=2.0)
-    model = human_policy.new_model(args)
-    optimizers = human_policy.new_optimizers(model, args)
-    step, losses, seconds = human_policy.go_on(tmp_path / "unfinished.pt", model, optimizers)
-    assert (step, seconds) == (3, 2.0)
-    assert losses + learn(model, optimizers, range(3, 6)) == whole
+def test_a_row_is_a_chat_for_the_policy_and_a_text_for_the_judge() -> None:
+    row = {"turns": ["hi", "hello", "how are you?"], "chosen": "fine", "rejected": "no"}
+    pair = human_data.as_pair(row)
+    assert [m["role"] for m in pair["prompt"]] == ["system", "user", "assistant", "user"]
+    assert pair["rejected"] == [{"role": "assistant", "content": "no"}]
+    judged = human_data.as_judged(row)
+    assert judged["prompt"] == "Human: hi\n\nAssistant: hello\n\nHuman: how are you?\n\nAssistant:"
+    assert judged["chosen"] == " fine"
 
 
-def test_the_split_depends_on_the_prompt_only() -> None:
+def test_the_split_depends_on_the_conversation_only() -> None:
     parts = [human_data.part_of(f"prompt {i}") for i in range(3000)]
-    assert parts.count("scorers") / 3000 == pytest.approx(0.45, abs=0.03)
+    assert parts.count("scorers") / 3000 == pytest.approx(0.40, abs=0.03)
     assert parts.count("judge") / 3000 == pytest.approx(0.45, abs=0.03)
+
+
+def test_positive_reads_words_with_their_neighbours() -> None:
+    pytest.importorskip("vaderSentiment", reason="the rated words come with rgtg[demo]")
+    assert attributes.positive("I love it.") > 0 > attributes.positive("I do not love it.")
+    assert attributes.positive("I love it. I love it.") == pytest.approx(attributes.positive("I love it."))
+
+
+def test_plain_prefers_short_words_in_short_sentences() -> None:
+    pytest.importorskip("textstat", reason="pip install textstat")
+    long = "Notwithstanding considerable administrative complications, organisations nevertheless collaborated."
+    assert attributes.plain("We do it. It is fun.") > attributes.plain(long) >= -5.0
+    assert attributes.plain("...") == -5.0
+
+
+def test_clean_prefers_polite_words() -> None:
+    pytest.importorskip("profanity_check", reason="pip install alt-profanity-check")
+    assert 6.0 >= attributes.clean("Thank you for the cake.") > attributes.clean("You damn idiot.") >= -6.0
+
+
+@pytest.mark.parametrize("kind", ["state", "vocab"])
+def test_shared_states_equal_those_that_a_training_reads(tmp_path: Path, policy_folder: Path, kind: str) -> None:
+    model = load_policy(str(policy_folder), dtype="float32").model
+    prompt = [5, 6, 7]
+    units = [TokenizedPair(prompt, [8, 9], [10, 11, 12]), TokenizedPair([5, 9], [8], [8, 9])]
+    layers = [model.config.num_hidden_layers]
+    read = cache_states(model, units, layers, kind)
+    shared = shared_states.SharedStates(tmp_path)
+    shared.cache(model, units[:1], layers, "vocab" if kind == "state" else "state")  # another kind has read a part
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    found = shared.cache(model, units, layers, kind)
+    assert found.starts == read.starts
+    assert found.token_ids.tolist() == read.token_ids.tolist()
+    torch.testing.assert_close(found.states[layers[0]], read.states[layers[0]], rtol=1e-5, atol=1e-5)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing is read again"
+
+
+def test_the_judges_agreement_is_told_for_all_pairs_and_for_sides_of_equal_length() -> None:
+    class Longer:
+        def score(self, texts: list[str]) -> list[float]:
+            return [float(len(text)) for text in texts]
+
+    pairs = [
+        {"prompt": "p", "chosen": "a long reply", "rejected": "short"},
+        {"prompt": "p", "chosen": "equal", "rejected": "equals"},
+    ]
+    found = judge.agreement(Longer(), pairs)
+    assert (found["accuracy"], found["longer_side_chosen"]) == (0.5, 0.5)
+    assert found["about_equally_long"] == {"pairs": 1, "accuracy": 0.0}
+
+
+def test_reward_is_compared_at_the_policys_length() -> None:
+    part = {"tokens": [10, 20, 30], "rewards": [1.0, 2.0, 3.0]}
+    slope, typical = tables.length_effect({"policy": {None: {0: part}}})
+    assert (slope, typical) == (pytest.approx(0.1), 20.0)
+    assert tables.length_effect({}) == (None, None)
+
+
+def test_self_rouge_is_one_for_equal_texts() -> None:
+    same = {"texts": ["the cat sat", "a dog ran"]}
+    assert tables.self_rouge([same, same]) == 1.0
+    assert tables.self_rouge([same, {"texts": ["one two", "three four"]}]) == 0.0
+    assert tables.self_rouge([same]) is None
+
+
+def test_the_first_seeds_choice_holds_for_all_seeds_of_a_real_model(world: worlds.World) -> None:
+    real = replace(world, track="human", gold_name="dialogue", seed=2, folder=world.folder.parent / "dialogue-s2")
+    row = rows.BY_NAME["pargs, vocabulary head"]
+    first = real.folder.with_name("dialogue-s0")
+    made = {"rewards": [1.0], "kl": [1.0]}
+    keep = lambda row, value, reward: write_text(  # noqa: E731
+        first / "rows/tune" / file_of(rows.key_of(row, value)), json.dumps(made | {"rewards": [reward]})
+    )
+    keep(rows.BY_NAME["policy"], None, 0.0)
+    for value, reward in zip(row.grid_of("human"), (1.0, 3.0, 2.0, 0.0), strict=True):
+        keep(row, value, reward)
+    assert best_value(real, row, Models()) == row.grid_of("human")[1]
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)

@@ -1,7 +1,8 @@
 """The study: all objectives, methods and fine-tuned baselines on the same prompts, pairs and held-out rewards.
 
     python -m benchmarks.study stories --policy STORIES260K --work WORK [--golds lexicon --seeds 0 1 2]
-    python -m benchmarks.study human --policy POLICY --data DATA --work WORK
+    python -m benchmarks.study human --policy SMOLLM2 --judge MINILM --data DATA --work WORK --seeds 0 1 2
+    python -m benchmarks.study attributes --policy SMOLLM2 --data DATA --work WORK --seeds 0 1 2
     python -m benchmarks.study demo --work WORK [--only "pargs β=2"]
     python -m benchmarks.study tables --work WORK --track stories
     python -m benchmarks.study tables --json docs/results/study-stories.json
@@ -18,6 +19,7 @@ import argparse
 import json
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,25 +27,29 @@ from benchmarks.baselines import DEFAULTS
 
 from rgtg.utils.files import write_text
 
-from . import worlds
+from . import scorers, worlds
 from .measure import Models, measured
-from .rows import BY_NAME, CORE, ROWS, chosen
+from .rows import BY_NAME, CORE, REAL, REAL_CORE, ROWS, chosen
 from .scorers import SCORERS, SEPARATE, TUNED_TRACK
 
 # Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
 SIZES = {
     "stories": {"pairs": 1200, "tune": 64, "test": 500, "tokens": 64},
-    "human": {"pairs": 800, "tune": 24, "test": 100, "tokens": 48},
+    "human": {"pairs": 1013, "tune": 24, "test": 80, "tokens": 48},
+    "attributes": {"pairs": 500, "tune": 24, "test": 80, "tokens": 48},
     "demo": {"pairs": 2000, "tune": 32, "test": 100, "tokens": 96},
 }
 
 
 def best_value(world, row, models):
     """The value that ``chosen`` selects from the tries on the tuning prompts."""
-    if len(row.grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
-        return row.grid[-1]  # more samples are not tuned, because they cost more
+    grid = row.grid_of(world.track)
+    if len(grid) == 1 or (row.knob == "n" and row.group == "best-of-n"):
+        return grid[-1]  # more samples are not tuned, because they cost more
+    if world.track in REAL:  # a real model's tries are expensive: the first seed's choice holds for all
+        world = replace(world, seed=0, folder=world.folder.with_name(f"{world.gold_name}-s0"))
     cut = measured(world, BY_NAME["policy"], None, "tune", models)
-    return chosen(row, {value: measured(world, row, value, "tune", models) for value in row.grid}, cut)
+    return chosen(row, {value: measured(world, row, value, "tune", models) for value in grid}, cut)
 
 
 def run_cell(world, names, passes, models):
@@ -53,8 +59,11 @@ def run_cell(world, names, passes, models):
             row = BY_NAME[name]
             try:
                 start = time.perf_counter()
+                if stage == "audit":
+                    audit_row(world, row, models)
+                    continue
                 best = best_value(world, row, models)
-                values = [best] if stage == "tuned" else [v for v in row.grid if v != best]
+                values = [best] if stage == "tuned" else [v for v in row.grid_of(world.track) if v != best]
                 for value in values:
                     part = measured(world, row, value, "test" if stage == "tuned" else "frontier", models)
                     mean, kl = (sum(part[k]) / len(part[k]) for k in ("rewards", "kl"))
@@ -65,10 +74,18 @@ def run_cell(world, names, passes, models):
                 print(f"FAILED {world.gold_name} s{world.seed} {name}\n{traceback.format_exc(limit=-3)}", flush=True)
 
 
+def audit_row(world, row, models):
+    """Audit the scorers of a row on pairs that nothing was trained on."""
+    for name in row.scorers:
+        if name in scorers.PREFIX_SCORERS and world.held_out:
+            found = scorers.audit(world, models.policy(world, None), name)
+            print(f"{world.gold_name} s{world.seed} {name}: {found['verdict']}", flush=True)
+
+
 def note(world, args):
     """Write the prompts and settings that all cells of a track share."""
     setup = {
-        "policy": world.policy, "tune": world.tune, "test": world.test, "sources": world.sources,
+        "policy": world.policy, "tune": world.tune, "test": world.test,
         "max_new_tokens": world.max_new_tokens, "batch_size": world.batch_size, "pairs": args.pairs,
         "scorers": SCORERS, "separate": SEPARATE[world.track], "fine_tuned": DEFAULTS,
         "of_track": TUNED_TRACK[world.track],
@@ -88,21 +105,22 @@ def quiet():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("track", choices=["stories", "human", "demo", "tables", "restore"])
+    parser.add_argument("track", choices=[*SIZES, "tables", "restore"])
     parser.add_argument("--policy")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--judge", help="folder of the encoder that the judge of human preferences starts from")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path, help="tables of this committed JSON instead of WORK's")
-    parser.add_argument("--track", dest="of", choices=["stories", "human", "demo"], help="whose tables or parts")
+    parser.add_argument("--track", dest="of", choices=list(SIZES), help="whose tables or parts")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--golds", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=CORE)
-    parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier"], default=["tuned"])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], help="default: the first pass")
+    parser.add_argument("--passes", nargs="+", choices=["tuned", "frontier", "audit"], default=["tuned"])
     parser.add_argument("--only", help="a row of the committed JSON, measured again")
     for name in SIZES["stories"]:
         parser.add_argument(f"--{name}", type=int, help="default: the committed study's")
-    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--batch", type=int, help="default: 250, with a real model 80")
     args = parser.parse_args()
     if args.work is None and args.json is None:
         parser.error("--work is needed, but for tables of a committed --json")
@@ -116,6 +134,8 @@ def main():
         from . import record
 
         return record.restore(args.work, args.of, args.output)
+    args.batch = args.batch or (80 if args.track in REAL else 250)
+    args.rows = args.rows or (REAL_CORE if args.track in REAL else CORE)
     vars(args).update({name: size for name, size in SIZES[args.track].items() if getattr(args, name) is None})
     make = worlds.MAKERS[args.track]
     models = Models()

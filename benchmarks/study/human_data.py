@@ -1,9 +1,9 @@
-"""Track B's data: human and synthetic pairs in three splits by prompt, and the texts that the small policy reads.
+"""Human preferences as chats, in three splits by conversation: for scorers, for the judge, and for prompts.
 
-Every prompt hashes to a number in [0, 1). Below 0.45 its pairs train scorers, fine-tuned baselines and the policy;
-below 0.90 they train the judge; the rest are prompts for tuning and testing. Dialogues keep only their last human turn,
-and rows with long sides are left out, so that they fit a small context. The rejected summaries of ``tldr`` are
-synthetic: they are summaries of other posts.
+Every conversation hashes to a number in [0, 1) by its first human turn. Below 0.40 its pairs train scorers and
+fine-tuned policies; below 0.85 they train the judge; the rest are prompts for tuning and testing, and pairs for the
+audit. Rows with long sides are left out, so that a reply of the length that is generated here can be compared with
+them. The rejected summaries of ``summary`` are synthetic: they are the summaries of other posts.
 """
 
 import gzip
@@ -13,11 +13,15 @@ import lzma
 import random
 from pathlib import Path
 
-LONGEST = 500  # characters of a completion
-LONGEST_READ = 1000  # of a reply that only the policy reads
-LONGEST_PROMPT = 400  # characters of a turn or instruction
-SCORER_PART, JUDGE_PART = 0.45, 0.90
+# The policy's own replies are essays; the annotators' are a sentence or three.
+SYSTEM = "Answer in one or two short sentences."
+LONGEST = 500  # characters of a reply
+LONGEST_PROMPT = 600  # characters of a conversation before the reply
+LONGEST_ASKED = 200  # of a conversation that is answered here
+LONGEST_JUDGED = 1500  # of conversation and reply; the judge trains on longer rows too
+SCORER_PART, JUDGE_PART = 0.40, 0.85
 HH_FILES = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
+SOURCES = ("dialogue", "instruction", "summary")
 
 
 def lines(path):
@@ -28,35 +32,35 @@ def lines(path):
             yield json.loads(line)
 
 
-def place(key):
-    """A number in [0, 1) that depends only on the text."""
-    return int.from_bytes(hashlib.sha256(f"study\0{key}".encode()).digest()[:6], "big") / 2**48
-
-
-def part_of(prompt):
-    """``scorers``, ``judge`` or ``prompts``: every row of one prompt is on one side."""
-    at = place(prompt)
+def part_of(conversation):
+    """``scorers``, ``judge`` or ``prompts``: every row of one conversation is on one side."""
+    at = int.from_bytes(hashlib.sha256(f"study\0{conversation}".encode()).digest()[:6], "big") / 2**48
     return "scorers" if at < SCORER_PART else "judge" if at < JUDGE_PART else "prompts"
 
 
-def as_dialogue(turn):
-    return f"\n\nHuman: {turn.strip()}\n\nAssistant:"
-
-
-def hh_pairs(folder):
+def hh_rows(folder):
+    """(turns, chosen, rejected) of HH-RLHF's helpful dialogues, whole."""
     for name in HH_FILES:
         for row in lines(folder / "hh" / f"{name}.test.jsonl.gz"):
             before, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
-            rejected = row["rejected"].rsplit("\n\nAssistant:", 1)[1]
-            turn = before.rsplit("\n\nHuman:", 1)[-1]
-            if "\n\nAssistant:" not in turn:
-                yield "dialogue", turn, chosen, rejected
+            other, rejected = row["rejected"].rsplit("\n\nAssistant:", 1)
+            if before == other:
+                yield [turn.strip() for turn in split_turns(before)], chosen, rejected
 
 
-def instruction_pairs(folder, per_instruction=4):
+def split_turns(text):
+    r"""Turns of a dialogue in turn, the human's first.
+
+    >>> split_turns("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye")
+    [' hi', ' hello', ' bye']
+    """
+    return text.replace("\n\nAssistant:", "\n\nHuman:").split("\n\nHuman:")[1:]
+
+
+def instruction_rows(folder, per_instruction=4):
     """UltraFeedback, and a few comparisons (by GPT-4-class annotators) of each AlpacaEval instruction."""
     for row in lines(folder / "instructions/ultrafeedback_1200.jsonl.xz"):
-        yield "instruction", row["prompt"], row["chosen"], row["rejected"]
+        yield [row["prompt"]], row["chosen"], row["rejected"]
     asked = {r["instruction_id"]: r["instruction"] for r in lines(folder / "instructions/instructions.jsonl.xz")}
     outputs = {
         r["output_id"]: (r["instruction_id"], r["output"])
@@ -70,61 +74,82 @@ def instruction_pairs(folder, per_instruction=4):
             continue
         used[one[0]] = used.get(one[0], 0) + 1
         first, second = (one, two) if row["preference"] < 1.5 else (two, one)
-        yield "instruction", asked[one[0]], first[1], second[1]
+        yield [asked[one[0]]], first[1], second[1]
 
 
-def summary_pairs(folder, count=2500):
+def summary_rows(folder, count=2500):
+    """Posts with their authors' summaries, and the summaries of other posts as rejected sides."""
     rows = [r for r in lines(folder / "tldr/reddit_tldr.jsonl.xz") if 20 < len(r["summary"]) <= 200 and r["post"]]
     rows = random.Random(0).sample(rows, count)
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         text = " ".join(row["post"].split())[: LONGEST_PROMPT - 20]
-        yield "summary", f"Summarise: {text}", row["summary"], other["summary"]
+        yield [f"Summarise: {text}"], row["summary"], other["summary"]
 
 
-def all_pairs(folder):
-    """{part: [{prompt, chosen, rejected, source}]}, each part shuffled once."""
+READERS = {"dialogue": hh_rows, "instruction": instruction_rows, "summary": summary_rows}
+
+
+def all_rows(folder, source):
+    """{part: rows} of a source, each part shuffled once; a row has ``turns``, ``chosen`` and ``rejected``."""
     parts = {"scorers": [], "judge": [], "prompts": []}
     seen = set()
-    for reader in (hh_pairs, instruction_pairs, summary_pairs):
-        for source, turn, chosen, rejected in reader(folder):
-            chosen, rejected = chosen.strip(), rejected.strip()
-            long = max(len(chosen), len(rejected)) > LONGEST or len(turn) > LONGEST_PROMPT
-            if long or not chosen or not rejected or chosen == rejected or not turn.strip():
-                continue
-            prompt = as_dialogue(turn)
-            row = {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}", "source": source}
-            if (key := json.dumps(row)) not in seen:
-                seen.add(key)
-                parts[part_of(prompt)].append(row)
+    for turns, chosen, rejected in READERS[source](folder):
+        chosen, rejected = chosen.strip(), rejected.strip()
+        part, asked = part_of(turns[0]), sum(map(len, turns))
+        replies = max(len(chosen), len(rejected))
+        fits = asked + replies <= LONGEST_JUDGED if part == "judge" else asked <= LONGEST_PROMPT and replies <= LONGEST
+        if not fits or not chosen or not rejected or chosen == rejected or not all(turns):
+            continue
+        row = {"turns": turns, "chosen": chosen, "rejected": rejected}
+        if (key := json.dumps(row)) not in seen:
+            seen.add(key)
+            parts[part].append(row)
     for rows in parts.values():
         random.Random(0).shuffle(rows)
     return parts
 
 
-def policy_texts(folder, parts, dialogues=4000, novels=1_000_000):
-    """Texts in dialogue form that the policy reads: the scorers' half of the pairs, and text beside the pairs."""
-    texts = [row["prompt"] + row[side] for row in parts["scorers"] for side in ("chosen", "rejected")]
-    asked = {r["instruction_id"]: r["instruction"] for r in lines(folder / "instructions/instructions.jsonl.xz")}
-    for row in lines(folder / "instructions/outputs.jsonl.xz"):
-        prompt = as_dialogue(asked[row["instruction_id"]])
-        if len(row["output"]) <= LONGEST_READ and part_of(prompt) == "scorers":
-            texts.append(f"{prompt} {row['output'].strip()}")
-    for row in lines(folder / "tldr/reddit_tldr.jsonl.xz"):
-        text = " ".join(row["post"].split())[: LONGEST_PROMPT - 20]
-        prompt = as_dialogue(f"Summarise: {text}")
-        if len(row["summary"]) <= 200 and part_of(prompt) == "scorers":
-            texts.append(f"{prompt} {row['summary'].strip()}")
-    who = {"USER": "Human", "SYSTEM": "Assistant"}
-    for index, row in enumerate(lines(folder / "text/sgd_dialogues.jsonl.xz")):
-        if index >= dialogues:
-            break
-        texts.append("".join(f"\n\n{who[name]}: {said}" for name, said in row["turns"]))
-    taken = 0
-    for row in lines(folder / "text/litbank_novels.jsonl.xz"):
-        if taken > novels:
-            break
-        text = row.get("text") or ""
-        texts.append(text[:20_000])
-        taken += len(texts[-1])
-    random.Random(0).shuffle(texts)
-    return texts
+def short_chats(rows):
+    """The chats of rows that are short enough to be answered here, each once; in batches of similar length."""
+    found = {json.dumps(row["turns"]): row["turns"] for row in rows if sum(map(len, row["turns"])) <= LONGEST_ASKED}
+    return [as_chat(turns) for turns in found.values()]
+
+
+def by_length(chats):
+    """Chats from short to long, so that a batch has little padding."""
+    return sorted(chats, key=lambda chat: sum(len(m["content"]) for m in chat))
+
+
+def as_chat(turns):
+    """Messages of a conversation, as the policy reads it.
+
+    >>> [m["role"] for m in as_chat(["hi", "hello", "bye"])]
+    ['system', 'user', 'assistant', 'user']
+    """
+    roles = ("user", "assistant")
+    return [{"role": "system", "content": SYSTEM}] + [
+        {"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)
+    ]
+
+
+def as_pair(row):
+    """A row in the conversational format of ``rgtg train`` and TRL."""
+    sides = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    return {"prompt": as_chat(row["turns"]), **sides}
+
+
+def as_text(messages):
+    r"""A conversation as the judge reads it, up to where the reply begins.
+
+    >>> as_text([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}])
+    'Human: hi\n\nAssistant:'
+    """
+    who = {"user": "Human", "assistant": "Assistant"}
+    said = [f"{who[m['role']]}: {m['content']}" for m in messages if m["role"] in who]
+    return "\n\n".join([*said, "Assistant:"])
+
+
+def as_judged(row):
+    """A row as plain text, for the judge."""
+    sides = {side: f" {row[side]}" for side in ("chosen", "rejected")}
+    return {"prompt": as_text(as_chat(row["turns"])), **sides}

@@ -1,6 +1,7 @@
 """Measures one row of the study: completes prompts and writes reward, KL and cost of every prompt to a part file."""
 
 import json
+import math
 import time
 import warnings
 from functools import cache
@@ -18,7 +19,7 @@ from rgtg.tokenization.padding import pad_right
 from rgtg.utils.files import write_text
 
 from . import scorers
-from .rows import key_of
+from .rows import REAL, key_of
 
 FORMAT = 1
 FRONTIER = 200  # test prompts on which the values that were not chosen are measured
@@ -82,6 +83,7 @@ def measure(world, row, value, prompts, models):
         "format": FORMAT, "commit": commit(), "row": row.name, "key": key_of(row, value), "value": value,
         "settings": settings,
         "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
+        "perplexity": round(math.exp(-sum(original) / sum(len(c.token_ids) for c in done)), 3),
         "kl": rounded([c.guided_log_prob - p + c.selection_nats for c, p in zip(done, original, strict=True)]),
         "kl_cut": None if row.tuned else rounded(
             [c.guided_log_prob - c.candidates_log_prob + c.selection_nats
@@ -90,7 +92,7 @@ def measure(world, row, value, prompts, models):
         "distinct_2": round(sum(distinct_n([c.token_ids], 2) for c in done) / len(done), 4),
         "policy_calls": sum(c.policy_calls for c in done), "scorer_calls": sum(c.scorer_calls for c in done),
         "policy_bytes": bytes_of[0], "scorer_bytes": bytes_of[1], "seconds": round(seconds, 2),
-        "samples": [{"prompt": c.prompt, "text": c.text} for c in done[:2]],
+        "texts": [c.text for c in done], "samples": [{"prompt": c.prompt, "text": c.text} for c in done[:2]],
     }  # fmt: skip
 
 
@@ -134,14 +136,16 @@ class Models:
 
     def policy(self, world, tuned):
         folder = world.policy if tuned is None else str(scorers.fine_tune(world, tuned))
-        return self._once(world, f"policy {tuned}", lambda: load_policy(folder, dtype="float32", device="cpu"))
+        return self._once(world, f"policy {tuned}", lambda: load_policy(folder, dtype=world.dtype, device="cpu"))
 
     def scorers(self, world, row, policy):
         found = [self._once(world, name, lambda name=name: scorers.load(world, policy, name)) for name in row.scorers]
         return found[0] if len(found) == 1 else found or None
 
     def proxy(self, world, done):
-        """The reward of the full-bt scorer, which best-of-n, ARGS and RLOO maximise."""
+        """The reward of the separate full-bt scorer, which best-of-n, ARGS and RLOO maximise; none on real models."""
+        if world.track in REAL:
+            return []
         scorer = self._once(
             world, "proxy", lambda: PrefixScorer.from_pretrained(str(scorers.train(world, "full-bt")), device="cpu")
         )

@@ -8,17 +8,17 @@ import numpy as np
 from rgtg.utils.files import write_text
 
 from .measure import file_of
+from .rows import REAL
 
 MEANS = {"tune": ("kl", "kl_cut", "proxy", "rewards", "tokens"), "test": ("kl_cut", "proxy")}
-PRIVATE = ("human",)  # tracks whose text must not be published
 
 
 def slim(part, private):
     """A row for the JSON: figures per prompt only where the tables need them, tokens once if all are equal."""
     part = dict(part)
-    tune = (
-        part["split"] == "tune"
-    )  # values are chosen by these means; figures per prompt are needed for the test prompts only
+    part.pop("texts", None)
+    # values are chosen by these means; figures per prompt are needed for the test prompts only
+    tune = part["split"] == "tune"
     for name in MEANS["tune" if tune else "test"]:
         part[name] = round(float(np.mean(part[name])), 4) if part.get(name) else None
     if private or part["split"] != "test":
@@ -59,7 +59,8 @@ def whole(value):
 
 def named(prompts, private):
     """Prompts, or their hashes if the text must not be published."""
-    return [sha256(p.encode()).hexdigest()[:16] if private else p for p in prompts]
+    texts = [p if isinstance(p, str) else json.dumps(p) for p in prompts]
+    return [sha256(text.encode()).hexdigest()[:16] for text in texts] if private else prompts
 
 
 def restored(folder):
@@ -76,13 +77,16 @@ def restore(work, track, output):
     record = json.loads((output / f"study-{track}.json").read_text())
     setup = json.loads((work / track / "setup.json").read_text())
     for split in ("tune", "test"):
-        if named(setup[split], track in PRIVATE) != record["prompts"][split]["prompts"]:
+        if named(setup[split], track in REAL) != record["prompts"][split]["prompts"]:
             print(f"the {split} prompts of {work / track} are not those of the committed study; nothing was restored")
             return 1
     count = 0
     for cell in record["cells"]:
         folder = work / track / f"{cell['gold']}-s{cell['seed']}"
-        write_text(folder / "restored.json", json.dumps({k: cell[k] for k in ("training", "fine_tuned")}) + "\n")
+        write_text(
+            folder / "restored.json",
+            json.dumps({k: cell[k] for k in ("training", "fine_tuned", "audits") if k in cell}) + "\n",
+        )
         for row in cell["rows"]:
             path = folder / "rows" / row["split"] / file_of(row["key"])
             if not path.exists():

@@ -7,25 +7,31 @@ with the rewards that this cell's own full-bt scorer gives them: no gold reward 
 import json
 import shutil
 import time
+from contextlib import nullcontext
 
 from benchmarks.baselines import tune
 
 from rgtg.config import TrainSettings
 from rgtg.config.base import validate
-from rgtg.models.loading.policy import load_policy
+from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.training.train import train_scorer
+from rgtg.types.generation import PreferencePair
+from rgtg.utils.files import write_text
 
 from .rows import FINE
+from .shared_states import shared_states
 from .worlds import once, read_rows
 
 # The same epochs for every scorer of one kind; written down before the first run.
 SEPARATE = {
     "stories": {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 32},
-    "human": {"num_train_epochs": 1, "learning_rate": 5e-4, "per_device_train_batch_size": 16},
+    "human": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16},
+    "attributes": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16},
     "demo": {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
 }
+AUDITED = 200  # held-out pairs
 HEAD = {"trunk": "own", "layer": "final", "width": 256}
 SCORERS = {
     "full-bt": {"objective": "full-bt"},
@@ -40,15 +46,21 @@ SCORERS = {
     "cumulative-mse": {"objective": "cumulative-mse", "rollouts": True},
     "tcrm": {"objective": "tcrm"},
 }
+PREFIX_SCORERS = set(SCORERS) - {"autoregressive", "value", "cumulative-mse"}  # that order the sides of a pair
 TUNED = {
     "sft": ("sft", {}),
     **{f"{kind} β={b}": (kind, {"beta": b}) for kind, betas in FINE.items() for b in betas},
 }
+# Of a real model: adapters, merged into the weights that are saved.
+ADAPTED = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "max_length": 512, "lora": 16, "bf16": True}
+LORA = {
+    "sft": ADAPTED | {"learning_rate": 2e-4},
+    "dpo": ADAPTED | {"learning_rate": 1e-4, "precompute_ref_log_probs": False},
+}
 TUNED_TRACK = {
     "stories": {},
-    "human": {"sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
-              "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
-              "rloo": {"max_steps": 20}},
+    "human": LORA,
+    "attributes": LORA,
     "demo": {"rloo": {"max_completion_length": 96, "max_steps": 5}, "dpo": {"num_train_epochs": 1}},
 }  # fmt: skip
 
@@ -61,8 +73,6 @@ def train(world, name):
     shutil.rmtree(folder, ignore_errors=True)  # cut off half-way
     recipe = dict(SCORERS[name])
     own = recipe.get("trunk") == "own"
-    if recipe.get("layer") == "final":
-        recipe["layer"] = load_policy(world.policy, dtype="float32", device="cpu").model.config.num_hidden_layers
     values = {
         "base": world.policy, "output": folder, "seed": world.seed, "eval_fraction": 0.05, "on_bad": "skip",
         "train": ({} if own else SEPARATE[world.track]) | recipe.pop("train", {}),
@@ -72,7 +82,9 @@ def train(world, name):
         rewards = [row["reward"] for row in read_rows(rollouts(world))]
         recipe["cumulative_mse"] = {"reward_range": (min(rewards), max(rewards))}
     start = time.perf_counter()
-    report = train_scorer(validate(TrainSettings, values | source | recipe))
+    share = shared_states(world.states) if own and world.states else nullcontext()
+    with share:
+        report = train_scorer(validate(TrainSettings, values | source | recipe))
     facts = report.model_dump(mode="json", exclude={"output", "base", "choices"})
     facts |= {"settings": recipe | {"train": values["train"]}, "wall_seconds": round(time.perf_counter() - start, 1)}
     facts["weights_bytes"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -116,6 +128,19 @@ def fine_tune(world, name):
     return folder
 
 
+def audit(world, policy, name):
+    """Accuracy of a scorer by position on held-out pairs, as ``rgtg audit`` gives it; written once."""
+    path = world.folder / "audits" / f"{name}.json"
+    if not path.exists():
+        scorer = load(world, policy, name)
+        pairs = [PreferencePair.model_validate(pair) for pair in world.held_out[:AUDITED]]
+        result = audit_prefixes(scorer, pairs, batch_size=16, on_bad="skip")
+        kept = {"pairs", "by_fraction", "full_accuracy", "length_correlation", "verdict"}
+        write_text(path, json.dumps(result.model_dump(mode="json", include=kept)) + "\n")
+    return json.loads(path.read_text())
+
+
 def load(world, policy, name):
     """A scorer beside a loaded policy."""
-    return load_scorer(str(train(world, name)), policy=policy, dtype="float32", device="cpu", join=True)
+    dtype = "float32" if world.dtype == "float32" else None
+    return load_scorer(str(train(world, name)), policy=policy, dtype=dtype, device="cpu", join=True)

@@ -1,8 +1,10 @@
 """From part files to the committed JSON, its tables in Markdown, and the figure."""
 
 import json
+from itertools import combinations
 
 import numpy as np
+from rouge_score import rouge_scorer
 
 from rgtg import GuidedPolicy
 from rgtg.evaluation.metrics import holm
@@ -14,18 +16,23 @@ from rgtg.utils.files import write_text
 from .intervals import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
 from .record import named, restored, slim, spread, whole
-from .rows import BY_NAME, ROWS, chosen
-from .worlds import read_rows
+from .rows import BY_NAME, REAL, ROWS, chosen
+from .worlds import GOLD_NAMES, read_rows
 
+BASE = {"toy": "pargs", "real": "pargs, state head"}  # the row that others are compared with
+REAL_GOLDS = [gold for track in REAL for gold in GOLD_NAMES[track]]
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
 DRAWN = ("policy", "best-of-n", "guided", "heads", "fine-tuned", "newer")
 MOST_DRAWN = 45.0  # nats, in the figure
-EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "human": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
+EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
+EQUAL_KL |= dict.fromkeys(REAL, (12.0, 16.0, 20.0))
 COMMANDS = {
     "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2 "
     "--passes tuned frontier --rows ROWS",
-    "human": "python -m benchmarks.study human --policy WORK/human-policy --data DATA --work WORK --batch 100 "
-    "--rows ROWS",
+    "human": "python -m benchmarks.study human --policy SMOLLM2 --judge MINILM --data DATA --work WORK --seeds 0 1 2 "
+    "--passes tuned frontier --rows ROWS",
+    "attributes": "python -m benchmarks.study attributes --policy SMOLLM2 --data DATA --work WORK --seeds 0 1 2 "
+    "--passes tuned frontier --rows ROWS",
     "demo": "python -m benchmarks.study demo --work WORK --rows policy best-of-n pargs args-sample",
 }
 
@@ -39,6 +46,8 @@ def read_cell(folder):
     return {
         "gold": gold, "seed": int(seed), "training": before["training"] | facts("scorers/*/train.json"),
         "fine_tuned": before["fine_tuned"] | facts("tuned/*/baseline.json"), "rows": rows,
+        "audits": before.get("audits", {}) | {
+            p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("audits/*.json"))},
         "pairs": len(read_rows(folder / "pairs.jsonl")),
     }  # fmt: skip
 
@@ -81,6 +90,8 @@ def summarise(cells, gold, targets):
     """The table of one gold: one line per row at its tuned value, reward at equal KL, differences to pargs and dpo."""
     parts, tuned = arrays(cells, gold)
     lines, tests = [], []
+    slope, typical = length_effect(parts)
+    first = BASE["real" if gold in REAL_GOLDS else "toy"]
     for row in ROWS:
         seeds = sorted(s for s, value in tuned.get(row.name, {}).items() if s in parts[row.name].get(value, {}))
         if not seeds:
@@ -96,23 +107,55 @@ def summarise(cells, gold, targets):
             "scorer_calls_per_token": round(sum(p["scorer_calls"] for p in taken) / tokens, 3),
             "megabytes_per_token": round(sum(megabytes(p) for p in taken) / tokens, 3),
             "seconds": round(float(np.mean([p["seconds"] for p in taken])), 1),
-            "proxy": round(float(np.mean([np.mean(p["proxy"]) for p in taken])), 3),
+            "proxy": None if not taken[0]["proxy"] else round(float(np.mean([np.mean(p["proxy"]) for p in taken])), 3),
+            "perplexity": None if "perplexity" not in taken[0] else round(
+                float(np.mean([p["perplexity"] for p in taken])), 2),
             "distinct_2": round(float(np.mean([p["distinct_2"] for p in taken])), 3),
             "length": round(float(np.mean([np.mean(p["tokens"]) for p in taken])), 1),
+            "at_policy_length": None if slope is None else interval(
+                rewards - slope * (np.array([lengths(p) for p in taken]) - typical)),
+            "self_rouge": self_rouge(taken),
             "at_kl": {str(t): curve_at(parts, row.name, t) for t in targets},
         }  # fmt: skip
         if row.group == "fine-tuned":
             line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
-        for name in ("pargs", "dpo"):
+        for name, key in ((first, "less_pargs"), ("dpo", "less_dpo")):
             base = stack(parts, tuned, name, "rewards", seeds)
             if base is not None and row.name != name:
-                line[f"less_{name}"] = paired(rewards, base)
+                line[key] = paired(rewards, base)
         if "less_pargs" in line:
             tests.append(line)
         lines.append(line)
     for line, p in zip(tests, holm([t["less_pargs"]["p"] for t in tests]), strict=True):
         line["less_pargs"]["p_holm"] = round(p, 5)
     return lines
+
+
+def lengths(part):
+    """Tokens of every completion of a part."""
+    return part["tokens"] if isinstance(part["tokens"], list) else [part["tokens"]] * len(part["rewards"])
+
+
+def length_effect(parts):
+    """Reward per token among the unguided policy's completions (least squares), and their mean length.
+
+    With them, a row's reward is compared at the policy's length: reward − slope · (tokens − mean).
+    """
+    policy = list(parts.get("policy", {}).get(None, {}).values())
+    tokens = np.array([t for part in policy for t in lengths(part)], dtype=float)
+    if not len(tokens) or not tokens.std():
+        return None, None
+    rewards = np.array([r for part in policy for r in part["rewards"]])
+    return float(np.cov(tokens, rewards)[0, 1] / tokens.var(ddof=1)), float(tokens.mean())
+
+
+def self_rouge(taken):
+    """Mean ROUGE-L (F) between the completions that different seeds gave one prompt: lower is more diverse."""
+    if len(taken) < 2 or any("texts" not in part for part in taken):
+        return None
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    pairs = [pair for texts in zip(*(p["texts"] for p in taken), strict=True) for pair in combinations(texts, 2)]
+    return round(float(np.mean([scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs])), 4)
 
 
 def megabytes(part):
@@ -142,8 +185,11 @@ def curve_at(parts, name, target):
 def markdown(gold, lines, targets):
     """The table that docs/study.md shows."""
     show = lambda i: f"{i['mean']:.2f} ({i['low']:.2f} to {i['high']:.2f})" if i else "–"  # noqa: E731
+    real = gold in REAL_GOLDS
     head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
-            "MB per token", "less pargs (95 %; p)"]  # fmt: skip
+            "MB per token", f"less {BASE['real' if real else 'toy']} (95 %; p)"]  # fmt: skip
+    if real:
+        head += ["at the policy's length", "tokens", "perplexity", "distinct bigrams", "self-ROUGE"]
     fewer = lambda i, line: f", {i['seeds']} seed" if i and i["seeds"] < len(line["seeds"]) else ""  # noqa: E731
     text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
@@ -155,6 +201,10 @@ def markdown(gold, lines, targets):
                  f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
                  f"{line['megabytes_per_token']:.3g}",
                  f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
+        if real:
+            again = f"{line['self_rouge']:.2f}" if line["self_rouge"] else "–"
+            cells += [show(line["at_policy_length"]), f"{line['length']:.1f}", f"{line['perplexity']:.1f}",
+                      f"{line['distinct_2']:.2f}", again]  # fmt: skip
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
@@ -197,7 +247,7 @@ def write(work, track, output):
     tables = {gold: summarise(cells, gold, targets) for gold in golds}
     setup = json.loads((work / track / "setup.json").read_text())
     policy = load_policy(setup["policy"], dtype="float32", device="cpu")
-    guided, private = GuidedPolicy(policy, method="policy"), track == "human"
+    guided, private = GuidedPolicy(policy, method="policy"), track in REAL
     seeds = sorted({c["seed"] for c in cells})
     prompts = {
         split: {
@@ -208,16 +258,15 @@ def write(work, track, output):
     }
     made = provenance(
         command=COMMANDS[track], seed=None, data={}, models={"policy": policy.model},
-        settings={k: v for k, v in setup.items() if k not in ("tune", "test", "sources", "policy")},
+        settings={k: v for k, v in setup.items() if k not in ("tune", "test", "policy")},
     )  # fmt: skip
     record = {
         "what": f"The study, track {track}: see docs/study.md", "format": 1, "command": COMMANDS[track],
-        "tables": tables, "sources": setup.get("sources"), "prompts": prompts,
+        "tables": tables, "prompts": prompts,
         "cells": [c | {"rows": [slim(p, private) for p in c["rows"]]} for c in cells], "provenance": made.model_dump(),
     }  # fmt: skip
     if track == "human":
-        record["policy"] = json.loads((work / "human-policy" / "facts.json").read_text())
-        record["judge"] = json.loads((work / "human" / "judge" / "train.json").read_text())
+        record["judges"] = {p.parent.name: json.loads(p.read_text()) for p in work.glob("human/judge-*/judge.json")}
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(whole(json.loads(json.dumps(record, default=str))), separators=(",", ":"))
     write_text(output / f"study-{track}.json", text + "\n")

@@ -15,10 +15,12 @@ from rgtg import GuidedPolicy
 from rgtg.models.loading.policy import load_policy
 from rgtg.utils.files import write_text
 
+from .attributes import ATTRIBUTES
 from .golds import GOLDS
+from .human_data import SOURCES, all_rows, as_judged, as_pair, as_text, by_length, short_chats
+from .judge import train as train_judge
 
 MOST_DRAWS = 10  # of as many openings as are needed
-JUDGED = 5000  # at most so many pairs train the judge; its half has fewer
 
 
 @dataclass
@@ -31,13 +33,15 @@ class World:
     policy: str  # folder
     original: str  # the same weights, for TRL
     folder: Path  # of this cell's parts
-    tune: list[str]
-    test: list[str]
-    pairs: list[dict[str, str]]
+    tune: list[Any]  # texts or chats
+    test: list[Any]
+    pairs: list[dict[str, Any]]
     gold: Callable[[list[Any]], list[float]]
     max_new_tokens: int
     batch_size: int
-    sources: list[str] | None = None  # of the test prompts
+    held_out: list[dict[str, Any]] | None = None  # pairs that nothing is trained on, for the audit
+    dtype: str = "float32"  # of the policy
+    states: Path | None = None  # where the policy's hidden states of all cells are kept
 
 
 def write_rows(path, rows):
@@ -127,47 +131,60 @@ def stories(args, gold_name, seed):
 
 
 def human(args, gold_name, seed):
-    """A cell of track B: the judge is a full-bt model of the other half of the pairs, which nothing else uses."""
-    from .human_data import all_pairs
-
-    parts, work = all_pairs(args.data), args.work / "human"
-    pairs = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in parts["scorers"]][: args.pairs]
-    sources = {p["prompt"]: p["source"] for p in parts["prompts"]}
-    prompts = list(sources)
-    test = prompts[args.tune : args.tune + args.test]
-    judge = train_judge(args.policy, parts, work / "judge")
+    """A cell of track B: a source of human preferences; the judge has another trunk and other conversations."""
+    parts, work = all_rows(args.data, gold_name), args.work / "human"
+    judge = train_judge(
+        args.judge, [as_judged(r) for r in parts["judge"]], [as_judged(r) for r in parts["prompts"]],
+        work / f"judge-{gold_name}",
+    )  # fmt: skip
+    prompts = short_chats(parts["prompts"])
     return World(
         track="human", gold_name=gold_name, seed=seed, policy=args.policy, original=args.policy,
-        folder=work / f"{gold_name}-s{seed}", tune=prompts[: args.tune], test=test, pairs=pairs, gold=judge,
-        max_new_tokens=args.tokens, batch_size=args.batch, sources=[sources[p] for p in test],
+        folder=work / f"{gold_name}-s{seed}", tune=by_length(prompts[: args.tune]),
+        test=by_length(prompts[args.tune :][: args.test]),
+        pairs=[as_pair(row) for row in parts["scorers"]][: args.pairs],
+        held_out=[as_pair(row) for row in parts["prompts"]],
+        gold=lambda done: judge.score([f"{as_text(c.messages)} {c.text.strip()}" for c in done]),
+        max_new_tokens=args.tokens, batch_size=args.batch, dtype="bfloat16", states=args.work / "states",
     )  # fmt: skip
 
 
-def train_judge(policy, parts, folder):
-    """The judge as a reward function; it starts from the policy's weights and is trained once, with seed 1000."""
-    from rgtg.config import TrainSettings
-    from rgtg.models.scorers.reward_model import PrefixScorer
-    from rgtg.training.train import train_scorer
+def attributes(args, gold_name, seed):
+    """A cell of track C: pairs of the policy's own replies to chats, labelled by an attribute with noise.
 
-    fields = ("prompt", "chosen", "rejected")
-    for name, part in (("pairs", "judge"), ("held", "prompts")):
-        once(folder / f"{name}.jsonl", lambda part=part: [{k: p[k] for k in fields} for p in parts[part][:JUDGED]])
-    if not (folder / "train.json").exists():
-        settings = TrainSettings(
-            pairs=str(folder / "pairs.jsonl"), eval_pairs=str(folder / "held.jsonl"), base=policy, seed=1000,
-            objective="full-bt", output=folder / "model", on_bad="skip",
-            train={"num_train_epochs": 1, "learning_rate": 5e-4, "per_device_train_batch_size": 16},
-        )  # fmt: skip
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        report = train_scorer(settings)
-        write_text(folder / "train.json", report.model_dump_json(exclude={"output", "base"}) + "\n")
-    judge = PrefixScorer.from_pretrained(str(folder / "model"), dtype="float32", device="cpu")
+    All attributes and seeds label the same replies; the noise of the labels depends on the seed.
+    """
+    parts, work = all_rows(args.data, "dialogue"), args.work / "attributes"
+    asked, kept = (short_chats(parts[name]) for name in ("scorers", "prompts"))
+    settings = {"tokens": args.tokens, "batch": args.batch}
+    rows = once(work / "samples.jsonl", lambda: chat_twice(args.policy, asked[: args.pairs], **settings))
+    held = once(work / "held-out.jsonl", lambda: chat_twice(args.policy, kept[args.tune + args.test :], **settings))
+    reward = ATTRIBUTES[gold_name]
+    label_chats = lambda rows, seed: [  # noqa: E731
+        {k: v if k == "prompt" else [{"role": "assistant", "content": v}] for k, v in pair.items()}
+        for pair in label(rows, lambda _, text: reward(text), seed)
+    ]
+    return World(
+        track="attributes", gold_name=gold_name, seed=seed, policy=args.policy, original=args.policy,
+        folder=work / f"{gold_name}-s{seed}", tune=by_length(kept[: args.tune]),
+        test=by_length(kept[args.tune :][: args.test]),
+        pairs=label_chats(rows, seed), held_out=label_chats(held, 1000),
+        gold=lambda done: [reward(c.text) for c in done],
+        max_new_tokens=args.tokens, batch_size=args.batch, dtype="bfloat16", states=args.work / "states",
+    )  # fmt: skip
 
-    def gold(done):
-        texts = [c.text if c.text.strip() else " ." for c in done]  # closed like every text the judge has read
-        return judge.score([c.prompt for c in done], texts, finished=True, batch_size=64)
 
-    return gold
+def chat_twice(policy, chats, tokens, batch):
+    """Two replies to every chat, sampled from the policy's ten likeliest tokens; those that are equal are left out."""
+    guided = GuidedPolicy(load_policy(policy, dtype="bfloat16", device="cpu"), method="policy", top_k=10)
+    done = guided.generate(
+        [c for c in by_length(chats) for _ in range(2)], max_new_tokens=tokens, seed=1, batch_size=batch
+    )
+    return [
+        {"prompt": a.messages, "texts": [a.text.strip(), b.text.strip()]}
+        for a, b in zip(done[::2], done[1::2], strict=True)
+        if a.text.strip() and b.text.strip() and a.text.strip() != b.text.strip()
+    ]
 
 
 def demo(args, gold_name, seed):
@@ -195,5 +212,7 @@ def demo(args, gold_name, seed):
     )  # fmt: skip
 
 
-MAKERS = {"stories": stories, "human": human, "demo": demo}
-GOLD_NAMES = {"stories": list(GOLDS), "human": ["judge"], "demo": ["letter"]}
+MAKERS = {"stories": stories, "human": human, "attributes": attributes, "demo": demo}
+GOLD_NAMES = {
+    "stories": list(GOLDS), "human": list(SOURCES), "attributes": list(ATTRIBUTES), "demo": ["letter"],
+}  # fmt: skip
