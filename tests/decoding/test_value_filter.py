@@ -7,9 +7,11 @@ import torch
 
 from helpers.naive import make_guided, next_log_probs, reward, tiny_scorer
 from helpers.scorer_kinds import every_scorer
+from rgtg.decoding.engine.batch import Batch
 from rgtg.decoding.guided_policy import GuidedPolicy
+from rgtg.decoding.runners.scorer_runner import SeparateScorerRunner
 from rgtg.decoding.sampling import filtered_log_probs, keep_or_draw_again
-from rgtg.errors import UsageError
+from rgtg.errors import NonFiniteError, UsageError
 
 PROMPT = [0, 9, 14, 30]
 PROMPTS = [PROMPT, [0, 44], [0, 7, 7, 30, 31, 3, 52]]
@@ -107,3 +109,54 @@ def test_the_score_that_ends_a_completion_is_that_of_its_text():
     assert (len(done.token_ids), done.finish_reason) == (1, "abstained")
     assert done.score == pytest.approx(reward(guided.scorer.model, [*PROMPT, *done.token_ids]), abs=1e-4)
     assert done.policy_log_prob == pytest.approx(float(next_log_probs(guided.policy.model, PROMPT)[done.token_ids[0]]))
+
+
+FAILING = [("vfd", {"value_threshold": 0.2}), ("pargs", {"abstain_below": -9.0})]
+
+
+@pytest.mark.parametrize(("method", "given"), FAILING)
+@pytest.mark.parametrize("kind", ["separate", "state", "vocab", "text"])
+def test_nan_scores_fail_the_request_whose_text_they_are_of(kind, method, given, monkeypatch):
+    """A score that is no number neither passes a threshold nor falls below it: neighbours draw what they draw alone."""
+    policy, scorers = every_scorer()
+    guided = GuidedPolicy(policy, {kind: scorers[kind]}, method=method, top_k=4)
+    settings = {"max_new_tokens": 5, **given}
+    alone = guided.generate_ids(PROMPTS, seed=[1, 2, 3], batch_size=1, **settings)
+    score = Batch._score
+
+    def broken(self, groups):
+        failed = score(self, groups)
+        for group in groups:
+            for scores in group.scores.values():
+                scores[[i for i, row in enumerate(group.rows) if self.requests[row].prompt_ids == PROMPTS[1]]] = math.nan
+        return failed
+
+    monkeypatch.setattr(Batch, "_score", broken)
+    requests = guided.make_requests(PROMPTS, [""] * 3, [None] * 3, [1, 2, 3], settings)
+    guided.complete(requests)
+    assert isinstance(requests[1].error, NonFiniteError)
+    assert f"the scorer {kind} returned NaN" in str(requests[1].error)
+    for i in (0, 2):
+        assert requests[i].to_completion().token_ids == alone[i].token_ids
+
+
+@pytest.mark.parametrize(("method", "given"), FAILING)
+def test_a_scorer_that_raises_fails_its_requests_with_its_message(method, given, monkeypatch):
+    guided = make_guided(method)
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(SeparateScorerRunner, "score", fails)
+    requests = guided.make_requests([PROMPT], [""], [None], [1], {"max_new_tokens": 3, **given})
+    guided.complete(requests)
+    assert "out of memory" in str(requests[0].error)
+    assert requests[0].finish_reason is None
+
+
+@pytest.mark.parametrize("name", ["value_threshold", "abstain_below"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_threshold_is_a_number(name, value):
+    given = {"value_threshold": 0.0} | {name: value}
+    with pytest.raises(UsageError, match=f"{name}.*finite"):
+        make_guided("vfd").generate_ids([PROMPT], **given)
