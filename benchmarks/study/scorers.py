@@ -17,7 +17,6 @@ from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.training.train import train_scorer
-from rgtg.types.generation import PreferencePair
 from rgtg.utils.files import write_text
 
 from .rows import FINE
@@ -133,8 +132,9 @@ def audit(world, policy, name):
     path = world.folder / "audits" / f"{name}.json"
     if not path.exists():
         scorer = load(world, policy, name)
-        pairs = [PreferencePair.model_validate(pair) for pair in world.held_out[:AUDITED]]
-        result = audit_prefixes(scorer, pairs, batch_size=16, on_bad="skip")
+        pairs = world.folder / "held-out.jsonl"
+        once(pairs, lambda: world.held_out[:AUDITED])
+        result = audit_prefixes(scorer, pairs, batch_size=16)
         kept = {"pairs", "by_fraction", "full_accuracy", "length_correlation", "verdict"}
         write_text(path, json.dumps(result.model_dump(mode="json", include=kept)) + "\n")
     return json.loads(path.read_text())
