@@ -128,7 +128,8 @@ def test_nan_scores_fail_the_request_whose_text_they_are_of(kind, method, given,
         failed = score(self, groups)
         for group in groups:
             for scores in group.scores.values():
-                scores[[i for i, row in enumerate(group.rows) if self.requests[row].prompt_ids == PROMPTS[1]]] = math.nan
+                bad = [i for i, row in enumerate(group.rows) if self.requests[row].prompt_ids == PROMPTS[1]]
+                scores[bad] = math.nan
         return failed
 
     monkeypatch.setattr(Batch, "_score", broken)
