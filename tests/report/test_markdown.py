@@ -53,7 +53,7 @@ def test_texts_are_escaped(text, shown):
 
 def test_completions_are_bullets_with_new_words_in_bold():
     card = Card("pargs", "1.00", [("The ", False), ("red\nold ", True), ("dog", False)], ["cut off"])
-    text = render(Sample("Two\nlines", [card]))
+    text = render(Sample("Two\nlines", {"": [card]}))
     assert "> Two<br>lines" in text
     assert "- **pargs** 1.00: The **red<br>old** dog *(cut off)*" in text
 

@@ -14,7 +14,6 @@ from rgtg.errors import MissingExtraError, RgtgError
 
 if TYPE_CHECKING:
     from rgtg.demo.run import DemoOutput
-    from rgtg.types.comparison import MethodResult
 
 INTRO = """\
 A support desk answers customers. A small language model (the policy) was trained on the desk's past replies, good \
@@ -136,10 +135,12 @@ def _show(demo: "DemoOutput", report: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from rgtg.evaluation.compare.controls import is_greedy
+
     table = Table("method", title=f"{demo.result.reward} on unseen prompts (mean, 95 % interval)")
     for heading in ("reward", "KL, nats", "tokens/s", "scorer calls"):
         table.add_column(heading, justify="right")
-    for row in sorted(demo.result.methods, key=lambda row: (_is_greedy(row), -row.metrics["reward"].mean)):
+    for row in sorted(demo.result.methods, key=lambda row: (is_greedy(row), -row.metrics["reward"].mean)):
         reward, kl = row.metrics["reward"], row.metrics["kl_nats"]
         table.add_row(
             row.label, _interval(reward), f"{kl.mean:.2f}", f"{row.tokens_per_second:.0f}", str(row.scorer_calls)
@@ -149,11 +150,6 @@ def _show(demo: "DemoOutput", report: Path, seconds: float) -> None:
     for name, audit in demo.audits.items():
         console.print(f"[bold]{name}[/bold]: {audit.verdict}")
     console.print(f"{seconds:.0f} s; the report is in {report}", soft_wrap=True)
-
-
-def _is_greedy(row: "MethodResult") -> bool:
-    """Whether a run takes the best token: such runs are compared with the greedy policy, not with the sampled one."""
-    return row.method in ("args", "pargs-greedy") or "greedy" in row.label
 
 
 def _interval(value: Any) -> str:

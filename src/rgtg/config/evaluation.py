@@ -187,7 +187,9 @@ class CompareSettings(EvaluationSettings):
     """``rgtg compare``: methods on the same prompts, measured by a reward that none of them used."""
 
     methods: list[CompareRun] = Field(min_length=1)
-    baseline: str | None = Field(None, description="label of the run to compare with; default: the unguided policy")
+    baseline: str | None = Field(
+        None, description="label of the run to compare with; default: the unguided policy, for greedy runs the greedy one"
+    )
     traces: int = Field(2, ge=0, le=5, description="prompts whose completions the report shows token by token")
 
 

@@ -148,7 +148,7 @@ def compare_methods(
             policy, scorers, runs, chats, shared, gold=friendliness, asked=unseen, file_name=_file_name, progress=step
         )
     return assemble(
-        results, reward="friendliness points", prompts=len(unseen), baseline="policy",
+        results, reward="friendliness points", prompts=len(unseen),
         made=provenance(
             command="rgtg demo --world smollm", seed=settings.seed, data={},
             settings=settings.model_dump(mode="json") | {"head": HEAD, "temperature": TEMPERATURE, "top_k": TOP_K},

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from rgtg.evaluation.compare.controls import greedy_control, is_greedy
 from rgtg.report.document import Block, Cell, Figure, Paragraph, Points, Section, Table, interval_cell
 from rgtg.report.figures import Marks, draw_costs, draw_frontier, legend_height
 from rgtg.report.number_format import NOTHING, number, p_value, signed, spread
@@ -27,6 +29,28 @@ def by_reward(methods: Sequence[MethodResult]) -> list[MethodResult]:
     return sorted(methods, key=lambda run: (math.isnan(_reward(run).mean), -_reward(run).mean))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Runs to compare with each other: their name, their unguided control, and the runs themselves."""
+
+    title: str
+    control: str | None
+    runs: list[MethodResult]
+
+
+def kinds(result: ComparisonResult, runs: Sequence[MethodResult]) -> list[Kind]:
+    """Sampled and greedy runs, if there are both and both have a control; else all runs as one kind without a name."""
+    control = greedy_control(result.methods)
+    greedy = [run for run in runs if is_greedy(run)]
+    sampled = [run for run in runs if not is_greedy(run)]
+    if control is None or not greedy or not sampled or control == result.baseline:
+        return [Kind("", result.baseline, list(runs))]
+    return [
+        Kind("Sampled", result.baseline, sampled),
+        Kind("Greedy: the likeliest token at each step", control, greedy),
+    ]
+
+
 def curve_of(run: MethodResult) -> str:
     """Name of a run's curve; results of version 1 have it only as part of the label."""
     return run.curve or run.label.partition(" β=")[0]
@@ -39,13 +63,14 @@ def representatives(result: ComparisonResult, at_most: int = 8) -> list[MethodRe
     """
     if len(result.methods) <= at_most:
         return list(result.methods)
-    chosen = {choice.label for choice in result.recommended} | {result.baseline}
+    controls = {result.baseline, greedy_control(result.methods)}
+    chosen = {choice.label for choice in result.recommended} | controls
     best: dict[str, MethodResult] = {}
     for run in by_reward(result.methods):
         held = best.setdefault(curve_of(run), run)
         if run.label in chosen and held.label not in chosen:
             best[curve_of(run)] = run
-    shown = {run.label for run in best.values()} | {result.baseline}
+    shown = {run.label for run in best.values()} | controls
     return [run for run in result.methods if run.label in shown]
 
 
@@ -53,10 +78,12 @@ def summary(result: ComparisonResult) -> Section:
     """The findings in a few lines."""
     ranked = [run for run in by_reward(result.methods) if not math.isnan(_reward(run).mean)]
     points = []
-    if ranked:
-        best = ranked[0]
-        reward = f"{number(_reward(best).mean)} ({spread(_reward(best))})"
-        points.append((f"Highest {result.reward}", f"{best.label}: {reward}{_over_baseline(result, best)}"))
+    for kind in kinds(result, ranked):
+        if kind.runs:
+            best = kind.runs[0]
+            reward = f"{number(_reward(best).mean)} ({spread(_reward(best))})"
+            lead = f"Highest {result.reward}" + (f", {kind.title.partition(':')[0].lower()}" if kind.title else "")
+            points.append((lead, f"{best.label}: {reward}{_over_baseline(result, best)}"))
     if result.recommended:
         points.append(("Strengths to use", ", ".join(choice.label for choice in result.recommended)))
     if result.over_optimised:
@@ -68,12 +95,22 @@ def summary(result: ComparisonResult) -> Section:
 
 def rewards(result: ComparisonResult) -> Section:
     """Every run with its metrics; the costs have their own section."""
-    against = {d.a: d for d in result.differences if d.family == "baseline" and d.metric == "reward"}
+    blocks: list[Block] = []
+    for kind in kinds(result, result.methods):
+        blocks += [Paragraph("", lead=kind.title)] if kind.title else []
+        blocks.append(_reward_table(result, by_reward(kind.runs)))
+    note = "In small print: 95 % bootstrap intervals over prompts."
+    return Section("rewards", f"Rewards on {result.prompts} prompts", [*blocks, Paragraph(note, soft=True)])
+
+
+def _reward_table(result: ComparisonResult, ordered: Sequence[MethodResult]) -> Table:
+    labels = {run.label for run in ordered}
+    against = {d.a: d for d in result.differences if d.family == "baseline" and d.metric == "reward" and d.a in labels}
     metrics = [
         name for name in dict.fromkeys(n for run in result.methods for n in run.metrics) if name not in _LEFT_OUT
     ]
-    less = [f"minus {result.baseline}", "p (Holm)"] if against else []
-    ordered = by_reward(result.methods)
+    controls = list(dict.fromkeys(d.b for d in against.values()))
+    less = [f"minus {' or '.join(controls)}", "p (Holm)"] if against else []
     rows = [
         [
             Cell(run.label, marks=_marks(result, run)),
@@ -85,10 +122,7 @@ def rewards(result: ComparisonResult) -> Section:
     ]
     strong = frozenset(i for i, run in enumerate(ordered) if RECOMMENDED in _marks(result, run))
     headings = ["method", result.reward, *less, *(_heading(name) for name in metrics)]
-    note = "In small print: 95 % bootstrap intervals over prompts."
-    return Section(
-        "rewards", f"Rewards on {result.prompts} prompts", [Table(headings, rows, strong), Paragraph(note, soft=True)]
-    )
+    return Table(headings, rows, strong)
 
 
 def frontier(result: ComparisonResult) -> Section:
@@ -161,8 +195,9 @@ def calls_per_token(run: MethodResult) -> tuple[float, float]:
 
 def differences(result: ComparisonResult) -> Section:
     """Paired differences with their tests, one table for each family."""
+    controls = dict.fromkeys(d.b for d in result.differences if d.family == "baseline")
     titles = {
-        "baseline": f"Every row minus {result.baseline}",
+        "baseline": f"Every row minus {', greedy rows minus '.join(controls)}",
         "methods": "Methods against each other, each at its recommended strength",
     }
     blocks: list[Block] = []
@@ -209,7 +244,7 @@ def _drawable(run: MethodResult) -> bool:
 
 def _marks(result: ComparisonResult, run: MethodResult) -> tuple[str, ...]:
     found = {
-        BASELINE: run.label == result.baseline,
+        BASELINE: any(run.label == kind.control for kind in kinds(result, result.methods)),
         RECOMMENDED: any(choice.label == run.label for choice in result.recommended),
         OVER_OPTIMISED: any(mark.at == run.label for mark in result.over_optimised),
     }
@@ -225,7 +260,7 @@ def _figure_marks(result: ComparisonResult) -> Marks:
 
 def _over_baseline(result: ComparisonResult, run: MethodResult) -> str:
     for d in result.differences:
-        if (d.a, d.b, d.metric, d.family) == (run.label, result.baseline, "reward", "baseline"):
+        if (d.a, d.metric, d.family) == (run.label, "reward", "baseline"):
             return f"; {signed(d.difference.mean)} over {d.b} (p {_p_phrase(d.p_adjusted)} after Holm)"
     return ""
 

@@ -75,10 +75,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Sample:
-    """The completions of one prompt side by side; ``trace`` is a document for the trace viewer."""
+    """The completions of one prompt side by side, in named groups; ``trace`` is a document for the trace viewer."""
 
     prompt: str
-    cards: Sequence[Card]
+    groups: Mapping[str, Sequence[Card]]
     trace: Mapping[str, Any] | None = None
 
 

@@ -56,9 +56,9 @@ def _block(block: Block) -> str:
         case Figure():
             return _figure(block)
         case Sample():
-            cards = "".join(_card(card) for card in block.cards)
             prompt = f'<blockquote class="text">{_text(block.prompt)}</blockquote>'
-            return f'{prompt}<div class="cards">{cards}</div>{_trace(block.trace) if block.trace else ""}'
+            groups = "".join(_group(name, cards) for name, cards in block.groups.items())
+            return f"{prompt}{groups}{_trace(block.trace) if block.trace else ''}"
         case Facts():
             return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in block.items)}</dl>"
 
@@ -94,6 +94,11 @@ def _shaded(shade: float) -> str:
 def _figure(figure: Figure) -> str:
     svg = as_svg(figure).replace("<svg", f'<svg role="img" aria-label="{_text(figure.caption)}"', 1)
     return f"<figure>{svg}<figcaption>{_text(figure.caption)}</figcaption></figure>"
+
+
+def _group(name: str, cards: Sequence[Card]) -> str:
+    title = f'<p class="group">{_text(name)}</p>' if name else ""
+    return f'{title}<div class="cards">{"".join(map(_card, cards))}</div>'
 
 
 def _card(card: Card) -> str:

@@ -37,7 +37,11 @@ def _block(block: Block, pictures: str) -> str:
         case Figure():
             return f"![{_line(block.caption)}]({pictures}/{block.name}.png)"
         case Sample():
-            return "\n\n".join([f"> {_quoted(block.prompt)}", "\n".join(map(_card, block.cards))])
+            parts = [f"> {_quoted(block.prompt)}"]
+            for name, cards in block.groups.items():
+                parts += [f"{_line(name)}:"] if name else []
+                parts.append("\n".join(map(_card, cards)))
+            return "\n\n".join(parts)
         case Facts():
             return "\n".join(f"- {_line(name)}: {_line(value)}" for name, value in block.items)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from rgtg.data.formats import readable_prompt
-from rgtg.report.comparison import by_reward, representatives
+from rgtg.report.comparison import Kind, by_reward, kinds, representatives
 from rgtg.report.document import Card, Paragraph, Sample, Section
 from rgtg.report.number_format import number
 from rgtg.types.comparison import ComparisonResult, MethodResult
@@ -16,18 +16,18 @@ _WORD = re.compile(r"\s+|\S+")
 
 
 def samples(result: ComparisonResult) -> Section:
-    """The first completions of every method. The baseline comes first and has no marks."""
+    """The first completions of every method. The baseline of each kind of runs comes first and has no marks."""
     shown = [run for run in representatives(result) if run.samples]
     count = min((len(run.samples) for run in shown), default=0)
     if not count:
         return Section("samples", "", [])
-    base = next((run for run in shown if run.label == result.baseline), None)
-    ordered = [base] * (base is not None) + [run for run in by_reward(shown) if run is not base]
-    note = f"Marked: words that the completion of {base.label} lacks in that position." if base else ""
+    groups = {kind.title: _with_control(kind) for kind in kinds(result, shown)}
+    bases = [base.label for base, _ in groups.values() if base]
+    note = f"Marked: words that the completion of {' or '.join(bases)} lacks in that position." if bases else ""
     left_out = len(result.methods) - len(shown)
     if left_out:
         note += f" {left_out} rows of other strengths are left out; a comparison's completions.jsonl holds them all."
-    blocks = [_sample([run for run in ordered if run], base, i) for i in range(count)]
+    blocks = [_sample(groups, i) for i in range(count)]
     return Section("samples", "Completions side by side", [Paragraph(note.strip(), soft=True), *blocks])
 
 
@@ -58,9 +58,19 @@ def marked_words(text: str, baseline: str) -> list[tuple[str, bool]]:
     return runs
 
 
-def _sample(ordered: list[MethodResult], base: MethodResult | None, index: int) -> Sample:
-    baseline = _text(base.samples[index]) if base else None
-    cards = [_card(run.label, run.samples[index], baseline if run is not base else None) for run in ordered]
+def _with_control(kind: Kind) -> tuple[MethodResult | None, list[MethodResult]]:
+    """The control of a kind, if it is shown, and all its runs: the control first, then by reward."""
+    base = next((run for run in kind.runs if run.label == kind.control), None)
+    first = [] if base is None else [base]
+    return base, first + [run for run in by_reward(kind.runs) if run is not base]
+
+
+def _sample(groups: Mapping[str, tuple[MethodResult | None, Sequence[MethodResult]]], index: int) -> Sample:
+    cards: dict[str, list[Card]] = {}
+    for title, (base, runs) in groups.items():
+        baseline = _text(base.samples[index]) if base else None
+        cards[title] = [_card(run.label, run.samples[index], baseline if run is not base else None) for run in runs]
+    ordered = [run for _, runs in groups.values() for run in runs]
     prompt = _prompt(ordered[0].samples[index])
     return Sample(prompt, cards, _trace(prompt, [(run, run.samples[index]) for run in ordered]))
 

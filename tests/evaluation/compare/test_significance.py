@@ -8,7 +8,6 @@ from rgtg.evaluation.compare.significance import (
     Resampling,
     curves,
     differences,
-    find_baseline,
     over_optimised,
     recommend,
     representative,
@@ -118,15 +117,6 @@ def test_curves_are_ordered_by_strength_without_rows_of_version_one():
     rows = curve([0.0, 1.0, 2.0], [0.1, 1, 2])
     old = rows[0].model_copy(update={"rewards": [], "label": "old"})
     assert [r.label for r in curves([rows[2], old, rows[0], rows[1]])["m"]] == ["m β=0", "m β=1", "m β=2"]
-
-
-def test_the_baseline_is_the_unguided_policy():
-    tuned = row("dpo", 1.0, method="policy").model_copy(update={"settings": {"policy": "dpo"}})
-    rows = [row("a", 0.0), tuned, row("plain", 0.0, method="policy")]
-    assert find_baseline(rows) == "plain"
-    assert find_baseline(rows, "a") == "a"
-    assert find_baseline(rows[:1]) == "a"
-    assert find_baseline([]) is None
 
 
 def test_resampling_is_seeded():

@@ -9,13 +9,14 @@ from rgtg.data.prompts import read_prompts
 from rgtg.decoding.guided_policy import GuidedPolicy
 from rgtg.decoding.request import Prompt, any_chat
 from rgtg.errors import UsageError
+from rgtg.evaluation.compare.controls import find_baseline, greedy_control
 from rgtg.evaluation.compare.generate import full_settings, make_guided_policy, run_shard
 from rgtg.evaluation.compare.grid import MethodRun, expand_runs, is_random, with_shared_settings
 from rgtg.evaluation.compare.measure import budgets_of, run_result
 from rgtg.evaluation.compare.models import ComparisonModels, LoadedModels, load_comparison_models
 from rgtg.evaluation.compare.rewards import GOLD, NamedReward, RewardFunction, keyed_rewards, proxy_key, score_shard
 from rgtg.evaluation.compare.shards import Shard, ShardFolder, fingerprint_prompts
-from rgtg.evaluation.compare.significance import Resampling, differences, find_baseline, over_optimised, recommend
+from rgtg.evaluation.compare.significance import Resampling, differences, over_optimised, recommend
 from rgtg.evaluation.compare.traces import trace_shard
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import Policy
@@ -267,15 +268,16 @@ def assemble(
         reward: name of the held-out reward.
         prompts: how many there are.
         made: provenance of the whole comparison.
-        baseline: label of the run to compare with; None takes the unguided policy.
+        baseline: label of the run to compare with; None takes the unguided policy, for greedy runs the greedy one.
         how: seeds and counts of the intervals and tests.
     """
     against = find_baseline(results, baseline)
+    greedy = greedy_control(results) if baseline is None else None
     budgets, statement = budgets_of(results)
     return ComparisonResult(
         reward=reward, prompts=prompts, methods=list(results), baseline=against,
         proxies=list(dict.fromkeys(name for result in results for name in result.proxy_rewards)),
-        differences=differences(results, against, how) if against is not None else [],
+        differences=[] if against is None else differences(results, against, how, greedy_baseline=greedy),
         over_optimised=over_optimised(results, how), recommended=recommend(results), budgets=budgets,
         budget_statement=statement, provenance=made,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rgtg.evaluation.compare.controls import is_greedy
 from rgtg.evaluation.compare.rewards import GOLD, proxy_key
 from rgtg.evaluation.metrics import bootstrap_interval, holm, paired_difference, sign_flip_p_values
 from rgtg.types.comparison import MethodResult, OverOptimisation, PairedDifference, Recommendation
@@ -23,26 +24,23 @@ class Resampling:
     permutations: int = 10_000
 
 
-def find_baseline(results: Sequence[MethodResult], label: str | None = None) -> str | None:
-    """Label of the baseline: the given one, or the first unguided run, or the first run."""
-    if label is not None or not results:
-        return label
-    unguided = [result for result in results if result.method == "policy" and "policy" not in result.settings]
-    return (unguided or list(results))[0].label
-
-
 def differences(
-    results: Sequence[MethodResult], baseline: str, how: Resampling | None = None
+    results: Sequence[MethodResult], baseline: str, how: Resampling | None = None, *, greedy_baseline: str | None = None
 ) -> list[PairedDifference]:
     """Every run minus the baseline, and the best run of each curve minus the best of every other curve.
+
+    Greedy runs are compared with ``greedy_baseline``, where one is given: like with like.
 
     A prompt is one unit: its seeds are averaged first. The p-values are those of a sign-flip test, adjusted by Holm
     within each family and metric. The best run of a curve is the recommended one. It was chosen on these same prompts:
     for a claim about methods, choose their betas on other prompts.
     """
     how = how or Resampling()
-    base = next(result for result in results if result.label == baseline)
-    against_base = [(result, base) for result in results if result is not base]
+    named = {result.label: result for result in results}
+    base = named[baseline]
+    greedy = base if greedy_baseline is None else named[greedy_baseline]
+    controls = [(result, greedy if is_greedy(result) else base) for result in results]
+    against_base = [(result, control) for result, control in controls if result is not control]
     found = []
     for metric in _metrics(results):
         found += _paired_tests(against_base, metric, "baseline", how)
