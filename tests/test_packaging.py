@@ -71,13 +71,14 @@ def test_the_sdist_contains_everything_for_the_tests_and_no_data(archives):
     with tarfile.open(archives[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
         odd = [member.name for member in sdist if not (member.isfile() or member.isdir())]
-    for folder in ("src", "tests", "benchmarks", "docs", "docker"):
+    for folder in ("src", "tests", "benchmarks", "docs", "examples", "docker"):
         assert below(ROOT / folder) <= names
     assert {"pyproject.toml", "Makefile", "mkdocs.yml", "README.md", "LICENSE", "constraints.txt"} <= names
     assert not odd, "the sdist contains links or special files"
-    known = ("src/", "tests/", "benchmarks/", "docs/", "docker/")
+    known = ("src/", "tests/", "benchmarks/", "docs/", "examples/", "docker/")
     assert not [name for name in names if "/" in name and not name.startswith(known)]
-    assert not [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".parquet", ".pyc"))]
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".parquet", ".pyc"))]
+    assert weights == ["examples/friendly/head.safetensors"]
     assert archives[1].stat().st_size < 5e6
 
 

@@ -28,18 +28,14 @@ training: run other seeds for that."""
 
 
 REAL_INTRO = """\
-A chat model of 135 million weights, {source}, is the policy; it is frozen. It was asked what to say to somebody to \
-whom something had happened, and answered each of {seen} prompts four times. A rule gave each finished answer points \
-for friendliness (VADER's lexicon, with deductions for leaving the prompt, for repetition and for very short answers; \
-docs/demo.md has the table), and pairs were labelled from these points with noise. Two heads on the policy's own \
-hidden states learned from the same pairs: full-bt from whole replies, prefix-bt from every prefix. No method reads \
-the rule.
-Each method below then answered the same {unseen} prompts about things that no head has seen.
-Compare like with like: policy, best-of-n, args-sample and pargs are sampled; policy (greedy), args and pargs-greedy \
-take the best token. KL measures how far a method moves away from the policy.
+{source}, a chat model of 135 million weights, is the policy; it stays frozen. It was asked what to say to somebody to \
+whom something had happened, and answered {seen} prompts four times each. A rule gave every answer points for \
+friendliness, and two small heads on the policy's own hidden states learned from noisy pairs of answers: full-bt from \
+whole ones, prefix-bt from every prefix. Each method then answered {unseen} prompts about other happenings. No method \
+reads the rule (docs/demo.md has its table).
 {equal}
-Everything was drawn and trained by this run. Intervals (95 %) cover the choice of prompts and the sampling, not the \
-training: run other seeds for that."""
+KL measures how far a method moves away from the policy. Intervals (95 %) cover the choice of prompts and the \
+sampling, not the training: run other seeds for that."""
 
 
 @command(DemoSettings, "output world policy prompts")

@@ -188,7 +188,7 @@ class CompareSettings(EvaluationSettings):
 
     methods: list[CompareRun] = Field(min_length=1)
     baseline: str | None = Field(
-        None, description="label of the run to compare with; default: the unguided policy, for greedy runs the greedy one"
+        None, description="label of the run to compare with; default: the policy, for greedy runs the greedy policy"
     )
     traces: int = Field(2, ge=0, le=5, description="prompts whose completions the report shows token by token")
 

@@ -32,6 +32,7 @@ def report_sections(
     parts = [
         comparison.summary(result),
         comparison.rewards(result),
+        samples(result),
         comparison.frontier(result),
         comparison.cost(result),
         comparison.differences(result),
@@ -39,7 +40,6 @@ def report_sections(
         win_rates(result, judged),
         audit_section(audits or {}),
         rollout_section(rollouts or {}),
-        samples(result),
         _provenance(result.provenance, (audits or {}, rollouts or {}), judged),
     ]
     return [part for part in parts if part.blocks]
