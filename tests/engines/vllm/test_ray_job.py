@@ -30,10 +30,13 @@ def run_job(python_with_ray, vllm_world):
     def run(*arguments):
         environment = vllm_environment(vllm_world.file) | {"VLLM_CPU_KVCACHE_SPACE": "1", "RAY_worker_niceness": "0"}
         words = ["--ray", "--engine", "vllm", "--actors", "1", "--policy", vllm_world.policy, "--dtype", "float32"]
-        return subprocess.run(
+        done = subprocess.run(
             [python_with_ray, "-m", "rgtg", "generate", *map(str, [*words, *arguments])],
             env=environment, capture_output=True, text=True, timeout=800, check=False,
         )  # fmt: skip
+        if "Ray could not start" in done.stderr and "timed out" in done.stderr:
+            pytest.skip("this machine is too busy: Ray's processes did not start in time")
+        return done
 
     return run
 
