@@ -244,7 +244,10 @@ def write(work, track, output):
     cells = [read_cell(f) for f in folders]
     golds = list(dict.fromkeys(c["gold"] for c in cells))
     targets = EQUAL_KL[track]
-    tables = {gold: summarise(cells, gold, targets) for gold in golds}
+    # from the figures as they are committed, so that the tables come out of them again; texts are not committed
+    as_kept = [c | {"rows": [spread(slim(p, True)) | {k: p[k] for k in ("texts",) if k in p} for p in c["rows"]]}
+               for c in cells]  # fmt: skip
+    tables = {gold: summarise(as_kept, gold, targets) for gold in golds}
     setup = json.loads((work / track / "setup.json").read_text())
     policy = load_policy(setup["policy"], dtype="float32", device="cpu")
     guided, private = GuidedPolicy(policy, method="policy"), track in REAL
