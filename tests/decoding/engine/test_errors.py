@@ -279,3 +279,35 @@ def test_nan_of_one_request_can_be_left_to_the_policy(place):
         assert request.token_ids == (alone.token_ids if i == victim else setup.alone[i])
         assert torch.tensor(request.guided_log_prob).isfinite()
     assert requests[victim].scorer_calls == LENGTH - requests[victim].scores_not_finite
+
+
+JOINED = ["separate scorer", "second separate scorer", "token reward", "second pass", "text scorer's model", "encoder"]
+
+
+@pytest.mark.parametrize("joining", [True, False])
+@pytest.mark.parametrize("place", JOINED)
+def test_reading_what_waits_before_others_join_fails_its_request_alone(place, joining):
+    """A newcomer's scorer rows join those that run, whose newest tokens are read first."""
+    setup = setup_of(place)
+    victim, bad = setup.victim()
+    requests = requests_of(setup.policy, setup.names)
+    late = (victim + 1) % len(requests)
+    batch = start(setup.policy, setup.scorers, [one for i, one in enumerate(requests) if i != late or not joining],
+                  keep_order=False)  # fmt: skip
+    runners = RunnerFactory(setup.policy, setup.scorers).token_runners(setup.names)
+    newcomer = prefill_chunked(runners, requests[late])
+    setup.fault.start("row", bad)
+    failed, steps = [], 0
+    while batch.requests:
+        steps += 1
+        failed += batch.read_pending()
+        if joining and (failed or steps == LENGTH - 1):
+            batch.add([requests[late]], newcomer)
+            joining = False
+        failed += [request for request in batch.step() if request.error is not None]
+    setup.fault.start(None)
+    assert failed == [requests[victim]]
+    assert requests[victim].error is BOOM
+    for i, request in enumerate(requests):
+        if i != victim:
+            assert (request.error, request.token_ids) == (None, setup.alone[i])

@@ -167,6 +167,20 @@ class Batch:
     # -- add and remove --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def read_pending(self) -> list[Request]:
+        """Read the tokens that wait for a scorer, so that requests can join; between two steps.
+
+        Returns:
+            Requests that left, because reading their own tokens failed; each has its error.
+        """
+        failed: dict[Request, None] = {}
+        for entry in self.separate.values():
+            probe = lambda row, runner=entry.runner: runner.copy_rows([row]).read_pending()  # noqa: E731
+            failed |= dict.fromkeys(self._attempt(entry.runner.read_pending, probe, entry.requests)[1])
+        self.remove(failed)
+        return list(failed)
+
+    @torch.inference_mode()
     def add(self, requests: Sequence[Request], prefilled: Prefilled) -> None:
         """Add requests whose prompts have been read, between two steps; all of them, or none where it raises.
 

@@ -144,6 +144,10 @@ class ScorerRunner(Protocol):
         """The rows belong to these requests from now on."""
         ...
 
+    def read_pending(self) -> None:
+        """Read the tokens that wait, where ``add`` would do so first. Changes nothing where it raises."""
+        ...
+
     def add(self, other: Self) -> None:
         """Append copies of the rows of another runner of the same scorer."""
         ...

@@ -269,7 +269,7 @@ class SecondPassRunner:
 
     def score(self, candidate_ids: Tensor) -> Tensor:
         """Scores (B, K): read the newest token if it waits, then score the candidates."""
-        self._read_pending()
+        self.read_pending()
         if isinstance(self.head, VocabHeadRunner):
             return self.head.score(_required(self.state).hidden, candidate_ids)
         self._tree = self.policy.tree(candidate_ids)
@@ -286,14 +286,15 @@ class SecondPassRunner:
 
     def append(self, tokens: Tensor) -> None:
         """Append tokens (B, 1) that were not scored."""
-        self._read_pending()
+        self.read_pending()
         self._pending, self._tree = tokens, None
 
     def cached_text(self, row: int, text: list[int]) -> list[int]:
         """The tokens that a row's cache was filled with: those of the text itself."""
         return text
 
-    def _read_pending(self) -> None:
+    def read_pending(self) -> None:
+        """Read the newest token, if it waits."""
         if self._pending is not None:
             self.state, self._pending = self.policy.step(self._pending), None
 
@@ -317,7 +318,7 @@ class SecondPassRunner:
 
     def branch(self, n: int, requests: Sequence[Request]) -> "SecondPassRunner":
         """A runner of n rows for each row; they share what the rows have read, and take this runner's place."""
-        self._read_pending()
+        self.read_pending()
         branched = SecondPassRunner(self.policy.branch(n), self.head)
         branched.state = repeat_state(_required(self.state), n)
         return branched
@@ -328,7 +329,7 @@ class SecondPassRunner:
     def add(self, other: Self) -> None:
         """Append copies of another runner's rows; tokens that wait in either are read first."""
         for one in (self, other):
-            one._read_pending()
+            one.read_pending()
         self.policy.add(other.policy)
         self.state = concat_states(self.state, _required(other.state))
 

@@ -143,6 +143,9 @@ class TextScorerRunner:
         for row, request in zip(self.rows, requests, strict=True):
             row.request = request
 
+    def read_pending(self) -> None:
+        """Nothing to do: rows can join without it."""
+
     def add(self, other: Self) -> None:
         """Append another runner's rows."""
         self._forget_scores()

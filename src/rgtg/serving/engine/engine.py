@@ -438,6 +438,9 @@ class Engine:
             self._batches[key] = Batch(
                 **one.runners.options, on_nan=self.settings.on_nan, prefix_cache=self._prefix_cache, keep_order=False
             )
+        for request in self._batches[key].read_pending():  # an error of theirs must not be the newcomer's
+            if request.error is not None:
+                self._fail([request], request.error)
         self._batches[key].add(one.requests, one.prefill.result())
 
     # -- steps -----------------------------------------------------------------------------------------------------
