@@ -70,6 +70,12 @@ def test_prompts_that_do_not_fit_a_context_are_refused():
         require_room([], 4, 8, "policy")
 
 
+def test_numbers_that_are_drawn_together_are_those_of_the_stream():
+    request, generator = Request("", [1], seed=5), torch.Generator().manual_seed(5)
+    expected = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(150)]
+    assert [request.uniform() for _ in range(150)] == expected
+
+
 def test_a_restarted_request_draws_the_same_numbers_again():
     request = Request("a", [0, 5], 3, keep_trace=True)
     first = [request.uniform() for _ in range(3)]

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgtg.decoding.sampling import greedy, guided_log_probs, propose, sample
+from rgtg.decoding import sampling
+from rgtg.decoding.sampling import (
+    SamplingParams,
+    draw,
+    greedy,
+    guided_log_probs,
+    propose,
+    propose_candidates,
+    sample,
+)
 
 LOG_PROBS = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.15, 0.05]]).log()
 POLICY = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]]).log()
@@ -83,3 +92,42 @@ def test_sampling_inverts_the_distribution(uniform, drawn):
 
 def test_a_leading_impossible_candidate_is_never_drawn():
     assert sample(torch.tensor([[0.0, 1.0]]).log(), torch.zeros(1, dtype=torch.float64)).tolist() == [1]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(beta=1.5, top_k=10),
+        SamplingParams(beta=-2.0, top_k=10, top_p=0.8, temperature=0.6),
+        SamplingParams(beta=3.0, top_k=10, greedy=True),
+        SamplingParams(beta=3.0, top_k=10, clip=True, temperature=0.0),
+        SamplingParams(beta=2.0, top_k=10, entropy_gate=3.6),
+        SamplingParams(beta=1e30, temperature=1e-30),
+    ],
+    ids=["sampled", "nucleus", "greedy", "clipped", "gated", "extreme"],
+)
+def test_few_candidates_are_drawn_on_the_host_as_tensors_are(params, scored, monkeypatch):
+    torch.manual_seed(0)
+    log_probs = torch.log_softmax(torch.randn(200, 50), -1)
+    allowed = log_probs.masked_fill(torch.rand(200, 50) < 0.3, -torch.inf)  # as processors leave them
+    candidates = propose_candidates(log_probs, allowed, params)
+    scores = torch.randn(candidates.ids.shape) if scored else None
+    uniforms = torch.rand(200, dtype=torch.float64).tolist()
+    few = draw(candidates, scores, uniforms, params)
+    monkeypatch.setattr(sampling, "_FEW", 0)
+    many = draw(candidates, scores, uniforms, params)
+    assert few.finite
+    assert few.tokens.tolist() == many.tokens.tolist()
+    assert few.choice.tolist() == many.choice.tolist()
+    torch.testing.assert_close(torch.tensor(few.figures), torch.tensor(many.figures), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(few.guided, many.guided, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["scores", "policy"])
+def test_few_candidates_that_are_not_finite_are_left_to_the_tensors(where):
+    candidates = propose_candidates(POLICY, POLICY if where == "scores" else POLICY * math.nan, SamplingParams(top_k=2))
+    scores = SCORES[:, [2, 0]] if where == "scores" else torch.zeros(2, 2)
+    draws = draw(candidates, scores, [0.5, 0.5], SamplingParams(top_k=2))
+    assert not draws.finite
+    assert [bool(row[6 if where == "scores" else 4]) for row in draws.figures] == [where == "scores", False]

@@ -112,12 +112,15 @@ class Request:
     weight: float | None = None
     particles: "list[Request]" = field(default_factory=list)
     _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    _numbers: list[float] = field(default_factory=list, init=False, repr=False)  # drawn and not used, the last one next
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own stream; each token takes one, whatever the parameters."""
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        if not self._numbers:  # 64 at a time are the same numbers as one by one
+            self._numbers = torch.rand(64, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._numbers.pop()
 
     def allowed_nats(self) -> float:
         """KL that the next step may take: up to the budget's share of the tokens that there are then."""
@@ -133,7 +136,7 @@ class Request:
 
     def take_stream(self, other: "Request") -> None:
         """Go on with the seed and the random numbers of another request."""
-        self.seed, self._generator = other.seed, other._generator
+        self.seed, self._generator, self._numbers = other.seed, other._generator, other._numbers
 
     @property
     def ended(self) -> bool:

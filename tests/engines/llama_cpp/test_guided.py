@@ -210,7 +210,7 @@ def test_best_of_n_reads_the_prompt_once(monkeypatch):
     monkeypatch.setattr(
         type(policy.model.context),
         "_decode",
-        lambda self, nodes, out: read.append(len(nodes)) or decode(self, nodes, out),
+        lambda self: read.append(self._batch.struct.n_tokens) or decode(self),
     )
     guided = GuidedPolicy(policy, tiny_scorer(), method="best-of-n", n=16)
     (request,) = guided.prepare(["a long prompt, which sixteen completions share"], max_new_tokens=4)

@@ -15,4 +15,6 @@ def test_a_folded_head_gives_the_same_scores(candidates):
     head.mlp.std.uniform_(0.5, 2.0, generator=generator)
     states = torch.randn(4, 32, generator=generator)
     ids = torch.randint(64, (4, candidates), generator=generator)
-    torch.testing.assert_close(FoldedVocabularyHead(head)(states, ids), head(states, ids), atol=1e-5, rtol=1e-5)
+    folded = FoldedVocabularyHead(head)
+    torch.testing.assert_close(folded(states, ids), head(states, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded(states[:1], ids[:1]), head(states[:1], ids[:1]), atol=1e-5, rtol=1e-5)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from rgtg.decoding.request import end_tokens
 from rgtg.decoding.runners.model_runner import TreeRunner, make_runner
-from rgtg.decoding.runners.policy_runner import MAX_WIDTH, LoraPolicyRunner, TorchPolicyRunner
+from rgtg.decoding.runners.policy_runner import MAX_WIDTH, EnginePolicyRunner, LoraPolicyRunner, TorchPolicyRunner
 from rgtg.decoding.runners.scorer_runner import (
     SecondPassRunner,
     SeparateScorerRunner,
@@ -127,7 +127,8 @@ class RunnerFactory:
     def policy_runner(self, key: BatchKey) -> TorchPolicyRunner:
         """Reads the policy; without rows or room for any (``fresh``)."""
         if key.fused is None:
-            return TorchPolicyRunner(self._runner(self.policy.model, key.layer))
+            kind = TorchPolicyRunner if self.policy.engine == "torch" else EnginePolicyRunner
+            return kind(self._runner(self.policy.model, key.layer))
         return self._fused_runner(self.scorers[key.fused])
 
     def scorer_runner(self, name: str) -> Any:

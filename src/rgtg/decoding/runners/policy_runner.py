@@ -97,6 +97,14 @@ class TorchPolicyRunner:
         self.runner.add(other.runner)
 
 
+class EnginePolicyRunner(TorchPolicyRunner):
+    """A policy that another engine runs: reading a token and committing it is one call, whose states are logits."""
+
+    def step(self, tokens: Tensor) -> PolicyState:
+        """Append one token (B, 1) to each row: one forward pass."""
+        return self.predict(self.runner.append(tokens))
+
+
 class LoraPolicyRunner(TorchPolicyRunner):
     """The policy and a LoRA adapter on its weights in one pass: a doubled batch.
 

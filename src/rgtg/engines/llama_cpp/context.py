@@ -209,6 +209,30 @@ class LlamaContext:
         """Read N tokens; logits and states after each. Changes nothing where it raises."""
         return Outputs(*map(torch.from_numpy, self._read(nodes, outputs=True)))
 
+    @_in_turn
+    def append(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Outputs:
+        """Read the next token of each of N sequences, which grow by it; outputs after each.
+
+        Changes nothing where it raises. It does what ``outputs`` does for such nodes, in fewer steps.
+        """
+        self._remove_released()
+        self._embed(True)
+        self._batch.fill_next(sequences, tokens)
+        try:
+            self._decode()
+        except Exception:
+            for sequence in sequences:
+                self._lib.llama_memory_seq_rm(self._memory, sequence.number, sequence.length, -1)
+            raise
+        for sequence in sequences:
+            sequence.length += 1
+            sequence.end = max(sequence.end, sequence.length)
+        n, lib = len(tokens), self._lib
+        logits, states = torch.empty(n, self.vocabulary), torch.empty(n, self.hidden)
+        ctypes.memmove(logits.data_ptr(), lib.llama_get_logits(self._context), 4 * n * self.vocabulary)
+        ctypes.memmove(states.data_ptr(), lib.llama_get_embeddings(self._context), 4 * n * self.hidden)
+        return Outputs(logits, states)
+
     def states(self, nodes: Sequence[Node]) -> Tensor:
         """Read N tokens; the final states (N, H) alone, without copying the logits of many tokens."""
         return torch.from_numpy(self._read(nodes, outputs=True, logits=False)[1])
@@ -217,16 +241,15 @@ class LlamaContext:
     def _read(self, nodes: Sequence[Node], *, outputs: bool, logits: bool = True) -> tuple[Any, Any]:
         self._remove_released()
         lib, most = self._lib, _OUTPUTS if outputs else _TOKENS
-        if outputs != self._embeddings:  # where it is set, the library computes the logits of all tokens
-            lib.llama_set_embeddings(self._context, outputs)
-            self._embeddings = outputs
+        self._embed(outputs)
         rows = len(nodes) if outputs else 0
         scores = np.empty((rows if logits else 0, self.vocabulary), np.float32)
         states = np.empty((rows, self.hidden), np.float32)
         try:
             for start in range(0, len(nodes), most):
                 part = nodes[start : start + most]
-                self._decode(part, outputs)
+                self._batch.fill(part, outputs)
+                self._decode()
                 if outputs:
                     end = start + len(part)
                     if logits:
@@ -242,13 +265,20 @@ class LlamaContext:
                 sequence.end = max(sequence.end, node.position + 1)
         return scores, states
 
-    def _decode(self, nodes: Sequence[Node], outputs: bool) -> None:
-        self._batch.fill(nodes, outputs)
+    def _embed(self, embeddings: bool) -> None:
+        """Whether the next pass gives states; where it does, the library computes the logits of all tokens."""
+        if embeddings != self._embeddings:
+            self._lib.llama_set_embeddings(self._context, embeddings)
+            self._embeddings = embeddings
+
+    def _decode(self) -> None:
+        """Read the tokens of the batch."""
         forget_errors()
         while (code := self._lib.llama_decode(self._context, self._batch.struct)) == _NO_SLOT:
             self._grow(2 * self.cells)
         if code:
-            raise RuntimeError(f"llama.cpp could not read {len(nodes)} tokens (code {code}): {first_error()}")
+            tokens = self._batch.struct.n_tokens
+            raise RuntimeError(f"llama.cpp could not read {tokens} tokens (code {code}): {first_error()}")
 
     # -- the cache -------------------------------------------------------------------------------------------------
 
@@ -331,6 +361,14 @@ class _Batch:
             self.counts[i] = len(node.sequences)
             for j, sequence in enumerate(node.sequences):
                 self.sequences[i, j] = sequence.number
+
+    def fill_next(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> None:
+        """Write the next token of each sequence."""
+        struct = self.struct  # through ctypes: for a few numbers, numpy's machinery takes longer
+        struct.n_tokens = len(tokens)
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            struct.token[i], struct.pos[i], struct.seq_id[i][0] = token, sequence.length, sequence.number
+            struct.n_seq_id[i] = struct.logits[i] = 1
 
 
 def _bytes(data: Any) -> Any:

@@ -86,7 +86,11 @@ class LlamaRunner:
 
     def append(self, tokens: Tensor) -> States:
         """Read tokens (B, n) after the rows and commit them; states (B, …) after the last ones."""
-        return self._append(tokens.tolist())
+        if tokens.shape[1] > 1:
+            return self._append(tokens.tolist())
+        self._drop_branches()
+        self.calls += 1
+        return States(*self.context.append(self.sequences, tokens[:, 0].tolist()))
 
     def _append(self, texts: list[list[int]]) -> States:
         self._drop_branches()
