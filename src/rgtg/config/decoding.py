@@ -98,7 +98,7 @@ class DecodingSettings(Settings):
 class DeviceSettings(Settings):
     """Precision and device of the models."""
 
-    dtype: str | None = Field(None, description="float32, bfloat16, float16; default: the checkpoint's own")
+    dtype: str | None = Field(None, description="float32, bfloat16, float16; default: that of the checkpoint")
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; default: the first GPU, else the CPU")
 
 

@@ -187,7 +187,7 @@ class GuidedPolicy:
                 the inverse of ours. Of several scorers, one each.
             top_k: candidates per step; None for the whole vocabulary; ``default`` is the method's own (10 for most).
             n: completions that best-of-n draws (default 10).
-            dtype: of models loaded by name; default the checkpoint's own.
+            dtype: of models loaded by name; default the checkpoint's own (see `load_policy`).
             device: of models loaded by name; default the first GPU, else the CPU.
             device_map: of a policy loaded by name, in place of ``device``: ``auto`` or a device for each module, over
                 GPUs, memory and disk (accelerate). Scorers do not follow it.

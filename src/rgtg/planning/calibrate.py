@@ -19,7 +19,7 @@ from rgtg.decoding.runners.base import PolicyState
 from rgtg.decoding.runners.model_runner import TreeRunner
 from rgtg.decoding.runners.token_tree import TokenTree
 from rgtg.decoding.sampling import SamplingParams
-from rgtg.models.loading.device_map import synchronize
+from rgtg.models.loading.device_map import memory_bytes, synchronize
 from rgtg.models.loading.pretrained import DTYPES
 from rgtg.models.ops.attention import single_query_attention
 from rgtg.models.ops.lm_head import policy_logits
@@ -206,6 +206,4 @@ def _kind(dtype: str) -> torch.dtype:
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return memory_bytes()

@@ -32,7 +32,7 @@ class ServeSettings(EngineSettings, BaseSettings):
     allow_public: bool = Field(False, description="allow an address other than loopback without a key")
     allowed_host: Texts = Field(default_factory=list, description="accepted Host headers, besides the address itself")
     cors_origin: Texts = Field(default_factory=list, description="web origins whose pages may call the server")
-    dtype: str | None = Field(None, description="float32, bfloat16, float16; default: the checkpoint's own")
+    dtype: str | None = Field(None, description="float32, bfloat16, float16; default: that of the checkpoint")
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; default: the first GPU, else the CPU")
     scorer_device: str | None = Field(None, description="device of scorers that are separate models; default: device")
     cache_gguf: bool = Field(False, description="policy is a GGUF file: keep its conversion to bf16 beside it")

@@ -8,7 +8,8 @@ from helpers.naive import info, write_adapter
 from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg import GuidedPolicy
 from rgtg.errors import UsageError
-from rgtg.models.loading.device_map import has_device_map
+from rgtg.models.loading import device_map
+from rgtg.models.loading.device_map import has_device_map, memory_bytes
 from rgtg.models.loading.policy import Policy, load_policy
 from rgtg.models.loading.scorer_info import fingerprint_weights, write_info
 from rgtg.models.scorers.base import load_scorer
@@ -150,3 +151,40 @@ def test_a_device_map_of_a_loaded_model_raises_an_error(policy_folder, scorer_fo
 def test_outputs_are_on_the_device_of_the_inputs(policy_folder):
     model = load_policy(str(policy_folder), device_map=OF_POLICY).model
     assert model(input_ids=torch.tensor([[5, 9]])).logits.device == model.device == torch.device("cpu")
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def half_folder(policy_folder, tmp_path, request):
+    """A policy saved in a 16-bit dtype."""
+    policy = load_policy(str(policy_folder), dtype=request.param)
+    policy.model.save_pretrained(tmp_path / "half")
+    policy.tokenizer.save_pretrained(tmp_path / "half")
+    return tmp_path / "half", request.param
+
+
+@pytest.mark.parametrize("named", [None, "auto"])
+def test_a_cpu_that_cannot_multiply_16_bit_weights_computes_in_float32(half_folder, monkeypatch, named):
+    folder, dtype = half_folder
+    monkeypatch.setattr(device_map, "multiplies", lambda dtype: dtype == torch.float32)
+    wide = load_policy(str(folder), dtype=named, device="cpu").model
+    narrow = load_policy(str(folder), dtype=dtype, device="cpu").model
+    assert (wide.dtype, narrow.dtype) == (torch.float32, dtype), "a dtype that was asked for is kept"
+    assert fingerprint_weights(wide) == fingerprint_weights(narrow), "the same weights, to the bit"
+
+
+def test_16_bit_weights_stay_where_the_cpu_multiplies_them_or_memory_is_short(half_folder, monkeypatch):
+    folder, dtype = half_folder
+    monkeypatch.setattr(device_map, "multiplies", lambda dtype: True)
+    assert load_policy(str(folder), device="cpu").model.dtype == dtype
+    monkeypatch.setattr(device_map, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(device_map, "memory_bytes", lambda: 1e4)
+    assert load_policy(str(folder), device="cpu").model.dtype == dtype
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(device_map, "_CONTAINER_LIMIT", limit)
+    machine = memory_bytes()
+    for text, expected in (("max\n", machine), ("1048576\n", 2**20), (f"{2**60}\n", machine)):
+        limit.write_text(text)
+        assert memory_bytes() == expected

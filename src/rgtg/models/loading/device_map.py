@@ -1,6 +1,8 @@
 """Where a model's weights are: on one device, spread over several by a device map, or sharded among processes."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from rgtg.models.ops.lm_head import trunk
 
 # A name ("auto", "balanced", "sequential", "cuda:1" …), or a device for each module.
 DeviceMap = str | dict[str, int | str]
+# Memory limit of a container, in bytes, or "max" (Linux, control groups 2).
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def resolve_device(device: "str | torch.device | None") -> torch.device:
 def finish_loading(model: Any, placement: Placement) -> Any:
     """Move a loaded model to its place, freeze it and put it in evaluation mode.
 
+    Where no dtype was requested, 16-bit weights become float32 on a CPU that is faster so (`float32_is_faster`).
+
     Args:
         model: just loaded with ``placement.load_kwargs()``.
         placement: as requested.
@@ -75,11 +81,48 @@ def finish_loading(model: Any, placement: Placement) -> Any:
         _require_working_plan(model)
     elif placement.device_map is None:
         model.to(resolve_device(placement.device))
+        if placement.dtype in (None, "auto") and float32_is_faster(model):
+            model.float()
     elif has_device_map(model):
         if model.device.type == "meta":
             raise UsageError("device_map: the input embedding must be on a device, not on the disk")
         _return_outputs_to_input_device(model)
     return model.eval().requires_grad_(False)
+
+
+def float32_is_faster(model: Any) -> bool:
+    """Whether a model's 16-bit weights should be widened: a CPU that cannot multiply them, and enough memory.
+
+    Without instructions for a 16-bit dtype (bf16: AVX-512), torch converts every number of every product. Measured on a
+    processor with AVX2: SmolLM2-135M reads 256 tokens in 7.2 s in bf16 and in 0.95 s in float32. float32 holds the same
+    weights exactly. It is not used where it would take more than half of the memory.
+    """
+    weights = list(model.parameters())
+    halves = all(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights)
+    if model.device.type != "cpu" or not halves or multiplies(model.dtype):
+        return False
+    return bool(4 * sum(weight.numel() for weight in weights) <= memory_bytes() / 2)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU, by the kernels of this build of torch, multiplies matrices of a floating dtype."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return dtype == torch.float32
+    match dtype:
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def memory_bytes() -> float:
+    """Memory of this machine, or of the container that the process runs in."""
+    machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return min(machine, float(_CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):  # no limit
+        return machine
 
 
 @torch.inference_mode()

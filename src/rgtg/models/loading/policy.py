@@ -66,7 +66,8 @@ def load_policy(
     Args:
         source: folder, GGUF file, hub id, loaded policy, or (model, tokenizer) pair.
         revision: branch, tag or commit of a hub repository; ``owner/name@revision`` means the same.
-        dtype: by default that of the checkpoint; bf16 for a GGUF file, which is dequantised.
+        dtype: by default that of the checkpoint; bf16 for a GGUF file, which is dequantised. On a CPU that cannot
+            multiply it, float32 instead, if that takes at most half of the memory.
         device: by default the first GPU, or the CPU if there is none.
         device_map: instead of ``device``: ``auto``, or a device for each module, over GPUs, memory and disk.
         tp_plan: instead of both: ``auto`` (or styles by module) shards each layer among the processes of a torchrun,
@@ -133,7 +134,7 @@ def _cache_gguf(source: str, placement: Placement) -> None:
     if placement.tp_plan is not None:
         raise UsageError("cache_gguf: convert the file first in one process, without tp_plan")
     if converted_folder(path) is None:
-        loaded = load_policy(source, device="cpu", engine="torch")
+        loaded = load_policy(source, dtype="bfloat16", device="cpu", engine="torch")
         write_converted(path, loaded.model, loaded.tokenizer)
 
 

@@ -231,7 +231,7 @@ def _missing_shard(source: str) -> str | None:
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
-    """A torch dtype from its name; None and ``auto`` mean the dtype of the checkpoint.
+    """A torch dtype from its name; None and ``auto`` mean the dtype of the checkpoint (see `finish_loading`).
 
     Raises:
         UsageError: an unknown name.

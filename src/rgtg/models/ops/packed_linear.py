@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rgtg.errors import UsageError
-from rgtg.models.loading.device_map import is_on_one_device
+from rgtg.models.loading.device_map import is_on_one_device, multiplies
 from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.attention import use_single_query_attention
@@ -155,9 +155,7 @@ def can_pack_dtype(dtype: torch.dtype) -> bool:
     """Whether this build of torch can pack weights of a dtype for this machine's processor."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
         return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and dtype != torch.float16 and multiplies(dtype)
 
 
 def pack_linears(model: Any) -> Any:
