@@ -33,6 +33,7 @@ from rgtg.training.trainers.head import (
     starting_table,
 )
 from rgtg.types.generation import PreferencePair
+from rgtg.utils.files import lock_folder
 
 QUICK = {"per_device_train_batch_size": 8, "num_train_epochs": 8, "logging_steps": 20}
 PAIRS = [
@@ -329,3 +330,38 @@ def test_rows_with_tokens_that_the_policy_cannot_read_are_bad_rows(policy_folder
         report = train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", on_bad="skip", **quick))
     assert report.pairs + report.eval_pairs == 63
     assert "unknown token" in (tmp_path / "head" / "rejects.jsonl").read_text()
+
+
+def test_heads_on_the_same_completions_share_the_states(policy_folder, pairs_file, tmp_path, monkeypatch):
+    states, fixed = tmp_path / "states", {"layer": 2, "width": 64}
+    alone = settings(policy_folder, pairs_file, tmp_path / "alone", "state", objective="full-bt", **fixed)
+    train_scorer(alone)
+    train_scorer(settings(policy_folder, pairs_file, tmp_path / "first", "state", states=states, **fixed))
+    monkeypatch.setattr(state_cache, "_read", lambda *_: pytest.fail("the policy is read again"))
+    shared = {"objective": "full-bt", "states": states} | fixed
+    train_scorer(settings(policy_folder, pairs_file, tmp_path / "second", "state", **shared))
+    assert (tmp_path / "second" / "head.safetensors").read_bytes() == (
+        tmp_path / "alone" / "head.safetensors"
+    ).read_bytes()
+    assert {path.name for path in states.iterdir()} == {"train", "held-out"}
+
+
+def test_other_states_in_the_folder_are_computed_anew(policy_folder, pairs_file, tmp_path):
+    states, fixed = tmp_path / "states", {"layer": 2, "width": 64}
+    for name, kind, more in (
+        ("a", "vocab", {"states": states}),
+        ("b", "state", {"states": states}),
+        ("c", "state", {}),
+    ):
+        train_scorer(settings(policy_folder, pairs_file, tmp_path / name, kind, **more, **fixed))
+    assert (tmp_path / "b" / "head.safetensors").read_bytes() == (tmp_path / "c" / "head.safetensors").read_bytes()
+
+
+def test_a_folder_of_states_belongs_to_one_run_at_a_time(policy_folder, pairs_file, tmp_path):
+    of_both = {"layer": 2, "width": 64, "states": tmp_path / "states"}
+    with lock_folder(tmp_path / "states"), pytest.raises(UsageError, match="states"):
+        train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", "state", **of_both))
+    with pytest.raises(UsageError, match="states belongs to a head"):
+        train_scorer(TrainSettings(
+            pairs=str(pairs_file), base=str(policy_folder), output=tmp_path / "x", states=tmp_path / "states"
+        ))  # fmt: skip

@@ -14,6 +14,7 @@ from rgtg.errors import MissingExtraError, RgtgError
 
 if TYPE_CHECKING:
     from rgtg.demo.run import DemoOutput
+    from rgtg.models.loading.policy import Policy
 
 INTRO = """\
 A support desk answers customers. A small language model (the policy) was trained on the desk's past replies, good \
@@ -55,9 +56,8 @@ def run(settings: DemoSettings, invocation: Invocation) -> None:
         demo, title, intro = run_demo(settings, stages), "rgtg demo: a support desk", INTRO
     else:
         from rgtg.demo.real import PROMPTS, SEEN_PROMPTS, at_equal_kl, run_real_demo
-        from rgtg.models.loading.policy import load_policy
 
-        demo = run_real_demo(settings, load_policy(source), source, stages)
+        demo = run_real_demo(settings, _load_policy(source), source, stages)
         title = "rgtg demo: friendlier replies"
         intro = REAL_INTRO.format(
             source=Path(source).name, seen=settings.seen_prompts or SEEN_PROMPTS, unseen=settings.prompts or PROMPTS,
@@ -68,6 +68,14 @@ def run(settings: DemoSettings, invocation: Invocation) -> None:
     plain = {"report": str(report), "seconds": seconds, "result": demo.result.model_dump(mode="json")}
     plain["audits"] = {name: audit.verdict for name, audit in demo.audits.items()}
     invocation.emit(plain, lambda: _show(demo, report, seconds))
+
+
+def _load_policy(source: str) -> "Policy":
+    """The chat model, laid out for decoding."""
+    from rgtg.decoding.loading import lay_out_policy
+    from rgtg.models.loading.policy import load_policy
+
+    return lay_out_policy(load_policy(source), grouped=False)
 
 
 def _chat_model(settings: DemoSettings, invocation: Invocation) -> str | None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @command(
     TrainSettings,
-    "pairs rollouts base objective output trunk head layer engine eval_pairs eval_rollouts reference_scorer max_length "
-    "chat_template_kwargs on_bad resume force",
+    "pairs rollouts base objective output trunk head layer engine states eval_pairs eval_rollouts reference_scorer "
+    "max_length chat_template_kwargs on_bad resume force",
 )
 def run(settings: TrainSettings, invocation: Invocation) -> None:
     """Train a scorer on pairs or rollouts; training arguments keep their names: --set train.num_train_epochs=3."""

@@ -111,8 +111,8 @@ def options_of(objective: str, given: Any = None) -> Any:
 class TrainSettings(Settings):
     """``rgtg train``. ``train`` holds trl's RewardConfig arguments under their own names.
 
-    ``head``, ``layer``, ``width`` and ``rank`` belong to a head on the policy's hidden states (``trunk`` own). An
-    objective's own options are under its name, with _ for -.
+    ``head``, ``layer``, ``width``, ``rank`` and ``states`` belong to a head on the policy's hidden states (``trunk``
+    own). An objective's own options are under its name, with _ for -.
     """
 
     pairs: str | None = Field(None, description="preference pairs: a file or hub id")
@@ -134,6 +134,9 @@ class TrainSettings(Settings):
     )
     width: int | Literal["auto"] | None = Field(None, description="size of the head's hidden layer; auto tries two")
     rank: int | None = Field(None, description="rank of a vocabulary head's token table")
+    states: Path | None = Field(
+        None, description="with own: folder that keeps the policy's states, for more heads on the same completions"
+    )
     objective: Objective = Field("prefix-bt", description="prefix-bt suits token-wise guidance")
     prefix_bt: PrefixBtSettings | None = None
     full_bt: FullBtSettings | None = None

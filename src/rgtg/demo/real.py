@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ def run_real_demo(settings: DemoSettings, policy: Policy, source: str, stage: St
     audits, scorers = {}, {}
     for name in SCORERS:
         with stage(f"train and audit the {name} head", 2) as step:
-            train(settings, name, source, HEAD)
+            train(settings, name, source, HEAD | {"states": folder / "states"})  # of both heads
             step()
             scorers[name] = OwnStateScorer.from_pretrained(str(folder / name), policy=policy)
             audits[name] = audit(settings, name, scorers[name], batch_size=16)
             step()
+    shutil.rmtree(folder / "states")
     result = compare_methods(settings, policy, scorers, unseen, stage)
     write_text(folder / "results.json", as_json(result))
     return DemoOutput(result, audits)

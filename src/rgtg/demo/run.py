@@ -39,7 +39,8 @@ SCORER_TRAINING: dict[str, Any] = {
 }  # fmt: skip
 OWN_FILES = (
     "corpus.jsonl", "pairs.jsonl", "audit-pairs.jsonl", "prompts.jsonl", "results.json", "report.html", "report.md",
-    "report-figures", "settings.json", "policy", "completions", *SCORERS, *(f"audit-{name}" for name in SCORERS),
+    "report-figures", "settings.json", "policy", "completions", "states", *SCORERS,
+    *(f"audit-{name}" for name in SCORERS),
 )  # fmt: skip
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]

@@ -208,7 +208,8 @@ _Problems = list[tuple[bool, str]]  # whether it is one, and its message
 
 def _trunk_problems(settings: TrainSettings) -> _Problems:
     row, own, shared = OBJECTIVES[settings.objective], settings.trunk == "own", settings.trunk == "shared"
-    head_settings = [name for name in ("head", "layer", "width", "rank") if getattr(settings, name) is not None]
+    of_heads = ("head", "layer", "width", "rank", "states")
+    head_settings = [name for name in of_heads if getattr(settings, name) is not None]
     head_settings += ["engine"] if settings.engine != "torch" else []
     return [
         (

@@ -4,6 +4,7 @@ import copy
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from rgtg.training.trainers.head import (
 )
 from rgtg.training.trainers.resumable import TrainedModel, TrainingRun
 from rgtg.types.scorer import PolicyFiles
+from rgtg.utils.files import lock_folder
 
 WIDTHS = (64, 256)  # that an automatic choice tries
 RANK = 16  # of the token table; larger ranks memorise the training pairs (docs/training.md)
@@ -109,7 +111,13 @@ class HeadTraining:
 
         Raises:
             NonFiniteError, OutputError, StoppedError: as `rgtg.training.train.train_scorer`.
+            UsageError: another process uses the folder of ``--states``.
         """
+        shared = self.settings.states
+        with nullcontext() if shared is None else lock_folder(shared):
+            return self._train(run, checkpoint)
+
+    def _train(self, run: TrainingRun, checkpoint: Path | None) -> TrainedModel:
         self.run = run
         self.resumed_from = str(checkpoint) if checkpoint else None
         # 1. the states and the token table; after that the policy is not needed
@@ -120,7 +128,8 @@ class HeadTraining:
         states_seconds = time.perf_counter() - self.began
         # 2. one head for each layer and width
         trained = self._train_all()
-        shutil.rmtree(self._states_folder, ignore_errors=True)
+        if self.settings.states is None:
+            shutil.rmtree(self._states_folder, ignore_errors=True)
         # 3. the best
         best = min(trained, key=lambda one: one.record.choice.evaluation.get("loss", 0.0))
         record, choice = best.record, best.record.choice
@@ -136,15 +145,15 @@ class HeadTraining:
 
     @property
     def _states_folder(self) -> Path:
-        """Where a run with ``--resume`` saves states until all heads are trained."""
-        return self.settings.output / CHECKPOINTS / "states"
+        """Where states stay for other heads (``--states``), or where ``--resume`` saves them until all are trained."""
+        return self.settings.states or self.settings.output / CHECKPOINTS / "states"
 
     def _compute_states(self, units: Any, what: str, name: str) -> StateCache | None:
-        """States of completions, or None if there are none; with ``--resume``, saved in a folder of this name."""
+        """States of completions, or None if there are none; with ``--resume`` or ``--states``, saved by this name."""
         if not units:
             return None
         show_progress = progress(what, last=True) if self.run.show else None
-        folder = self._states_folder / name if self.settings.resume else None
+        folder = self._states_folder / name if self.settings.resume or self.settings.states else None
         cache = cache_states(
             self.policy, units, self.layers, str(self.settings.head), folder=folder, progress=show_progress
         )

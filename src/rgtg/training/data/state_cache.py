@@ -2,7 +2,7 @@
 
 They are kept in the policy's own dtype, which is bf16 for most: in memory up to ``MEMORY_LIMIT``, beyond that in a file
 without a name in the temporary folder (TMPDIR), which the system removes however the process ends. A run with
-``--resume`` saves them in its output folder instead, as it computes them.
+``--resume`` saves them in its output folder instead, as it computes them, and one with ``--states`` where that says.
 """
 
 import hashlib
