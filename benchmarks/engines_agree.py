@@ -1,7 +1,7 @@
 """Whether one head steers alike in every engine: rewards and KL of the same prompts, with intervals.
 
     OMP_NUM_THREADS=1 python benchmarks/engines_agree.py --policy MODEL.gguf --folder CONVERTED --pairs PAIRS.jsonl
-        --work FOLDER [--vllm-python PYTHON] [--other-head] [--output FILE]
+        --work FOLDER [--vllm-python PYTHON] [--engines ENGINE …] [--other-head] [--output FILE]
 
 The policy is a GGUF file, quantised as it is in llama.cpp, and its weights dequantised in a folder. The pairs are chats
 (``prompt``, ``chosen`` and ``rejected`` as messages). The first ones train a vocabulary head on the final states of the
@@ -17,7 +17,8 @@ VADER's compound score of the text. Three estimates of the KL of each completion
 
 Paired differences are those to torch in fp32 with the same prompts. Engines that share a seed draw alike until their
 numbers differ; vLLM draws otherwise. With ``--other-head``, the same pairs train a second head on the states that
-llama.cpp gives, and both steer llama.cpp at several β. Everything is kept in ``--work``: a stopped run goes on.
+llama.cpp gives, and both steer llama.cpp at several β; ``--engines llama.cpp`` measures nothing else. Heads and
+completions are kept in ``--work``, so that a stopped run goes on.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def arguments():
     parser.add_argument("--longest", type=int, default=96, help="tokens of a prompt, at most")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="default: all that are there")
     parser.add_argument("--other-head", action="store_true", help="compare a head trained on llama.cpp's states")
     parser.add_argument("--betas", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="of that comparison")
     parser.add_argument("--output", type=Path)
@@ -104,11 +106,15 @@ def train(args, name, pairs, base, **settings):
 
 def runs_of(args, engine):
     """(head, name of the run, β, temperature) of everything that an engine decodes."""
-    runs = [
-        (HEAD, name, args.beta if beta is None else beta, temperature) for name, (beta, temperature) in GUIDED.items()
-    ]
+    runs = []
+    if REFERENCE in args.engines:
+        runs = [
+            (HEAD, name, args.beta if beta is None else beta, temperature)
+            for name, (beta, temperature) in GUIDED.items()
+        ]
     if args.other_head and engine == LLAMA:
         runs += [(head, f"β={b:g}", b, 1.0) for head in (HEAD, OTHER) for b in args.betas]
+        runs.append((HEAD, "β=0", 0.0, 1.0))
     return runs
 
 
@@ -262,6 +268,7 @@ def summary(rows, reference=None):
 
 def main():
     args = arguments()
+    args.engines = args.engines or [name for name in ENGINES if args.vllm_python or not name.startswith("vLLM")]
     if args.decode:
         decode(args)
         return
@@ -274,7 +281,7 @@ def main():
     }
     if args.other_head:
         trained[OTHER] = train(args, OTHER, HEAD, args.policy, head="vocab", engine="llama-cpp")
-    engines = [engine for engine in ENGINES if args.vllm_python or not engine.startswith("vLLM")]
+    engines = args.engines
     decode_everywhere(args, engines)
     sets = [(engine, head, name, beta) for engine in engines for head, name, beta, _ in runs_of(args, engine)]
     figures = judge(args, sets)
@@ -286,6 +293,7 @@ def main():
             if key[0] == engine and key[2] == name
         }
         for name in GUIDED
+        if REFERENCE in engines
     }
     steering = {
         head: {name: summary(figures[key]) for key in sets if key[1] == head and (name := key[2]).startswith("β")}
