@@ -46,12 +46,15 @@ def runs_of(scorer):
     ])  # fmt: skip
 
 
-def measure(policy, scorer, run, test, settings, name):
+def story_rewards(done):
+    """The gold reward of whole stories."""
+    return [stories.gold(c.prompt + c.text) for c in done]
+
+
+def measure(policy, scorer, run, test, settings, name, gold=story_rewards):
     """One run, in a few figures."""
     start = time.process_time()
-    row = run_method(
-        policy, scorer, run, test, settings, lambda done: [stories.gold(c.prompt + c.text) for c in done]
-    )  # fmt: skip
+    row = run_method(policy, scorer, run, test, settings, gold)
     found = {metric: round(value.mean, 3) for metric, value in row.metrics.items()}
     reward = row.metrics["reward"]
     figures = {

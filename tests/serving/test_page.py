@@ -281,6 +281,31 @@ def test_errors_are_shown_at_the_field_or_above_the_texts(page, answers):
     page.complaints()  # the browser logs refused requests as errors of its own
 
 
+def test_choices_of_a_method_are_sent_where_they_are_made(page, answers):
+    pick = (
+        "const field = document.querySelector(arguments[0]); field.value = arguments[1];"
+        "field.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
+    page.js(pick, "#method", "smc")
+    assert [option.text for option in page.all("#proposal option")] == ["default", "by pargs", "from the policy"]
+    for proposal, finished, expected in (
+        ("", "", {}),
+        ("policy", "false", {"proposal": "policy", "resample_finished": False}),
+        ("pargs", "true", {"proposal": "pargs", "resample_finished": True}),
+    ):
+        page.js(pick, "#proposal", proposal)
+        page.js(pick, "#resample_finished", finished)
+        answers.refusals = [(400, {"message": "not here", "param": "guidance.proposal"})]
+        page.write(PROMPT)
+        sent = answers.bodies[-1][1]["guidance"]
+        assert sent["method"] == "smc"
+        assert {name: sent[name] for name in ("proposal", "resample_finished") if name in sent} == expected
+        assert page.one('[aria-invalid="true"]').get_property("id") == "proposal"
+    page.js(pick, "#method", "pargs")
+    assert page.all("#proposal") == []
+    page.complaints()  # the browser logs refused requests as errors of its own
+
+
 def test_a_refused_fork_leaves_no_branch(page, answers):
     page.write(PROMPT)
     page.token(1, 4).click()

@@ -9,6 +9,8 @@ const OWN = {
   value_threshold: { label: "Score to reach", note: "of every token", required: true },
   abstain_below: { label: "Abstain below", note: "end a text whose score falls below this" },
   n: { label: "Draws", note: "number of candidates to choose from", min: 1, step: 1 },
+  proposal: { label: "Particles are drawn", note: "by pargs, or from the policy, which needs fewer scores", choices: { pargs: "by pargs", policy: "from the policy" } },
+  resample_finished: { label: "Finished particles", note: "resampled with the unfinished ones, or kept with their weight", choices: { true: "resampled", false: "kept" } },
   segment_length: { label: "Segment length", note: "tokens", min: 1, step: 1 },
   min_segment: { label: "Shortest segment", note: "tokens", min: 1, step: 1 },
   entropy_threshold: { label: "Entropy that ends a segment", note: "nats", min: 0 },
@@ -189,8 +191,9 @@ export class Form {
   }
 
   #ownRead() {
-    const filled = [...this.at("own").querySelectorAll("input")].filter((field) => Number.isFinite(field.valueAsNumber));
-    return Object.fromEntries(filled.map((field) => [field.name, field.valueAsNumber]));
+    const read = (field) => (field.matches("select") ? { true: true, false: false }[field.value] ?? field.value : field.valueAsNumber);
+    const filled = [...this.at("own").querySelectorAll("input, select")].filter((field) => field.value !== "" && !Number.isNaN(read(field)));
+    return Object.fromEntries(filled.map((field) => [field.name, read(field)]));
   }
 
   #methodChanged(byHand) {
@@ -207,9 +210,12 @@ export class Form {
   }
 
   #ownField(name) {
-    const { label, note, ...limits } = OWN[name];
-    return h("div", { class: "field" }, h("label", { for: name }, label),
-      h("input", { id: name, name, type: "number", step: "any", placeholder: limits.required ? null : "default", value: this.kept[name] ?? null, ...limits }), h("p", { class: "soft" }, note));
+    const { label, note, choices, ...limits } = OWN[name];
+    const kept = this.kept[name] ?? null;
+    const options = Object.entries({ "": "default", ...choices }).map(([value, text]) => h("option", { value, selected: value === kept }, text));
+    const field = choices ? h("select", { id: name, name }, ...options)
+      : h("input", { id: name, name, type: "number", step: "any", placeholder: limits.required ? null : "default", value: kept, ...limits });
+    return h("div", { class: "field" }, h("label", { for: name }, label), field, h("p", { class: "soft" }, note));
   }
 
   #fieldOf(param) {
