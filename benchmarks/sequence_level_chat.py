@@ -4,9 +4,9 @@
 
 ``--demo`` names the output of ``rgtg demo``, whose pairs train a vocabulary head for every seed (another start, another
 order). Each seed draws its own unseen prompts. The gold reward, points for friendliness, reads finished replies and is
-read by no method. Strengths were written here before the first run, but for the
-budget: a trial with 16 prompts showed that the cut to ten candidates takes 7 of the 8 nats that were given first. Thresholds of vfd are quantiles of the head's scores
-over all prefixes of the demo's audit pairs.
+read by no method. Strengths were written here before the first run, except the budget: a trial with 16 prompts showed
+that the cut to ten candidates takes 7 of the 8 nats that were given first. Thresholds of vfd are quantiles of the
+head's scores over all prefixes of the demo's audit pairs.
 """
 
 import argparse
