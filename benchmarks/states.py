@@ -1,6 +1,7 @@
 """Seconds for the states of heads on human pairs: shared prompts read once, compared with both sides read whole.
 
-    python benchmarks/train.py --states --base SMOLLM --pairs helpful-base.test.jsonl.gz [--count 2000] [--output FILE]
+    python benchmarks/train.py --states --base SMOLLM --pairs helpful-base.test.jsonl.gz [--count 2000]
+        [--dtype float32] [--output FILE]
 
 HH dialogues are read as chats with the base's template. "whole" reads each completion with its prompt in a row of its
 own, in batches of the same number of tokens; "whole-8192" does so in batches of 8,192 tokens, as rgtg did before it
@@ -74,10 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, help="measure this many slices only; default: all")
     parser.add_argument("--compared", type=int, default=4, help="pairs whose states are compared in fp32")
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the timed passes")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
 
-    policy = load_policy(args.base, dtype="bfloat16", device="cpu")
+    policy = load_policy(args.base, dtype=args.dtype, device="cpu")
     model, layer = policy.model, policy.model.config.num_hidden_layers
     pairs = read_chats(args.pairs, policy.tokenizer, args.max_length, args.count)
     whole = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
@@ -98,7 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "command": "python benchmarks/train.py --states --base SMOLLM "
         f"--pairs {Path(args.pairs).name} --count {args.count} --slices {args.slices}"
-        + (f" --measured {args.measured}" if args.measured else ""),
+        + (f" --measured {args.measured}" if args.measured else "")
+        + (f" --dtype {args.dtype}" if args.dtype != "bfloat16" else ""),
         "pairs": len(pairs), "slices": args.slices, "measured": args.measured or args.slices,
         "tokens": {"whole": whole, "packed": packed},
         "seconds": {way: sum(found) for way, found in seconds.items()},
@@ -112,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
                 way: float((states[way] - states["alone"]).abs().max()) / largest for way in ("packed", "whole")
             },
         },
-        "dtype": "bfloat16", "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "dtype": args.dtype, "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
