@@ -27,6 +27,7 @@ PROMPTS = 24  # unseen, that every method answers
 SEEN_PROMPTS, REPLIES, AUDITED = 150, 4, 0.2  # prompts with labelled replies, replies to each, share for the audit
 MAX_NEW_TOKENS, TEMPERATURE, TOP_K, N = 48, 0.7, 5, 8
 MIN_PAIRS = 4
+BATCH = 120  # replies at once, 600 MB of keys and values: a pass over many rows reads the weights once
 # The same for both heads, fixed before the first result.
 HEAD: dict[str, Any] = {"trunk": "own", "head": "state", "width": 64, "eval_fraction": 0.2}
 
@@ -78,7 +79,7 @@ def write_pairs(folder: Path, policy: Policy, prompts: Sequence[str], seed: int)
     guided = GuidedPolicy.from_pretrained(policy, method="policy", top_k=TOP_K)
     asked = [prompt for prompt in prompts for _ in range(REPLIES)]
     done = guided.generate(
-        list(map(as_chat, asked)), max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=seed, batch_size=32
+        list(map(as_chat, asked)), max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=seed, batch_size=BATCH
     )
     label, rows = random.Random(f"labels-{seed}"), []
     for i, prompt in enumerate(prompts):
