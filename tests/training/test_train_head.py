@@ -361,6 +361,9 @@ def test_a_folder_of_states_belongs_to_one_run_at_a_time(policy_folder, pairs_fi
     of_both = {"layer": 2, "width": 64, "states": tmp_path / "states"}
     with lock_folder(tmp_path / "states"), pytest.raises(UsageError, match="states"):
         train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", "state", **of_both))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", "state", states=tmp_path / "file"))
     with pytest.raises(UsageError, match="states belongs to a head"):
         train_scorer(TrainSettings(
             pairs=str(pairs_file), base=str(policy_folder), output=tmp_path / "x", states=tmp_path / "states"
