@@ -256,7 +256,10 @@ def _head_problems(settings: TrainSettings) -> _Problems:
         (settings.lora is not None, "lora adapts a model; a head on the policy's own states does not change the model"),
         (settings.rank is not None and not vocab, "rank is of the token table of a vocabulary head (--head vocab)"),
         (any(value < 1 for value in sizes), "width and rank must be at least 1"),
-        (settings.states is not None and settings.states.is_file(), f"states: {settings.states} is a file; name a folder"),
+        (
+            settings.states is not None and settings.states.is_file(),
+            f"states: {settings.states} is a file; name a folder",
+        ),
         (bool(loading), f"train.model_init_kwargs: a policy takes dtype only, not {', '.join(sorted(loading))}"),
         (
             int(os.environ.get("WORLD_SIZE", "1")) > 1,
