@@ -114,7 +114,8 @@ def runs_of(args, engine):
         ]
     if args.other_head and engine == LLAMA:
         runs += [(head, f"β={b:g}", b, 1.0) for head in (HEAD, OTHER) for b in args.betas]
-        runs.append((HEAD, "β=0", 0.0, 1.0))
+        if REFERENCE not in args.engines:  # else the unguided run
+            runs.append((HEAD, "β=0", 0.0, 1.0))
     return runs
 
 
@@ -281,19 +282,18 @@ def main():
     }
     if args.other_head:
         trained[OTHER] = train(args, OTHER, HEAD, args.policy, head="vocab", engine="llama-cpp")
-    engines = args.engines
-    decode_everywhere(args, engines)
-    sets = [(engine, head, name, beta) for engine in engines for head, name, beta, _ in runs_of(args, engine)]
+    decode_everywhere(args, args.engines)
+    sets = [(engine, head, name, beta) for engine in args.engines for head, name, beta, _ in runs_of(args, engine)]
     figures = judge(args, sets)
     agreement = {
         name: {
             engine: summary(figures[key], None if engine == REFERENCE else figures[(REFERENCE, *key[1:])])
-            for engine in engines
+            for engine in args.engines
             for key in sets
             if key[0] == engine and key[2] == name
         }
         for name in GUIDED
-        if REFERENCE in engines
+        if REFERENCE in args.engines
     }
     steering = {
         head: {name: summary(figures[key]) for key in sets if key[1] == head and (name := key[2]).startswith("β")}

@@ -63,7 +63,7 @@ def gold(completions):
     return [friendliness(c.messages[-1]["content"], c.text, finished=c.finish_reason == "stop") for c in completions]
 
 
-def one_seed(args, policy, seed, folder, thresholds):
+def one_seed(args, policy, seed, folder):
     """Train the head, and measure every run."""
     prompts = list(map(as_chat, draw_prompts(UNSEEN, args.prompts, seed)))
     settings = CompareSettings(
@@ -78,12 +78,11 @@ def one_seed(args, policy, seed, folder, thresholds):
         show=False,
     )  # fmt: skip
     scorer = load_scorer(str(folder / f"head-{seed}"), policy=policy)
-    if not thresholds:
-        thresholds.update(thresholds_of(scorer, policy, args.demo / "audit-pairs.jsonl"))
+    thresholds = thresholds_of(scorer, policy, args.demo / "audit-pairs.jsonl")
     rows = [measure(policy, None, expand_runs([CompareRun(method="policy")])[0], prompts, settings, "none", gold)]
     rows += [measure(policy, scorer, run, prompts, settings, "head", gold) for run in runs_of(thresholds)]
     return {
-        "seed": seed, "prompts": len(prompts), "evaluation": report.evaluation, "thresholds": dict(thresholds),
+        "seed": seed, "prompts": len(prompts), "evaluation": report.evaluation, "thresholds": thresholds,
         "runs": rows,
     }  # fmt: skip
 
@@ -107,7 +106,7 @@ def main():
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for seed in args.seeds:
-            found.append(one_seed(args, policy, seed, Path(temporary), {}))
+            found.append(one_seed(args, policy, seed, Path(temporary)))
             made = {"made_with": about.model_dump(mode="json"), "seeds": found}
             args.output.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
