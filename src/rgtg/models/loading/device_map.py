@@ -1,6 +1,5 @@
 """Where a model's weights are: on one device, spread over several by a device map, or sharded among processes."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,9 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def memory_bytes() -> float:
     """Memory of this machine, or of the container that the process runs in."""
-    machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    import psutil
+
+    machine = float(psutil.virtual_memory().total)
     try:
         return min(machine, float(_CONTAINER_LIMIT.read_text()))
     except (OSError, ValueError):  # no limit
