@@ -42,8 +42,8 @@ ROWS = [
     StudyRow("policy", "policy", group="policy"),
     StudyRow("policy, whole vocabulary", "policy", settings=FULL, group="policy"),
     StudyRow("policy, greedy", "policy", settings={"temperature": 0.0}, group="policy"),
-    StudyRow("best-of-n", "best-of-n", "full-bt", (2, 4, 10), knob="n", group="best-of-n"),
-    StudyRow("best-of-n, prefix-bt", "best-of-n", "prefix-bt", (2, 10), knob="n", group="best-of-n"),
+    StudyRow("best-of-n", "best-of-n", "full-bt", (2, 4, 10), (4,), knob="n", group="best-of-n"),
+    StudyRow("best-of-n, prefix-bt", "best-of-n", "prefix-bt", (2, 10), (4,), knob="n", group="best-of-n"),
     StudyRow("best-of-n, full-bt head", "best-of-n", "full-bt-head", (4,), knob="n", group="best-of-n"),
     StudyRow("best-of-n, state head", "best-of-n", "state-head", (4,), knob="n", group="best-of-n"),
     StudyRow("pargs", "pargs", "prefix-bt", BETAS, REAL_BETAS),
@@ -52,8 +52,8 @@ ROWS = [
     StudyRow("pargs, vocabulary head", "pargs", "vocab-head", HEADS, REAL_BETAS, group="heads"),
     StudyRow("args-sample, state head", "args-sample", "full-bt-head", HEADS, REAL_BETAS, group="heads"),
     StudyRow("sft", "policy", None, ("sft",), knob="policy", tuned=True, group="fine-tuned"),
-    StudyRow("dpo", "policy", None, tuple(f"dpo β={b}" for b in FINE["dpo"]), knob="policy", tuned=True,
-             group="fine-tuned"),
+    StudyRow("dpo", "policy", None, tuple(f"dpo β={b}" for b in FINE["dpo"]), ("dpo β=0.1",), knob="policy",
+             tuned=True, group="fine-tuned"),
     StudyRow("rloo", "policy", None, tuple(f"rloo β={b}" for b in FINE["rloo"]), knob="policy", tuned=True,
              group="fine-tuned"),
     StudyRow("pargs-greedy", "pargs-greedy", "prefix-bt", GREEDY, group="greedy"),
@@ -62,13 +62,16 @@ ROWS = [
     StudyRow("farma", "farma", "farma", SMALL, group="newer"),
     StudyRow("genarm", "genarm", "autoregressive", SMALL, settings=FULL, group="newer"),
     StudyRow("cd", "cd", "value", HEADS, group="newer"),
+    StudyRow("farma, vocabulary head", "farma", "farma-head", SMALL, group="heads"),
+    StudyRow("cd, vocabulary head", "cd", "value-head", HEADS, group="heads"),
     StudyRow("cd-blockwise", "cd-blockwise", "value", (4,), knob="n", group="newer"),
     StudyRow("rad", "rad", "cumulative-mse", (5.0, 10.0, 20.0, 40.0), settings={"top_k": 20}, group="newer"),
     StudyRow("cards", "cards", "full-bt", BETAS, settings={"reward_threshold": "best-of-n"}, group="newer"),
     StudyRow("pargs, entropy gate", "pargs", "prefix-bt", BETAS, settings={"entropy_gate": 1.0}, group="options"),
     StudyRow("pargs, two scorers", "pargs", ("prefix-bt", "state-head"), BETAS, group="options"),
     StudyRow("pargs, tcrm", "pargs", "tcrm", BETAS, group="options"),
-    StudyRow("pargs, adapter", "pargs", "adapter", BETAS, group="options"),
+    StudyRow("pargs, adapter", "pargs", "adapter", BETAS, REAL_BETAS, group="options"),
+    StudyRow("args-sample, adapter", "args-sample", "full-bt-adapter", GREEDY, group="options"),
     StudyRow("smc", "smc", "prefix-bt", BETAS, settings={"n": 8}, group="options"),
     StudyRow("beam", "beam", "prefix-bt", GREEDY, settings={"n": 4}, group="options"),
     StudyRow("vfd", "vfd", "value", (-1.0, 0.0, 1.0), knob="value_threshold", group="options"),
@@ -77,8 +80,9 @@ BY_NAME = {row.name: row for row in ROWS}
 # Rows of the first pass; the others are optional.
 CORE = [row.name for row in ROWS if row.group != "options" and row.name not in {
     "best-of-n, full-bt head", "best-of-n, state head", "pargs-greedy, vocabulary head",
+    "farma, vocabulary head", "cd, vocabulary head",
 }]  # fmt: skip
-# On a real model every row is a head: those cost no forward pass of a second model.
+# On a real model every row of the first pass is a head: those cost no forward pass of a second model.
 REAL_CORE = [
     "policy", "policy, greedy", "pargs, state head", "args-sample, state head", "pargs, vocabulary head",
     "best-of-n, full-bt head", "best-of-n, state head", "pargs-greedy, vocabulary head",

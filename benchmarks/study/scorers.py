@@ -14,20 +14,21 @@ from benchmarks.baselines import tune
 from rgtg.config import TrainSettings
 from rgtg.config.base import validate
 from rgtg.evaluation.audit.prefix_accuracy import audit_prefixes
+from rgtg.models.loading.policy import load_policy
 from rgtg.models.scorers.base import load_scorer
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.training.train import train_scorer
 from rgtg.utils.files import write_text
 
-from .rows import FINE
+from .rows import FINE, REAL
 from .shared_states import shared_states
 from .worlds import once, read_rows
 
 # The same epochs for every scorer of one kind; written down before the first run.
 SEPARATE = {
     "stories": {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 32},
-    "human": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16},
-    "attributes": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16},
+    "human": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16, "bf16": True},
+    "attributes": {"num_train_epochs": 1, "learning_rate": 3e-5, "per_device_train_batch_size": 16, "bf16": True},
     "demo": {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
 }
 AUDITED = 200  # held-out pairs
@@ -38,14 +39,18 @@ SCORERS = {
     "state-head": {"objective": "prefix-bt", "head": "state", **HEAD},
     "vocab-head": {"objective": "prefix-bt", "head": "vocab", **HEAD},
     "full-bt-head": {"objective": "full-bt", "head": "state", **HEAD},
+    "farma-head": {"objective": "farma", "head": "vocab", **HEAD},
+    "value-head": {"objective": "value", "head": "vocab", "rollouts": True, **HEAD},
     "adapter": {"objective": "prefix-bt", "trunk": "shared", "train": {"learning_rate": 3e-3}},
+    "full-bt-adapter": {"objective": "full-bt", "trunk": "shared", "train": {"learning_rate": 3e-3}},
     "farma": {"objective": "farma"},
     "autoregressive": {"objective": "autoregressive", "train": {"learning_rate": 3e-4}},
     "value": {"objective": "value", "rollouts": True},
     "cumulative-mse": {"objective": "cumulative-mse", "rollouts": True},
     "tcrm": {"objective": "tcrm"},
 }
-PREFIX_SCORERS = set(SCORERS) - {"autoregressive", "value", "cumulative-mse"}  # that order the sides of a pair
+# Those that order the sides of a pair; the others estimate rewards, or are language models.
+PREFIX_SCORERS = set(SCORERS) - {"autoregressive", "value", "value-head", "cumulative-mse"}
 TUNED = {
     "sft": ("sft", {}),
     **{f"{kind} β={b}": (kind, {"beta": b}) for kind, betas in FINE.items() for b in betas},
@@ -98,12 +103,17 @@ def pairs_file(world):
 
 
 def rollouts(world):
-    """The pairs' completions with the full-bt scorer's rewards."""
+    """The pairs' completions with the rewards of the full-bt scorer; on a real model, of the full-bt head."""
     path = world.folder / "rollouts.jsonl"
 
     def make():
-        scorer = PrefixScorer.from_pretrained(str(train(world, "full-bt")), dtype="float32", device="cpu")
-        rows = [(p["prompt"], p[side]) for p in world.pairs for side in ("chosen", "rejected")]
+        if world.track in REAL:
+            policy = load_policy(world.policy, dtype=world.dtype, device="cpu")
+            scorer = load(world, policy, "full-bt-head")
+        else:
+            scorer = PrefixScorer.from_pretrained(str(train(world, "full-bt")), dtype="float32", device="cpu")
+        text = lambda side: side if isinstance(side, str) else side[0]["content"]  # noqa: E731
+        rows = [(p["prompt"], text(p[side])) for p in world.pairs for side in ("chosen", "rejected")]
         rewards = scorer.score([p for p, _ in rows], [t for _, t in rows], batch_size=64)
         return [
             {"prompt": p, "text": t, "reward": r, "finish_reason": "stop"}
