@@ -55,8 +55,11 @@ TUNED = {
     "sft": ("sft", {}),
     **{f"{kind} β={b}": (kind, {"beta": b}) for kind, betas in FINE.items() for b in betas},
 }
-# Of a real model: adapters, merged into the weights that are saved.
-ADAPTED = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "max_length": 512, "lora": 16, "bf16": True}
+# Of a real model: adapters, merged into the weights that are saved. Small batches have little padding.
+ADAPTED = {
+    "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 512,
+    "lora": 16, "bf16": True,
+}  # fmt: skip
 LORA = {
     "sft": ADAPTED | {"learning_rate": 2e-4},
     "dpo": ADAPTED | {"learning_rate": 1e-4, "precompute_ref_log_probs": False},

@@ -7,12 +7,13 @@ from transformers import BertConfig, BertForSequenceClassification, BloomConfig,
 from trl import RewardConfig
 
 from helpers.synthetic import synthetic_rows
-from helpers.tiny_models import tiny_reward_model, tiny_tokenizer
+from helpers.tiny_models import tiny_policy, tiny_reward_model, tiny_tokenizer
 from rgtg.errors import DataError, UsageError
 from rgtg.losses import prefix_bradley_terry_loss
 from rgtg.training.objectives import PairScores, align_pairs, pair_figures
 from rgtg.training.trainers import reward
-from rgtg.training.trainers.reward import FullRewardTrainer, PrefixRewardTrainer, score_every_position
+from rgtg.training.trainers.language_model import AutoregressiveTrainer, FarmaTrainer
+from rgtg.training.trainers.reward import FullRewardTrainer, PrefixRewardTrainer, pack_pairs, score_every_position
 
 ROWS = {
     "chosen_ids": [[5, 6, 20, 21, 2], [5, 30, 2]],
@@ -143,44 +144,88 @@ def test_a_model_that_is_not_causal_raises_an_error(tmp_path):
         )
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "opt"])
-def test_a_pair_in_one_row_has_the_loss_and_gradients_of_two_rows(tmp_path, monkeypatch, family, padding_side):
+def long_prompts(trainer_class, tmp_path, model, padding_side):
+    """A trainer whose pairs have prompts that pay to be read once, and a batch of them."""
     prompt = "a long prompt of the pair "
     rows = {
-        "prompt": [prompt, prompt * 2], "chosen": ["good text", "fine"], "rejected": ["bad", "good lines, but fewer"],
+        "prompt": [prompt, prompt * 2, prompt], "chosen": ["good text", "fine", "good"],
+        "rejected": ["bad", "good lines, but fewer", "good text, and more of it"],
     }  # fmt: skip
-    model = tiny_reward_model(family).requires_grad_(True)
     data = Dataset.from_dict(rows)
-    ours = PrefixRewardTrainer(
+    ours = trainer_class(
         model, config(tmp_path), train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer()
     )
     assert ours.packs
-    batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
+    batch = ours.data_collator([ours.train_dataset[i] for i in range(3)])
     if padding_side == "left":
         width = batch["input_ids"].shape[1]
         shift = width - batch["attention_mask"].sum(-1)
         for name in ("input_ids", "attention_mask"):
             batch[name] = torch.stack([row.roll(int(n)) for row, n in zip(batch[name], shift, strict=True)])
-    read = []
-    real = reward.score_packed_pairs
-    monkeypatch.setattr(reward, "score_packed_pairs", lambda *a: read.append(len(a[2])) or real(*a))
-    found = {}
-    for packs in (True, False):
+    return ours, batch
+
+
+def loss_and_gradients(ours, batch):
+    """Loss, rewards and gradients of a batch, and how many rows each call of the model had."""
+    calls = []
+    watch = ours.model.register_forward_pre_hook(
+        lambda _model, _args, given: calls.append(len(given["input_ids"])), with_kwargs=True
+    )
+    ours.model.zero_grad()
+    loss, outputs = ours.compute_loss(ours.model, batch, return_outputs=True)
+    watch.remove()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in ours.model.named_parameters() if p.grad is not None}
+    return loss.detach(), outputs.logits.detach(), gradients, calls
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "opt"])
+@pytest.mark.parametrize("trainer_class", [PrefixRewardTrainer, AutoregressiveTrainer, FarmaTrainer])
+def test_shared_prompts_and_parts_of_a_batch_have_its_loss_and_gradients(
+    tmp_path, monkeypatch, family, padding_side, trainer_class
+):
+    model = (tiny_reward_model if trainer_class is PrefixRewardTrainer else tiny_policy)(family).requires_grad_(True)
+    ours, batch = long_prompts(trainer_class, tmp_path, model, padding_side)
+    ours.state.global_step = 1  # farma's constraint, which reads max_v V
+    monkeypatch.setattr(reward, "CPU_TOKENS", 10**6)
+    ours.packs = False
+    loss, logits, expected, calls = loss_and_gradients(ours, batch)
+    assert calls == [6]
+    for packs, limit, rows in ((False, 1, [1] * 6), (True, 10**6, [3]), (True, 1, [1] * 3)):
         ours.packs = packs
-        model.zero_grad()
-        loss, outputs = ours.compute_loss(model, batch, return_outputs=True)
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found[packs] = (loss.detach(), outputs.logits.detach(), gradients)
-    assert read == [2]
-    (one, logits, gradients), (other, stock, expected) = found[True], found[False]
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    if padding_side == "right":  # stock models pool left-padded rows with positions of their own
-        torch.testing.assert_close(logits, stock, atol=1e-5, rtol=1e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+        monkeypatch.setattr(reward, "CPU_TOKENS", limit)
+        other, others, gradients, calls = loss_and_gradients(ours, batch)
+        assert calls == rows
+        torch.testing.assert_close(other, loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(others, logits, atol=1e-5, rtol=1e-5)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_rewards_of_a_batch_are_those_that_the_stock_model_pools(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(reward, "CPU_TOKENS", 1)
+    model = tiny_reward_model(family)
+    data = Dataset.from_dict(ROWS)
+    ours = PrefixRewardTrainer(
+        model, config(tmp_path), train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer()
+    )
+    batch = ours.data_collator([ours.train_dataset[i] for i in range(2)])
+    _, outputs = ours.compute_loss(model, batch, return_outputs=True)
+    stock = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(outputs.logits, stock.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_several_processes_and_accelerators_read_a_batch_in_one_call(tmp_path, monkeypatch):
+    ours = trainer(PrefixRewardTrainer, tmp_path)
+    assert ours.tokens_of_a_pass == reward.CPU_TOKENS
+    monkeypatch.setattr(type(ours.accelerator), "num_processes", 2)
+    assert ours.tokens_of_a_pass is None
+    monkeypatch.setattr(type(ours.accelerator), "num_processes", 1)
+    monkeypatch.setattr(type(ours.args), "device", torch.device("cuda"))
+    assert ours.tokens_of_a_pass is None
 
 
 def test_short_prompts_and_models_without_masks_are_read_whole(tmp_path):
@@ -189,7 +234,7 @@ def test_short_prompts_and_models_without_masks_are_read_whole(tmp_path):
     data = trainer(PrefixRewardTrainer, tmp_path, rows=short).train_dataset
     batch = ours.data_collator([data[0]])
     arguments = (ours.model, batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
-    assert reward.pack_pairs(*arguments) == []
+    assert pack_pairs(*arguments) == []
     bloom = BloomForSequenceClassification(
         BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, pad_token_id=1, num_labels=1)
     )

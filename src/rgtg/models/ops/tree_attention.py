@@ -147,6 +147,26 @@ def packing_pays(hidden: int, prompt: int, completions: Sequence[int]) -> bool:
     return 6 * hidden * prompt * (len(completions) - 1) > packed - plain
 
 
+def groups_by_length(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Rows of similar length together, so that a batch of each group has at most ``limit`` tokens with its padding.
+
+    A row that is longer than ``limit`` is a group of its own; without a limit all rows are one, in their order.
+
+    Example:
+        >>> groups_by_length([9, 2, 8, 3], 18), groups_by_length([9, 2, 8, 3], None)
+        ([[1, 3], [2, 0]], [[0, 1, 2, 3]])
+    """
+    if limit is None:
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 def reads_packed_rows(model: Any) -> bool:
     """Whether a model reads packed rows exactly: known kinds of layers, and a probe that agrees with plain rows.
 

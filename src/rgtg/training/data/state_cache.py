@@ -26,7 +26,13 @@ from rgtg.data.rollouts import TokenizedRollout
 from rgtg.errors import OutputError
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.hidden_states import hidden_states_of
-from rgtg.models.ops.tree_attention import pack_row, packed_states_of, packing_pays, reads_packed_rows
+from rgtg.models.ops.tree_attention import (
+    groups_by_length,
+    pack_row,
+    packed_states_of,
+    packing_pays,
+    reads_packed_rows,
+)
 from rgtg.models.scorers.hidden_state_head import prefix_states
 from rgtg.tokenization.padding import pad_right
 from rgtg.types.base import FileChecksum, Record
@@ -157,14 +163,7 @@ def _batches(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> Iterato
     limit = TOKENS if model.device.type != "cpu" else CPU_TOKENS
     groups = _groups(rows, model)
     sizes = [len(rows[group[0][0]][0]) + sum(len(rows[i][1]) for i, *_ in group) for group in groups]
-    part: list[list[list[int]]] = []
-    for g in sorted(range(len(groups)), key=sizes.__getitem__):
-        if part and (len(part) + 1) * sizes[g] > limit:
-            yield part
-            part = []
-        part.append(groups[g])
-    if part:
-        yield part
+    return ([groups[g] for g in part] for part in groups_by_length(sizes, limit))
 
 
 def _groups(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> list[list[list[int]]]:

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.errors import UsageError
 from rgtg.losses import completion_window, token_log_probs
 from rgtg.models.loading.lora_merge import load_merged, untie_output
 from rgtg.models.loading.pretrained import is_adapter, load_pretrained, load_tokenizer, require_dense, resolve_dtype
 from rgtg.models.loading.scorer_info import read_info
+from rgtg.models.ops.tree_attention import reads_packed_rows
 from rgtg.training.objectives import PairScores, needs_best_next, pair_scores
-from rgtg.training.trainers.reward import PairwiseRewardTrainer, position_ids, require_causal
+from rgtg.training.trainers.reward import PairwiseRewardTrainer, require_causal
 
 
 def load_language_base(source: str, *, output_scale: float = 1.0, **kwargs: Any) -> tuple[Any, Any]:
@@ -72,6 +75,7 @@ class LanguageModelTrainer(PairwiseRewardTrainer):
         if tokenizer.pad_token_id is None:  # any token will do, because masks hide it; the vocabulary must not grow
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         require_causal(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+        self.packs = reads_packed_rows(model)
 
     @contextmanager
     def passes_trl_checks(self, model: Any) -> Iterator[None]:
@@ -84,16 +88,28 @@ class LanguageModelTrainer(PairwiseRewardTrainer):
             model.config.id2label, model.config.label2id = labels
 
     def read(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, Any]:
-        """Scores of the batch from the logits before each token, and the model's own output."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (2B, L)
-        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, **position_ids(mask))
-        columns, inside = completion_window(mask, inputs["prompt_lengths"].repeat(2))  # (2B, T)
-        # the token at column t is scored by the logits at t − 1
-        before = self.token_scores(outputs.logits[:, :-1], ids[:, 1:]).gather(-1, columns - 1)
-        scores = pair_scores(self.prefix_scores(before, inside), ids.gather(-1, columns), inside)
-        if needs_best_next(self.objective, self.step):
-            best = best_logits(outputs.logits[: len(scores.chosen)], len(self.processing_class))
-            scores.best_next = best.gather(-1, columns[: len(best)])
+        """Scores of the batch from the logits before each token, and the output; its logits are the last scores."""
+        ids, mask, prompts = inputs["input_ids"], inputs["attention_mask"], inputs["prompt_lengths"].repeat(2)
+        columns, inside = completion_window(mask, prompts)  # (2B, T)
+        completions = ids.gather(-1, columns)
+        pairs, starts, lengths = len(ids) // 2, prompts.tolist(), inside.sum(-1).tolist()
+        before: dict[int, Tensor] = {}  # the token at column t is scored by the logits at t − 1
+        best: dict[int, Tensor] = {}
+        for part in self.passes(model, inputs):
+            outputs = model(**part.inputs)
+            for text, row, at in part.texts:
+                logits = outputs.logits[row, at[starts[text] - 1 :]][None]  # (1, T + 1, V)
+                before[text] = self.token_scores(logits[:, :-1], completions[text : text + 1, : lengths[text]])[0]
+                if text < pairs and needs_best_next(self.objective, self.step):
+                    best[text] = best_logits(logits[0, 1:], len(self.processing_class))
+        token_scores = pad_sequence([before[text] for text in range(len(ids))], batch_first=True)
+        scores = pair_scores(self.prefix_scores(token_scores, inside), completions, inside)
+        if best:
+            rows = [best[text] for text in range(pairs)]
+            width = inside.shape[1]
+            scores.best_next = torch.stack([pad(row, (0, width - len(row))) for row in rows])
+        last = inside.sum(-1, keepdim=True) - 1
+        outputs.logits = torch.cat([scores.chosen, scores.rejected]).gather(-1, last)
         return scores, outputs
 
     def token_scores(
@@ -155,6 +171,6 @@ class AutoregressiveTrainer(LanguageModelTrainer):
 
 
 @torch.no_grad()
-def best_logits(logits: Float[Tensor, "batch length vocabulary"], vocabulary: int) -> Float[Tensor, "batch length"]:
+def best_logits(logits: Float[Tensor, "length vocabulary"], vocabulary: int) -> Float[Tensor, " length"]:
     """max_v over the tokens that the tokenizer has; further rows of the embedding are padding and never trained."""
     return logits[..., :vocabulary].amax(-1).float()

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,18 @@ from rgtg.models.loading.pretrained import (
     resolve_dtype,
 )
 from rgtg.models.ops.lm_head import scalar_head
-from rgtg.models.ops.tree_attention import PackedRow, pack_row, packed_inputs, packing_pays, reads_packed_rows
+from rgtg.models.ops.tree_attention import (
+    PackedRow,
+    groups_by_length,
+    pack_row,
+    packed_inputs,
+    packing_pays,
+    reads_packed_rows,
+)
 from rgtg.models.scorers.reward_model import PrefixScorer
 from rgtg.tokenization.encoding import ensure_pad_token
 from rgtg.training.data.dataset import TOKENIZED_PAIR_COLUMNS, PrefixCollator, prepare_pairs
+from rgtg.training.data.state_cache import CPU_TOKENS
 from rgtg.training.objectives import (
     OBJECTIVES,
     PAIR_FIGURES,
@@ -79,6 +88,19 @@ def init_scalar_head(model: Any, seed: int) -> None:
     with torch.no_grad():
         for parameter in scalar_head(model).parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some of a batch's texts, as one call of the model reads them.
+
+    Attributes:
+        inputs: keyword arguments of the model.
+        texts: (text of the batch, row of the pass, columns (P + T,) of the text's tokens in that row).
+    """
+
+    inputs: dict[str, Any]
+    texts: list[tuple[int, int, Int[Tensor, " tokens"]]]
 
 
 class ScorerTrainer(ResumableTrainer, RewardTrainer):  # type: ignore[misc]
@@ -154,6 +176,20 @@ class ScorerTrainer(ResumableTrainer, RewardTrainer):  # type: ignore[misc]
     def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
         """Losses (B,), which of them count (B,), a term added to their mean, figures (B, F), and the model's output."""
         raise NotImplementedError
+
+    @property
+    def tokens_of_a_pass(self) -> int | None:
+        """Padded tokens that are read in one call of the model; None where a batch is read in one.
+
+        On a CPU, a batch is read in parts of similar length, whose activations its caches hold. The scores of the parts
+        are joined before the loss, so that losses and gradients are those of one call.
+        """
+        alone = self.accelerator.num_processes == 1  # DDP expects one call per step
+        return CPU_TOKENS if alone and self.args.device.type == "cpu" else None
+
+    def passes(self, model: Any, inputs: dict[str, Any]) -> list[Pass]:
+        """The calls of the model that read a batch."""
+        return whole_passes(inputs["input_ids"], inputs["attention_mask"], self.tokens_of_a_pass)
 
     @property
     def step(self) -> int | None:
@@ -240,6 +276,15 @@ class PairwiseRewardTrainer(ScorerTrainer):
         """A collator of rows [chosen …; rejected …]."""
         return PrefixCollator(pad_token_id, pad_to_multiple_of)
 
+    def passes(self, model: Any, inputs: dict[str, Any]) -> list[Pass]:
+        """As `ScorerTrainer.passes`; a prompt is read once for both completions if the model can and it saves work."""
+        if self.packs:
+            unwrapped = self.accelerator.unwrap_model(model)
+            rows = pack_pairs(unwrapped, inputs["input_ids"], inputs["attention_mask"], inputs["prompt_lengths"])
+            if rows:
+                return packed_passes(unwrapped, rows, self.tokens_of_a_pass)
+        return super().passes(model, inputs)
+
     def pair_losses(self, scores: PairScores) -> Losses:
         """Loss of each pair, and which pairs count in the mean."""
         return pair_losses(self.objective, scores, self.options, self.step)
@@ -247,11 +292,8 @@ class PairwiseRewardTrainer(ScorerTrainer):
     def read(self, model: Any, inputs: dict[str, Any]) -> tuple[PairScores, Any]:
         """Scores of the batch, and the model's own output."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (2B, L)
-        unwrapped = self.accelerator.unwrap_model(model)
-        if self.packs and (rows := pack_pairs(unwrapped, ids, mask, inputs["prompt_lengths"])):
-            every, outputs = score_packed_pairs(model, unwrapped, rows, ids, mask)
-        else:
-            every, outputs = score_every_position(model, unwrapped, ids, mask)
+        passes = self.passes(model, inputs)
+        every, outputs = score_every_position(model, self.accelerator.unwrap_model(model), ids, mask, passes)
         return align_pairs(every, ids, mask, inputs["prompt_lengths"]), outputs
 
     def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
@@ -315,26 +357,76 @@ def record_outputs(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 def score_every_position(
-    model: Any, unwrapped: Any, ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"]
+    model: Any,
+    unwrapped: Any,
+    ids: Int[Tensor, "rows length"],
+    mask: Int[Tensor, "rows length"],
+    passes: Sequence[Pass] | None = None,
 ) -> tuple[Float[Tensor, "rows length"], Any]:
-    """Score at every position, and the model's own output, from one call of the *wrapped* model.
+    """Score at every position, and the model's own output, whose logits are the scores at the last tokens.
 
-    DDP and FSDP synchronise gradients only if their wrapper is called.
+    The *wrapped* model is called, because DDP and FSDP synchronise gradients only then.
+
+    Args:
+        model: with its wrapper.
+        unwrapped: without it.
+        ids: token ids, padded on either side.
+        mask: 1 on tokens.
+        passes: the calls that read the batch; default: one call of whole rows.
 
     Raises:
         UsageError: the hook on the scalar head records nothing.
     """
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **position_ids(mask)}
-    return record_scores(model, unwrapped, inputs)
+    texts: dict[int, Tensor] = {}
+    for part in passes or whole_passes(ids, mask, None):
+        with record_outputs(scalar_head(unwrapped)) as recorded:
+            outputs = model(**part.inputs)
+        if not recorded:
+            raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
+        texts |= {text: recorded[-1][row, columns, 0] for text, row, columns in part.texts}
+    found = torch.cat([texts[i] for i in range(len(ids))])
+    every = found.new_zeros(ids.shape).masked_scatter(mask.bool(), found)
+    last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)  # (rows,) column of the last token
+    outputs.logits = every.gather(-1, last[:, None])
+    return every, outputs
 
 
-def record_scores(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> tuple[Float[Tensor, "rows length"], Any]:
-    """As `score_every_position`, with any keyword arguments of the model."""
-    with record_outputs(scalar_head(unwrapped)) as recorded:
-        outputs = model(**inputs)
-    if not recorded:
-        raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
-    return recorded[-1][..., 0], outputs
+def whole_passes(ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"], limit: int | None) -> list[Pass]:
+    """Every text in a row of its own, padded on its side.
+
+    Args:
+        ids: token ids of the batch, padded on either side.
+        mask: 1 on tokens.
+        limit: padded tokens of one pass; None reads the batch in one.
+    """
+    passes = []
+    for group in groups_by_length(mask.sum(-1).tolist(), limit):
+        index = torch.tensor(group, device=ids.device)
+        used = mask[index].any(0).nonzero()[:, 0]
+        window = slice(int(used[0]), int(used[-1]) + 1)
+        part, inside = ids[index, window], mask[index, window]
+        inputs = {"input_ids": part, "attention_mask": inside, "use_cache": False, **position_ids(inside)}
+        passes.append(Pass(inputs, [(i, row, inside[row].nonzero()[:, 0]) for row, i in enumerate(group)]))
+    return passes
+
+
+def packed_passes(model: Any, rows: Sequence[PackedRow], limit: int | None) -> list[Pass]:
+    """Each pair in one row with one copy of its prompt; the texts are [chosen …; rejected …].
+
+    Args:
+        model: without its wrapper.
+        rows: of `pack_pairs`.
+        limit: padded tokens of one pass; None reads the batch in one.
+    """
+    passes = []
+    for group in groups_by_length([len(row.ids) for row in rows], limit):
+        texts = [
+            (i + side * len(rows), at, rows[i].columns[side].to(model.device))
+            for side in (0, 1)
+            for at, i in enumerate(group)
+        ]
+        passes.append(Pass(packed_inputs(model, [rows[i] for i in group]), texts))
+    return passes
 
 
 def pack_pairs(
@@ -352,27 +444,6 @@ def pack_pairs(
     hidden = int(unwrapped.config.get_text_config().hidden_size)
     pays = sum(packing_pays(hidden, len(prompt), [len(one), len(other)]) for prompt, (one, other) in pairs)
     return [pack_row(prompt, sides) for prompt, sides in pairs] if 2 * pays > len(pairs) else []
-
-
-def score_packed_pairs(
-    model: Any,
-    unwrapped: Any,
-    rows: Sequence[PackedRow],
-    ids: Int[Tensor, "rows length"],
-    mask: Int[Tensor, "rows length"],
-) -> tuple[Float[Tensor, "rows length"], Any]:
-    """As `score_every_position` on the rows [chosen …; rejected …] that were packed; the output's logits are theirs.
-
-    Raises:
-        UsageError: the hook on the scalar head records nothing.
-    """
-    packed, outputs = record_scores(model, unwrapped, packed_inputs(unwrapped, rows))  # (B, packed length)
-    sides = [(b, row.columns[side]) for side in (0, 1) for b, row in enumerate(rows)]
-    found = torch.cat([packed[b, columns.to(packed.device)] for b, columns in sides])
-    every = packed.new_zeros(ids.shape).masked_scatter(mask.bool(), found)
-    last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)  # (2B,) column of the last token
-    outputs.logits = every.gather(-1, last[:, None])
-    return every, outputs
 
 
 def position_ids(mask: Int[Tensor, "rows length"]) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ class RolloutTrainer(ScorerTrainer):
     def losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
         """Losses (B,), all of which count (B,), no further term, figures (B, F), and the model's output."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, L)
-        every, outputs = score_every_position(model, self.accelerator.unwrap_model(model), ids, mask)
+        unwrapped, passes = self.accelerator.unwrap_model(model), self.passes(model, inputs)
+        every, outputs = score_every_position(model, unwrapped, ids, mask, passes)
         columns, inside = completion_window(mask, inputs["prompt_lengths"])
         scores = RolloutScores(every.gather(-1, columns), inside, inputs["rewards"], self.mean_length)
         losses, counted = rollout_losses(scores, self.options)
