@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from states import read_chats
 from trl import RewardConfig
 
 from rgtg.models.loading.device_map import multiplies
@@ -29,6 +28,7 @@ from rgtg.models.loading.pretrained import load_tokenizer
 from rgtg.training.trainers import reward
 from rgtg.training.trainers.language_model import AutoregressiveTrainer
 from rgtg.training.trainers.reward import PrefixRewardTrainer
+from states import read_chats
 
 TRAINERS = {"prefix-bt": PrefixRewardTrainer, "autoregressive": AutoregressiveTrainer}
 WAYS = {"whole": (False, None), "packed": (True, None), "by length": (True, reward.CPU_TOKENS)}  # packs, tokens
