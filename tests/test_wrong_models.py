@@ -71,6 +71,11 @@ def lose_the_tokenizer(folder):
         path.unlink()
 
 
+def cut_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 def only_pickles(folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -152,7 +157,14 @@ WRONG = {
     "an unknown activation": (spoiled(config_with(hidden_act="swish-swash")), "cannot load the policy"),
     "no tokenizer": (spoiled(lose_the_tokenizer), "tokenizer of the policy"),
     "an empty tokenizer": (
-        spoiled(lambda folder: (folder / "tokenizer.json").write_text("")), "tokenizer of the policy"
+        spoiled(lambda folder: (folder / "tokenizer.json").write_text("")), r"tokenizer\.json is damaged"
+    ),
+    "a cut tokenizer": (spoiled(cut_tokenizer), r"tokenizer\.json is damaged \(JSONDecodeError: "),
+    "another file as tokenizer": (
+        spoiled(lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}')), r"tokenizer\.json is damaged"
+    ),
+    "a cut tokenizer_config": (
+        spoiled(lambda folder: (folder / "tokenizer_config.json").write_text("{")), r"tokenizer_config\.json is damaged"
     ),
     "a head alone": (spoiled(only_a_head), r"has no rgtg\.json"),
     "an empty folder": (lambda folder: folder.mkdir(), r"has no config\.json"),

@@ -15,6 +15,7 @@ class Sender(importlib.abc.MetaPathFinder):
         return None
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.meta_path.insert(0, Sender())
+from rgtg.version import __version__
 from rgtg.__main__ import main
 main()
 """
@@ -33,3 +34,8 @@ def test_python_m_rgtg_runs_the_command():
     ran = subprocess.run([sys.executable, "-m", "rgtg", "--help"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0
     assert "Reward-guided text generation" in ran.stdout
+
+
+def test_the_version():
+    ran = subprocess.run([sys.executable, "-m", "rgtg", "--version"], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, f"rgtg {__version__}\n")

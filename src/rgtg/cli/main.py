@@ -1,5 +1,7 @@
 """All commands in one app, which ``rgtg.__main__`` runs."""
 
+from typing import Annotated
+
 import typer
 
 from rgtg.cli import (
@@ -23,6 +25,7 @@ from rgtg.cli import (
     theory,
     train,
 )
+from rgtg.version import __version__
 
 app = typer.Typer(
     name="rgtg",
@@ -33,6 +36,23 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rgtg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
 app.add_typer(data.app, name="data")
 for _module in (
     train, audit, calibrate, generate, score, serve, compare, judge, report, push, plan, methods, sweep, theory, demo,

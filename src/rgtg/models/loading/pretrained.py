@@ -215,12 +215,27 @@ def _explain(error: Exception, source: str, role: str) -> ModelNotFoundError:
         advice = "Update transformers, or use a model of another family."
     elif isinstance(error, ImportError):
         advice = "Install it in this environment."
+    elif role.startswith("tokenizer") and isinstance(error, KeyError | ValueError) and (file := _damaged(source)):
+        reason, advice = f"{file} is damaged ({type(error).__name__}: {reason})", "Download the model again."
     elif isinstance(error, AttributeError) and "torch" in reason and "dtype" not in reason:
         reason = f"its config names a dtype that torch does not have ({reason})"
     elif missing := _missing_shard(source):
         reason = f"{missing}, which its index of weights names, is missing"
         advice = "Download the model again."
     return ModelNotFoundError(f"cannot load the {role} {source!r}: {reason}. {advice}")
+
+
+def _damaged(source: str) -> str | None:
+    """The first of a tokenizer's files that is no JSON object, or a tokenizer.json without its parts."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+        path = Path(source) / name
+        try:
+            content = json.loads(path.read_bytes()) if path.is_file() else {"model": None}
+        except ValueError:
+            return name
+        if not isinstance(content, dict) or (name == "tokenizer.json" and "model" not in content):
+            return name
+    return None
 
 
 def _missing_shard(source: str) -> str | None:
