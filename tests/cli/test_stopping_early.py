@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from rgtg.version import __version__
+
 SIGNALLED = """
 import importlib.abc, os, signal, sys
 class Sender(importlib.abc.MetaPathFinder):
