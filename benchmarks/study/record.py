@@ -85,7 +85,7 @@ def restore(work, track, output):
         folder = work / track / f"{cell['gold']}-s{cell['seed']}"
         write_text(
             folder / "restored.json",
-            json.dumps({k: cell[k] for k in ("training", "fine_tuned", "audits") if k in cell}) + "\n",
+            json.dumps({k: cell[k] for k in ("training", "fine_tuned", "audits", "pairs") if k in cell}) + "\n",
         )
         for row in cell["rows"]:
             path = folder / "rows" / row["split"] / file_of(row["key"])

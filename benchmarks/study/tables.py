@@ -48,7 +48,7 @@ def read_cell(folder):
         "fine_tuned": before["fine_tuned"] | facts("tuned/*/baseline.json"), "rows": rows,
         "audits": before.get("audits", {}) | {
             p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("audits/*.json"))},
-        "pairs": len(read_rows(folder / "pairs.jsonl")),
+        "pairs": len(read_rows(folder / "pairs.jsonl")) if (folder / "pairs.jsonl").exists() else before["pairs"],
     }  # fmt: skip
 
 
@@ -158,6 +158,18 @@ def self_rouge(taken):
     return round(float(np.mean([scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs])), 4)
 
 
+def keep_self_rouge(tables, committed):
+    """Texts are not committed: rows that were restored keep the diversity that the committed tables give."""
+    if not committed.exists():
+        return
+    for gold, lines in json.loads(committed.read_text())["tables"].items():
+        before = {line["row"]: line for line in lines}
+        for line in tables.get(gold, []):
+            old = before.get(line["row"])
+            if line["self_rouge"] is None and old and (old["seeds"], old["values"]) == (line["seeds"], line["values"]):
+                line["self_rouge"] = old["self_rouge"]
+
+
 def megabytes(part):
     """Weights that one prompt at a time would read: calls × bytes, in MB."""
     return (part["policy_calls"] * part["policy_bytes"] + part["scorer_calls"] * part["scorer_bytes"]) / 1e6
@@ -248,6 +260,7 @@ def write(work, track, output):
     as_kept = [c | {"rows": [spread(slim(p, True)) | {k: p[k] for k in ("texts",) if k in p} for p in c["rows"]]}
                for c in cells]  # fmt: skip
     tables = {gold: summarise(as_kept, gold, targets) for gold in golds}
+    keep_self_rouge(tables, output / f"study-{track}.json")
     setup = json.loads((work / track / "setup.json").read_text())
     policy = load_policy(setup["policy"], dtype="float32", device="cpu")
     guided, private = GuidedPolicy(policy, method="policy"), track in REAL
