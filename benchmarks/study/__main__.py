@@ -30,7 +30,7 @@ from rgtg.utils.files import write_text
 from . import scorers, worlds
 from .measure import Models, measured
 from .rows import BY_NAME, CORE, REAL, REAL_CORE, ROWS, chosen
-from .scorers import SCORERS, SEPARATE, TUNED_TRACK
+from .scorers import ADAPTERS, SCORERS, SEPARATE, TUNED_TRACK
 
 # Of the committed studies: pairs, prompts to tune on, prompts to test on, tokens of a completion.
 SIZES = {
@@ -87,8 +87,8 @@ def note(world, args):
     setup = {
         "policy": world.policy, "tune": world.tune, "test": world.test,
         "max_new_tokens": world.max_new_tokens, "batch_size": world.batch_size, "pairs": args.pairs,
-        "scorers": SCORERS, "separate": SEPARATE[world.track], "fine_tuned": DEFAULTS,
-        "of_track": TUNED_TRACK[world.track],
+        "scorers": SCORERS, "separate": SEPARATE[world.track], "adapters": ADAPTERS[world.track],
+        "fine_tuned": DEFAULTS, "of_track": TUNED_TRACK[world.track],
     }  # fmt: skip
     write_text(args.work / world.track / "setup.json", json.dumps(setup, indent=1) + "\n")
 
