@@ -222,21 +222,24 @@ def markdown(gold, lines, targets):
 
 
 def plot(cells, golds, path, names):
-    """Reward against KL: one panel per gold, means over seeds."""
+    """Reward against KL: one panel per gold, means over seeds. A row has one colour and marker in all of them."""
     figure, panels = new_figure(4.6 * len(golds), 5.6, columns=len(golds))
-    for column, (gold, axes) in enumerate(zip(golds, np.atleast_1d(panels), strict=True)):
-        parts, _ = arrays(cells, gold)
-        for index, name in enumerate(n for n in names if n in parts):
+    measured = {gold: arrays(cells, gold)[0] for gold in golds}
+    names, lines = [n for n in names if any(n in parts for parts in measured.values())], {}
+    for (gold, parts), axes in zip(measured.items(), np.atleast_1d(panels), strict=True):
+        for index, name in enumerate(names):
+            if name not in parts:
+                continue
             points = []
             for by_seed in parts[name].values():
                 cut = [{f: np.mean(p[f][:FRONTIER]) for f in ("kl", "rewards")} for p in by_seed.values()]
                 points.append(tuple(np.mean([p[f] for p in cut]) for f in ("kl", "rewards")))
             x, y = zip(*sorted(p for p in points if p[0] <= MOST_DRAWN) or [(np.nan, np.nan)], strict=True)
-            marker = "ox^sD*"[index // len(COLOURS)]
-            axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=4, label=name)
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": "ox^sD*"[index // len(COLOURS)]}
+            lines[name] = axes.plot(x, y, markersize=4, label=name, **style)[0]
         axes.set(xlabel="KL to the policy (nats)", ylabel="held-out reward", title=gold)
-        if column == 0:
-            figure.legend(fontsize=7, loc="outside lower center", ncols=6)
+    shown = [lines[name] for name in names]
+    figure.legend(handles=shown, fontsize=7, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=140, metadata={"Software": ""})
 
 
