@@ -66,6 +66,18 @@ def run(model, pairs, layer: int, how: str):
         state_cache.reads_packed_rows, state_cache.CPU_TOKENS = before
 
 
+def summarise(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Total seconds of each way, and how many times as fast ``base`` is: medians of paired ratios."""
+    return {
+        "seconds": {way: sum(found) for way, found in seconds.items()},
+        "speedup": {
+            way: statistics.median(w / b for w, b in zip(found, seconds[base], strict=True))
+            for way, found in seconds.items()
+            if way != base
+        },
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
@@ -104,11 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         + (f" --dtype {args.dtype}" if args.dtype != "bfloat16" else ""),
         "pairs": len(pairs), "slices": args.slices, "measured": args.measured or args.slices,
         "tokens": {"whole": whole, "packed": packed},
-        "seconds": {way: sum(found) for way, found in seconds.items()},
-        "speedup": {
-            way: statistics.median(w / p for w, p in zip(seconds[way], seconds["packed"], strict=True))
-            for way in ("whole", "whole-8192")
-        },
+        **summarise(seconds, "packed"),
         "fp32": {
             "pairs": len(few), "largest_state": largest,
             "difference": {

@@ -14,7 +14,6 @@ The last line of stdout is one JSON object; ``--output`` writes it to a file.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from rgtg.models.loading.pretrained import load_tokenizer
 from rgtg.training.trainers import reward
 from rgtg.training.trainers.language_model import AutoregressiveTrainer
 from rgtg.training.trainers.reward import PrefixRewardTrainer
-from states import read_chats
+from states import read_chats, summarise
 
 TRAINERS = {"prefix-bt": PrefixRewardTrainer, "autoregressive": AutoregressiveTrainer}
 WAYS = {"whole": (False, None), "packed": (True, None), "by length": (True, reward.CPU_TOKENS)}  # packs, tokens
@@ -82,14 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seconds[way].append(took)
                     losses[way].append(loss)
                 print(name, i, {way: round(found[-1], 1) for way, found in seconds.items()}, flush=True)
-            result[name] = {
-                "seconds": {way: sum(found) for way, found in seconds.items()},
-                "speedup": {
-                    way: statistics.median(w / b for w, b in zip(seconds[way], seconds["by length"], strict=True))
-                    for way in ("whole", "packed")
-                },
-                "losses": losses,
-            }  # fmt: skip
+            result[name] = summarise(seconds, "by length") | {"losses": losses}
     result = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/training_step.py --base SMOLLM "
         f"--pairs {Path(args.pairs).name} --batch {args.batch} --batches {args.batches} "

@@ -82,12 +82,11 @@ def train(world, name):
     shutil.rmtree(folder, ignore_errors=True)  # cut off half-way
     recipe = dict(SCORERS[name])
     own = recipe.get("trunk") == "own"
+    rate = {"learning_rate": ADAPTERS[world.track]} if recipe.get("trunk") == "shared" else {}
     values = {
         "base": world.policy, "output": folder, "seed": world.seed, "eval_fraction": 0.05, "on_bad": "skip",
-        "train": ({} if own else dict(SEPARATE[world.track])) | recipe.pop("train", {}),
+        "train": ({} if own else SEPARATE[world.track]) | rate | recipe.pop("train", {}),
     }  # fmt: skip
-    if recipe.get("trunk") == "shared":
-        values["train"]["learning_rate"] = ADAPTERS[world.track]
     source = {"rollouts": str(rollouts(world))} if recipe.pop("rollouts", False) else {"pairs": str(pairs_file(world))}
     if recipe["objective"] == "cumulative-mse":  # its labels are in [0, 1]: the lowest and the highest reward it sees
         rewards = [row["reward"] for row in read_rows(rollouts(world))]

@@ -17,7 +17,6 @@ class Sender(importlib.abc.MetaPathFinder):
         return None
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.meta_path.insert(0, Sender())
-from rgtg.version import __version__
 from rgtg.__main__ import main
 main()
 """

@@ -227,14 +227,14 @@ def _explain(error: Exception, source: str, role: str) -> ModelNotFoundError:
 
 def _damaged(source: str) -> str | None:
     """The first of a tokenizer's files that is no JSON object, or a tokenizer.json without its parts."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
-        path = Path(source) / name
+    names = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+    for path in filter(Path.is_file, (Path(source) / name for name in names)):
         try:
-            content = json.loads(path.read_bytes()) if path.is_file() else {"model": None}
+            content = json.loads(path.read_bytes())
         except ValueError:
-            return name
-        if not isinstance(content, dict) or (name == "tokenizer.json" and "model" not in content):
-            return name
+            return path.name
+        if not isinstance(content, dict) or (path.name == "tokenizer.json" and "model" not in content):
+            return path.name
     return None
 
 

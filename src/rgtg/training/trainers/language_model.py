@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from rgtg.errors import UsageError
-from rgtg.losses import completion_window, token_log_probs
+from rgtg.losses import completion_window, last_score, token_log_probs
 from rgtg.models.loading.lora_merge import load_merged, untie_output
 from rgtg.models.loading.pretrained import is_adapter, load_pretrained, load_tokenizer, require_dense, resolve_dtype
 from rgtg.models.loading.scorer_info import read_info
@@ -102,14 +100,14 @@ class LanguageModelTrainer(PairwiseRewardTrainer):
                 before[text] = self.token_scores(logits[:, :-1], completions[text : text + 1, : lengths[text]])[0]
                 if text < pairs and needs_best_next(self.objective, self.step):
                     best[text] = best_logits(logits[0, 1:], len(self.processing_class))
-        token_scores = pad_sequence([before[text] for text in range(len(ids))], batch_first=True)
+        found = torch.cat([before[text] for text in range(len(ids))])
+        token_scores = found.new_zeros(inside.shape).masked_scatter(inside, found)
         scores = pair_scores(self.prefix_scores(token_scores, inside), completions, inside)
         if best:
-            rows = [best[text] for text in range(pairs)]
-            width = inside.shape[1]
-            scores.best_next = torch.stack([pad(row, (0, width - len(row))) for row in rows])
-        last = inside.sum(-1, keepdim=True) - 1
-        outputs.logits = torch.cat([scores.chosen, scores.rejected]).gather(-1, last)
+            after = torch.cat([best[text] for text in range(pairs)])
+            scores.best_next = after.new_zeros(scores.chosen.shape).masked_scatter(scores.chosen_mask, after)
+        sides = (scores.chosen, scores.chosen_mask), (scores.rejected, scores.rejected_mask)
+        outputs.logits = torch.cat([last_score(*side) for side in sides])[:, None]
         return scores, outputs
 
     def token_scores(

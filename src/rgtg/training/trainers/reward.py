@@ -384,11 +384,10 @@ def score_every_position(
         if not recorded:
             raise UsageError("the model's scalar head cannot be observed (torch_compile?); train without it")
         texts |= {text: recorded[-1][row, columns, 0] for text, row, columns in part.texts}
-    found = torch.cat([texts[i] for i in range(len(ids))])
-    every = found.new_zeros(ids.shape).masked_scatter(mask.bool(), found)
-    last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)  # (rows,) column of the last token
-    outputs.logits = every.gather(-1, last[:, None])
-    return every, outputs
+    rows = [texts[i] for i in range(len(ids))]
+    outputs.logits = torch.stack([scores[-1] for scores in rows])[:, None]
+    found = torch.cat(rows)
+    return found.new_zeros(ids.shape).masked_scatter(mask.bool(), found), outputs
 
 
 def whole_passes(ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length"], limit: int | None) -> list[Pass]:
@@ -399,14 +398,18 @@ def whole_passes(ids: Int[Tensor, "rows length"], mask: Int[Tensor, "rows length
         mask: 1 on tokens.
         limit: padded tokens of one pass; None reads the batch in one.
     """
+    starts, lengths = mask.long().argmax(-1).tolist(), mask.sum(-1).tolist()
     passes = []
-    for group in groups_by_length(mask.sum(-1).tolist(), limit):
+    for group in groups_by_length(lengths, limit):
+        first, end = min(starts[i] for i in group), max(starts[i] + lengths[i] for i in group)
         index = torch.tensor(group, device=ids.device)
-        used = mask[index].any(0).nonzero()[:, 0]
-        window = slice(int(used[0]), int(used[-1]) + 1)
-        part, inside = ids[index, window], mask[index, window]
-        inputs = {"input_ids": part, "attention_mask": inside, "use_cache": False, **position_ids(inside)}
-        passes.append(Pass(inputs, [(i, row, inside[row].nonzero()[:, 0]) for row, i in enumerate(group)]))
+        inside = mask[index, first:end]
+        inputs = {"input_ids": ids[index, first:end], "attention_mask": inside, "use_cache": False}
+        texts = [
+            (i, row, torch.arange(starts[i] - first, starts[i] - first + lengths[i], device=ids.device))
+            for row, i in enumerate(group)
+        ]
+        passes.append(Pass(inputs | position_ids(inside), texts))
     return passes
 
 
