@@ -3,7 +3,8 @@
     python benchmarks/train.py --states --base SMOLLM --pairs helpful-base.test.jsonl.gz [--count 2000]
         [--dtype float32] [--output FILE]
 
-HH dialogues are read as chats with the base's template. "whole" reads each completion with its prompt in a row of its
+HH dialogues are read as chats with the base's template, whose own system message all prompts share; it is read once for
+all. "whole" reads each completion with its prompt in a row of its
 own, in batches of the same number of tokens; "whole-8192" does so in batches of 8,192 tokens, as rgtg did before it
 packed rows. They alternate on slices of the pairs. Times are CPU seconds of the process, so
 that other work on the machine matters less. A few pairs are read in fp32 too, and compared with rows that are read
@@ -25,6 +26,7 @@ import torch
 
 from rgtg.data.pairs import read_pairs, tokenize_pairs
 from rgtg.models.loading.policy import load_policy
+from rgtg.models.ops.tree_attention import shared_length
 from rgtg.training.data import state_cache
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -54,16 +56,16 @@ def read_chats(path: str, tokenizer, max_length: int, count: int):
 
 def run(model, pairs, layer: int, how: str):
     """States of pairs and the CPU seconds they took."""
-    before = state_cache.reads_packed_rows, state_cache.CPU_TOKENS
+    before = state_cache.reads_packed_rows, state_cache.reads_shared_prefix, state_cache.CPU_TOKENS
     if how != "packed":
-        state_cache.reads_packed_rows = lambda _model: False
-    state_cache.CPU_TOKENS = {"whole-8192": 8192, "alone": 1}.get(how, before[1])
+        state_cache.reads_packed_rows = state_cache.reads_shared_prefix = lambda _model: False
+    state_cache.CPU_TOKENS = {"whole-8192": 8192, "alone": 1}.get(how, before[2])
     try:
         start = time.process_time()
         cache = state_cache.cache_states(model, pairs, [layer], "vocab")
         return cache.states[layer], time.process_time() - start
     finally:
-        state_cache.reads_packed_rows, state_cache.CPU_TOKENS = before
+        state_cache.reads_packed_rows, state_cache.reads_shared_prefix, state_cache.CPU_TOKENS = before
 
 
 def summarise(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
@@ -96,7 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = read_chats(args.pairs, policy.tokenizer, args.max_length, args.count)
     whole = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     packed = whole - sum(len(pair.prompt_ids) for pair in pairs)
-    print(f"{len(pairs)} pairs, {whole} tokens with both sides whole, {packed} with each prompt once", flush=True)
+    shared = shared_length([pair.prompt_ids for pair in pairs])
+    once = packed - shared * (len(pairs) - 1)
+    print(f"{len(pairs)} pairs, {whole} tokens with both sides whole, {packed} with each prompt once, {once} with the "
+          f"{shared} tokens once with which all begin", flush=True)  # fmt: skip
     run(model, pairs[:2], layer, "packed")  # the load-time check, and caches of the libraries
 
     seconds = {"packed": [], "whole": [], "whole-8192": []}
@@ -115,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         + (f" --measured {args.measured}" if args.measured else "")
         + (f" --dtype {args.dtype}" if args.dtype != "bfloat16" else ""),
         "pairs": len(pairs), "slices": args.slices, "measured": args.measured or args.slices,
-        "tokens": {"whole": whole, "packed": packed},
+        "tokens": {"whole": whole, "each-prompt-once": packed, "packed": once},
         **summarise(seconds, "packed"),
         "fp32": {
             "pairs": len(few), "largest_state": largest,

@@ -149,7 +149,7 @@ def test_the_policy_runs_once_for_any_number_of_epochs(policy_folder, pairs_file
     monkeypatch.setattr(
         state_cache,
         "packed_states_of",
-        lambda model, rows, layers: read.extend(len(row.columns) for row in rows) or real(model, rows, layers),
+        lambda model, rows, *more: read.extend(len(row.columns) for row in rows) or real(model, rows, *more),
     )
     train_scorer(settings(policy_folder, pairs_file, tmp_path / "head", train={"num_train_epochs": 3}))
     assert sum(read) == 2 * 64

@@ -7,7 +7,15 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from helpers.tiny_models import CONFIGS, VOCAB, randomise, tiny_policy, tiny_reward_model
 from rgtg.models.ops.hidden_states import hidden_states_of
 from rgtg.models.ops.lm_head import final_states, trunk
-from rgtg.models.ops.tree_attention import pack_row, packed_inputs, packed_states_of, reads_packed_rows, visible_tokens
+from rgtg.models.ops.tree_attention import (
+    pack_row,
+    packed_inputs,
+    packed_states_of,
+    read_prefix,
+    reads_packed_rows,
+    reads_shared_prefix,
+    visible_tokens,
+)
 from rgtg.tokenization.padding import pad_right
 
 TEXTS = [
@@ -42,16 +50,21 @@ def bloom():
     )
 
 
-def require_equal_states(model, layers):
+PREFIX = [3, 60, 61, 5, 9, 1, 2, 33, 34]
+
+
+def require_equal_states(model, layers, prefix=()):
     rows = [pack_row(*text) for text in TEXTS]
-    packed = packed_states_of(model, rows, layers)
+    before = read_prefix(model, prefix) if prefix else None
+    for _ in range(2):  # a pass leaves the prefix as it was
+        packed = packed_states_of(model, rows, layers, before)
     for b, (prompt, completions) in enumerate(TEXTS):
         for c, completion in enumerate(completions):
-            ids = torch.tensor([[*prompt, *completion]])
+            ids = torch.tensor([[*prefix, *prompt, *completion]])
             plain = hidden_states_of(model, ids, torch.ones_like(ids), layers)
             for layer in layers:
                 found = packed[layer][b, rows[b].columns[c]]
-                torch.testing.assert_close(found, plain[layer][0], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(found, plain[layer][0, len(prefix) :], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -59,6 +72,8 @@ def test_states_equal_those_of_rows_of_their_own(family):
     model = tiny_policy(family)
     assert reads_packed_rows(model)
     require_equal_states(model, [1, 2])
+    assert reads_shared_prefix(model)
+    require_equal_states(model, [1, 2], PREFIX)
 
 
 def test_layers_with_and_without_a_window_have_masks_of_their_own():
@@ -66,11 +81,21 @@ def test_layers_with_and_without_a_window_have_masks_of_their_own():
     assert reads_packed_rows(model)
     assert set(packed_inputs(model, [pack_row(*TEXTS[0])])["attention_mask"]) == {"sliding_attention", "full_attention"}
     require_equal_states(model, [2, 4])
+    require_equal_states(model, [2, 4], PREFIX)
 
 
 @pytest.mark.parametrize("build", [mamba, bloom])
 def test_models_that_take_no_mask_are_found(build):
-    assert not reads_packed_rows(build())
+    model = build()
+    assert not reads_packed_rows(model)
+    assert not reads_shared_prefix(model)
+
+
+def test_embeddings_that_depend_on_the_length_read_every_prompt_whole():
+    model = tiny_policy()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert reads_packed_rows(model)
+    assert not reads_shared_prefix(model)
 
 
 def test_a_probe_leaves_a_model_in_training_mode():
@@ -106,5 +131,7 @@ def test_each_token_attends_to_what_is_shared_and_to_its_own_completion():
     assert full == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     windowed = visible_tokens(positions, parts, 2)[0].int().tolist()
     assert windowed == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]]
+    later = visible_tokens(positions, parts, 3, 2)[0].int().tolist()  # after a prefix of two tokens
+    assert later == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 1]]
     padded = visible_tokens(torch.tensor([[0, 0]]), torch.tensor([[0, -1]]), 1)[0].int().tolist()
     assert padded == [[1, 0], [1, 1]]  # padding attends to itself too: no row of the mask is empty

@@ -26,8 +26,8 @@ def read(monkeypatch):
     monkeypatch.setattr(
         state_cache,
         "packed_states_of",
-        lambda model, rows, layers: (
-            found["packed"].append(sum(len(row.ids) for row in rows)) or packed(model, rows, layers)
+        lambda model, rows, *more: (
+            found["packed"].append(sum(len(row.ids) for row in rows)) or packed(model, rows, *more)
         ),
     )
     monkeypatch.setattr(
@@ -41,6 +41,7 @@ def whole(monkeypatch, model, units, layers, kind):
     """States with every completion in a row of its own."""
     with monkeypatch.context() as patched:
         patched.setattr(state_cache, "reads_packed_rows", lambda _model: False)
+        patched.setattr(state_cache, "reads_shared_prefix", lambda _model: False)
         return cache_states(model, units, layers, kind)
 
 
@@ -80,6 +81,50 @@ def test_a_model_without_masks_reads_every_completion_in_a_row_of_its_own(read):
     ids = torch.tensor([[*PAIRS[0].prompt_ids, *PAIRS[0].chosen_ids]])
     expected = model(ids, output_hidden_states=True).hidden_states[-1][0, 5:]
     torch.testing.assert_close(cache.completion(2, 0)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+SYSTEM = [0, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60]
+
+
+@pytest.mark.parametrize("kind", ["state", "vocab"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_system_message_is_read_once_for_all_pairs(monkeypatch, read, kind, family):
+    monkeypatch.setattr(state_cache, "CPU_TOKENS", 16)
+    units = [
+        TokenizedPair([*SYSTEM, *pair.prompt_ids], pair.chosen_ids, pair.rejected_ids) for pair in PAIRS
+    ] + [TokenizedRollout([*SYSTEM, 0, 9], [3, 4, 2], 1.0)]  # fmt: skip
+    model = tiny_policy(family)
+    found = cache_states(model, units, [1, 2], kind)
+    # the three rows lack token 0 too, which all prompts share; a row of one completion is read after the prefix as well
+    assert sum(read["packed"]) == (5 + 6 + 2 + 7 + 5 + 6) - 3 + (1 + 3)
+    assert read["plain"] == []
+    expected = whole(monkeypatch, model, units, [1, 2], kind)
+    for layer in (1, 2):
+        torch.testing.assert_close(found.states[layer], expected.states[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_equal_prompts_keep_their_last_token(monkeypatch, read):
+    units = [TokenizedPair(SYSTEM, [7 + i, 2], [20 + i, 9, 2]) for i in range(3)]
+    model = tiny_policy()
+    found = cache_states(model, units, [2], "vocab")
+    assert sum(read["packed"]) == 2 * 1 + 3 * 5  # rows of four completions, each with the last token of the prompt
+    expected = whole(monkeypatch, model, units, [2], "vocab")
+    torch.testing.assert_close(found.states[2], expected.states[2], atol=1e-5, rtol=1e-5)
+
+
+def test_states_saved_with_a_system_message_are_continued(monkeypatch, tmp_path, read):
+    monkeypatch.setattr(state_cache, "CPU_TOKENS", 16)
+    monkeypatch.setattr(state_cache, "SAVE_SECONDS", 0.0)
+    units = [TokenizedPair([*SYSTEM, *p.prompt_ids], p.chosen_ids, p.rejected_ids) for p in PAIRS]
+    model = tiny_policy()
+    expected = cache_states(model, units, [2], "vocab")
+    passes = len(read["packed"])
+    with pytest.raises(Stopped):
+        cache_states(model, units, [2], "vocab", folder=tmp_path, progress=stop_after(1))
+    read["packed"].clear()
+    found = cache_states(model, units, [2], "vocab", folder=tmp_path)
+    assert 0 < len(read["packed"]) == passes - 1
+    assert torch.equal(found.states[2], expected.states[2])
 
 
 class Stopped(Exception):

@@ -3,6 +3,9 @@
 The columns of a packed row are the prompt, the tokens with which all its completions begin, and then the rest of each
 completion in turn, so that one forward pass reads the prompt once. A completion attends to the shared columns and to
 itself, at the positions it has in a row of its own, so its states are those of a row of its own.
+
+Tokens with which all rows begin, such as a system message, are read once for all passes: a `SharedPrefix` holds their
+keys and values.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from rgtg.models.loading.engine_model import ReadableModel
 from rgtg.models.ops.attention import SINGLE_QUERY_ATTENTION
@@ -24,6 +28,7 @@ from rgtg.models.ops.lm_head import trunk
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 SHARED, PADDING = 0, -1  # parts of a row; the rest of completion c is part c + 1
 _reads_packed: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+_reads_prefix: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def pack_row(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Pac
         >>> [columns.tolist() for columns in row.columns]
         [[0, 1, 2, 3], [0, 1, 2, 4, 5]]
     """
-    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*completions, strict=False)))
+    common = shared_length(completions)
     shared = [*prompt, *completions[0][:common]]
     ids, positions, parts, columns = list(shared), list(range(len(shared))), [SHARED] * len(shared), []
     for part, completion in enumerate(completions, start=1):
@@ -65,40 +70,86 @@ def pack_row(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Pac
     return PackedRow(torch.tensor(ids), torch.tensor(positions), torch.tensor(parts), columns)
 
 
-def packed_inputs(model: Any, rows: Sequence[PackedRow]) -> dict[str, Any]:
-    """The keyword arguments with which a model reads packed rows, padded on the right, on its device."""
-    ids = pad_sequence([row.ids for row in rows], batch_first=True)  # (B, L)
-    positions = pad_sequence([row.positions for row in rows], batch_first=True)
-    parts = pad_sequence([row.parts for row in rows], batch_first=True, padding_value=PADDING)
-    device = model.device
-    return {
-        "input_ids": ids.to(device),
-        "position_ids": positions.to(device),
-        "attention_mask": attention_masks(model, positions.to(device), parts.to(device)),
-        "use_cache": False,
-    }
+def shared_length(texts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all texts begin.
+
+    Example:
+        >>> shared_length([[5, 6, 7], [5, 6], [5, 6, 8]])
+        2
+    """
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
+
+
+class SharedPrefix(DynamicCache):  # type: ignore[misc]
+    """Keys and values of the N tokens with which every row begins. Passes read them and add nothing."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: the first pass fills it, later ones append theirs to a copy."""
+        if layer_idx >= len(self.layers):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        layer, rows = self.layers[layer_idx], len(key_states)
+        keys, values = (held.expand(rows, -1, -1, -1) for held in (layer.keys, layer.values))
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 @torch.no_grad()
-def packed_states_of(model: Any, rows: Sequence[PackedRow], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Hidden states (B, L, H) of several layers, in one pass of the trunk over packed rows."""
+def read_prefix(model: Any, tokens: Sequence[int]) -> SharedPrefix:
+    """Read the tokens with which every row begins."""
+    prefix = SharedPrefix()
+    trunk(model)(torch.tensor([list(tokens)], device=model.device), past_key_values=prefix, use_cache=True)
+    return prefix
+
+
+def packed_inputs(model: Any, rows: Sequence[PackedRow], prefix: SharedPrefix | None = None) -> dict[str, Any]:
+    """The keyword arguments with which a model reads packed rows, padded on the right, on its device.
+
+    Args:
+        model: that reads them.
+        rows: without the tokens of ``prefix``.
+        prefix: the tokens before every row, if they were read.
+    """
+    ids = pad_sequence([row.ids for row in rows], batch_first=True)  # (B, L)
+    positions = pad_sequence([row.positions for row in rows], batch_first=True)
+    parts = pad_sequence([row.parts for row in rows], batch_first=True, padding_value=PADDING)
+    device, before = model.device, prefix.get_seq_length() if prefix is not None else 0
+    return {
+        "input_ids": ids.to(device),
+        "position_ids": (positions + before).to(device),
+        "attention_mask": attention_masks(model, positions.to(device), parts.to(device), before),
+        "use_cache": prefix is not None,
+    } | ({"past_key_values": prefix} if prefix is not None else {})
+
+
+@torch.no_grad()
+def packed_states_of(
+    model: Any, rows: Sequence[PackedRow], layers: Sequence[int], prefix: SharedPrefix | None = None
+) -> dict[int, Tensor]:
+    """Hidden states (B, L, H) of several layers, in one pass of the trunk over packed rows; see `packed_inputs`."""
     if isinstance(model, ReadableModel):
         return model.packed_states([(row.ids, row.positions, row.parts) for row in rows], layers)
     with capture_hidden_states(model, layers) as states:
-        trunk(model)(**packed_inputs(model, rows))
+        trunk(model)(**packed_inputs(model, rows, prefix))
     return dict(states)
 
 
 def attention_masks(
-    model: Any, positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"]
+    model: Any, positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"], before: int = 0
 ) -> Tensor | dict[str, Tensor]:
-    """The 4-D mask (B, 1, L, L) of packed rows, or one for each kind of attention layer if there are several.
+    """The 4-D mask (B, 1, L, N + L) of packed rows, or one for each kind of attention layer if there are several.
 
     Masks are booleans for ``sdpa``, which converts them in any dtype (autocast included), and additive for ``eager``.
+
+    Args:
+        model: that reads the rows.
+        positions: as in `PackedRow`.
+        parts: as in `PackedRow`, ``PADDING`` at padding.
+        before: tokens N of a shared prefix before every row.
     """
     masks = {}
     for kind, window in mask_windows(model.config).items():
-        masks[kind] = visible_tokens(positions, parts, window)[:, None]
+        masks[kind] = visible_tokens(positions, parts, window, before)[:, None]
         if model.config._attn_implementation == "eager":
             hidden = ~masks[kind]
             masks[kind] = torch.zeros(hidden.shape, dtype=model.dtype, device=hidden.device)
@@ -107,8 +158,8 @@ def attention_masks(
 
 
 def visible_tokens(
-    positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"], window: int | None
-) -> Bool[Tensor, "batch length length"]:
+    positions: Int[Tensor, "batch length"], parts: Int[Tensor, "batch length"], window: int | None, before: int = 0
+) -> Bool[Tensor, "batch length columns"]:
     """``[b, i, j]``: token i attends to token j, that is j is not later, and is shared or of the same completion.
 
     Padding attends to padding, so that no row of the mask is empty.
@@ -117,6 +168,7 @@ def visible_tokens(
         positions: of each token.
         parts: as in `PackedRow`, ``PADDING`` at padding.
         window: of sliding attention, in tokens; None attends to everything.
+        before: tokens N of a shared prefix, which are the first columns; ``positions`` count from its end.
     """
     length = parts.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=parts.device).tril()
@@ -124,6 +176,10 @@ def visible_tokens(
     if window is not None:
         near = positions[..., None] - positions[:, None] < window
         visible &= near | torch.eye(length, dtype=torch.bool, device=parts.device)
+    if before:
+        distance = positions[..., None] - torch.arange(-before, 0, device=parts.device)  # (B, L, N)
+        near = distance < window if window is not None else torch.ones_like(distance, dtype=torch.bool)
+        visible = torch.cat([near, visible], -1)
     return visible
 
 
@@ -145,6 +201,25 @@ def packing_pays(hidden: int, prompt: int, completions: Sequence[int]) -> bool:
     packed = (prompt + sum(completions)) ** 2
     plain = sum((prompt + completion) ** 2 for completion in completions) / 2
     return 6 * hidden * prompt * (len(completions) - 1) > packed - plain
+
+
+def prefix_pays(hidden: int, prefix: int, rows: Sequence[int]) -> bool:
+    """Whether reading a shared prefix once saves more multiplications than the masks of rows of their own add.
+
+    See `packing_pays`; rows of several completions have masks anyway and always save.
+
+    Args:
+        hidden: size H of the model.
+        prefix: tokens of the prefix.
+        rows: tokens of each row after it.
+
+    Example:
+        >>> prefix_pays(576, 24, [180] * 9), prefix_pays(576, 24, [1000] * 9)
+        (True, False)
+    """
+    masked = sum(row * (row + prefix) for row in rows)
+    plain = sum((row + prefix) ** 2 for row in rows) / 2
+    return 6 * hidden * prefix * (len(rows) - 1) > masked - plain
 
 
 def groups_by_length(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -180,19 +255,42 @@ def reads_packed_rows(model: Any) -> bool:
     return _reads_packed[model]
 
 
+def reads_shared_prefix(model: Any) -> bool:
+    """Whether a model reads packed rows after a `SharedPrefix` exactly.
+
+    Models whose rotary embeddings depend on the length of a text (dynamic, longrope) do not.
+    """
+    if isinstance(model, ReadableModel) or not reads_packed_rows(model):
+        return False
+    if model not in _reads_prefix:
+        _reads_prefix[model] = not _rotates_by_length(model.config) and _probe_agrees(model, before=3)
+    return _reads_prefix[model]
+
+
+def _rotates_by_length(config: Any) -> bool:
+    """Whether keys of the same token and position differ between short and long texts."""
+    return "longrope" in (said := repr(getattr(config.get_text_config(), "rope_parameters", None))) or "dynamic" in said
+
+
 @torch.inference_mode()
-def _probe_agrees(model: Any) -> bool:
-    """Compare final states of two packed rows with those of plain rows: a model that misreads the mask differs."""
+def _probe_agrees(model: Any, before: int = 0) -> bool:
+    """Compare final states of two packed rows with those of plain rows: a model that misreads the mask differs.
+
+    Args:
+        model: to be checked.
+        before: tokens of a shared prefix before the rows.
+    """
     training = model.training
     model.eval()  # no dropout
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [(7 * i + 3) % vocabulary for i in range(12)]
     texts = [(ids[:4], [ids[4:7], ids[6:11]]), (ids[2:4], [ids[7:9], ids[7:8] + ids[1:3]])]
-    rows = [pack_row(*text) for text in texts]
+    rows, first = [pack_row(*text) for text in texts], ids[9 : 9 + before]
     try:
-        packed = trunk(model)(**packed_inputs(model, rows)).last_hidden_state
-        whole = [torch.tensor([*prompt, *ends], device=model.device) for prompt, both in texts for ends in both]
-        plain = [trunk(model)(text[None], use_cache=False).last_hidden_state[0] for text in whole]
+        prefix = read_prefix(model, first) if before else None
+        packed = trunk(model)(**packed_inputs(model, rows, prefix)).last_hidden_state
+        whole = [torch.tensor([*first, *prompt, *ends], device=model.device) for prompt, both in texts for ends in both]
+        plain = [trunk(model)(text[None], use_cache=False).last_hidden_state[0, before:] for text in whole]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
     finally:

@@ -27,11 +27,16 @@ from rgtg.errors import OutputError
 from rgtg.models.loading.scorer_info import fingerprint_weights
 from rgtg.models.ops.hidden_states import hidden_states_of
 from rgtg.models.ops.tree_attention import (
+    SharedPrefix,
     groups_by_length,
     pack_row,
     packed_states_of,
     packing_pays,
+    prefix_pays,
+    read_prefix,
     reads_packed_rows,
+    reads_shared_prefix,
+    shared_length,
 )
 from rgtg.models.scorers.hidden_state_head import prefix_states
 from rgtg.tokenization.padding import pad_right
@@ -42,6 +47,7 @@ MEMORY_LIMIT = 2**30  # bytes
 TOKENS = 8192  # padded tokens in one forward pass of the policy
 CPU_TOKENS = 1024  # on a CPU, whose caches hold the activations of these: 1.6 times as fast as 8192
 COMPLETIONS = 4  # of one prompt in a row; with more, attention to tokens that are masked costs more than it saves
+PREFIX = 8  # tokens with which all prompts begin; fewer are read with each prompt
 RECORD = "states.json"
 SAVE_SECONDS = 20.0  # between two records of saved states
 
@@ -87,6 +93,8 @@ def cache_states(
 ) -> StateCache:
     """Run the policy once over every completion; completions of the same prompt share one reading of it.
 
+    The tokens with which all prompts begin (a system message) are read once for all, if the model can read them so.
+
     Args:
         model: the policy's causal LM.
         units: token ids of pairs, or of single completions.
@@ -103,16 +111,20 @@ def cache_states(
     rows = [row for unit in units for row in unit.rows]
     starts = [0, *np.cumsum([len(completion) for _, completion in rows]).tolist()]
     cache = StateCache(torch.tensor([token for _, completion in rows for token in completion]), starts)
+    rows, prefix = _without_prefix(rows, model)
     batches = list(_batches(rows, model))
     # 1. what an earlier call has computed
-    saved = SavedStates(folder, _identity(model, rows, layers, kind, batches)) if folder is not None else None
+    identity = _identity(model, prefix, rows, layers, kind, batches)
+    saved = SavedStates(folder, identity) if folder is not None else None
     first = saved.restore(cache) if saved is not None else 0
     done = sum(len(same) for part in batches[:first] for row in part for same in row)
     if progress is not None and done:
         progress(done, len(rows))
+    before = read_prefix(model, prefix) if prefix and first < len(batches) else None
     for number, part in enumerate(batches[first:], start=first):
         # 2. one forward pass over rows of similar length
-        read, columns = _read(model, [[rows[same[0]] for same in row] for row in part], list(layers))  # (B, L, H)
+        texts = [[rows[same[0]] for same in row] for row in part]
+        read, columns = _read(model, texts, list(layers), before)  # (B, L, H)
         if not cache.states:
             _allocate(cache, read, memory_limit, saved)
         # 3. keep the states at the completions' tokens
@@ -136,7 +148,10 @@ def cache_states(
 
 
 def _read(
-    model: Any, groups: Sequence[Sequence[tuple[list[int], list[int]]]], layers: list[int]
+    model: Any,
+    groups: Sequence[Sequence[tuple[list[int], list[int]]]],
+    layers: list[int],
+    prefix: SharedPrefix | None,
 ) -> tuple[dict[int, Tensor], list[tuple[int, Tensor]]]:
     """States (B, L, H) by layer of completions, and the row and columns (P + T,) of each.
 
@@ -144,14 +159,31 @@ def _read(
         model: the policy's causal LM.
         groups: (prompt, completion) by row; those of one row have the same prompt.
         layers: whose states are read.
+        prefix: the tokens before every prompt, if they were read.
     """
-    if all(len(group) == 1 for group in groups):
+    if prefix is None and all(len(group) == 1 for group in groups):
         whole = [[*prompt, *completion] for group in groups for prompt, completion in group]
         states = hidden_states_of(model, *pad_right(whole, 0, model.device), layers)
         return states, [(b, torch.arange(len(text))) for b, text in enumerate(whole)]
     packed = [pack_row(group[0][0], [completion for _, completion in group]) for group in groups]
-    states = packed_states_of(model, packed, layers)
+    states = packed_states_of(model, packed, layers, prefix)
     return states, [(b, columns) for b, row in enumerate(packed) for columns in row.columns]
+
+
+def _without_prefix(
+    rows: list[tuple[list[int], list[int]]], model: Any
+) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+    """Completions whose prompts lack the tokens with which all begin, and these tokens; none if it does not pay.
+
+    The last token of every prompt stays: a completion's first vocabulary state is read there.
+    """
+    prompts = [prompt for prompt, _ in rows]
+    shared = min([shared_length(prompts), *(len(prompt) - 1 for prompt in prompts)])
+    lengths = [len(prompt) - shared + len(completion) for prompt, completion in rows]
+    hidden = int(model.config.get_text_config().hidden_size)
+    if shared < PREFIX or not prefix_pays(hidden, shared, lengths) or not reads_shared_prefix(model):
+        return rows, []
+    return [(prompt[shared:], completion) for prompt, completion in rows], prompts[0][:shared]
 
 
 def _batches(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> Iterator[list[list[list[int]]]]:
@@ -189,10 +221,11 @@ def _groups(rows: Sequence[tuple[list[int], list[int]]], model: Any) -> list[lis
 
 
 def _identity(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], layers: Sequence[int], kind: str, batches: Any
-) -> str:
+    model: Any, prefix: list[int], rows: Sequence[tuple[list[int], list[int]]], layers: Sequence[int], kind: str,
+    batches: Any,
+) -> str:  # fmt: skip
     """A hash of everything that decides the states and the order in which they are computed."""
-    digest = hashlib.sha256(f"{fingerprint_weights(model)} {model.dtype} {list(layers)} {kind}".encode())
+    digest = hashlib.sha256(f"{fingerprint_weights(model)} {model.dtype} {list(layers)} {kind} {prefix}".encode())
     for prompt, completion in rows:
         digest.update(array("q", [len(prompt), *prompt, *completion]).tobytes())
     digest.update(repr([len(part) for part in batches]).encode())
