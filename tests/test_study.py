@@ -151,6 +151,20 @@ def test_reward_is_compared_at_the_policys_length() -> None:
     assert tables.length_effect({}) == (None, None)
 
 
+def test_accuracy_by_position_is_a_line_of_each_audited_scorer() -> None:
+    places = [{"position": i / 10, "accuracy": {"mean": i / 20}} for i in range(1, 11)]
+    verdict = (
+        "Weak on prefixes: over the first half of completions it orders 57.6% of prefixes correctly (53.8% to 61.3%), "
+        "on whole ones 68.0%."
+    )
+    found = {"pairs": 200, "by_fraction": places, "full_accuracy": {"mean": 0.68}, "verdict": verdict}
+    cells = [{"gold": "dialogue", "seed": 1, "audits": {"prefix-bt": found}}, {"gold": "plain", "seed": 0}]
+    *_, line = tables.audits(cells, "dialogue").splitlines()
+    assert line.startswith("| prefix-bt (seed 1, 200 pairs) | 0.05 | 0.10 |")
+    assert line.endswith("| 0.45 | 0.68 | 0.576 (0.538 to 0.613) |")
+    assert tables.audits(cells, "plain") == ""
+
+
 def test_self_rouge_is_one_for_equal_texts() -> None:
     same = {"texts": ["the cat sat", "a dog ran"]}
     assert tables.self_rouge([same, same]) == 1.0

@@ -77,7 +77,7 @@ def run_cell(world, names, passes, models):
 def audit_row(world, row, models):
     """Audit the scorers of a row on pairs that nothing was trained on."""
     for name in row.scorers:
-        if name in scorers.PREFIX_SCORERS and world.held_out:
+        if world.held_out:
             found = scorers.audit(world, models.policy(world, None), name)
             print(f"{world.gold_name} s{world.seed} {name}: {found['verdict']}", flush=True)
 

@@ -51,8 +51,6 @@ SCORERS = {
     "cumulative-mse": {"objective": "cumulative-mse", "rollouts": True},
     "tcrm": {"objective": "tcrm"},
 }
-# Those that order the sides of a pair; the others estimate rewards, or are language models.
-PREFIX_SCORERS = set(SCORERS) - {"autoregressive", "value", "value-head", "cumulative-mse"}
 TUNED = {
     "sft": ("sft", {}),
     **{f"{kind} β={b}": (kind, {"beta": b}) for kind, betas in FINE.items() for b in betas},

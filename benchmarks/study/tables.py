@@ -1,6 +1,7 @@
 """From part files to the committed JSON, its tables in Markdown, and the figure."""
 
 import json
+import re
 from itertools import combinations
 
 import numpy as np
@@ -23,6 +24,7 @@ BASE = {"toy": "pargs", "real": "pargs, state head"}  # the row that others are 
 REAL_GOLDS = [gold for track in REAL for gold in GOLD_NAMES[track]]
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
 DRAWN = ("policy", "best-of-n", "guided", "heads", "fine-tuned", "newer")
+HALF = re.compile(r"first half of completions it orders ([\d.]+)% of prefixes correctly \(([\d.]+)% to ([\d.]+)%\)")
 MOST_DRAWN = 45.0  # nats, in the figure
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
 EQUAL_KL |= dict.fromkeys(REAL, (12.0, 16.0, 20.0))
@@ -119,7 +121,7 @@ def summarise(cells, gold, targets):
         }  # fmt: skip
         if row.group == "fine-tuned":
             line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
-        for name, key in ((first, "less_pargs"), ("dpo", "less_dpo")):
+        for name, key in ((first, "less_pargs"), ("dpo", "less_dpo"), ("policy", "less_policy")):
             base = stack(parts, tuned, name, "rewards", seeds)
             if base is not None and row.name != name:
                 line[key] = paired(rewards, base)
@@ -201,7 +203,14 @@ def markdown(gold, lines, targets):
     head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
             "MB per token", f"less {BASE['real' if real else 'toy']} (95 %; p)"]  # fmt: skip
     if real:
-        head += ["at the policy's length", "tokens", "perplexity", "distinct bigrams", "self-ROUGE"]
+        head += [
+            "less the policy (95 %)",
+            "at the policy's length",
+            "tokens",
+            "perplexity",
+            "distinct bigrams",
+            "self-ROUGE",
+        ]
     fewer = lambda i, line: f", {i['seeds']} seed" if i and i["seeds"] < len(line["seeds"]) else ""  # noqa: E731
     text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
@@ -215,10 +224,27 @@ def markdown(gold, lines, targets):
                  f"{show(less)}; {less['p_holm']:.3g}" if less else "–"]  # fmt: skip
         if real:
             again = f"{line['self_rouge']:.2f}" if line["self_rouge"] else "–"
-            cells += [show(line["at_policy_length"]), f"{line['length']:.1f}", f"{line['perplexity']:.1f}",
-                      f"{line['distinct_2']:.2f}", again]  # fmt: skip
+            cells += [show(line.get("less_policy")), show(line["at_policy_length"]), f"{line['length']:.1f}",
+                      f"{line['perplexity']:.1f}", f"{line['distinct_2']:.2f}", again]  # fmt: skip
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
+
+
+def audits(cells, gold):
+    """Accuracy of every scorer by position on held-out pairs, a line for each seed; empty if none was audited."""
+    lines = []
+    for cell in (c for c in cells if c["gold"] == gold):
+        for name, found in cell.get("audits", {}).items():
+            half = HALF.search(found["verdict"])
+            by = [f"{p['accuracy']['mean']:.2f}" for p in found["by_fraction"]]
+            early = "{:.3f} ({:.3f} to {:.3f})".format(*(float(x) / 100 for x in half.groups())) if half else "–"
+            whole = f"{found['full_accuracy']['mean']:.2f}"
+            lines.append((f"{name} (seed {cell['seed']}, {found['pairs']} pairs)", *by[:9], whole, early))
+    if not lines:
+        return ""
+    head = ["scorer", *(f"{share} %" for share in range(10, 100, 10)), "whole", "first half (95 %)"]
+    rows = ["| " + " | ".join(row) + " |" for row in (head, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]]) + "\n"
 
 
 def plot(cells, golds, path, names):
@@ -249,7 +275,8 @@ def show(path, golds=None):
     cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"]]
     targets = EQUAL_KL[path.stem.split("-")[1]]
     golds = golds or list(dict.fromkeys(c["gold"] for c in cells))
-    print("\n".join(markdown(gold, summarise(cells, gold, targets), targets) for gold in golds))
+    for gold in golds:
+        print(markdown(gold, summarise(cells, gold, targets), targets), audits(cells, gold), sep="\n")
     return 0
 
 
@@ -290,5 +317,6 @@ def write(work, track, output):
     text = json.dumps(whole(json.loads(json.dumps(record, default=str))), separators=(",", ":"))
     write_text(output / f"study-{track}.json", text + "\n")
     plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group in DRAWN])
-    print("\n".join(markdown(gold, lines, targets) for gold, lines in tables.items()))
+    for gold, lines in tables.items():
+        print(markdown(gold, lines, targets), audits(cells, gold), sep="\n")
     return 0
