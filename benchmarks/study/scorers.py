@@ -145,7 +145,9 @@ def audit(world, policy, name):
     """Accuracy of a scorer by position on held-out pairs, as ``rgtg audit`` gives it; written once."""
     path = world.folder / "audits" / f"{name}.json"
     if not path.exists():
-        scorer = load(world, policy, name)
+        # an adapter alone, merged into its base: one that is joined to the policy scores candidates only
+        adapter = SCORERS[name].get("trunk") == "shared"
+        scorer = load_scorer(str(train(world, name)), device="cpu") if adapter else load(world, policy, name)
         pairs = world.folder / "held-out.jsonl"
         once(pairs, lambda: world.held_out[:AUDITED])
         result = audit_prefixes(scorer, pairs, batch_size=16)
