@@ -369,4 +369,5 @@ def test_committed_tables_come_out_of_the_committed_rows(name: str, capsys: Any)
     assert tables.show(path, [gold]) == 0
     rows = [line | {"self_rouge": None} for line in kept["tables"][gold]]  # it needs texts that are not published
     expected = tables.markdown(gold, rows, tables.EQUAL_KL[name.split("-")[1].split(".")[0]])
-    assert capsys.readouterr().out.strip() == expected.strip()
+    by_position = tables.audits(kept["cells"], gold)
+    assert capsys.readouterr().out.strip() == f"{expected}\n{by_position}".strip()
