@@ -130,6 +130,19 @@ def test_shared_states_equal_those_that_a_training_reads(tmp_path: Path, policy_
     assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing is read again"
 
 
+def test_shared_states_do_not_depend_on_what_was_read_before(tmp_path: Path, policy_folder: Path) -> None:
+    model = load_policy(str(policy_folder), dtype="bfloat16").model  # whose rounding depends on a batch's shape
+    prompt = [5, 6, 7]
+    units = [TokenizedPair(prompt, [8, 9], [10, 11, 12]), TokenizedPair([5, 9] * 9, [8] * 7, [8, 9])]
+    layers = [model.config.num_hidden_layers]
+    first, second = (shared_states.SharedStates(tmp_path / name) for name in ("a", "b"))
+    read = first.cache(model, units, layers, "state")
+    second.cache(model, [TokenizedPair(prompt, [10, 11, 12], [4])], layers, "state")  # labels of another seed
+    again = second.cache(model, units[::-1], layers, "state")
+    for c, same in enumerate([2, 3, 0, 1]):
+        assert torch.equal(read.completion(layers[0], c)[0], again.completion(layers[0], same)[0])
+
+
 def test_the_judges_agreement_is_told_for_all_pairs_and_for_sides_of_equal_length() -> None:
     class Longer:
         def score(self, texts: list[str]) -> list[float]:

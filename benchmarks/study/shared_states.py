@@ -39,13 +39,15 @@ class SharedStates:
         (layer,) = layers
         rows = [row for unit in units for row in unit.rows]
         missing = {self.path(row): row for row in rows if not self.path(row).exists()}
-        if missing:  # a token more at the end: its vocabulary state is the one of the last token
-            longer = [(prompt, [*completion, completion[-1]]) for prompt, completion in missing.values()]
-            read = cache_states(model, [_Rows(longer)], layers, "vocab", progress=more.get("progress"))
-            for i, path in enumerate(missing):
-                new = path.with_suffix(".new")
-                torch.save(read.completion(layer, i)[0].clone(), new)
-                new.replace(path)
+        # one at a time: in batches, rounding would depend on which texts another seed or label has read before
+        for done, (path, (prompt, completion)) in enumerate(missing.items()):
+            # a token more at the end: its vocabulary state is the one of the last token
+            read = cache_states(model, [_Rows([(prompt, [*completion, completion[-1]])])], layers, "vocab")
+            new = path.with_suffix(".new")
+            torch.save(read.completion(layer, 0)[0].clone(), new)
+            new.replace(path)
+            if more.get("progress"):
+                more["progress"](done + 1, len(missing))
         window = slice(1, None) if kind == "state" else slice(None, -1)
         states = torch.cat([torch.load(self.path(row), weights_only=True)[window] for row in rows])
         tokens = torch.tensor([token for _, completion in rows for token in completion])
