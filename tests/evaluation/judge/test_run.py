@@ -1,5 +1,6 @@
 """A judge behind a local server: both orders, ties, retries, answers without a verdict, and the cache."""
 
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from helpers.judge_server import serve
 from helpers.synthetic import write_rows
 from rgtg.config import JudgeSettings
 from rgtg.errors import DataError, EndpointError, MissingExtraError, UsageError
-from rgtg.evaluation.judge import client
+from rgtg.evaluation.judge import client, run
 from rgtg.evaluation.judge.run import estimate_calls, judge
 
 KEY = "sk-secret-0123456789"
@@ -125,6 +126,22 @@ def test_rejected_texts_do_not_stop_a_run_with_other_answers(tmp_path, sides):
             assert server.calls == calls
         assert len(found.result.failures) == 4
         assert found.result.matches[0].failed == 2
+
+
+def test_an_answer_that_is_there_counts_before_its_turn(tmp_path, sides, monkeypatch):
+    def refusals_first(asked):
+        futures = list(asked)
+        wait(futures)  # as_completed gives those that are done in any order
+        return sorted(futures, key=lambda future: future.result().fault != "refused")
+
+    def choosy(shown, number):
+        return prefers_good(shown, number) if "3" in shown[0] else (400, {"error": {"message": "too long"}})
+
+    monkeypatch.setattr(run, "as_completed", refusals_first)
+    for calls in (8, 6):  # in the second run, the answers are those of the first
+        with serve(choosy) as server:
+            assert len(judge(settings(tmp_path, server, sides)).result.failures) == 6
+            assert server.calls == calls
 
 
 def test_a_parameter_that_is_always_rejected_stops_the_run(tmp_path, sides):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,10 @@ class JudgeClient:
         with self._lock:
             self._paid.append(answer)
         return answer
+
+    def has_answer(self, conversations: Iterable[Sequence[Message]]) -> bool:
+        """Whether any of these conversations has an answer so far, from this run or an earlier one."""
+        return any(self.cache.get(request_key(self.settings, messages)) is not None for messages in conversations)
 
     def usage(self) -> JudgeUsage:
         """What this run paid for, and what it found in the cache."""

@@ -152,8 +152,9 @@ def _ask_all(
         for future in as_completed(asked):
             # 2. Collect a reply.
             reply = replies[asked[future]] = future.result()
-            # 3. Stop if the endpoint keeps failing. Refusals are about single texts, unless no call ever succeeded.
-            answered = answered or not reply.fault
+            # 3. Stop if the endpoint keeps failing. Refusals are about single texts, unless no call ever succeeded;
+            # calls that are done come in any order, so that three refusals may come before an answer that is there.
+            answered = answered or not reply.fault or client.has_answer(questions.values())
             if reply.fault == "failed" or (reply.fault and not answered):
                 failed_in_a_row += 1
             elif not reply.fault:
