@@ -368,6 +368,25 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
     assert pargs["scorer_calls_per_token"] == 1.0
     assert policy["less_pargs"]["mean"] == -2.0
     assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
+    *_, last = tables.differences({"g": [policy, pargs], "h": [policy]}, "less_policy").splitlines()
+    assert last == "| pargs | **2.00** (2.00 to 2.00) at 8.0; 1 seed | – |"
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
+    def part(row: str, reward: float) -> dict[str, Any]:
+        return {
+            "row": row, "value": None, "split": "test", "rewards": [reward, reward], "kl": [1.0, 1.0],
+            "tokens": [4, 4], "policy_calls": 8, "scorer_calls": 8, "policy_bytes": 1, "scorer_bytes": 1,
+            "seconds": 1.0, "proxy": None, "distinct_2": 1.0,
+        }  # fmt: skip
+
+    cells = [
+        {"gold": "g", "seed": 0, "rows": [part("policy", 1.0), part("sft", 2.0)]},
+        {"gold": "g", "seed": 1, "rows": [part("policy", 1.0), part("sft", 4.0), part("dpo", 7.0)]},
+    ]
+    _, sft, dpo = tables.summarise(cells, "g", (6.0,))
+    assert (sft["less_policy"]["mean"], sft["less_dpo"]["mean"], sft["less_dpo"]["seeds"]) == (2.0, -3.0, [-3.0])
+    assert dpo["less_policy"]["seeds"] == [6.0]
 
 
 TRACKS = [pytest.param("study-stories.json", marks=pytest.mark.slow), "study-demo.json", "study-human.json",
@@ -379,7 +398,7 @@ def test_committed_tables_come_out_of_the_committed_rows(name: str, capsys: Any)
     path = Path(__file__).parents[1] / "docs/results" / name
     kept = json.loads(path.read_text())
     gold = list(kept["tables"])[-1]
-    assert tables.show(path, [gold]) == 0
+    assert tables.show([path], [gold]) == 0
     rows = [line | {"self_rouge": None} for line in kept["tables"][gold]]  # it needs texts that are not published
     expected = tables.markdown(gold, rows, tables.EQUAL_KL[name.split("-")[1].split(".")[0]])
     by_position = tables.audits(kept["cells"], gold)

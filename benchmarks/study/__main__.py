@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--data", type=Path)
     parser.add_argument("--judge", help="folder of the encoder that the judge of human preferences starts from")
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--json", type=Path, help="tables of this committed JSON instead of WORK's")
+    parser.add_argument("--json", type=Path, nargs="+", help="tables of these committed JSONs instead of WORK's")
     parser.add_argument("--track", dest="of", choices=list(SIZES), help="whose tables or parts")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--golds", nargs="+")

@@ -1,4 +1,4 @@
-"""From part files to the committed JSON, its tables in Markdown, and the figure."""
+"""From part files to the committed JSON, and its tables in Markdown."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from rouge_score import rouge_scorer
 
 from rgtg import GuidedPolicy
 from rgtg.evaluation.metrics import holm
-from rgtg.evaluation.plots import COLOURS, new_figure
 from rgtg.evaluation.provenance import provenance
 from rgtg.models.loading.policy import load_policy
 from rgtg.utils.files import write_text
 
+from .figures import plot_positions, plot_rewards
 from .intervals import at_kl, interval, paired, reward_at_kl
 from .measure import FRONTIER
 from .record import named, restored, slim, spread, whole
@@ -21,11 +21,14 @@ from .rows import BY_NAME, REAL, ROWS, chosen
 from .worlds import GOLD_NAMES, read_rows
 
 BASE = {"toy": "pargs", "real": "pargs, state head"}  # the row that others are compared with
+# The row whose scorer differs in its objective only: it was trained on whole replies.
+WHOLE = {
+    "pargs": "args-sample", "pargs, adapter": "args-sample, adapter", "pargs, state head": "args-sample, state head",
+}  # fmt: skip
+COMPARED = {"less_policy": "less the policy", "less_whole": "prefixes less whole replies", "less_dpo": "less dpo"}
 REAL_GOLDS = [gold for track in REAL for gold in GOLD_NAMES[track]]
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
-DRAWN = ("policy", "best-of-n", "guided", "heads", "fine-tuned", "newer")
 HALF = re.compile(r"first half of completions it orders ([\d.]+)% of prefixes correctly \(([\d.]+)% to ([\d.]+)%\)")
-MOST_DRAWN = 45.0  # nats, in the figure
 EQUAL_KL = {"stories": (6.0, 8.0, 12.0, 16.0), "demo": (6.0, 8.0, 12.0, 16.0)}
 EQUAL_KL |= dict.fromkeys(REAL, (12.0, 16.0, 20.0))
 COMMANDS = {
@@ -121,10 +124,11 @@ def summarise(cells, gold, targets):
         }  # fmt: skip
         if row.group == "fine-tuned":
             line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
-        for name, key in ((first, "less_pargs"), ("dpo", "less_dpo"), ("policy", "less_policy")):
-            base = stack(parts, tuned, name, "rewards", seeds)
-            if base is not None and row.name != name:
-                line[key] = paired(rewards, base)
+        others = {"less_pargs": first, "less_dpo": "dpo", "less_policy": "policy", "less_whole": WHOLE.get(row.name)}
+        for key, name in others.items():
+            both = [s for s in seeds if s in tuned.get(name, {})]
+            if both and row.name != name:
+                line[key] = paired(*(stack(parts, tuned, n, "rewards", both) for n in (row.name, name)))
         if "less_pargs" in line:
             tests.append(line)
         lines.append(line)
@@ -247,36 +251,47 @@ def audits(cells, gold):
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]]) + "\n"
 
 
-def plot(cells, golds, path, names):
-    """Reward against KL: one panel per gold, means over seeds. A row has one colour and marker in all of them."""
-    figure, panels = new_figure(4.6 * len(golds), 5.6, columns=len(golds))
-    measured = {gold: arrays(cells, gold)[0] for gold in golds}
-    names, lines = [n for n in names if any(n in parts for parts in measured.values())], {}
-    for (gold, parts), axes in zip(measured.items(), np.atleast_1d(panels), strict=True):
-        for index, name in enumerate(names):
-            if name not in parts:
-                continue
-            points = []
-            for by_seed in parts[name].values():
-                cut = [{f: np.mean(p[f][:FRONTIER]) for f in ("kl", "rewards")} for p in by_seed.values()]
-                points.append(tuple(np.mean([p[f] for p in cut]) for f in ("kl", "rewards")))
-            x, y = zip(*sorted(p for p in points if p[0] <= MOST_DRAWN) or [(np.nan, np.nan)], strict=True)
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": "ox^sD*"[index // len(COLOURS)]}
-            lines[name] = axes.plot(x, y, markersize=4, label=name, **style)[0]
-        axes.set(xlabel="KL to the policy (nats)", ylabel="held-out reward", title=gold)
-    shown = [lines[name] for name in names]
-    figure.legend(handles=shown, fontsize=7, loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=140, metadata={"Software": ""})
+def differences(tables, key):
+    """Paired differences of every row to another one, a column for each gold.
+
+    Bold: the interval excludes 0. Cells in which the two rows share fewer than three seeds say so.
+
+    Args:
+        tables: by gold, the lines of ``summarise``.
+        key: a key of ``COMPARED``.
+    """
+    by_gold = {gold: {line["row"]: line for line in lines} for gold, lines in tables.items()}
+    text = [f"| {COMPARED[key]} (95 %) at KL | {' | '.join(by_gold)} |", "|" + "---|" * (len(by_gold) + 1)]
+    for name in BY_NAME:
+        cells = [difference(lines.get(name), key) for lines in by_gold.values()]
+        if set(cells) != {"–"}:
+            text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
 
 
-def show(path, golds=None):
-    """The tables again from the rows of a committed JSON, on stdout."""
-    record = json.loads(path.read_text())
-    cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"]]
-    targets = EQUAL_KL[path.stem.split("-")[1]]
-    golds = golds or list(dict.fromkeys(c["gold"] for c in cells))
-    for gold in golds:
-        print(markdown(gold, summarise(cells, gold, targets), targets), audits(cells, gold), sep="\n")
+def difference(line, key):
+    """One cell of ``differences``."""
+    if line is None or key not in line:
+        return "–"
+    less, seeds = line[key], len(line[key]["seeds"])
+    mean = f"{less['mean']:.2f}"
+    sure = f"**{mean}**" if less["low"] > 0 or less["high"] < 0 else mean
+    fewer = "" if seeds == 3 else f"; {seeds} seed{'s' * (seeds > 1)}"
+    return f"{sure} ({less['low']:.2f} to {less['high']:.2f}) at {line['kl']['mean']:.1f}{fewer}"
+
+
+def show(paths, golds=None):
+    """The tables again from the rows of committed JSONs, on stdout; of several, differences in all golds too."""
+    found = {}
+    for path in paths:
+        record = json.loads(path.read_text())
+        cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"]]
+        targets = EQUAL_KL[path.stem.split("-")[1]]
+        for gold in golds or dict.fromkeys(c["gold"] for c in cells):
+            found[gold] = summarise(cells, gold, targets)
+            print(markdown(gold, found[gold], targets), audits(cells, gold), sep="\n")
+    if len(paths) > 1:
+        print(*(differences(found, key) for key in COMPARED), sep="\n")
     return 0
 
 
@@ -316,7 +331,9 @@ def write(work, track, output):
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(whole(json.loads(json.dumps(record, default=str))), separators=(",", ":"))
     write_text(output / f"study-{track}.json", text + "\n")
-    plot(cells, golds, output / f"study-{track}.png", [r.name for r in ROWS if r.group in DRAWN])
+    plot_rewards({gold: arrays(cells, gold)[0] for gold in golds}, output / f"study-{track}.png")
+    if track == "human":
+        plot_positions(cells[0]["audits"], output / "study-human-positions.png")
     for gold, lines in tables.items():
         print(markdown(gold, lines, targets), audits(cells, gold), sep="\n")
     return 0
