@@ -80,7 +80,7 @@ def measure(world, row, value, prompts, models):
     original = original_log_probs(models.policy(world, None), done) if row.tuned else [c.policy_log_prob for c in done]
     bytes_of = models.bytes_of(world, row)
     return {
-        "format": FORMAT, "commit": commit(), "row": row.name, "key": key_of(row, value), "value": value,
+        "format": FORMAT, "commit": commit(), "cpu": cpu(), "row": row.name, "key": key_of(row, value), "value": value,
         "settings": settings,
         "seed": world.seed, "rewards": rounded(world.gold(done)), "proxy": rounded(models.proxy(world, done)),
         "perplexity": round(math.exp(-sum(original) / sum(len(c.token_ids) for c in done)), 3),
@@ -100,6 +100,14 @@ def measure(world, row, value, prompts, models):
 def commit():
     """The commit of the checkout when the process started."""
     return provenance(command="", settings={}, seed=None, models={}, data={}).git_commit
+
+
+@cache
+def cpu():
+    """What the processor can do that kernels are chosen by: in bf16 another choice rounds otherwise, and draws differ."""
+    able = torch.cpu.get_capabilities()
+    chosen_by = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx10_2")
+    return " ".join([able["architecture"], *(name for name in chosen_by if able.get(name))])
 
 
 def rounded(values):

@@ -30,6 +30,8 @@ def compare(world, key, output):
     part = measure(world, BY_NAME[committed["row"]], committed["value"], world.test, WithoutProxy())
     made = json.loads(json.dumps(slim(part | {"split": "test"}, private=False)))
     different = [name for name in SAME if made[name] != committed[name]]
+    if different and made["cpu"] != committed.get("cpu"):
+        print(f"measured on another processor: committed {committed.get('cpu', 'not recorded')}, now {made['cpu']}")
     for name in different:
         print(f"{name} differs: committed {str(committed[name])[:200]}, now {str(made[name])[:200]}")
     mean = sum(made["rewards"]) / len(made["rewards"])
