@@ -9,7 +9,8 @@ import pytest
 
 from helpers.gguf_files import write_gguf
 from helpers.llama_models import require_llama_cpp
-from rgtg.engines.llama_cpp.probe import require_readable
+from rgtg.engines.llama_cpp.library import library
+from rgtg.engines.llama_cpp.probe import may_repack, require_readable
 from rgtg.errors import ModelNotFoundError, RgtgError
 from rgtg.models.loading.policy import load_policy
 
@@ -100,6 +101,27 @@ def test_an_abort_of_the_library_is_a_message(whole, tmp_path, monkeypatch):
     path.write_bytes(whole + b"\0")  # another file: it is tried again
     with pytest.raises(ModelNotFoundError, match=r"llama.cpp cannot read .*: it ended the process \(-6\)"):
         require_readable(path)
+
+
+@pytest.mark.parametrize("code", [0, -11], ids=["work", "crash"])
+def test_weights_are_repacked_for_amx_only_where_its_kernels_work(whole, tmp_path, monkeypatch, code):
+    """Some compilers build llama.cpp's AMX kernels so that they end the process."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole)
+    commands = []
+
+    def ends(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, code, "", "")
+
+    monkeypatch.setattr(subprocess, "run", ends)
+    monkeypatch.setattr(library(), "llama_print_system_info", lambda: b"CPU : AVX512 = 1 | REPACK = 1 | ")
+    assert may_repack(path)
+    assert not commands, "without AMX nothing is tried"
+    monkeypatch.setattr(library(), "llama_print_system_info", lambda: b"CPU : AMX_INT8 = 1 | REPACK = 1 | ")
+    assert may_repack(path) is (code == 0)
+    assert may_repack(path) is (code == 0)
+    assert len(commands) == 1, "a file is tried once"
 
 
 @pytest.mark.slow

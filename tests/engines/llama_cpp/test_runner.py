@@ -110,8 +110,8 @@ def test_a_full_cache_grows_by_itself(monkeypatch):
     from rgtg.engines.llama_cpp.model import LlamaModel
 
     monkeypatch.setattr(context, "_FIRST_CELLS", 256)
-    path = tiny_llama_policy().model.name_or_path
-    model = LlamaModel(path, path, threads=1, exact=True)
+    path = tiny_llama_policy().model.path
+    model = LlamaModel(str(path), path, threads=1, exact=True)
     runner = model.runner(1, None)
     runner.prefill([list(range(3, 60)) for _ in range(4)])
     for _ in range(12):

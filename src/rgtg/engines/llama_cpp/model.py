@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rgtg.engines.llama_cpp.context import LlamaContext, Node
 from rgtg.engines.llama_cpp.library import first_error, forget_errors, library
-from rgtg.engines.llama_cpp.probe import require_readable
+from rgtg.engines.llama_cpp.probe import may_repack, require_readable
 from rgtg.engines.llama_cpp.runner import LlamaRunner
 from rgtg.engines.llama_cpp.vocabulary import require_same_tokens
 from rgtg.errors import ModelNotFoundError, UsageError
@@ -70,6 +70,7 @@ class LlamaModel(ReadableModel):
         self._lib = lib = library()
         self.name_or_path, self.path = source, path
         params = lib.llama_model_default_params()
+        params.use_extra_bufts = may_repack(path)
         if device is not None:
             params.n_gpu_layers = _gpu_layers(lib, torch.device(device))
         forget_errors()
