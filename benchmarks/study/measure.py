@@ -104,7 +104,7 @@ def commit():
 
 @cache
 def cpu():
-    """What the processor can do that kernels are chosen by: in bf16 another choice rounds otherwise, and draws differ."""
+    """What kernels are chosen by: on another kind of processor, bf16 rounds otherwise, and draws differ."""
     able = torch.cpu.get_capabilities()
     chosen_by = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx10_2")
     return " ".join([able["architecture"], *(name for name in chosen_by if able.get(name))])
