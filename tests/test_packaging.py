@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -113,3 +114,18 @@ def test_dockerfiles_copy_existing_files_and_pin_the_versions_of_make_setup(path
 
 def test_there_is_an_image_for_cpus_and_one_for_cuda():
     assert [path.suffix for path in DOCKERFILES] == [".cpu", ".cuda"]
+
+
+def test_every_extra_that_is_named_exists():
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    read = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for folder, kind in (("docs", "*.md"), ("src", "*.py"), ("examples", "*.py"), ("benchmarks", "*.py")):
+        read += (path for path in (ROOT / folder).rglob(kind) if path.parent.name != "decisions")
+    named = {
+        (extra, str(path.relative_to(ROOT)))
+        for path in read
+        for extras in re.findall(r"(?:rgtg|['\" ]\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    }
+    assert {extra for extra, _ in named} >= {"llama-cpp", "ray"}
+    assert not {(extra, path) for extra, path in named if extra not in declared}
