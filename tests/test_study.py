@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,9 @@ def test_reward_at_equal_kl_is_interpolated_between_two_strengths() -> None:
     assert intervals.at_kl([(4, 1.0), (8, 3.0)], 9) is None
     flat = [(np.full(5, k), np.full(5, r)) for k, r in ((4.0, 1.0), (8.0, 3.0))]
     assert intervals.reward_at_kl([flat, flat], 6.0) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    low = [(kl, reward - 0.5) for kl, reward in flat]
+    assert intervals.reward_at_kl([flat, low], 6.0, less=[low, low]) == {"mean": 0.25, "low": 0.0, "high": 0.5}
+    assert intervals.reward_at_kl([flat], 9.0, less=[flat]) is None
 
 
 def test_intervals_widen_with_seeds_that_disagree() -> None:
@@ -367,9 +371,33 @@ def test_tables_compare_rows_at_their_tuned_values() -> None:
     assert pargs["megabytes_per_token"] == 2.0
     assert pargs["scorer_calls_per_token"] == 1.0
     assert policy["less_pargs"]["mean"] == -2.0
-    assert "| pargs (1 seed) | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
+    assert "| pargs | 1 | 2 | 2.50" in tables.markdown("g", [policy, pargs], (6.0,))
     *_, last = tables.differences({"g": [policy, pargs], "h": [policy]}, "less_policy").splitlines()
     assert last == "| pargs | **2.00** (2.00 to 2.00) at 8.0; 1 seed | – |"
+
+
+def test_prefixes_are_compared_with_whole_replies_at_equal_kl() -> None:
+    def part(row: str, value: float | None, kl: float, reward: float) -> dict[str, Any]:
+        return {
+            "row": row, "value": value, "split": "test" if value in (None, 1.0) else "frontier", "kl": [kl, kl],
+            "rewards": [reward, reward], "tokens": [4, 4], "policy_calls": 8, "scorer_calls": 8, "policy_bytes": 1,
+            "scorer_bytes": 1, "seconds": 1.0, "proxy": None, "distinct_2": 1.0,
+        }  # fmt: skip
+
+    def cell(seed: int, strengths: list[float]) -> dict[str, Any]:
+        rows = [part("policy", None, 4.0, 1.0)]
+        for value in strengths:
+            rows += [part("pargs", value, 4 + 4 * value, 1 + 2 * value),
+                     part("args-sample", value, 4 + 8 * value, 1 + value)]  # fmt: skip
+        return {"gold": "g", "seed": seed, "rows": rows}
+
+    cells = [cell(0, [1.0, 2.0]), cell(1, [1.0])]  # the second has no curve
+    lines = tables.summarise(cells, "g", (8.0, 12.0, 20.0))
+    less = next(line for line in lines if line["row"] == "pargs")["less_whole_at_kl"]
+    assert (less["8.0"]["mean"], less["12.0"]["mean"], less["20.0"]) == (1.5, 3.0, None)
+    assert less["8.0"]["seeds"] == 1
+    *_, last = tables.at_equal_kl({"g": lines}, (8.0, 12.0, 20.0)).splitlines()
+    assert last == "| pargs | 12 | **3.00** (3.00 to 3.00); 1 seed |"
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
@@ -389,17 +417,26 @@ def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
     assert dpo["less_policy"]["seeds"] == [6.0]
 
 
-TRACKS = [pytest.param("study-stories.json", marks=pytest.mark.slow), "study-demo.json", "study-human.json",
-          "study-attributes.json"]  # fmt: skip
+RESULTS = Path(__file__).parents[1] / "docs/results"
 
 
-@pytest.mark.parametrize("name", TRACKS)
-def test_committed_tables_come_out_of_the_committed_rows(name: str, capsys: Any) -> None:
-    path = Path(__file__).parents[1] / "docs/results" / name
-    kept = json.loads(path.read_text())
-    gold = list(kept["tables"])[-1]
-    assert tables.show([path], [gold]) == 0
-    rows = [line | {"self_rouge": None} for line in kept["tables"][gold]]  # it needs texts that are not published
-    expected = tables.markdown(gold, rows, tables.EQUAL_KL[name.split("-")[1].split(".")[0]])
-    by_position = tables.audits(kept["cells"], gold)
-    assert capsys.readouterr().out.strip() == f"{expected}\n{by_position}".strip()
+def sections(page: str) -> dict[str, str]:
+    """Parts of a page by their heading."""
+    return {part.split("\n", 1)[0]: part.strip() for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["study-stories"], marks=pytest.mark.slow),
+        ["study-demo"],
+        ["study-human", "study-attributes"],
+        ["second-run/study-human", "second-run/study-attributes"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_the_tables_page_comes_out_of_the_committed_rows(names: list[str]) -> None:
+    made = sections(tables.page([RESULTS / f"{name}.json" for name in names]))
+    shown = sections((RESULTS.parent / "study-tables.md").read_text(encoding="utf-8"))
+    assert len(made) >= len(names)
+    assert {name: shown[name] for name in made} == made

@@ -5,6 +5,7 @@ use the same resamples of prompts and seeds.
 """
 
 import itertools
+from functools import cache
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from rgtg.evaluation.metrics import sign_flip_p_values
 RESAMPLES = 1000
 
 
+@cache
 def draws(seeds, prompts, seed=0):
     """Index pairs of ``RESAMPLES`` bootstrap samples: seeds with replacement, and prompts with replacement."""
     rng = np.random.default_rng(seed)
@@ -47,24 +49,31 @@ def at_kl(points, kl):
     return None
 
 
-def reward_at_kl(curves, kl):
+def reward_at_kl(curves, kl, less=None):
     """Mean over seeds of the reward at a KL, with an interval; None if the curve of a seed does not reach it.
 
     Args:
         curves: per seed a list of (kl (prompts,), reward (prompts,)), one per strength, the unguided policy included.
         kl: in nats.
+        less: curves of another method for the same seeds, whose reward at this KL is subtracted on the same resamples.
     """
-    exact = [at_kl([(k.mean(), r.mean()) for k, r in curve], kl) for curve in curves]
-    if any(value is None for value in exact):
+
+    def mean(seeds, p):
+        """Over the seeds whose resampled curves reach the KL; None if none does."""
+        values = []
+        for s in seeds:
+            found = [at_kl([(k[p].mean(), r[p].mean()) for k, r in c[s]], kl) for c in (curves, less) if c is not None]
+            if None not in found:
+                values.append(found[0] - sum(found[1:]))
+        return float(np.mean(values)) if values else None
+
+    everything = slice(None)
+    if any(mean([s], everything) is None for s in range(len(curves))):
         return None
-    samples = []
-    for chosen, p in draws(len(curves), len(curves[0][0][0])):
-        values = [at_kl([(k[p].mean(), r[p].mean()) for k, r in curves[s]], kl) for s in chosen]
-        values = [v for v in values if v is not None]  # a resampled curve may not reach the KL
-        if values:
-            samples.append(float(np.mean(values)))
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return {"mean": round(float(np.mean(exact)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    samples = [mean(*drawn) for drawn in draws(len(curves), len(curves[0][0][0]))]
+    low, high = np.percentile([value for value in samples if value is not None], [2.5, 97.5])
+    value = mean(range(len(curves)), everything)
+    return {"mean": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def paired(a, b):

@@ -26,6 +26,17 @@ WHOLE = {
     "pargs": "args-sample", "pargs, adapter": "args-sample, adapter", "pargs, state head": "args-sample, state head",
 }  # fmt: skip
 COMPARED = {"less_policy": "less the policy", "less_whole": "prefixes less whole replies", "less_dpo": "less dpo"}
+PREFACE = """# Tables of the study
+
+Every row of [the study](study.md), made from the committed rows by `python -m benchmarks.study tables --json
+docs/results/study-human.json docs/results/study-attributes.json docs/results/second-run/study-human.json
+docs/results/second-run/study-attributes.json docs/results/study-stories.json docs/results/study-demo.json >
+docs/study-tables.md`.
+
+*Seeds* are those of training, samples and label noise. *β or n* is the value chosen at each seed, written once if it
+is the same at all. *at 12 nats* is the reward interpolated on the curve through the unguided policy and all measured
+values; it says so if the curves of some seeds do not reach this KL. Bold differences have an interval that excludes 0.
+"""
 REAL_GOLDS = [gold for track in REAL for gold in GOLD_NAMES[track]]
 GUIDED = ("pargs", "args-sample", "pargs, state head", "pargs, vocabulary head", "genarm", "farma", "cd")
 HALF = re.compile(r"first half of completions it orders ([\d.]+)% of prefixes correctly \(([\d.]+)% to ([\d.]+)%\)")
@@ -34,9 +45,9 @@ EQUAL_KL |= dict.fromkeys(REAL, (12.0, 16.0, 20.0))
 COMMANDS = {
     "stories": "python -m benchmarks.study stories --policy STORIES260K --work WORK --seeds 0 1 2 "
     "--passes tuned frontier --rows ROWS",
-    "human": "python -m benchmarks.study human --policy SMOLLM2 --judge MINILM --data DATA --work WORK --seeds 0 1 2 "
+    "human": "python -m benchmarks.study human --policy SMOLLM2 --judge MINILM --data DATA --work WORK --seeds 0 1 2 3 "
     "--passes tuned frontier --rows ROWS",
-    "attributes": "python -m benchmarks.study attributes --policy SMOLLM2 --data DATA --work WORK --seeds 0 1 2 "
+    "attributes": "python -m benchmarks.study attributes --policy SMOLLM2 --data DATA --work WORK --seeds 0 1 2 3 "
     "--passes tuned frontier --rows ROWS",
     "demo": "python -m benchmarks.study demo --work WORK --rows policy best-of-n pargs args-sample",
 }
@@ -75,7 +86,7 @@ def arrays(cells, gold):
         for name, values in tested.items():
             row = BY_NAME[name]
             if row.group == "best-of-n":
-                best = row.grid[-1]
+                best = row.grid_of(REAL[0] if gold in REAL_GOLDS else "stories")[-1]
             elif name in scores and row.group != "policy":
                 cut = scores.get("policy", {}).get(None) or parts["policy"][None][cell["seed"]]
                 best = chosen(row, scores[name], cut)
@@ -124,6 +135,8 @@ def summarise(cells, gold, targets):
         }  # fmt: skip
         if row.group == "fine-tuned":
             line["guided_at_its_kl"] = {n: curve_at(parts, n, line["kl"]["mean"]) for n in GUIDED if n in parts}
+        if row.name in WHOLE:
+            line["less_whole_at_kl"] = {str(t): difference_at(parts, row.name, WHOLE[row.name], t) for t in targets}
         others = {"less_pargs": first, "less_dpo": "dpo", "less_policy": "policy", "less_whole": WHOLE.get(row.name)}
         for key, name in others.items():
             both = [s for s in seeds if s in tuned.get(name, {})]
@@ -173,7 +186,7 @@ def keep_self_rouge(tables, committed):
         for line in tables.get(gold, []):
             old = before.get(line["row"])
             if line["self_rouge"] is None and old and (old["seeds"], old["values"]) == (line["seeds"], line["values"]):
-                line["self_rouge"] = old["self_rouge"]
+                line["self_rouge"] = old.get("self_rouge")
 
 
 def megabytes(part):
@@ -190,21 +203,41 @@ def curve_of(parts, name, seed):
     return [(np.array(p["kl"][:FRONTIER]), np.array(p["rewards"][:FRONTIER])) for p in found]
 
 
-def curve_at(parts, name, target):
+def curves_of(parts, name):
+    """{seed: curve} of a row with at least two points; empty for rows without strengths."""
     if BY_NAME[name].group in ("policy", "greedy", "fine-tuned"):
+        return {}
+    seeds = sorted({s for by_seed in parts.get(name, {}).values() for s in by_seed})
+    found = {s: curve_of(parts, name, s) for s in seeds}
+    return {s: curve for s, curve in found.items() if len(curve) > 1}
+
+
+def reaching(curves, target):
+    """The seeds whose curves reach a KL."""
+    return {s for s, curve in curves.items() if at_kl([(k.mean(), r.mean()) for k, r in curve], target) is not None}
+
+
+def curve_at(parts, name, target):
+    """The reward at a KL, over the seeds whose curves reach it; None if none does."""
+    curves = curves_of(parts, name)
+    seeds = sorted(reaching(curves, target))
+    return reward_at_kl([curves[s] for s in seeds], target) | {"seeds": len(seeds)} if seeds else None
+
+
+def difference_at(parts, name, other, target):
+    """A row's reward less another's at the same KL, over the seeds with two strengths or more whose curves reach it."""
+    one, two = ({s: c for s, c in curves_of(parts, n).items() if len(c) > 2} for n in (name, other))
+    seeds = sorted(reaching(one, target) & reaching(two, target))
+    if not seeds:
         return None
-    seeds = sorted({s for by_seed in parts[name].values() for s in by_seed})
-    curves = [curve_of(parts, name, s) for s in seeds]
-    curves = [c for c in curves if len(c) > 1 and at_kl([(k.mean(), r.mean()) for k, r in c], target) is not None]
-    found = reward_at_kl(curves, target) if curves else None
-    return found and found | {"seeds": len(curves)}
+    return reward_at_kl([one[s] for s in seeds], target, less=[two[s] for s in seeds]) | {"seeds": len(seeds)}
 
 
 def markdown(gold, lines, targets):
     """The table that docs/study.md shows."""
     show = lambda i: f"{i['mean']:.2f} ({i['low']:.2f} to {i['high']:.2f})" if i else "–"  # noqa: E731
     real = gold in REAL_GOLDS
-    head = ["method", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
+    head = ["method", "seeds", "β or n", "reward (95 %)", "KL", *(f"at {t:g} nats" for t in targets), "calls per token",
             "MB per token", f"less {BASE['real' if real else 'toy']} (95 %; p)"]  # fmt: skip
     if real:
         head += [
@@ -215,12 +248,12 @@ def markdown(gold, lines, targets):
             "distinct bigrams",
             "self-ROUGE",
         ]
-    fewer = lambda i, line: f", {i['seeds']} seed" if i and i["seeds"] < len(line["seeds"]) else ""  # noqa: E731
+    fewer = lambda i, line: f", {counted(i['seeds'])}" if i and i["seeds"] < len(line["seeds"]) else ""  # noqa: E731
     text = [f"### {gold}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
-        value = "/".join(f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"])
+        values = [f"{v:g}" if isinstance(v, float | int) else "–" for v in line["values"]]
         less = line.get("less_pargs")
-        cells = [line["row"] + ("" if len(line["seeds"]) == 3 else f" ({len(line['seeds'])} seed)"), value,
+        cells = [line["row"], str(len(line["seeds"])), values[0] if len(set(values)) == 1 else "/".join(values),
                  show(line["reward"]), f"{line['kl']['mean']:.1f}",
                  *(show(i) + fewer(i, line) for i in (line["at_kl"][str(t)] for t in targets)),
                  f"{line['policy_calls_per_token']:.2g} + {line['scorer_calls_per_token']:.2g}",
@@ -232,6 +265,11 @@ def markdown(gold, lines, targets):
                       f"{line['perplexity']:.1f}", f"{line['distinct_2']:.2f}", again]  # fmt: skip
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
+
+
+def counted(seeds):
+    """A number of seeds in words."""
+    return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
 def audits(cells, gold):
@@ -252,9 +290,9 @@ def audits(cells, gold):
 
 
 def differences(tables, key):
-    """Paired differences of every row to another one, a column for each gold.
+    """Paired differences of every row to another one on the seeds that both have, a column for each gold.
 
-    Bold: the interval excludes 0. Cells in which the two rows share fewer than three seeds say so.
+    Bold: the interval excludes 0.
 
     Args:
         tables: by gold, the lines of ``summarise``.
@@ -269,30 +307,65 @@ def differences(tables, key):
     return "\n".join(text) + "\n"
 
 
+def at_equal_kl(tables, targets):
+    """Prefix training less training on whole replies at the same KL, for each couple of ``WHOLE``."""
+    text = [f"| prefixes less whole replies (95 %) | nats | {' | '.join(tables)} |", "|" + "---|" * (len(tables) + 2)]
+    for name in WHOLE:
+        for target in targets:
+            found = [
+                next((line["less_whole_at_kl"][str(target)] for line in lines if line["row"] == name), None)
+                for lines in tables.values()
+            ]
+            if any(found):
+                text.append(f"| {name} | {target:g} | {' | '.join(emphasised(less) for less in found)} |")
+    return "\n".join(text) + "\n"
+
+
+def emphasised(less, kl=None):
+    """A difference with its interval, KL and seeds, bold if the interval excludes 0."""
+    if less is None:
+        return "–"
+    mean = f"{less['mean']:.2f}"
+    sure = f"**{mean}**" if less["low"] > 0 or less["high"] < 0 else mean
+    seeds = less["seeds"] if isinstance(less["seeds"], int) else len(less["seeds"])
+    at = "" if kl is None else f" at {kl:.1f}"
+    return f"{sure} ({less['low']:.2f} to {less['high']:.2f}){at}; {counted(seeds)}"
+
+
 def difference(line, key):
     """One cell of ``differences``."""
     if line is None or key not in line:
         return "–"
-    less, seeds = line[key], len(line[key]["seeds"])
-    mean = f"{less['mean']:.2f}"
-    sure = f"**{mean}**" if less["low"] > 0 or less["high"] < 0 else mean
-    fewer = "" if seeds == 3 else f"; {seeds} seed{'s' * (seeds > 1)}"
-    return f"{sure} ({less['low']:.2f} to {less['high']:.2f}) at {line['kl']['mean']:.1f}{fewer}"
+    return emphasised(line[key], line["kl"]["mean"])
 
 
 def show(paths, golds=None):
-    """The tables again from the rows of committed JSONs, on stdout; of several, differences in all golds too."""
-    found = {}
+    """The page docs/study-tables.md, from the rows of committed JSONs, on stdout."""
+    print(page(paths, golds))
+    return 0
+
+
+def page(paths, golds=None):
+    """Tables of committed JSONs, made again from their rows; of real models, the differences in all golds too."""
+    text, real = [PREFACE], {}
     for path in paths:
         record = json.loads(path.read_text())
+        track = path.stem.split("-")[1]
+        run = "" if path.parent.name == "results" else f", {path.parent.name.replace('-', ' ')}"
         cells = [c | {"rows": [spread(r) for r in c["rows"]]} for c in record["cells"]]
-        targets = EQUAL_KL[path.stem.split("-")[1]]
-        for gold in golds or dict.fromkeys(c["gold"] for c in cells):
-            found[gold] = summarise(cells, gold, targets)
-            print(markdown(gold, found[gold], targets), audits(cells, gold), sep="\n")
-    if len(paths) > 1:
-        print(*(differences(found, key) for key in COMPARED), sep="\n")
-    return 0
+        names = golds or list(dict.fromkeys(c["gold"] for c in cells))
+        tables = {gold: summarise(cells, gold, EQUAL_KL[track]) for gold in names}
+        keep_self_rouge(tables, path)
+        if track in REAL:
+            real[run] = real.get(run, {}) | tables
+        text.append(f"## Track {track}{run}\n")
+        for gold, lines in tables.items():
+            text += [markdown(gold, lines, EQUAL_KL[track]), *filter(None, [audits(cells, gold)])]
+    for run, tables in real.items():
+        text.append(f"## Differences in all golds of the tracks human and attributes{run}\n")
+        found = [*(differences(tables, key) for key in COMPARED), at_equal_kl(tables, EQUAL_KL[REAL[0]])]
+        text += [table for table in found if table.count("\n") > 2]
+    return "\n".join(text).rstrip()
 
 
 def write(work, track, output):
