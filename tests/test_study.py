@@ -440,3 +440,10 @@ def test_the_tables_page_comes_out_of_the_committed_rows(names: list[str]) -> No
     shown = sections((RESULTS.parent / "study-tables.md").read_text(encoding="utf-8"))
     assert len(made) >= len(names)
     assert {name: shown[name] for name in made} == made
+
+
+def test_the_study_shows_the_differences_of_its_tables_page() -> None:
+    study, shown = ((RESULTS.parent / name).read_text(encoding="utf-8") for name in ("study.md", "study-tables.md"))
+    copied = re.findall(r"^\| (?:less the policy|prefixes less whole replies) .*\n(?:\|.*\n)+", study, re.MULTILINE)
+    assert len(copied) == 2
+    assert all(table in shown for table in copied)

@@ -67,13 +67,12 @@ def reward_at_kl(curves, kl, less=None):
                 values.append(found[0] - sum(found[1:]))
         return float(np.mean(values)) if values else None
 
-    everything = slice(None)
-    if any(mean([s], everything) is None for s in range(len(curves))):
+    exact = [mean([s], slice(None)) for s in range(len(curves))]
+    if None in exact:
         return None
     samples = [mean(*drawn) for drawn in draws(len(curves), len(curves[0][0][0]))]
     low, high = np.percentile([value for value in samples if value is not None], [2.5, 97.5])
-    value = mean(range(len(curves)), everything)
-    return {"mean": round(value, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return {"mean": round(float(np.mean(exact)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def paired(a, b):

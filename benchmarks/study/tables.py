@@ -317,17 +317,15 @@ def at_equal_kl(tables, targets):
                 for lines in tables.values()
             ]
             if any(found):
-                text.append(f"| {name} | {target:g} | {' | '.join(emphasised(less) for less in found)} |")
+                cells = [emphasised(less, less["seeds"]) if less else "–" for less in found]
+                text.append(f"| {name} | {target:g} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 
-def emphasised(less, kl=None):
-    """A difference with its interval, KL and seeds, bold if the interval excludes 0."""
-    if less is None:
-        return "–"
+def emphasised(less, seeds, kl=None):
+    """A difference with its interval, KL and number of seeds, bold if the interval excludes 0."""
     mean = f"{less['mean']:.2f}"
     sure = f"**{mean}**" if less["low"] > 0 or less["high"] < 0 else mean
-    seeds = less["seeds"] if isinstance(less["seeds"], int) else len(less["seeds"])
     at = "" if kl is None else f" at {kl:.1f}"
     return f"{sure} ({less['low']:.2f} to {less['high']:.2f}){at}; {counted(seeds)}"
 
@@ -336,7 +334,7 @@ def difference(line, key):
     """One cell of ``differences``."""
     if line is None or key not in line:
         return "–"
-    return emphasised(line[key], line["kl"]["mean"])
+    return emphasised(line[key], len(line[key]["seeds"]), line["kl"]["mean"])
 
 
 def show(paths, golds=None):

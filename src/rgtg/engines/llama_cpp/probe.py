@@ -22,8 +22,7 @@ def require_readable(path: Path) -> None:
     Raises:
         ModelNotFoundError: it cannot; with what it says.
     """
-    found = path.stat()
-    _require_readable(path.resolve(), found.st_size, found.st_mtime_ns)
+    _require_readable(*_version(path))
 
 
 @functools.lru_cache(maxsize=16)
@@ -47,13 +46,21 @@ def may_repack(path: Path) -> bool:
     """
     if b"AMX_INT8 = 1" not in library().llama_print_system_info():
         return True
-    found = path.stat()
-    return _survives_repacking(path.resolve(), found.st_size, found.st_mtime_ns)
+    return _survives_repacking(*_version(path))
 
 
 @functools.lru_cache(maxsize=16)
 def _survives_repacking(path: Path, _size: int, _modified: int) -> bool:
-    return _try(path, "--repack").returncode == 0
+    try:
+        return _try(path, "--repack").returncode == 0
+    except subprocess.TimeoutExpired:  # a file too large to be repacked twice
+        return False
+
+
+def _version(path: Path) -> tuple[Path, int, int]:
+    """What a file is known by: a changed one is tried again."""
+    found = path.stat()
+    return path.resolve(), found.st_size, found.st_mtime_ns
 
 
 def _try(path: Path, *options: str) -> "subprocess.CompletedProcess[str]":
